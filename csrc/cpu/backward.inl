@@ -1,0 +1,281 @@
+// The backward kernel. Probabilities are made again from lse (Dao et al., FlashAttention, 2022):
+//   P = exp(S - lse),  dP = dO V',  dS = P * (dP - delta),  delta = rowsum(dO * O) - dlse
+//   dV = P' dO,  dK = scale * dS' Q,  dQ = scale * dS K,  dbias = dS
+// One tile of query rows runs over its keys; dQ stays in the tile, dK and dV are summed in fp32
+// (fp64) over all tiles of the item, always in the same order: the same bits at every run.
+
+template <class A> struct BackwardTile {
+    Lanes<A> lanes;
+    alignas(64) A lse[BLOCK_Q];    // in base 2; +inf for a row that saw no key
+    alignas(64) A delta[BLOCK_Q];
+    A *q_turned, *dout_turned;     // transposed panels: lanes
+    A *q, *dout;                   // panels: [columns / PANEL][BLOCK_Q][PANEL]
+    A *keys, *values;              // converted rows, when they cannot be read in place
+    A *key_panels;
+    A *p, *ds, *softcap_slope;     // [BLOCK_KV][BLOCK_Q]
+    A *dq;                         // [BLOCK_Q][padded head_dim]
+    A *buffer;                     // 8 rows of any operand
+    DropoutTile keep[2];
+    int k_ld, v_ld;                // padded head_dim and v_dim
+};
+constexpr int TILE_LD = BLOCK_Q;
+
+// --- load ---------------------------------------------------------------------------------------
+
+template <class A>
+static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
+    t.k_ld = round_up_panel<A>(p.head_dim);
+    t.v_ld = round_up_panel<A>(p.v_dim);
+    t.q_turned = arena.take<A>(BLOCK_Q * p.head_dim);
+    t.dout_turned = arena.take<A>(BLOCK_Q * p.v_dim);
+    t.q = arena.take<A>(BLOCK_Q * t.k_ld);
+    t.dout = arena.take<A>(BLOCK_Q * t.v_ld);
+    t.keys = arena.take<A>(BLOCK_KV * p.head_dim);
+    t.values = arena.take<A>(BLOCK_KV * p.v_dim);
+    t.key_panels = arena.take<A>(BLOCK_KV * t.k_ld);
+    t.p = arena.take<A>(BLOCK_KV * TILE_LD);
+    t.ds = arena.take<A>(BLOCK_KV * TILE_LD);
+    t.softcap_slope = p.softcap > 0 ? arena.take<A>(BLOCK_KV * TILE_LD) : nullptr;
+    t.dq = arena.take<A>(BLOCK_Q * t.k_ld);
+    t.buffer = arena.take<A>(8 * imax(p.head_dim, p.v_dim));
+    for (DropoutTile& keep : t.keep)
+        keep = p.dropout ? reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD))
+                         : nullptr;
+}
+
+template <class A>
+static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>& t) {
+    const Lanes<A>& lanes = t.lanes;
+    auto rows_of = [&](const Tensor4& x) {
+        return [&](int i) { return x.bytes_at(s.batch, lanes.head[i], s.q_begin + lanes.row[i]); };
+    };
+    with_type<A>(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        auto q_row = rows_of(p.q), dout_row = rows_of(p.dout);
+        int n = lanes.count;
+        pack_transposed<A, T>(q_row, n, p.head_dim, A(p.scale * LOG2E), t.buffer, t.q_turned);
+        pack_transposed<A, T>(dout_row, n, p.v_dim, A(1), t.buffer, t.dout_turned);
+        pack_panels<A, T>(q_row, n, p.head_dim, BLOCK_Q, t.q);
+        pack_panels<A, T>(dout_row, n, p.v_dim, BLOCK_Q, t.dout);
+        for (int i = 0; i < n; i++) {
+            const T* out = p.out.at<T>(s.batch, lanes.head[i], s.q_begin + lanes.row[i]);
+            const T* dout = reinterpret_cast<const T*>(dout_row(i));
+            Vec<A> sum = {};
+            int d = 0;
+            for (; d + LANES<A> <= p.v_dim; d += LANES<A>)
+                sum += load_as<A>(out + d) * load_as<A>(dout + d);
+            A delta = reduce_sum<A>(sum);
+            for (; d < p.v_dim; d++) delta += A(to_float(out[d])) * A(to_float(dout[d]));
+            int head = lanes.head[i], row = s.q_begin + lanes.row[i];
+            if (p.dlse.data) delta -= *p.dlse.at<A>(s.batch, head, row);
+            A lse = *p.lse.at<A>(s.batch, head, row);
+            bool dead = lse == A(NEG_INF);
+            t.lse[i] = dead ? -A(NEG_INF) : lse * A(LOG2E);
+            t.delta[i] = dead ? A(0) : delta;
+            if (p.delta.data) *p.delta.at<A>(s.batch, head, row) = t.delta[i];
+        }
+    });
+    for (int i = lanes.count; i < lanes.padded; i++) {
+        t.lse[i] = -A(NEG_INF);
+        t.delta[i] = 0;
+    }
+}
+
+// --- one tile -----------------------------------------------------------------------------------
+
+// p, ds of one panel from scores and dP; rows outside [begin, end) become 0.
+template <class A>
+INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel, int begin, int end, int n,
+                            const float* z) {
+    A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
+    for (int v = 0; v < 2; v++) {
+        int lane = panel * PANEL<A> + v * LANES<A>;
+        Vec<A> lse = load<A>(t.lse + lane), delta = load<A>(t.delta + lane);
+        for (int j = 0; j < begin; j++) {
+            store<A>(t.p + j * TILE_LD + lane, Vec<A>{});
+            store<A>(t.ds + j * TILE_LD + lane, Vec<A>{});
+        }
+        for (int j = begin; j < end; j++) {
+            A *to_p = t.p + j * TILE_LD + lane, *to_ds = t.ds + j * TILE_LD + lane;
+            Vec<A> x = vexp2<A>(load<A>(to_p) - lse), dp = load<A>(to_ds), dropped = x;
+            if (z) {
+                Vec<A> factor = load_dropout<A>(z + j * DROPOUT_LD + lane);
+                dp = dp * factor * inverse_keep;
+                dropped = x * factor;
+            }
+            Vec<A> ds = x * (dp - delta);
+            store<A>(to_p, dropped);
+            store<A>(to_ds, x == 0 ? Vec<A>{} : ds);  // not 0 * NaN where a masked value is NaN
+        }
+        for (int j = end; j < n; j++) {
+            store<A>(t.p + j * TILE_LD + lane, Vec<A>{});
+            store<A>(t.ds + j * TILE_LD + lane, Vec<A>{});
+        }
+    }
+}
+
+// dbias += ds, summed over whatever dimensions the bias is broadcast along.
+template <class A>
+static void add_bias_gradient(const Params& p, const Segment& s, const BackwardTile<A>& t, int key,
+                              int n) {
+    const Lanes<A>& lanes = t.lanes;
+    const Tensor4& g = p.dbias;
+    A* first = g.at<A>(s.entry, lanes.head[0], s.row0 + lanes.row[0]) + (s.key0 + key) * g.col;
+    if (g.row == 0 || g.col == 0) {
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < lanes.count; i++)
+                first[i * g.row + j * g.col] += t.ds[j * TILE_LD + i];
+        return;
+    }
+    constexpr int STEP = imin(8, PANEL<A>);
+    alignas(64) A turned[STEP][BLOCK_KV];
+    for (int i = 0; i < lanes.count; i += STEP) {
+        transpose<A>(t.ds + i, TILE_LD, n, STEP, turned[0], BLOCK_KV, A(1));
+        for (int r = 0; r < imin(STEP, lanes.count - i); r++)
+            for (int j = 0; j < n; j++) first[(i + r) * g.row + j] += turned[r][j];
+    }
+}
+
+// sum[key][column] += X'[key][lane] * rows[lane][column], for the lanes that see the keys.
+template <class A>
+INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, const A* x, int key, int n, const A* rows,
+                        int columns, A* sum) {
+    for (int j = 0; j < n; j += GEMM_ROWS) {
+        int count = imin(GEMM_ROWS, n - j), begin = 0, end = t.lanes.count;
+        if (edge) {
+            while (begin < end && t.lanes.hi[begin] <= key + j) begin++;
+            while (begin < end && t.lanes.lo[end - 1] >= key + j + count) end--;
+            if (begin == end) continue;
+        }
+        for (int c = 0; c < columns; c += PANEL<A>)
+            micro_rows<Order::ROWS, Store::ADD>(
+                count, end - begin, x + j * TILE_LD + begin, TILE_LD,
+                rows + static_cast<int64_t>(c) * BLOCK_Q + begin * PANEL<A>, PANEL<A>,
+                sum + static_cast<int64_t>(j) * columns + c, columns, static_cast<const A*>(nullptr));
+    }
+}
+
+// dq[lane][column] += ds[lane][key] * K[key][column].
+template <class A>
+INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n) {
+    for (int c = 0; c < t.k_ld; c += PANEL<A>)
+        for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
+            int rows = imin(GEMM_ROWS, t.lanes.count - i), begin = 0, end = n;
+            if (edge) {
+                Range seen = t.lanes.range(i, i + rows);
+                begin = imax(0, seen.begin - key);
+                end = imin(n, seen.end - key);
+                if (begin >= end) continue;
+            }
+            micro_rows<Order::COLUMNS, Store::ADD>(
+                rows, end - begin, t.ds + begin * TILE_LD + i, TILE_LD,
+                t.key_panels + c * BLOCK_KV + begin * PANEL<A>, PANEL<A>, t.dq + i * t.k_ld + c,
+                t.k_ld, static_cast<const A*>(nullptr));
+        }
+}
+
+// All keys of one tile of query rows.
+template <class A>
+static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys,
+                          const KeyRows& values, BackwardTile<A>& t, A* dk_sum, A* dv_sum) {
+    const Lanes<A>& lanes = t.lanes;
+    Range r = lanes.range(0, lanes.count);
+    for (int key = r.begin; key < r.end; key += BLOCK_KV) {
+        int n = imin(BLOCK_KV, r.end - key);
+        bool edge = key < r.full_begin || key + n > r.full_end;
+        Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
+        if (seen == Seen::NONE) continue;
+        Rows<A> k = load_rows(p, keys, key, n, p.head_dim, t.keys);
+        Rows<A> v = load_rows(p, values, key, n, p.v_dim, t.values);
+        const float* z = p.dropout ? dropout_tile(p, s, lanes, key, n, t.keep[0], t.keep[1]) : nullptr;
+        for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
+            int first = panel * PANEL<A>, begin = 0, end = n;
+            if (edge) {
+                Range seen_here = lanes.range(first, imin(lanes.count, first + PANEL<A>));
+                begin = imin(n, imax(0, seen_here.begin - key));
+                end = imax(begin, imin(n, seen_here.end - key));
+            }
+            panel_scores(t.q_turned + static_cast<int64_t>(first) * p.head_dim, p.head_dim, k, begin,
+                         end, t.p + first, TILE_LD);
+            panel_scores(t.dout_turned + static_cast<int64_t>(first) * p.v_dim, p.v_dim, v, begin, end,
+                         t.ds + first, TILE_LD);
+            finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
+                          t.p + begin * TILE_LD + first, TILE_LD,
+                          t.softcap_slope ? t.softcap_slope + begin * TILE_LD + first : nullptr);
+            panel_gradients(p, t, panel, begin, end, n, z);
+        }
+        if (p.dbias.data) add_bias_gradient(p, s, t, key, n);
+        if (t.softcap_slope)
+            for (int j = 0; j < n; j++)
+                for (int i = 0; i < lanes.padded; i += LANES<A>) {
+                    A* x = t.ds + j * TILE_LD + i;
+                    Vec<A> ds = load<A>(x);
+                    store<A>(x, ds == 0 ? ds : ds * load<A>(t.softcap_slope + j * TILE_LD + i));
+                }
+        add_to_keys(t, edge, t.p, key, n, t.dout, t.v_ld, dv_sum + static_cast<int64_t>(key) * t.v_ld);
+        add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld, dk_sum + static_cast<int64_t>(key) * t.k_ld);
+        pack_panels<A, A>([&](int j) { return k.data + j * k.ld; }, n, p.head_dim, BLOCK_KV,
+                          t.key_panels);
+        add_to_queries(t, edge, key, n);
+    }
+}
+
+// --- the kernel ---------------------------------------------------------------------------------
+
+template <class A>
+static void write_key_gradients(const Params& p, const BackwardItem& item, const A* dk_sum,
+                                const A* dv_sum) {
+    const Segment& s = p.segments[item.segment];
+    A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
+    for (int j = 0; j < s.band.kv_len; j++) {
+        store_row(dk_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.head_dim), A(p.scale), p.dtype,
+                  p.dk.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.head_dim);
+        store_row(dv_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.v_dim), inverse_keep, p.dtype,
+                  p.dv.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.v_dim);
+    }
+}
+
+template <class A>
+static void backward(const Params& p, const BackwardItem& item) {
+    const Segment& s = p.segments[item.segment];
+    Arena& arena = Arena::fresh();
+    BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
+    allocate(p, t, arena);
+    int64_t kv_len = s.band.kv_len;
+    A* dk_sum = static_cast<A*>(item.dk_sum);
+    A* dv_sum = static_cast<A*>(item.dv_sum);
+    if (dk_sum == nullptr) {
+        dk_sum = arena.take<A>(kv_len * t.k_ld);
+        dv_sum = arena.take<A>(kv_len * t.v_ld);
+    }
+    __builtin_memset(dk_sum, 0, sizeof(A) * kv_len * t.k_ld);
+    __builtin_memset(dv_sum, 0, sizeof(A) * kv_len * t.v_ld);
+
+    KeyRows keys = key_rows(p, p.k, s, item.kv_head), values = key_rows(p, p.v, s, item.kv_head);
+    for (int head = item.kv_head * p.group(); head < (item.kv_head + 1) * p.group(); head++)
+        for (int row = item.row_begin; row < item.row_end; row += BLOCK_Q) {
+            set_lanes(p, s, head, 1, row, imin(BLOCK_Q, item.row_end - row), t.lanes);
+            load_rows_of_tile(p, s, t);
+            __builtin_memset(t.dq, 0, sizeof(A) * t.lanes.count * t.k_ld);
+            backward_tile(p, s, keys, values, t, dk_sum, dv_sum);
+            for (int i = 0; i < t.lanes.count; i++)
+                store_row(t.dq + static_cast<int64_t>(i) * t.k_ld, A(p.scale), p.dtype,
+                          p.dq.bytes_at(s.batch, head, s.q_begin + row + i), p.head_dim);
+        }
+    if (item.dk_sum == nullptr) write_key_gradients(p, item, dk_sum, dv_sum);
+}
+
+// Adds the sums of consecutive items of one (segment, kv head), in order, and writes dk and dv.
+template <class A>
+static void reduce(const Params& p, const BackwardItem* items, int parts) {
+    int64_t kv_len = p.segments[items[0].segment].band.kv_len;
+    A* dk = static_cast<A*>(items[0].dk_sum);
+    A* dv = static_cast<A*>(items[0].dv_sum);
+    for (int part = 1; part < parts; part++) {
+        const A* from_k = static_cast<const A*>(items[part].dk_sum);
+        const A* from_v = static_cast<const A*>(items[part].dv_sum);
+        for (int64_t i = 0; i < kv_len * round_up_panel<A>(p.head_dim); i++) dk[i] += from_k[i];
+        for (int64_t i = 0; i < kv_len * round_up_panel<A>(p.v_dim); i++) dv[i] += from_v[i];
+    }
+    write_key_gradients(p, items[0], dk, dv);
+}

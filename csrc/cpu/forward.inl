@@ -1,0 +1,327 @@
+// The forward kernel: one tile of query rows against its keys, block by block, with the softmax kept
+// online (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
+// next: backward.inl
+
+// Fewer lanes than this are decoding: keys are read once, as dot products, without turning q.
+constexpr int DOT_LANES = 8;
+
+template <class A> struct ForwardTile {
+    Lanes<A> lanes;
+    alignas(64) A row_max[BLOCK_Q];  // in base 2
+    alignas(64) A row_sum[BLOCK_Q];
+    alignas(64) A rescale[BLOCK_Q];
+    A* q;         // transposed panels, scaled; or DOT_LANES rows of dot_ld for dot products
+    A* keys;      // converted keys, when they cannot be read in place
+    A* scores;    // [BLOCK_KV][ld], then probabilities
+    A* values;    // panels
+    A* acc;       // [lanes][acc_ld], unnormalised output
+    uint16_t* q_pairs;         // bf16 dot product: transposed panels of pairs
+    DropoutTile keep[2];
+    int ld, acc_ld, dot_ld;
+};
+
+// --- load ---------------------------------------------------------------------------------------
+
+template <class A>
+static void load_queries(const Params& p, const Segment& s, A factor, ForwardTile<A>& t, Arena& arena) {
+    auto row_of = [&](int i) {
+        return p.q.bytes_at(s.batch, t.lanes.head[i], s.q_begin + t.lanes.row[i]);
+    };
+    with_type<A>(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        if (t.dot_ld > 0) {
+            t.q = arena.take<A>(DOT_LANES * t.dot_ld);
+            for (int i = 0; i < t.lanes.count; i++) {
+                A* row = t.q + i * t.dot_ld;
+                convert_row(reinterpret_cast<const T*>(row_of(i)), row, p.head_dim);
+                for (int d = 0; d < p.head_dim; d++) row[d] *= factor;
+                for (int d = p.head_dim; d < t.dot_ld; d++) row[d] = 0;
+            }
+        } else {
+            t.q = arena.take<A>(t.lanes.padded * p.head_dim);
+            A* buffer = arena.take<A>(8 * p.head_dim);
+            pack_transposed<A, T>(row_of, t.lanes.count, p.head_dim, factor, buffer, t.q);
+        }
+    });
+}
+
+// --- scores -------------------------------------------------------------------------------------
+
+// scores[key][lane] of one panel, keys [begin, end) of the block.
+template <class A>
+INLINE void panel_scores(const A* q, int depth, const Rows<A>& keys, int begin, int end, A* to,
+                         int64_t ld) {
+    for (int j = begin; j < end; j += GEMM_ROWS)
+        micro_rows<Order::ROWS, Store::SET>(imin(GEMM_ROWS, end - j), depth, keys.data + j * keys.ld,
+                                            keys.ld, q, PANEL<A>, to + j * ld, ld);
+}
+
+// Dot products of N keys with all lanes, in steps of a vector; the last step reads a padded copy.
+template <int N, class A, class T>
+INLINE void dot_scores(const T* const* keys, int columns, const A* q, int lanes, int64_t q_ld, A* to,
+                       int64_t ld) {
+    constexpr int W = LANES<A>;
+    int whole = columns / W * W;
+    alignas(64) A tail[N][W] = {};
+    for (int j = 0; j < N; j++)
+        for (int d = whole; d < columns; d++) tail[j][d - whole] = to_float(keys[j][d]);
+    int lane = 0;
+    auto step = [&](auto count) {
+        constexpr int L = decltype(count)::value;
+        Vec<A> acc[N][L] = {};
+        for (int d = 0; d <= whole; d += W) {
+            if (d == whole && whole == columns) break;
+            Vec<A> key[N];
+            for (int j = 0; j < N; j++)
+                key[j] = d < whole ? load_as<A>(keys[j] + d) : load<A>(tail[j]);
+            for (int l = 0; l < L; l++) {
+                Vec<A> x = load<A>(q + (lane + l) * q_ld + d);
+                for (int j = 0; j < N; j++) acc[j][l] += key[j] * x;
+            }
+        }
+        for (int j = 0; j < N; j++)
+            for (int l = 0; l < L; l++) to[j * ld + lane + l] = reduce_sum<A>(acc[j][l]);
+        lane += L;
+    };
+    while (lane + 4 <= lanes) step(std::integral_constant<int, 4>{});
+    while (lane < lanes) step(std::integral_constant<int, 1>{});
+}
+
+// Scores of keys [key, key + n), key by key. The values are asked for from memory meanwhile: they
+// are read next, column by column, which no hardware prefetcher follows.
+template <class A>
+static void decode_scores(const Params& p, const ForwardTile<A>& t, const KeyRows& keys,
+                          const KeyRows& values, int key, int n) {
+    with_type<A>(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        int value_bytes = p.v_dim * static_cast<int>(sizeof(T));
+        for (int j = 0; j < n; j += 2) {
+            const T* rows[2];
+            for (int i = 0; i < imin(2, n - j); i++) {
+                rows[i] = reinterpret_cast<const T*>(keys.row(key + j + i));
+                const char* value = values.row(key + j + i);
+                for (int b = 0; b < value_bytes; b += 64) __builtin_prefetch(value + b, 0, 2);
+            }
+            A* to = t.scores + j * t.ld;
+            if (j + 2 <= n)
+                dot_scores<2>(rows, p.head_dim, t.q, t.lanes.count, t.dot_ld, to, t.ld);
+            else
+                dot_scores<1>(rows, p.head_dim, t.q, t.lanes.count, t.dot_ld, to, t.ld);
+        }
+    });
+}
+
+// --- softmax ------------------------------------------------------------------------------------
+
+// Scores to probabilities for rows [begin, end) of a panel, 0 elsewhere in [0, n).
+template <class A>
+INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int n, A* s) {
+    int64_t ld = t.ld;
+    for (int v = 0; v < 2; v++, s += LANES<A>) {
+        int lane = panel * PANEL<A> + v * LANES<A>;
+        Vec<A> old_max = load<A>(t.row_max + lane);
+        Vec<A> m[4] = {old_max, old_max, old_max, old_max};
+        int j = begin;
+        for (; j + 4 <= end; j += 4)
+            for (int u = 0; u < 4; u++) m[u] = vmax<A>(load<A>(s + (j + u) * ld), m[u]);
+        for (; j < end; j++) m[0] = vmax<A>(load<A>(s + j * ld), m[0]);
+        Vec<A> row_max = vmax<A>(vmax<A>(m[0], m[1]), vmax<A>(m[2], m[3]));
+        // A row that has seen nothing yet stays at -inf; -inf - 0 gives it probabilities of 0.
+        Vec<A> base = row_max == A(NEG_INF) ? Vec<A>{} : row_max;
+        Vec<A> rescale = vexp2<A>(old_max - base);
+        Vec<A> sum[2] = {};
+        for (j = begin; j + 2 <= end; j += 2)
+            for (int u = 0; u < 2; u++) {
+                Vec<A> x = vexp2<A>(load<A>(s + (j + u) * ld) - base);
+                store<A>(s + (j + u) * ld, x);
+                sum[u] += x;
+            }
+        for (; j < end; j++) {
+            Vec<A> x = vexp2<A>(load<A>(s + j * ld) - base);
+            store<A>(s + j * ld, x);
+            sum[0] += x;
+        }
+        for (j = 0; j < begin; j++) store<A>(s + j * ld, Vec<A>{});
+        for (j = end; j < n; j++) store<A>(s + j * ld, Vec<A>{});
+        store<A>(t.row_sum + lane, load<A>(t.row_sum + lane) * rescale + (sum[0] + sum[1]));
+        store<A>(t.row_max + lane, row_max);
+        store<A>(t.rescale + lane, rescale);
+    }
+}
+
+template <class A>
+static void apply_dropout(const Params& p, const Segment& s, const ForwardTile<A>& t, int key, int n) {
+    const float* z = dropout_tile(p, s, t.lanes, key, n, t.keep[0], t.keep[1]);
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < t.lanes.padded; i += LANES<A>) {
+            A* x = t.scores + j * t.ld + i;
+            store<A>(x, load<A>(x) * load_dropout<A>(z + j * DROPOUT_LD + i));
+        }
+}
+
+// --- output -------------------------------------------------------------------------------------
+
+// acc = acc * rescale + P V for keys [begin, end) of a block, a group of rows at a time. B is packed
+// panels, or (decoding) the values where they lie.
+template <class A, class T>
+INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n, int columns,
+                       const T* values, int64_t panel_step, int64_t ld) {
+    for (int c = 0; c < columns; c += PANEL<A>, values += panel_step)
+        for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
+            int rows = imin(GEMM_ROWS, t.lanes.count - i);
+            int begin = 0, end = n;
+            if (edge) {
+                Range seen = t.lanes.range(i, i + rows);
+                begin = imax(0, imax(seen.begin, r.begin) - key);
+                end = imin(n, imin(seen.end, r.end) - key);
+            }
+            if (begin < end)
+                micro_rows<Order::COLUMNS, Store::RESCALE>(
+                    rows, end - begin, t.scores + begin * t.ld + i, t.ld, values + begin * ld, ld,
+                    t.acc + i * t.acc_ld + c, t.acc_ld, t.rescale + i);
+        }
+}
+
+template <class A>
+static void accumulate_block(const Params& p, const ForwardTile<A>& t, bool edge, const Range& r,
+                             const KeyRows& values, int key, int n) {
+    with_type<A>(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        bool in_place = t.dot_ld > 0 && values.pages == nullptr && p.v_dim % PANEL<A> == 0;
+        if (in_place)
+            return accumulate(t, edge, r, key, n, p.v_dim, reinterpret_cast<const T*>(values.row(key)),
+                              PANEL<A>, values.row_bytes / static_cast<int64_t>(sizeof(T)));
+        pack_panels<A, T>([&](int j) { return values.row(key + j); }, n, p.v_dim, BLOCK_KV, t.values);
+        accumulate(t, edge, r, key, n, t.acc_ld, static_cast<const A*>(t.values), BLOCK_KV * PANEL<A>,
+                   PANEL<A>);
+    });
+}
+
+// One row's result. A row whose sum is 0 has seen no key (a NaN score makes the sum NaN).
+template <class A>
+static void write_row(const Params& p, const Segment& s, int head, int row, A row_max, A row_sum,
+                      const A* acc) {
+    A lse = A(NEG_INF), factor = 0;
+    if (!(row_sum == 0)) {
+        A out_factor = 1;
+        if (p.sinks.data) {
+            A sink = bias_at<A>(p.sinks.dtype, p.sinks.bytes_at(0, head, 0)) * A(LOG2E);
+            A base = sink > row_max ? sink : row_max;
+            out_factor = A(__builtin_exp2(row_max - base));
+            row_sum = row_sum * out_factor + A(__builtin_exp2(sink - base));
+            row_max = base;
+        }
+        lse = row_max * A(LN2) + A(__builtin_log(row_sum));
+        factor = out_factor / row_sum;
+        if (p.dropout) factor = A(factor / p.dropout_key.keep_probability());
+    }
+    char* to = p.out.bytes_at(s.batch, head, s.q_begin + row);
+    if (factor == 0 && row_sum == 0)
+        __builtin_memset(to, 0, static_cast<size_t>(p.v_dim) * size_of(p.dtype));
+    else
+        store_row(acc, factor, p.dtype, to, p.v_dim);
+    *p.lse.at<A>(s.batch, head, s.q_begin + row) = lse;
+}
+
+// --- the kernel ---------------------------------------------------------------------------------
+
+template <class A>
+static void forward(const Params& p, const ForwardItem& item, const Partials& partials) {
+    const Segment& s = p.segments[item.segment];
+    Arena& arena = Arena::fresh();
+    ForwardTile<A>& t = *arena.take<ForwardTile<A>>(1);
+    set_lanes(p, s, item.head, item.heads, item.row, item.rows, t.lanes);
+    const Lanes<A>& lanes = t.lanes;
+
+    int kv_head = item.head / p.group();
+    KeyRows keys = key_rows(p, p.k, s, kv_head), values = key_rows(p, p.v, s, kv_head);
+    Range all = lanes.range(0, lanes.count);
+    Range r{imax(all.begin, item.key_begin), 0, 0, imin(all.end, item.key_end)};
+
+    bool decoding = lanes.count <= DOT_LANES;
+    t.ld = lanes.padded;
+    t.acc_ld = round_up_panel<A>(p.v_dim);
+    t.dot_ld = decoding ? round_up_panel<A>(p.head_dim) : 0;
+    load_queries(p, s, A(p.scale * LOG2E), t, arena);
+    if (!decoding && size_of(p.dtype) != sizeof(A)) t.keys = arena.take<A>(BLOCK_KV * p.head_dim);
+    if (!decoding && p.page_table) t.keys = arena.take<A>(BLOCK_KV * p.head_dim);
+    t.scores = arena.take<A>(BLOCK_KV * t.ld);
+    t.values = arena.take<A>(BLOCK_KV * t.acc_ld);
+    t.acc = arena.take<A>(static_cast<int64_t>(lanes.count) * t.acc_ld);
+    if (p.dropout)
+        for (DropoutTile& keep : t.keep)
+            keep = reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD));
+    __builtin_memset(t.acc, 0, sizeof(A) * lanes.count * t.acc_ld);
+    for (int i = 0; i < lanes.padded; i++) {
+        t.row_max[i] = A(NEG_INF);
+        t.row_sum[i] = 0;
+    }
+    if (decoding) __builtin_memset(t.scores, 0, sizeof(A) * BLOCK_KV * t.ld);
+
+    for (int key = r.begin; key < r.end; key += BLOCK_KV) {
+        int n = imin(BLOCK_KV, r.end - key);
+        bool edge = key < all.full_begin || key + n > all.full_end;
+        Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
+        if (seen == Seen::NONE) continue;
+        Rows<A> rows{};
+        if (decoding)
+            decode_scores(p, t, keys, values, key, n);
+        else
+            rows = load_rows(p, keys, key, n, p.head_dim, t.keys);
+        for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
+            int first = panel * PANEL<A>, begin = 0, end = n;
+            if (edge) {
+                Range panel_range = lanes.range(first, imin(lanes.count, first + PANEL<A>));
+                begin = imin(n, imax(0, panel_range.begin - key));
+                end = imax(begin, imin(n, panel_range.end - key));
+            }
+            A* scores = t.scores + first;
+            if (!decoding)
+                panel_scores(t.q + static_cast<int64_t>(first) * p.head_dim, p.head_dim, rows, begin,
+                             end, scores, t.ld);
+            finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
+                          scores + begin * t.ld, t.ld, static_cast<A*>(nullptr));
+            panel_softmax(t, panel, begin, end, n, scores);
+        }
+        if (p.dropout) apply_dropout(p, s, t, key, n);
+        accumulate_block(p, t, edge, r, values, key, n);
+    }
+
+    for (int i = 0; i < lanes.count; i++) {
+        const A* acc = t.acc + static_cast<int64_t>(i) * t.acc_ld;
+        if (item.partial < 0) {
+            write_row(p, s, lanes.head[i], lanes.row[i], t.row_max[i], t.row_sum[i], acc);
+        } else {
+            static_cast<A*>(partials.row_max)[item.partial + i] = t.row_max[i];
+            static_cast<A*>(partials.row_sum)[item.partial + i] = t.row_sum[i];
+            __builtin_memcpy(static_cast<A*>(partials.acc) + (item.partial + i) * p.v_dim, acc,
+                             sizeof(A) * p.v_dim);
+        }
+    }
+}
+
+// Merges `splits` consecutive partial results of one tile, in order.
+template <class A>
+static void combine(const Params& p, const ForwardItem& item, int splits, const Partials& partials) {
+    const Segment& s = p.segments[item.segment];
+    int count = item.heads * item.rows;
+    A* acc = Arena::fresh().take<A>(p.v_dim);
+    const A* maxima = static_cast<A*>(partials.row_max) + item.partial;
+    const A* sums = static_cast<A*>(partials.row_sum) + item.partial;
+    const A* accs = static_cast<A*>(partials.acc) + item.partial * p.v_dim;
+    for (int i = 0; i < count; i++) {
+        A row_max = A(NEG_INF), row_sum = 0;
+        for (int part = 0; part < splits; part++)
+            row_max = maxima[part * count + i] > row_max ? maxima[part * count + i] : row_max;
+        A base = row_max == A(NEG_INF) ? A(0) : row_max;
+        for (int d = 0; d < p.v_dim; d++) acc[d] = 0;
+        for (int part = 0; part < splits; part++) {
+            int64_t at = part * static_cast<int64_t>(count) + i;
+            if (sums[at] == 0) continue;
+            A weight = A(__builtin_exp2(maxima[at] - base));
+            row_sum += sums[at] * weight;
+            for (int d = 0; d < p.v_dim; d++) acc[d] += accs[at * p.v_dim + d] * weight;
+        }
+        write_row(p, s, item.head + i / item.rows, item.row + i % item.rows, row_max, row_sum, acc);
+    }
+}

@@ -1,0 +1,57 @@
+// The one matrix product of every kernel: C[R rows][PANEL columns] (+)= A[R][depth] * B[depth][PANEL].
+// next: pack.inl
+//
+// 6 rows x 2 vectors: 12 accumulators + 2 of B + 1 of A fill AVX2's 16 registers, and 12 chains of
+// latency 4 keep both FMA ports busy. A is read element by element and broadcast, so it needs no
+// packing and may be a transpose: by rows (element (i, k) at a[i * lda + k]) or by columns
+// (a[k * lda + i]).
+
+enum class Order { ROWS, COLUMNS };
+enum class Store { SET, ADD, RESCALE };  // C = AB, C += AB, C = C * rescale[i] + AB
+
+constexpr int GEMM_ROWS = 6;
+
+template <int R, Order ORDER, Store STORE, class A, class T>
+INLINE void micro(int depth, const A* a, int64_t lda, const T* b, int64_t ldb, A* c, int64_t ldc,
+                  const A* rescale) {
+    Vec<A> acc[R][2] = {};
+    constexpr int W = LANES<A>;
+#pragma GCC unroll 2
+    for (int k = 0; k < depth; k++) {
+        Vec<A> b0 = load_as<A>(b + k * ldb), b1 = load_as<A>(b + k * ldb + W);
+#pragma GCC unroll 6
+        for (int i = 0; i < R; i++) {
+            Vec<A> x = splat(ORDER == Order::ROWS ? a[i * lda + k] : a[k * lda + i]);
+            acc[i][0] += x * b0;
+            acc[i][1] += x * b1;
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < R; i++) {
+        A* row = c + i * ldc;
+        Vec<A> c0 = acc[i][0], c1 = acc[i][1];
+        if (STORE == Store::ADD) {
+            c0 += load<A>(row);
+            c1 += load<A>(row + W);
+        } else if (STORE == Store::RESCALE) {
+            c0 += load<A>(row) * rescale[i];
+            c1 += load<A>(row + W) * rescale[i];
+        }
+        store<A>(row, c0);
+        store<A>(row + W, c1);
+    }
+}
+
+// Any number of rows up to GEMM_ROWS.
+template <Order ORDER, Store STORE, class A, class T>
+INLINE void micro_rows(int rows, int depth, const A* a, int64_t lda, const T* b, int64_t ldb, A* c,
+                       int64_t ldc, const A* rescale = nullptr) {
+    switch (rows) {
+        case 6: return micro<6, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 5: return micro<5, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 4: return micro<4, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 3: return micro<3, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 2: return micro<2, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 1: return micro<1, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+    }
+}

@@ -1,0 +1,26 @@
+// Every kernel of one instruction set. A file isa_*.cpp sets VECTOR_BYTES and the target, and
+// includes this inside a namespace of its own: no #include and no std:: template with code in here,
+// or the linker might keep a copy this CPU cannot run.
+
+template <class A> struct IntOfType;
+template <> struct IntOfType<float> { using type = int32_t; };
+template <> struct IntOfType<double> { using type = int64_t; };
+template <class A> using IntOf = typename IntOfType<A>::type;
+
+// tanh(x) = x + x^3 * series(x^2) for |x| < 0.64, minimax, 1e-7 relative.
+constexpr float TANH_SERIES[6] = {-0.3333333f,   0.13333184f,   -0.053943656f,
+                                  0.021682622f, -0.008130724f, 0.002098863f};
+
+#include "vec.inl"
+#include "convert.inl"
+#include "gemm.inl"
+#include "pack.inl"
+#include "score.inl"
+#include "forward.inl"
+#include "backward.inl"
+
+template <class A> static int64_t padded(int columns) { return round_up_panel<A>(columns); }
+
+template <class A> constexpr Kernels KERNELS = {BLOCK_Q,     forward<A>, combine<A>,
+                                                backward<A>, reduce<A>,  padded<A>};
+constexpr IsaKernels ISA_KERNELS = {KERNELS<float>, KERNELS<double>};

@@ -1,0 +1,116 @@
+// Where a CPU kernel finds its operands, and the table of functions one instruction set offers.
+// next: kernels.inl
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "../philox.h"
+#include "../spec.h"
+
+namespace fastattn::cpu {
+
+enum class Dtype { F32, F64, BF16, F16, BOOL };
+
+inline int size_of(Dtype t) {
+    return t == Dtype::F64 ? 8 : t == Dtype::F32 ? 4 : t == Dtype::BOOL ? 1 : 2;
+}
+
+// [batch, heads, rows, columns] in memory; strides in elements, 0 where broadcast.
+struct Tensor4 {
+    char* data = nullptr;  // null: absent
+    Dtype dtype = Dtype::F32;
+    int64_t batch = 0, head = 0, row = 0, col = 1;
+
+    template <class T> T* at(int64_t b, int64_t h, int64_t r) const {
+        return reinterpret_cast<T*>(data) + b * batch + h * head + r * row;
+    }
+    char* bytes_at(int64_t b, int64_t h, int64_t r) const {
+        return data + (b * batch + h * head + r * row) * size_of(dtype);
+    }
+};
+
+// Query rows that share one run of keys: a batch entry, a packed sequence or a document. Rows and
+// keys count from 0 inside the segment; keys outside it do not exist for these rows.
+struct Segment {
+    int batch;             // index in memory of q, out and, unless paged, k and v
+    int entry;             // batch entry or packed sequence: indexes mask, bias, slopes, dropout, pages
+    int q_begin, kv_begin; // first row and key in memory
+    int row0, key0;        // first row and key as mask, bias and dropout count them
+    Band band;             // q_len, kv_len and the diagonal, in segment coordinates
+};
+
+struct Params {
+    // what
+    double scale;
+    double softcap;        // 0: off
+    bool dropout;
+    DropoutKey dropout_key;
+    // where
+    Dtype dtype;           // of q, k, v, out and their gradients
+    Tensor4 q, k, v, out;  // [B, Hq, Sq, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv], [B, Hq, Sq, Dv]
+    Tensor4 mask, bias;    // [entries, Hq, rows, keys]
+    const float* slopes;   // ALiBi; null: none
+    int64_t slopes_batch;
+    Tensor4 sinks;         // [Hq] through the head stride
+    Tensor4 lse;           // [B, Hq, Sq] (the column is unused), fp32 (fp64 for fp64)
+    const int* page_table; // [entries, max_pages]; null: not paged
+    int64_t page_table_row;
+    int page_size;
+    int heads, kv_heads, head_dim, v_dim;
+    const Segment* segments;
+    // backward
+    Tensor4 dout, dq, dk, dv;
+    Tensor4 dlse;          // as lse; absent: zero
+    Tensor4 dbias;         // accumulated in fp32 (fp64 for fp64); absent: not wanted
+    Tensor4 delta;         // as lse: rowsum(dout * out) - dlse, for dsinks; absent: not wanted
+
+    int group() const { return heads / kv_heads; }
+};
+
+// Query rows of one tile: `heads` consecutive q heads of one kv head x `rows` rows each. More than
+// one head only where every head's rows fit one tile together (short queries under GQA).
+struct ForwardItem {
+    int segment, head, heads, row, rows;
+    int key_begin, key_end;  // the part of the segment's keys to look at (split-KV)
+    int64_t partial;         // first row of the split's partial result; -1: write out and lse
+};
+
+// Unnormalised results of key ranges, merged in order by `combine`.
+struct Partials {
+    void* row_max;  // [rows], in base 2
+    void* row_sum;  // [rows]
+    void* acc;      // [rows][v_dim]
+};
+
+struct BackwardItem {
+    int segment, kv_head;
+    int row_begin, row_end;  // query rows of the segment
+    // fp32 (fp64) sums over those rows, [kv_len][padded D] and [kv_len][padded Dv]; null: this item
+    // is all there is, and writes dk and dv itself
+    void* dk_sum;
+    void* dv_sum;
+};
+
+struct Kernels {
+    int block_q;  // rows of a forward tile
+    void (*forward)(const Params&, const ForwardItem&, const Partials&);
+    void (*combine)(const Params&, const ForwardItem&, int splits, const Partials&);
+    void (*backward)(const Params&, const BackwardItem&);
+    void (*reduce)(const Params&, const BackwardItem*, int parts);
+    int64_t (*padded)(int columns);  // row length of dk_sum and dv_sum
+};
+
+// fp32 arithmetic (fp32, bf16, fp16 tensors) and fp64.
+struct IsaKernels {
+    Kernels f32, f64;
+};
+
+// One per row of isas(); null where the compiler does not target this architecture.
+extern const IsaKernels* const avx512_bf16_kernels;
+extern const IsaKernels* const avx512_kernels;
+extern const IsaKernels* const avx2_kernels;
+extern const IsaKernels* const portable_kernels;
+extern const IsaKernels* const portable_bf16_kernels;
+
+}  // namespace fastattn::cpu
