@@ -162,7 +162,9 @@ void Call::check_broadcast(const Tensor& t, const char* name) const {
     check_cpu(t, name);
     int64_t full[4] = {entries, q.size(1), max_q, max_kv};
     bool ok = t.dim() == 4;
-    for (int i = 0; ok && i < 4; i++) ok = t.size(i) == 1 || t.size(i) == full[i];
+    for (int i = 0; ok && i < 4; i++)
+        ok = t.size(i) == 1 || t.size(i) == full[i] ||
+             (cu_seqlens_q && i >= 2 && t.size(i) > full[i]);  // packed: at least the longest
     check(ok, name, " has shape ", shape_of(t), ", which does not broadcast to [", full[0], ", ", full[1],
           ", ", full[2], ", ", full[3], "]");
 }

@@ -8,7 +8,7 @@ template <class A> struct BackwardTile {
     Lanes<A> lanes;
     alignas(64) A lse[BLOCK_Q];    // in base 2; +inf for a row that saw no key
     alignas(64) A delta[BLOCK_Q];
-    A *q_turned, *dout_turned;     // transposed panels: lanes
+    Turned<A> q_turned, dout_turned;
     A *q, *dout;                   // panels: [columns / PANEL][BLOCK_Q][PANEL]
     A *keys, *values;              // converted rows, when they cannot be read in place
     A *key_panels;
@@ -26,8 +26,8 @@ template <class A>
 static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
     t.k_ld = round_up_panel<A>(p.head_dim);
     t.v_ld = round_up_panel<A>(p.v_dim);
-    t.q_turned = arena.take<A>(BLOCK_Q * p.head_dim);
-    t.dout_turned = arena.take<A>(BLOCK_Q * p.v_dim);
+    t.q_turned = new_turned<A>(p, BLOCK_Q, p.head_dim, A(p.scale * LOG2E), arena);
+    t.dout_turned = new_turned<A>(p, BLOCK_Q, p.v_dim, A(1), arena);
     t.q = arena.take<A>(BLOCK_Q * t.k_ld);
     t.dout = arena.take<A>(BLOCK_Q * t.v_ld);
     t.keys = arena.take<A>(BLOCK_KV * p.head_dim);
@@ -53,8 +53,8 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
         using T = std::remove_pointer_t<decltype(type)>;
         auto q_row = rows_of(p.q), dout_row = rows_of(p.dout);
         int n = lanes.count;
-        pack_transposed<A, T>(q_row, n, p.head_dim, A(p.scale * LOG2E), t.buffer, t.q_turned);
-        pack_transposed<A, T>(dout_row, n, p.v_dim, A(1), t.buffer, t.dout_turned);
+        turn(p, q_row, n, t.q_turned, t.buffer);
+        turn(p, dout_row, n, t.dout_turned, t.buffer);
         pack_panels<A, T>(q_row, n, p.head_dim, BLOCK_Q, t.q);
         pack_panels<A, T>(dout_row, n, p.v_dim, BLOCK_Q, t.dout);
         for (int i = 0; i < n; i++) {
@@ -185,8 +185,8 @@ static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys
         bool edge = key < r.full_begin || key + n > r.full_end;
         Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
-        Rows<A> k = load_rows(p, keys, key, n, p.head_dim, t.keys);
-        Rows<A> v = load_rows(p, values, key, n, p.v_dim, t.values);
+        RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.keys);
+        RowBlock<A> v = load_rows(p, values, key, n, p.v_dim, t.values);
         const float* z = p.dropout ? dropout_tile(p, s, lanes, key, n, t.keep[0], t.keep[1]) : nullptr;
         for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
             int first = panel * PANEL<A>, begin = 0, end = n;
@@ -195,10 +195,8 @@ static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys
                 begin = imin(n, imax(0, seen_here.begin - key));
                 end = imax(begin, imin(n, seen_here.end - key));
             }
-            panel_scores(t.q_turned + static_cast<int64_t>(first) * p.head_dim, p.head_dim, k, begin,
-                         end, t.p + first, TILE_LD);
-            panel_scores(t.dout_turned + static_cast<int64_t>(first) * p.v_dim, p.v_dim, v, begin, end,
-                         t.ds + first, TILE_LD);
+            panel_product(t.q_turned, panel, k, begin, end, t.p + first, TILE_LD);
+            panel_product(t.dout_turned, panel, v, begin, end, t.ds + first, TILE_LD);
             finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD,
                           t.softcap_slope ? t.softcap_slope + begin * TILE_LD + first : nullptr);
@@ -214,8 +212,11 @@ static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys
                 }
         add_to_keys(t, edge, t.p, key, n, t.dout, t.v_ld, dv_sum + static_cast<int64_t>(key) * t.v_ld);
         add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld, dk_sum + static_cast<int64_t>(key) * t.k_ld);
-        pack_panels<A, A>([&](int j) { return k.data + j * k.ld; }, n, p.head_dim, BLOCK_KV,
-                          t.key_panels);
+        with_type<A>(p.dtype, [&](auto* type) {
+            using T = std::remove_pointer_t<decltype(type)>;
+            pack_panels<A, T>([&](int j) { return keys.row(key + j); }, n, p.head_dim, BLOCK_KV,
+                              t.key_panels);
+        });
         add_to_queries(t, edge, key, n);
     }
 }

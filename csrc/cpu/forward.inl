@@ -10,12 +10,12 @@ template <class A> struct ForwardTile {
     alignas(64) A row_max[BLOCK_Q];  // in base 2
     alignas(64) A row_sum[BLOCK_Q];
     alignas(64) A rescale[BLOCK_Q];
-    A* q;         // transposed panels, scaled; or DOT_LANES rows of dot_ld for dot products
+    Turned<A> q;  // unless decoding
+    A* q_rows;    // decoding: the lanes' rows, scaled, dot_ld apart
     A* keys;      // converted keys, when they cannot be read in place
     A* scores;    // [BLOCK_KV][ld], then probabilities
     A* values;    // panels
     A* acc;       // [lanes][acc_ld], unnormalised output
-    uint16_t* q_pairs;         // bf16 dot product: transposed panels of pairs
     DropoutTile keep[2];
     int ld, acc_ld, dot_ld;
 };
@@ -23,38 +23,28 @@ template <class A> struct ForwardTile {
 // --- load ---------------------------------------------------------------------------------------
 
 template <class A>
-static void load_queries(const Params& p, const Segment& s, A factor, ForwardTile<A>& t, Arena& arena) {
+static void load_queries(const Params& p, const Segment& s, ForwardTile<A>& t, Arena& arena) {
+    A factor = A(p.scale * LOG2E);
     auto row_of = [&](int i) {
         return p.q.bytes_at(s.batch, t.lanes.head[i], s.q_begin + t.lanes.row[i]);
     };
+    if (t.dot_ld == 0) {
+        t.q = new_turned<A>(p, t.lanes.padded, p.head_dim, factor, arena);
+        return turn(p, row_of, t.lanes.count, t.q, arena.take<A>(8 * p.head_dim));
+    }
+    t.q_rows = arena.take<A>(DOT_LANES * t.dot_ld);
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        if (t.dot_ld > 0) {
-            t.q = arena.take<A>(DOT_LANES * t.dot_ld);
-            for (int i = 0; i < t.lanes.count; i++) {
-                A* row = t.q + i * t.dot_ld;
-                convert_row(reinterpret_cast<const T*>(row_of(i)), row, p.head_dim);
-                for (int d = 0; d < p.head_dim; d++) row[d] *= factor;
-                for (int d = p.head_dim; d < t.dot_ld; d++) row[d] = 0;
-            }
-        } else {
-            t.q = arena.take<A>(t.lanes.padded * p.head_dim);
-            A* buffer = arena.take<A>(8 * p.head_dim);
-            pack_transposed<A, T>(row_of, t.lanes.count, p.head_dim, factor, buffer, t.q);
+        for (int i = 0; i < t.lanes.count; i++) {
+            A* row = t.q_rows + i * t.dot_ld;
+            convert_row(reinterpret_cast<const T*>(row_of(i)), row, p.head_dim);
+            for (int d = 0; d < p.head_dim; d++) row[d] *= factor;
+            for (int d = p.head_dim; d < t.dot_ld; d++) row[d] = 0;
         }
     });
 }
 
 // --- scores -------------------------------------------------------------------------------------
-
-// scores[key][lane] of one panel, keys [begin, end) of the block.
-template <class A>
-INLINE void panel_scores(const A* q, int depth, const Rows<A>& keys, int begin, int end, A* to,
-                         int64_t ld) {
-    for (int j = begin; j < end; j += GEMM_ROWS)
-        micro_rows<Order::ROWS, Store::SET>(imin(GEMM_ROWS, end - j), depth, keys.data + j * keys.ld,
-                                            keys.ld, q, PANEL<A>, to + j * ld, ld);
-}
 
 // Dot products of N keys with all lanes, in steps of a vector; the last step reads a padded copy.
 template <int N, class A, class T>
@@ -104,9 +94,9 @@ static void decode_scores(const Params& p, const ForwardTile<A>& t, const KeyRow
             }
             A* to = t.scores + j * t.ld;
             if (j + 2 <= n)
-                dot_scores<2>(rows, p.head_dim, t.q, t.lanes.count, t.dot_ld, to, t.ld);
+                dot_scores<2>(rows, p.head_dim, t.q_rows, t.lanes.count, t.dot_ld, to, t.ld);
             else
-                dot_scores<1>(rows, p.head_dim, t.q, t.lanes.count, t.dot_ld, to, t.ld);
+                dot_scores<1>(rows, p.head_dim, t.q_rows, t.lanes.count, t.dot_ld, to, t.ld);
         }
     });
 }
@@ -242,9 +232,8 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
     t.ld = lanes.padded;
     t.acc_ld = round_up_panel<A>(p.v_dim);
     t.dot_ld = decoding ? round_up_panel<A>(p.head_dim) : 0;
-    load_queries(p, s, A(p.scale * LOG2E), t, arena);
-    if (!decoding && size_of(p.dtype) != sizeof(A)) t.keys = arena.take<A>(BLOCK_KV * p.head_dim);
-    if (!decoding && p.page_table) t.keys = arena.take<A>(BLOCK_KV * p.head_dim);
+    load_queries(p, s, t, arena);
+    t.keys = decoding ? nullptr : arena.take<A>(BLOCK_KV * p.head_dim);
     t.scores = arena.take<A>(BLOCK_KV * t.ld);
     t.values = arena.take<A>(BLOCK_KV * t.acc_ld);
     t.acc = arena.take<A>(static_cast<int64_t>(lanes.count) * t.acc_ld);
@@ -263,7 +252,7 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
         bool edge = key < all.full_begin || key + n > all.full_end;
         Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
-        Rows<A> rows{};
+        RowBlock<A> rows{};
         if (decoding)
             decode_scores(p, t, keys, values, key, n);
         else
@@ -277,8 +266,7 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
             }
             A* scores = t.scores + first;
             if (!decoding)
-                panel_scores(t.q + static_cast<int64_t>(first) * p.head_dim, p.head_dim, rows, begin,
-                             end, scores, t.ld);
+                panel_product(t.q, panel, rows, begin, end, scores, t.ld);
             finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           scores + begin * t.ld, t.ld, static_cast<A*>(nullptr));
             panel_softmax(t, panel, begin, end, n, scores);

@@ -1,4 +1,4 @@
-// The one matrix product of every kernel: C[R rows][PANEL columns] (+)= A[R][depth] * B[depth][PANEL].
+// The matrix product of every kernel: C[R rows][PANEL columns] (+)= A[R][depth] * B[depth][PANEL].
 // next: pack.inl
 //
 // 6 rows x 2 vectors: 12 accumulators + 2 of B + 1 of A fill AVX2's 16 registers, and 12 chains of
@@ -16,7 +16,7 @@ INLINE void micro(int depth, const A* a, int64_t lda, const T* b, int64_t ldb, A
                   const A* rescale) {
     Vec<A> acc[R][2] = {};
     constexpr int W = LANES<A>;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int k = 0; k < depth; k++) {
         Vec<A> b0 = load_as<A>(b + k * ldb), b1 = load_as<A>(b + k * ldb + W);
 #pragma GCC unroll 6
@@ -53,5 +53,42 @@ INLINE void micro_rows(int rows, int depth, const A* a, int64_t lda, const T* b,
         case 3: return micro<3, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
         case 2: return micro<2, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
         case 1: return micro<1, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+    }
+}
+
+// The bf16 dot product: acc += a.low * b.low + a.high * b.high, a pair of bf16 to a 32-bit word.
+// VDPBF16PS does it in one instruction; elsewhere it is two fp32 products, which are exact.
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+
+INLINE Vec<float> dot_pairs(Vec<float> acc, Words a, Words b) {
+#if FASTATTN_BF16_DOT && VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    acc += (Vec<float>)(a << 16) * (Vec<float>)(b << 16);
+    return acc + (Vec<float>)(a & 0xffff0000u) * (Vec<float>)(b & 0xffff0000u);
+#endif
+}
+
+// C = factor * A B as micro() with Order::ROWS, on bf16: B holds pairs along the depth.
+template <int R>
+INLINE void micro_pairs(int depth, const uint16_t* a, int64_t lda, const uint32_t* b, float* c,
+                        int64_t ldc, float factor) {
+    Vec<float> acc[R][2] = {};
+    constexpr int W = LANES<float>;
+    for (int k = 0; k < depth; k += 2, b += PANEL<float>) {
+        Words b0, b1;
+        __builtin_memcpy(&b0, b, sizeof b0);
+        __builtin_memcpy(&b1, b + W, sizeof b1);
+        for (int i = 0; i < R; i++) {
+            uint32_t pair = a[i * lda + k];  // an odd depth ends with half a pair
+            if (k + 1 < depth) __builtin_memcpy(&pair, a + i * lda + k, sizeof pair);
+            Words x = Words{} + pair;
+            acc[i][0] = dot_pairs(acc[i][0], x, b0);
+            acc[i][1] = dot_pairs(acc[i][1], x, b1);
+        }
+    }
+    for (int i = 0; i < R; i++) {
+        store<float>(c + i * ldc, acc[i][0] * factor);
+        store<float>(c + i * ldc + W, acc[i][1] * factor);
     }
 }

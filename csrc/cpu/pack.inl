@@ -1,6 +1,6 @@
 // Rows of q, k, v and their gradients copied into the form that gemm.inl reads, converted to the
 // type of arithmetic on the way.
-// next: score.inl
+// next: product.inl
 //
 // A panel is PANEL columns wide. "Panels" are [columns / PANEL][rows][PANEL]: the B operand of a
 // product. "Transposed panels" are [rows / PANEL][columns][PANEL]: rows become lanes.
@@ -29,25 +29,6 @@ static KeyRows key_rows(const Params& p, const Tensor4& t, const Segment& s, int
         return {t.bytes_at(s.batch, kv_head, s.kv_begin), t.row * size, nullptr, 1, 0, 0};
     return {t.bytes_at(0, kv_head, 0), t.row * size, p.page_table + s.entry * p.page_table_row,
             p.page_size, t.batch * size, s.kv_begin};
-}
-
-// Rows of A at a fixed distance: where they lie if they can be read in place, else a converted copy.
-template <class A> struct Rows {
-    const A* data;
-    int64_t ld;
-};
-template <class A>
-INLINE Rows<A> load_rows(const Params& p, const KeyRows& keys, int first, int n, int columns,
-                         A* buffer) {
-    if (keys.pages == nullptr && size_of(p.dtype) == sizeof(A))
-        return {reinterpret_cast<const A*>(keys.row(first)),
-                keys.row_bytes / static_cast<int64_t>(sizeof(A))};
-    with_type<A>(p.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        for (int j = 0; j < n; j++)
-            convert_row(reinterpret_cast<const T*>(keys.row(first + j)), buffer + j * columns, columns);
-    });
-    return {buffer, columns};
 }
 
 // [n rows][columns] -> panels of `capacity` rows; columns are padded with 0 to a whole panel.

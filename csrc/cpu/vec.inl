@@ -43,11 +43,24 @@ template <class A> INLINE VecI<A> splat_int(IntOf<A> x) { return x - VecI<A>{}; 
 // NaN in x loses against y, which keeps a NaN score from becoming the row's maximum.
 template <class A> INLINE Vec<A> vmax(Vec<A> x, Vec<A> y) { return x > y ? x : y; }
 
-template <class A> INLINE A reduce_sum(Vec<A> x) {
-    A sum = 0;
-    for (int i = 0; i < LANES<A>; i++) sum += x[i];
-    return sum;
-}
+// Sum of all lanes, by halves down to 16 bytes.
+template <class A, int BYTES> struct Halves {
+    typedef A V __attribute__((vector_size(BYTES)));
+    static INLINE_MEMBER A sum(V x) {
+        if constexpr (BYTES > 16) {
+            using Half = Halves<A, BYTES / 2>;
+            typename Half::V low, high;
+            __builtin_memcpy(&low, &x, BYTES / 2);
+            __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + BYTES / 2, BYTES / 2);
+            return Half::sum(low + high);
+        } else if constexpr (sizeof(A) == 4) {
+            return (x[0] + x[1]) + (x[2] + x[3]);
+        } else {
+            return x[0] + x[1];
+        }
+    }
+};
+template <class A> INLINE A reduce_sum(Vec<A> x) { return Halves<A, VECTOR_BYTES>::sum(x); }
 
 // 2^r on [-1/2, 1/2]. float: minimax of degree 6, 0.93 ulp. double: Taylor of degree 13, 1e-16.
 INLINE Vec<float> exp2_poly(Vec<float> r) {
@@ -70,7 +83,7 @@ INLINE Vec<double> exp2_poly(Vec<double> r) {
 // 2^x for x <= 1023; exactly 0 below the normal range (so 2^-inf = 0); NaN stays NaN.
 template <class A> INLINE Vec<A> vexp2(Vec<A> x) {
     using S = SimdOf<A>;
-    Vec<A> clamped = x < S::EXP_MIN ? splat(A(S::EXP_MIN)) : x;
+    Vec<A> least = splat(A(S::EXP_MIN)), clamped = least > x ? least : x;  // keeps NaN
     Vec<A> shifted = clamped + S::MAGIC;
     Vec<A> r = clamped - (shifted - S::MAGIC);
     Vec<A> p = exp2_poly(r);

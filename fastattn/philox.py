@@ -1,0 +1,69 @@
+"""Dropout's random bits: Philox4x32-10, 16 bits a score, in plain torch.
+
+A bit is a pure function of (seed, offset, batch x head, row, key): no tile shape, device, dtype or
+head dimension enters, so that every backend drops the same weights. csrc/philox.h is the twin.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_LOW32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def keep_threshold(p: float) -> int:
+    """A weight is kept where its 16 bits are below this: (1 - p) * 65536 rounded, at least 1."""
+    return max(1, math.floor((1.0 - p) * 65536 + 0.5))
+
+
+def keep_probability(p: float) -> float:
+    """The exact probability that a weight is kept: a multiple of 1/65536, near 1 - p."""
+    return keep_threshold(p) / 65536
+
+
+def keep_mask(seed, heads_total: int, q_len: int, kv_len: int, p: float, *, device=None) -> Tensor:
+    """Which weights are kept: bool [heads_total, q_len, kv_len]; heads_total is batch * heads.
+
+    seed is the pair (seed, offset), two integers of 64 bits or an int64 tensor [2].
+    """
+    lengths = (heads_total, q_len, kv_len)
+    return keep_block(seed, *(torch.arange(n, device=device) for n in lengths), p)
+
+
+def keep_block(seed, bh: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
+    """keep_mask at chosen places: int64 index vectors bh [N], i [M], j [L] -> bool [N, M, L]."""
+    seed, offset = seed.tolist() if isinstance(seed, Tensor) else map(int, seed)
+    key = (seed & _LOW32, ((seed >> 32) ^ (offset >> 32)) & _LOW32)
+    # One call serves rows i and i ^ 8, and keys j, j ^ 1, j ^ 8 and j ^ 9: compute each call once.
+    row_calls, row = torch.unique((i >> 4) * 8 + (i & 7), return_inverse=True)
+    key_calls, col = torch.unique((j >> 4) * 4 + ((j & 7) >> 1), return_inverse=True)
+    counter = (row_calls[:, None], key_calls, bh[:, None, None], offset & _LOW32)
+    words = torch.stack(philox4x32(counter, key), dim=-1)  # [N, row calls, key calls, 4]
+    word = 2 * ((i[:, None] >> 3) & 1) + ((j >> 3) & 1)  # [M, L]: which of the four
+    bits = words[:, row[:, None], col, word] >> (16 * (j & 1)) & 0xFFFF
+    return bits < keep_threshold(p)
+
+
+def philox4x32(counter, key):
+    """Ten rounds of Philox on four 32-bit words; ints, or int64 tensors that broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high_a, low_a = _multiply(_MULTIPLIERS[0], c0)
+        high_b, low_b = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + _WEYL[0]) & _LOW32, (k1 + _WEYL[1]) & _LOW32
+    return c0, c1, c2, c3
+
+
+def _multiply(a: int, b):
+    """The high and low words of a * b. b goes in 16-bit halves: no product reaches 2^63."""
+    upper, lower = a * (b >> 16), a * (b & 0xFFFF)
+    high = (upper + (lower >> 16)) >> 16
+    low = (lower + ((upper & 0xFFFF) << 16)) & _LOW32
+    return high, low
