@@ -127,13 +127,7 @@ static void add_bias_gradient(const Params& p, const Segment& s, const BackwardT
                 first[i * g.row + j * g.col] += t.ds[j * TILE_LD + i];
         return;
     }
-    constexpr int STEP = imin(8, PANEL<A>);
-    alignas(64) A turned[STEP][BLOCK_KV];
-    for (int i = 0; i < lanes.count; i += STEP) {
-        transpose<A>(t.ds + i, TILE_LD, n, STEP, turned[0], BLOCK_KV, A(1));
-        for (int r = 0; r < imin(STEP, lanes.count - i); r++)
-            for (int j = 0; j < n; j++) first[(i + r) * g.row + j] += turned[r][j];
-    }
+    transpose<true>([&](int j) { return t.ds + j * TILE_LD; }, n, lanes.count, first, g.row, A(1));
 }
 
 // sum[key][column] += X'[key][lane] * rows[lane][column], for the lanes that see the keys.

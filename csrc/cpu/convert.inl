@@ -14,7 +14,7 @@ INLINE float to_float(bf16 x) {
     return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
 }
 INLINE float to_float(f16 x) {
-#if defined(FASTATTN_F16C)
+#if defined(FASTATTN_AVX2)
     return _cvtsh_ss(x.bits);
 #else
     // Shift exponent and mantissa into place, then scale the exponent bias away: exact for
@@ -37,7 +37,7 @@ template <> inline bf16 from_float<bf16>(float x) {
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <> inline f16 from_float<f16>(float x) {
-#if defined(FASTATTN_F16C)
+#if defined(FASTATTN_AVX2)
     return {static_cast<uint16_t>(_cvtss_sh(x, 0))};
 #else
     uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = bits >> 16 & 0x8000;
@@ -60,9 +60,9 @@ template <class A> INLINE Vec<A> load_as(const bf16* p) {
     return (Vec<A>)(wide << 16);
 }
 template <class A> INLINE Vec<A> load_as(const f16* p) {
-#if defined(FASTATTN_F16C) && VECTOR_BYTES == 64
+#if defined(FASTATTN_AVX2) && VECTOR_BYTES == 64
     return (Vec<A>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(FASTATTN_F16C)
+#elif defined(FASTATTN_AVX2)
     return (Vec<A>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
     Vec<A> x = {};

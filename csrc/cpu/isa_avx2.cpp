@@ -5,7 +5,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #define VECTOR_BYTES 32
-#define FASTATTN_F16C 1
+#define FASTATTN_AVX2 1
 #define FASTATTN_BF16_DOT 0
 
 namespace fastattn::cpu::avx2 {

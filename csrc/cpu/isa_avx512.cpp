@@ -5,7 +5,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define VECTOR_BYTES 64
-#define FASTATTN_F16C 1
+#define FASTATTN_AVX2 1
 #define FASTATTN_BF16_DOT 0
 
 namespace fastattn::cpu::avx512 {

@@ -1,6 +1,8 @@
-// Every kernel of one instruction set. A file isa_*.cpp sets VECTOR_BYTES and the target, and
-// includes this inside a namespace of its own: no #include and no std:: template with code in here,
-// or the linker might keep a copy this CPU cannot run.
+// Every kernel of one instruction set. A file isa_*.cpp sets the target, VECTOR_BYTES,
+// FASTATTN_BF16_DOT and, where AVX2, FMA and F16C may be used, FASTATTN_AVX2 (a target chosen by pragma
+// does not define the compiler's own macro); then it includes this inside a namespace of its own.
+// No #include and no std:: template with code in here, or the linker might keep a copy that this CPU
+// cannot run.
 
 template <class A> struct IntOfType;
 template <> struct IntOfType<float> { using type = int32_t; };

@@ -55,12 +55,12 @@ INLINE void pack_panels(RowOf row_of, int n, int columns, int capacity, A* to) {
 typedef float Float8 __attribute__((vector_size(32)));
 typedef float Float8Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
-// 8x8 floats: rows of `from` (8 of them, `from_ld` apart) to columns of `to`.
-INLINE void transpose8(const float* from, int64_t from_ld, float* to, int64_t to_ld, float factor) {
+// to[c * to_ld + r] (+)= factor * row(r)[c] for 8 rows and columns; row(r) points to floats.
+template <bool ADD, class RowOf>
+INLINE void transpose8(RowOf row, float* to, int64_t to_ld, float factor) {
     Float8 r[8], s[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        r[i] = *reinterpret_cast<const Float8Unaligned*>(from + i * from_ld) * factor;
+    for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const Float8Unaligned*>(row(i)) * factor;
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -75,28 +75,35 @@ INLINE void transpose8(const float* from, int64_t from_ld, float* to, int64_t to
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        Float8 low = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        Float8 high = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-        *reinterpret_cast<Float8Unaligned*>(to + i * to_ld) = low;
-        *reinterpret_cast<Float8Unaligned*>(to + (i + 4) * to_ld) = high;
+        s[i] = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        s[i + 4] = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        Float8Unaligned* at = reinterpret_cast<Float8Unaligned*>(to + i * to_ld);
+        *at = ADD ? *at + s[i] : s[i];
     }
 }
 
-// to[c * to_ld + r] = factor * from[r * from_ld + c] for `rows` x `columns`.
-template <class A>
-INLINE void transpose(const A* from, int64_t from_ld, int rows, int columns, A* to, int64_t to_ld,
-                      A factor) {
+// to[c * to_ld + r] (+)= factor * row(r)[c] for `rows` x `columns`.
+template <bool ADD, class A, class RowOf>
+INLINE void transpose(RowOf row, int rows, int columns, A* to, int64_t to_ld, A factor) {
+    auto element = [&](int r, int c) {
+        A x = row(r)[c] * factor;
+        to[c * to_ld + r] = ADD ? to[c * to_ld + r] + x : x;
+    };
     int r0 = 0;
     if constexpr (sizeof(A) == 4)
         for (; r0 + 8 <= rows; r0 += 8) {
             int c = 0;
             for (; c + 8 <= columns; c += 8)
-                transpose8(from + r0 * from_ld + c, from_ld, to + c * to_ld + r0, to_ld, factor);
+                transpose8<ADD>([&](int r) { return row(r0 + r) + c; }, to + c * to_ld + r0, to_ld,
+                                factor);
             for (; c < columns; c++)
-                for (int r = r0; r < r0 + 8; r++) to[c * to_ld + r] = from[r * from_ld + c] * factor;
+                for (int r = r0; r < r0 + 8; r++) element(r, c);
         }
     for (; r0 < rows; r0++)
-        for (int c = 0; c < columns; c++) to[c * to_ld + r0] = from[r0 * from_ld + c] * factor;
+        for (int c = 0; c < columns; c++) element(r0, c);
 }
 
 // [n rows][columns] -> transposed panels, times factor; lanes past n are 0. `buffer` holds 8 rows.
@@ -110,6 +117,7 @@ INLINE void pack_transposed(RowOf row_of, int n, int columns, A factor, A* buffe
             convert_row(reinterpret_cast<const T*>(row_of(r + i)), buffer + i * columns, columns);
         for (int i = rows; i < STEP; i++)
             for (int c = 0; c < columns; c++) buffer[i * columns + c] = 0;
-        transpose<A>(buffer, columns, STEP, columns, panel, PANEL<A>, factor);
+        transpose<false>([&](int i) { return buffer + i * columns; }, STEP, columns, panel, PANEL<A>,
+                         factor);
     }
 }

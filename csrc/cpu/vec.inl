@@ -8,7 +8,9 @@ template <> struct SimdOf<float> {
     typedef float Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
     typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
     typedef int32_t UnalignedI __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-    static constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    // 1.5 * 2^23 + 127: adding it rounds to an integer n, and leaves n + 127, the exponent field of
+    // 2^n, in the low bits.
+    static constexpr float MAGIC = 12582912.0f + 127.0f;
     static constexpr float EXP_MIN = -126.0f;    // below: 2^x is subnormal, returned as 0
     static constexpr int MANTISSA = 23;
 };
@@ -17,7 +19,7 @@ template <> struct SimdOf<double> {
     typedef double Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
     typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
     typedef int64_t UnalignedI __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
-    static constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr double MAGIC = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 + 1023
     static constexpr double EXP_MIN = -1022.0;
     static constexpr int MANTISSA = 52;
 };
@@ -83,11 +85,10 @@ INLINE Vec<double> exp2_poly(Vec<double> r) {
 // 2^x for x <= 1023; exactly 0 below the normal range (so 2^-inf = 0); NaN stays NaN.
 template <class A> INLINE Vec<A> vexp2(Vec<A> x) {
     using S = SimdOf<A>;
-    Vec<A> least = splat(A(S::EXP_MIN)), clamped = least > x ? least : x;  // keeps NaN
-    Vec<A> shifted = clamped + S::MAGIC;
-    Vec<A> r = clamped - (shifted - S::MAGIC);
-    Vec<A> p = exp2_poly(r);
-    Vec<A> scaled = (Vec<A>)((VecI<A>)p + ((VecI<A>)shifted << S::MANTISSA));
+    Vec<A> shifted = x + S::MAGIC;
+    Vec<A> r = x - (shifted - S::MAGIC);  // NaN or worse below EXP_MIN, where it is not used
+    Vec<A> power = (Vec<A>)((VecI<A>)shifted << S::MANTISSA);
+    Vec<A> scaled = exp2_poly(r) * power;
     return x < S::EXP_MIN ? Vec<A>{} : scaled;
 }
 
