@@ -1,0 +1,70 @@
+"""The command line: python -m fastattn info | verify | demo | bench.
+
+Each command is a function `main(argv) -> int` in its own module; it parses its own options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+COMMANDS = {  # name: (module, what it does)
+    "info": ("fastattn.info", "what this machine can run, and why not the rest"),
+    "verify": ("fastattn.verify", "every backend against float64 on this machine"),
+    "demo": ("fastattn.demo", "swap fastattn into a pretrained encoder: compare, time, report"),
+    "bench": ("fastattn.benchmarks.bench", "time fastattn beside torch, each row checked first"),
+}
+EXTRAS = {"demo": "demo", "bench": "bench"}  # the optional dependencies that a command may need
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options before the command; what follows the command is the command's own."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    top = argparse.ArgumentParser(
+        prog="python -m fastattn",
+        description=f"One attention call for PyTorch.\n\ncommands:\n{listed}",
+        epilog="python -m fastattn COMMAND --help lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and stop")
+    top.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND")
+    top.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; its exit code is the program's."""
+    top = parser()
+    chosen = top.parse_args(argv)
+    if chosen.version:
+        import fastattn
+
+        print(f"fastattn {fastattn.__version__}")
+        return 0
+    if chosen.command is None:
+        top.print_help(sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(COMMANDS[chosen.command][0])
+        code = module.main(chosen.options) or 0
+        sys.stdout.flush()
+        return code
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "fastattn":
+            raise  # a broken installation, not a missing extra
+        extra = EXTRAS.get(chosen.command)
+        hint = f"pip install 'fastattn[{extra}]'" if extra else f"pip install {error.name}"
+        print(f"{chosen.command} needs the package {error.name}: {hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Which backend runs a call, and why the others do not. Next hop: the operator in ops.py, whose
+kernels are in csrc/ops_cpu.cpp, or reference.py.
+
+BACKENDS is a list, best first. The first row whose why_not is None runs the call; backend= (or the
+environment's FASTATTN_BACKEND) names one, which then runs it or raises with its sentence. The
+reference is never taken in silence. FASTATTN_LOG=1 prints each distinct decision to stderr once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import autograd, ops
+from .autograd import NO_OPERANDS
+from .reference import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEAD_DIM = 65536  # of the CPU kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One row. All four take tensors in the operators' normal form (ops.py).
+
+    why_not looks only at devices, dtypes, shapes, the spec and which operands are there, never at
+    values or strides: its answer is kept for calls that are alike in these.
+    """
+
+    name: str
+    role: str
+    why_not: Callable  # (spec, q, k, v, operands) -> str | None
+    forward: Callable  # (q, k, v, spec, operands, num_splits) -> (out, lse)
+    backward: Callable  # (dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
+    tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
+
+
+# ---- the rows' functions -----------------------------------------------------------------------
+
+_NONE = (None,) * 11
+
+
+def _op_arguments(spec, x):
+    """The operators' arguments between v and the flags: eleven operands, six numbers."""
+    numbers = (spec.scale, spec.softcap, spec.left, spec.right, spec.align_end, spec.dropout_p)
+    if x is NO_OPERANDS:
+        return (*_NONE, *numbers)
+    tensors = (
+        x.mask, x.bias, x.alibi_slopes, x.sinks, x.kv_lens, x.kv_starts, x.document_ids,
+        x.cu_seqlens_q, x.cu_seqlens_k, x.page_table, x.dropout_seed,
+    )  # fmt: skip
+    return (*tensors, *numbers)
+
+
+def _op_forward(q, k, v, spec, operands, num_splits):
+    return ops.forward(q, k, v, *_op_arguments(spec, operands), num_splits)
+
+
+def _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    arguments = _op_arguments(spec, operands)
+    return ops.backward(dout, dlse, out, lse, q, k, v, *arguments, *needs)
+
+
+def _reference_forward(q, k, v, spec, operands, num_splits):
+    return reference(q, k, v, spec, operands)  # it has no splits: every number of them is one
+
+
+def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    bias, sinks, others = operands.bias, operands.sinks, autograd.other_operands(operands)
+    grads = autograd.reference_grads_of(spec, others, *needs)
+    return grads(dout, dlse, q, k, v, bias, sinks)
+
+
+def _cuda_why_not(spec, q, k, v, operands):
+    return "this version of fastattn has no CUDA kernels"
+
+
+def _triton_why_not(spec, q, k, v, operands):
+    return "this version of fastattn has no Triton kernels"
+
+
+def _cpu_why_not(spec, q, k, v, operands):
+    if q.device.type not in ("cpu", "meta"):
+        return f"q is on {q.device} and this backend runs on the CPU"
+    if ops.NATIVE_MISSING:
+        return ops.NATIVE_MISSING
+    if q.dtype not in DTYPES:
+        return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return (
+            f"head dimensions are {q.shape[3]} (q, k) and {v.shape[3]} (v); "
+            f"the kernels go to {MAX_HEAD_DIM}"
+        )
+    return None
+
+
+def _reference_why_not(spec, q, k, v, operands):
+    return None
+
+
+CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/score.inl
+
+BACKENDS = [
+    Backend("cuda", "NVIDIA sm_80, sm_90a", _cuda_why_not, _op_forward, _op_backward),
+    Backend("triton", "any GPU Triton supports", _triton_why_not, _op_forward, _op_backward),
+    Backend("cpu", "C++ kernels on the CPU", _cpu_why_not, _op_forward, _op_backward, CPU_TILE),
+    Backend("reference", "plain torch, O(S^2) memory, any device",
+            _reference_why_not, _reference_forward, _reference_backward),
+]  # fmt: skip
+BY_NAME = {row.name: row for row in BACKENDS}
+NAMES = tuple(BY_NAME)
+
+
+# ---- choosing ----------------------------------------------------------------------------------
+
+# os.environ.get() costs 1.5 us; the dict behind it, 0.1 us.
+_ENVIRON, _encode = os.environ._data, os.environ.encodekey
+_FORCED = _encode("FASTATTN_BACKEND")
+
+
+def forced() -> bytes | str | None:
+    """What FASTATTN_BACKEND says now, undecoded; None (or empty) when it says nothing."""
+    return _ENVIRON.get(_FORCED)
+
+
+def named(name: str | None) -> str | None:
+    """The backend that backend= or FASTATTN_BACKEND asks for, if any; it must be one there is."""
+    source = "backend"
+    if name is None:
+        name, source = os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{source} is {name!r}; accepted are {', '.join(map(repr, NAMES))}")
+    return name
+
+
+def pick(name, spec, q, k, v, operands) -> Backend:
+    """The row that runs this call: `name`, or what FASTATTN_BACKEND names, or the first able."""
+    wanted = named(name)
+    if wanted is not None:
+        row = BY_NAME[wanted]
+        reason = row.why_not(spec, q, k, v, operands)
+        if reason:
+            source = "FASTATTN_BACKEND" if name is None else "backend"
+            raise NotImplementedError(f"{source}={wanted!r} cannot run this call: {reason}")
+    else:
+        row = next(row for row in BACKENDS if row.why_not(spec, q, k, v, operands) is None)
+        if row.name == "reference":
+            _warn_reference(spec, q, k, v, operands)
+    if not torch.compiler.is_compiling():
+        _log(row, spec, q, k, v, operands)
+    return row
+
+
+_warned: set[str] = set()
+_logged: set[str] = set()
+
+
+def _warn_reference(spec, q, k, v, operands) -> None:
+    """The slow backend runs, unasked: say so, once for each reason."""
+    closest = "cpu" if q.device.type in ("cpu", "meta") else "triton"
+    reason = BY_NAME[closest].why_not(spec, q, k, v, operands)
+    if reason not in _warned and not torch.compiler.is_compiling():
+        _warned.add(reason)
+        warnings.warn(
+            f"fastattn runs on its slow reference backend (O(S^2) memory), because {reason}. "
+            'backend="reference" asks for it without this warning.',
+            UserWarning,
+            stacklevel=caller_level(),
+        )
+
+
+def caller_level() -> int:
+    """The stacklevel of the user's line, seen from the function that calls this one."""
+    level, frame = 1, sys._getframe(1)
+    own = (__package__, "contextlib")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _log(row, spec, q, k, v, operands) -> None:
+    """FASTATTN_LOG=1: one line for each distinct decision."""
+    if os.environ.get("FASTATTN_LOG", "0") in ("", "0"):
+        return
+    given = [n for n in operands.__slots__ if getattr(operands, n) is not None]
+    reasons = [
+        f"not {other.name}: {reason}"
+        for other in BACKENDS[: BACKENDS.index(row)]
+        if (reason := other.why_not(spec, q, k, v, operands))
+    ]
+    line = (
+        f"fastattn: {row.name} runs q {list(q.shape)} k {list(k.shape)} v {list(v.shape)} "
+        f"{str(q.dtype).removeprefix('torch.')} {spec}"
+        + (f" with {', '.join(given)}" if given else "")
+        + (f" ({'; '.join(reasons)})" if reasons else "")
+    )
+    if line not in _logged:
+        _logged.add(line)
+        print(line, file=sys.stderr, flush=True)

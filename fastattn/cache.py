@@ -1,0 +1,301 @@
+"""decode_attention(): attention over a key-value cache that grows. merge_states(): two partial
+results made one. Next hop: backends.py, through attention.run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .attention import run, score_operands
+from .ops import autocast_to
+from .spec import Operands
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lens: Tensor | int,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    rotary_interleaved: bool = True,
+    num_splits: int | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    align: str = "end",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: tuple[int, int] | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to a cache in place, then attends to all it holds. No gradient.
+
+    Entry b holds cache_lens[b] keys before the call and cache_lens[b] + Snew after it; q attends to
+    those. With align="end" the diagonal ends at the last of them, so that causal=True gives each of
+    several new tokens the keys up to itself.
+
+    Args:
+        q: [B, Hq, Sq, D]: the new tokens' queries.
+        k_cache: [Bc, Hkv, Smax, D], Bc = B unless cache_batch_idx says otherwise; with page_table
+            [pages, Hkv, page_size, D]. Slots past an entry's length are never read.
+        v_cache: the same with Dv.
+        cache_lens: int32 [B], or one int for all: keys already in the cache, left padding included.
+        k: [B, Hkv, Snew, D], written to slots cache_lens[b] + i. A call that would overrun the
+            cache raises before anything is written. None: nothing is appended.
+        v: [B, Hkv, Snew, Dv].
+        page_table: int32 [B, max_pages]: slot s of entry b is slot s % page_size of page
+            page_table[b, s // page_size].
+        cache_leftpad: int32 [B]: slots before it do not exist. It moves neither the diagonal nor
+            rotary positions, which count slots.
+        cache_batch_idx: int32 [B]: entry b lives in row cache_batch_idx[b] of the cache.
+        rotary: (cos, sin), each [positions, rotary_dim / 2], rotary_dim <= D and even: turns the
+            first rotary_dim channels of k (before it is stored) and of q. Key i is at position
+            cache_lens[b] + i, and query i too with causal or a window; else all queries are at
+            cache_lens[b] (FlashAttention's rule).
+        rotary_interleaved: pairs are channels (2i, 2i + 1), as in GPT-J; False: (i, i +
+            rotary_dim / 2), as in GPT-NeoX and Llama.
+        num_splits: how many parts of the keys are attended to separately and then merged. None or
+            0: the backend chooses. 1: the same order of summation whatever the batch.
+        kv_lens: refused: cache_lens says it.
+        document_ids: refused: a cache row is one document.
+
+    Under torch.autocast q, k and v are cast to the cache's dtype.
+    The other arguments are attention()'s; mask and bias broadcast to [B, Hq, Sq, Smax] (with pages,
+    Smax is max_pages * page_size).
+
+    Returns:
+        out [B, Hq, Sq, Dv] in q's dtype; with return_lse=True also lse [B, Hq, Sq].
+
+    Rotary embeddings: RoFormer (Su et al., arXiv:2104.09864).
+    """
+    q, spec, operands, caches, append = cached_form(
+        q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
+        rotary_interleaved, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks,
+        kv_lens, document_ids, dropout_p, dropout_seed, return_lse, deterministic,
+    )  # fmt: skip
+    num_splits = 0 if num_splits is None else checks.length("num_splits", num_splits)
+    row = backends.pick(backend, spec, q, *caches, operands)
+    if append is not None:
+        append()
+    out, lse = run(q, *caches, spec, operands, row, num_splits)
+    return (out, lse) if return_lse else out
+
+
+def cached_form(
+    q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
+    rotary_interleaved, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks,
+    kv_lens, document_ids, dropout_p, dropout_seed, return_lse, deterministic,
+):  # fmt: skip
+    """Checks decode_attention()'s arguments; (q, spec, operands, (k, v), append or None)."""
+    checks.flag("return_lse", return_lse)
+    checks.flag("deterministic", deterministic or False)
+    for name, x, instead in (
+        ("kv_lens", kv_lens, "cache_lens says how many keys there are"),
+        ("document_ids", document_ids, "a cache row is one document"),
+    ):
+        if x is not None:
+            raise NotImplementedError(f"{name} came to decode_attention, where {instead}")
+    if (k is None) != (v is None):
+        raise ValueError(f"{'v' if k is None else 'k'} came alone; k and v are appended together")
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    new = {} if k is None else {"k": k, "v": v}
+    for name, x in (tensors | new).items():
+        checks.tensor(name, x)
+    if torch.is_autocast_enabled(q.device.type):  # the cache cannot be cast: what meets it is
+        tensors["q"] = q = autocast_to(q, k_cache.dtype)
+        new = {name: autocast_to(x, k_cache.dtype) for name, x in new.items()}
+        k, v = new.values() if new else (None, None)
+    checks.same_kind(**tensors, **new)
+    checks.no_gradient("a cache", *tensors.values(), k, v, bias, sinks)
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {checks.show(x)}; accepted are four dimensions")
+    if page_table is not None and cache_batch_idx is not None:
+        raise ValueError("page_table and cache_batch_idx came together; a page table says it all")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            f"v_cache has shape {checks.show(v_cache)} and k_cache {checks.show(k_cache)}; all but "
+            "the last sizes must be equal"
+        )
+    checks.head_counts(q.shape[1], k_cache.shape[1], v_cache.shape[1])
+    checks.head_dims(q, k_cache, v_cache)
+    batch, heads, q_len, head_dim = q.shape
+    new_len = 0 if k is None else _new_keys(k, v, k_cache, v_cache, batch)
+    spec = checks.spec_of(head_dim, scale, causal, window, align, softcap, dropout_p)
+    device = q.device
+    rows, _, page_size, _ = k_cache.shape
+
+    if isinstance(cache_lens, int) and not isinstance(cache_lens, bool):
+        checks.length("cache_lens", cache_lens)
+        cache_lens = torch.full((batch,), cache_lens, dtype=torch.int32, device=device)
+    cache_lens = checks.int_vector("cache_lens", cache_lens, (batch,), device, "[B], or an int")
+    table, capacity = None, page_size
+    if page_table is not None:
+        capacity = checks.tensor("page_table", page_table).shape[-1] * page_size
+    elif cache_batch_idx is not None:
+        index = checks.int_vector("cache_batch_idx", cache_batch_idx, (batch,), device, "[B]")
+        checks.lengths("cache_batch_idx", index, 0, rows - 1, "a row of the cache in")
+        if k is not None and checks.has_values(index) and len(set(index.tolist())) < batch:
+            raise ValueError("cache_batch_idx names a row twice; rows written to must be distinct")
+        table = index.unsqueeze(1)  # every row of the cache is one page
+    elif rows != batch:
+        raise ValueError(f"k_cache has batch size {rows} and q {batch}; they must be equal without "
+                         "page_table or cache_batch_idx")  # fmt: skip
+    checks.sizes(batch * heads, q_len, capacity)
+    room = f"{capacity} slots less {new_len} new keys:" if new_len else "a number of keys in"
+    checks.lengths("cache_lens", cache_lens, 0, capacity - new_len, room)
+    lens = cache_lens + new_len
+    if cache_leftpad is not None:
+        cache_leftpad = checks.int_vector("cache_leftpad", cache_leftpad, (batch,), device, "[B]")
+        checks.lengths("cache_leftpad", cache_leftpad, 0, capacity, "a number of slots in")
+    if page_table is not None:
+        table = checks.pages(page_table, batch, lens, page_size, rows, device)
+    if rotary is not None:
+        moving = spec.left >= 0 or spec.right >= 0
+        longest = max(new_len, q_len if moving else 1)
+        turn = _rotary(rotary, rotary_interleaved, q, cache_lens, longest)
+        q = turn(q, moving)
+        k = k if k is None else turn(k, True)
+    operands = Operands(
+        *score_operands(mask, bias, alibi_slopes, sinks, (batch, heads, q_len, capacity), q),
+        kv_lens=lens,
+        kv_starts=cache_leftpad,
+        page_table=table,
+        dropout_seed=checks.dropout_key(dropout_seed, device) if spec.dropout_p else None,
+    )
+
+    def append():
+        _write(k_cache, k, cache_lens, table)
+        _write(v_cache, v, cache_lens, table)
+
+    return q, spec, operands, (k_cache, v_cache), append if new_len else None
+
+
+def _new_keys(k, v, k_cache, v_cache, batch) -> int:
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        wanted = (batch, cache.shape[1], k.shape[2] if k.dim() == 4 else -1, cache.shape[3])
+        if tuple(x.shape) != wanted:
+            raise ValueError(
+                f"{name} has shape {checks.show(x)}; accepted is [B, kv_heads, Snew, head_dim] = "
+                f"[{wanted[0]}, {wanted[1]}, Snew, {wanted[3]}], with one Snew for k and v"
+            )
+    return k.shape[2]
+
+
+def _write(cache, new, cache_lens, table) -> None:
+    """cache slots cache_lens[b] + i = new[b, :, i], in place."""
+    new_len, page_size = new.shape[2], cache.shape[2]
+    if table is None and checks.has_values(cache_lens):
+        lens = cache_lens.tolist()
+        if len(set(lens)) == 1:  # a plain slice: no index tensors
+            cache[:, :, lens[0] : lens[0] + new_len] = new
+            return
+    slot = cache_lens.long().unsqueeze(1) + torch.arange(new_len, device=cache.device)  # [B, Snew]
+    if table is None:
+        row = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
+    else:
+        row = table.long().gather(1, slot // page_size)
+        slot = slot % page_size
+    cache[row, :, slot] = new.transpose(1, 2)  # [B, Snew, Hkv, D]
+
+
+def _rotary(rotary, interleaved, q, cache_lens, longest):
+    """turn(x, moving): x [B, H, S, D] rotated at positions cache_lens[b] (+ i when moving)."""
+    checks.flag("rotary_interleaved", interleaved)
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise TypeError(f"rotary is of type {type(rotary).__name__}; accepted is a pair (cos, sin)")
+    for name, x in zip(("cos", "sin"), rotary):
+        checks.on_device(f"rotary's {name}", x, q.device)
+        if x.dim() != 2 or x.shape != rotary[0].shape or not 1 <= x.shape[1] <= q.shape[3] // 2:
+            raise ValueError(
+                f"rotary's {name} has shape {checks.show(x)}; accepted is [positions, rotary_dim / "
+                f"2], the same for cos and sin, with rotary_dim at most D = {q.shape[3]}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"rotary's {name} is {x.dtype}; accepted are floating dtypes")
+    positions = rotary[0].shape[0]
+    checks.lengths("cache_lens", cache_lens, 0, positions - longest, "a position of rotary's in")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    half = rotary[0].shape[1]
+
+    def turn(x, moving):
+        position = cache_lens.long().unsqueeze(1)  # [B, 1] or [B, S]
+        if moving:
+            position = position + torch.arange(x.shape[2], device=x.device)
+        cos, sin = (table[position].unsqueeze(1).to(dtype) for table in rotary)  # [B, 1, S, half]
+        turned, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
+        if interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+        else:
+            a, b = turned[..., :half], turned[..., half:]
+            turned = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+    return turn
+
+
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The attention over two disjoint sets of keys, from the attention over each.
+
+    (out, lse) is what one call over all the keys would give: exact, not an approximation, computed
+    in float32 (float64 for float64). For split-KV decoding, shared prefixes and rings. Associative
+    and commutative up to rounding; a sink must be in one of the two only.
+
+    Args:
+        out_a: [..., Dv], any dtype; out_b: the same shape.
+        lse_a: [...], natural log, as return_lse=True gives it; lse_b: the same shape. A row of -inf
+            saw no key: its out is not read, and where both are, the result is 0 and -inf.
+
+    Returns:
+        out in out_a's dtype, and lse in float32 (float64 if any input is). Differentiable in all
+        four, without NaN at -inf.
+    """
+    for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        if not checks.tensor(name, x).is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}; accepted are floating dtypes")
+        if x.device != out_a.device:
+            raise ValueError(f"{name} is on {x.device} and out_a on {out_a.device}; one device is "
+                             "accepted")  # fmt: skip
+    if out_b.shape != out_a.shape:
+        raise ValueError(f"out_b has shape {checks.show(out_b)} and out_a {checks.show(out_a)}; "
+                         "they must be equal")  # fmt: skip
+    for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
+        if x.shape != out_a.shape[:-1]:
+            raise ValueError(f"{name} has shape {checks.show(x)}; accepted is out_a's without its "
+                             f"last size, {list(out_a.shape[:-1])}")  # fmt: skip
+    double = torch.float64 in (out_a.dtype, out_b.dtype, lse_a.dtype, lse_b.dtype)
+    dtype = torch.float64 if double else torch.float32
+    lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
+    # -inf leaves before any arithmetic, so that no inf - inf reaches the result or a gradient.
+    dead_a, dead_b = lse_a == -torch.inf, lse_b == -torch.inf
+    top = torch.maximum(lse_a, lse_b).detach()
+    top = torch.where(dead_a & dead_b, 0.0, top)
+    weight_a = torch.where(dead_a, 0.0, (torch.where(dead_a, 0.0, lse_a - top)).exp())
+    weight_b = torch.where(dead_b, 0.0, (torch.where(dead_b, 0.0, lse_b - top)).exp())
+    total = torch.where(dead_a & dead_b, 1.0, weight_a + weight_b)
+    lse = torch.where(dead_a & dead_b, -torch.inf, top + total.log())
+    out_a_, out_b_ = (
+        torch.where(dead.unsqueeze(-1), 0.0, x.to(dtype))
+        for dead, x in ((dead_a, out_a), (dead_b, out_b))
+    )
+    share_a, share_b = (weight_a / total).unsqueeze(-1), (weight_b / total).unsqueeze(-1)
+    return (share_a * out_a_ + share_b * out_b_).to(out_a.dtype), lse

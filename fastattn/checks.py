@@ -1,0 +1,406 @@
+"""Every check of a public call, each with one sentence: the argument, what came, what is accepted.
+
+Two kinds. Checks of shapes, dtypes and devices run always, under torch.compile too. Checks of
+values (lengths, offsets, ids) run where reading them is free: on CPU tensors in eager mode.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .spec import Spec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_LENGTH = 1 << 30  # lengths and windows stay below, so that kernels add them in 32 bits
+MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
+    """The call's numbers, checked."""
+    if scale is None:
+        scale = head_dim**-0.5
+    else:
+        scale = number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale is {scale}; accepted is any finite number, or None")
+    left, right = window_of(causal, window)
+    if align not in ("end", "start"):
+        raise ValueError(f"align is {align!r}; accepted are 'end' and 'start'")
+    softcap = number("softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; accepted is a finite number >= 0 (0 is off)")
+    dropout_p = number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; accepted is a number in [0, 1)")
+    return Spec(scale, softcap, left, right, align == "end", dropout_p)
+
+
+def number(name, x) -> float:
+    if isinstance(x, (bool, Tensor)) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is of type {type(x).__name__}; accepted is a number")
+    return float(x)
+
+
+def flag(name, x) -> bool:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} is of type {type(x).__name__}; accepted are True and False")
+    return x
+
+
+def integer(name, x) -> int:
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} is of type {type(x).__name__}; accepted is an int")
+    return x
+
+
+def window_of(causal, window) -> tuple[int, int]:
+    """(left, right) keys visible around the diagonal, -1 for unbounded."""
+    if window is None:
+        window = (None, None)
+    elif not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window is {window!r}; accepted is a pair (left, right), or None")
+    left, right = (_side(name, side) for name, side in zip(("left", "right"), window))
+    if not flag("causal", causal):
+        return left, right
+    if right > 0:
+        raise ValueError(
+            f"causal=True came with window={tuple(window)}, which looks {right} keys ahead; "
+            "causal accepts a right side of 0, None or negative"
+        )
+    return left, 0
+
+
+def _side(name, side) -> int:
+    side = -1 if side is None else integer(f"window's {name} side", side)
+    return -1 if side < 0 or side >= MAX_LENGTH else side  # as wide as any length: unbounded
+
+
+# ---- q, k and v --------------------------------------------------------------------------------
+
+
+def tensor(name, x, accepted="a torch.Tensor") -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; accepted is {accepted}")
+    return x
+
+
+def same_kind(**tensors) -> None:
+    """One floating dtype and one device for q, k and v (named in messages as given)."""
+    for name, x in tensors.items():
+        tensor(name, x)
+        if x.is_nested:
+            raise TypeError(f"{name} is a NestedTensor; accepted is a strided one (or pack it for "
+                            "varlen_attention)")  # fmt: skip
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} has layout {x.layout}; accepted is torch.strided")
+    (first, q), *others = tensors.items()
+    for name, x in others:
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype} and {first} is {q.dtype}; one dtype is accepted")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and {first} on {q.device}; one device is "
+                             "accepted")  # fmt: skip
+    if q.dtype not in DTYPES:
+        raise TypeError(f"{first} is {q.dtype}; accepted are float32, bfloat16, float16, float64")
+
+
+def dense_shapes(q, k, v) -> int:
+    """Checks [B, H, S, D], [B, S, D] or [S, D] shapes; returns the rank."""
+    rank = q.dim()
+    if rank not in (2, 3, 4):
+        raise ValueError(
+            f"q has shape {show(q)}; accepted are [B, heads, S, D], [B, S, D] and [S, D]"
+        )
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != rank:
+            raise ValueError(f"{name} has shape {show(x)} and q {show(q)}; one rank is accepted")
+        if rank > 2 and x.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name} has batch size {x.shape[0]} (shape {show(x)}) and q {q.shape[0]} "
+                f"(shape {show(q)}); they must be equal"
+            )
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"v has length {v.shape[-2]} (shape {show(v)}) and k {k.shape[-2]} (shape {show(k)}); "
+            "they must be equal"
+        )
+    heads = (q.shape[1], k.shape[1], v.shape[1]) if rank == 4 else (1, 1, 1)
+    head_counts(*heads)
+    head_dims(q, k, v)
+    sizes((q.shape[0] if rank > 2 else 1) * heads[0], q.shape[-2], k.shape[-2])
+    return rank
+
+
+def packed_shapes(q, k, v, paged) -> int:
+    """Checks [T, heads, D], or [pages, page_size, heads, D] of k and v; returns q's heads."""
+    for name, x, wanted in (
+        ("q", q, "[Tq, heads, D]"),
+        ("k", k, "[pages, page_size, kv_heads, D]" if paged else "[Tk, kv_heads, D]"),
+        ("v", v, "[pages, page_size, kv_heads, Dv]" if paged else "[Tk, kv_heads, Dv]"),
+    ):
+        if x.dim() != wanted.count(",") + 1:
+            raise ValueError(f"{name} has shape {show(x)}; accepted is {wanted}")
+    if k.shape[:-2] != v.shape[:-2]:
+        raise ValueError(
+            f"v has shape {show(v)} and k {show(k)}; all but the last two sizes must be equal"
+        )
+    head_counts(q.shape[1], k.shape[-2], v.shape[-2])
+    head_dims(q, k, v)
+    sizes(q.shape[0] * q.shape[1], q.shape[0], k.shape[0])
+    return q.shape[1]
+
+
+def length(name, x) -> int:
+    if not 0 <= integer(name, x) < MAX_LENGTH:
+        raise ValueError(f"{name} is {x}; accepted is an int in [0, 2**30)")
+    return x
+
+
+def no_gradient(name, *tensors) -> None:
+    """Refuses inputs that want a gradient where there is none."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"{name} came with an input that requires grad, and calls with it have no gradient; "
+            "use torch.no_grad(), or detach the inputs"
+        )
+
+
+def head_counts(heads, kv_heads, v_heads) -> None:
+    if kv_heads != v_heads:
+        raise ValueError(f"k has {kv_heads} heads and v {v_heads}; they must be equal")
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"q has {heads} heads and k {kv_heads}; q's heads must be a multiple of k's"
+        )
+
+
+def head_dims(q, k, v) -> None:
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"k has head dimension {k.shape[-1]} (shape {show(k)}) and q {q.shape[-1]} "
+            f"(shape {show(q)}); they must be equal"
+        )
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] < 1:
+            raise ValueError(f"{name} has head dimension 0 (shape {show(x)}); at least 1 is needed")
+
+
+def sizes(batch_heads, q_len, kv_len) -> None:
+    if q_len >= MAX_LENGTH or kv_len >= MAX_LENGTH:
+        raise ValueError(f"lengths are {q_len} (q) and {kv_len} (k); they must be below 2**30")
+    if batch_heads >= MAX_HEADS:
+        raise ValueError(f"q has {batch_heads} heads over the batch; they must be below 2**31")
+
+
+def show(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+# ---- operands: each function returns the normal form -------------------------------------------
+
+
+def on_device(name, x, device) -> Tensor:
+    if tensor(name, x).device != device:
+        raise ValueError(f"{name} is on {x.device} and q on {device}; one device is accepted")
+    return x
+
+
+def no_grad(name, x) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name} requires grad and has no gradient here; pass {name}.detach(), or write it as "
+            "a bias, which has one"
+        )
+
+
+def broadcast(name, x, full, rank=4) -> Tensor:
+    """x as 4-D, each dimension 1 or as in full. Nothing is expanded."""
+    shape = show(x)
+    if rank == 3 and x.dim() == 3:  # one head, which the caller's tensors do not write
+        x = x.unsqueeze(1)
+    while x.dim() < 4:
+        x = x.unsqueeze(0)
+    if x.dim() > 4 or any(n != 1 and n != m for n, m in zip(x.shape, full)):
+        raise ValueError(
+            f"{name} has shape {shape}; accepted is any that broadcasts to {list(full)} "
+            "(batch, heads, rows, keys)"
+        )
+    return x
+
+
+def mask(x, full, device, rank=4) -> Tensor:
+    on_device("mask", x, device)
+    if x.dtype != torch.bool:
+        raise TypeError(f"mask is {x.dtype}; accepted is torch.bool (a float mask is a bias)")
+    return broadcast("mask", x, full, rank)
+
+
+def bias(x, full, q, rank=4) -> Tensor:
+    on_device("bias", x, q.device)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"bias is {x.dtype}; accepted are the floating dtypes of q, and float32")
+    if x.dtype not in (q.dtype, torch.float32, torch.float64):
+        x = x.float()
+    return broadcast("bias", x, full, rank)
+
+
+def slopes(x, batch, heads, device) -> Tensor:
+    on_device("alibi_slopes", x, device)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"alibi_slopes is {x.dtype}; accepted is float32")
+    if tuple(x.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes has shape {show(x)}; accepted are [heads] = [{heads}] and "
+            f"[batch, heads] = [{batch}, {heads}]"
+        )
+    no_grad("alibi_slopes", x)
+    return x.float()
+
+
+def sinks(x, heads, q) -> Tensor:
+    on_device("sinks", x, q.device)
+    if x.dtype not in DTYPES or (x.dtype == torch.float64 and q.dtype != torch.float64):
+        raise TypeError(f"sinks is {x.dtype} and q {q.dtype}; accepted are q's dtype and float32")
+    if tuple(x.shape) != (heads,):
+        raise ValueError(f"sinks has shape {show(x)}; accepted is [heads] = [{heads}]")
+    if q.dtype == torch.float64:
+        return x.double()
+    return x if x.dtype == q.dtype else x.float()
+
+
+def int_vector(name, x, shape, device, meaning) -> Tensor:
+    """An integer tensor of one exact shape, as int32."""
+    on_device(name, x, device)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {x.dtype}; accepted is torch.int32")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {show(x)}; accepted is {meaning} = {list(shape)}")
+    return int32(name, x)
+
+
+def int32(name, x) -> Tensor:
+    if x.dtype == torch.int32:
+        return x
+    if has_values(x) and x.numel() and (int(x.max()) > 2**31 - 1 or int(x.min()) < -(2**31)):
+        raise ValueError(f"{name} holds {int(x.max())}; its values must fit in 32 bits")
+    return x.int()
+
+
+def has_values(x) -> bool:
+    """May x's values be looked at? Not on a GPU (it would wait), nor while anything traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def lengths(name, x, low, high, accepted) -> None:
+    """Every value of a vector lies in [low, high]; high may be a list, one bound an entry."""
+    if not has_values(x):
+        return
+    values = x.tolist()
+    bounds = high if isinstance(high, list) else [high] * len(values)
+    for n, (value, bound) in enumerate(zip(values, bounds)):
+        if not low <= value <= bound:
+            raise ValueError(f"{name}[{n}] is {value}; accepted is {accepted} [{low}, {bound}]")
+
+
+def documents(x, batch, q_len, kv_len, device) -> Tensor:
+    on_device("document_ids", x, device)
+    if q_len != kv_len:
+        raise ValueError(
+            f"document_ids came with {q_len} rows and {kv_len} keys; it is for self-attention, "
+            "where they are equal"
+        )
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"document_ids is {x.dtype}; accepted is torch.int32")
+    if tuple(x.shape) not in ((q_len,), (batch, q_len)):
+        raise ValueError(
+            f"document_ids has shape {show(x)}; accepted are [S] = [{q_len}] and "
+            f"[B, S] = [{batch}, {q_len}]"
+        )
+    x = int32("document_ids", x).expand(batch, q_len)
+    if has_values(x) and bool((x[:, 1:] < x[:, :-1]).any()):
+        raise ValueError("document_ids decreases along a row; accepted are non-decreasing ids")
+    return x.contiguous()
+
+
+def offsets(name, x, total, longest, device) -> Tensor:
+    """cu_seqlens: [N + 1] int32 that start at 0, never decrease and stay within the tensor."""
+    on_device(name, x, device)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {x.dtype}; accepted is torch.int32")
+    if x.dim() != 1 or x.shape[0] < 1:
+        raise ValueError(f"{name} has shape {show(x)}; accepted is [sequences + 1]")
+    x = int32(name, x)
+    side = name[-1]
+    if has_values(x):
+        values = x.tolist()
+        if values[0] != 0:
+            raise ValueError(f"{name} starts at {values[0]}; it must start at 0")
+        found = 0
+        for n, (begin, end) in enumerate(pairwise(values)):
+            if end < begin:
+                raise ValueError(f"{name} decreases from {begin} to {end} at entry {n + 1}; "
+                                 "accepted are offsets that never decrease")  # fmt: skip
+            found = max(found, end - begin)
+        if total is not None and values[-1] > total:
+            raise ValueError(f"{name} ends at {values[-1]} and {side} has {total} rows; "
+                             "it must not go past them")  # fmt: skip
+        if found > longest:
+            raise ValueError(
+                f"max_seqlen_{side} is {longest} and {name} has a sequence of {found}; it must be "
+                "at least that"
+            )
+    return x.contiguous()
+
+
+def pages(x, entries, lens, page_size, n_pages, device) -> Tensor:
+    """page_table [entries, max_pages]; lens [entries] says how many keys of each are used."""
+    on_device("page_table", x, device)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"page_table is {x.dtype}; accepted is torch.int32")
+    if x.dim() != 2 or x.shape[0] != entries:
+        raise ValueError(f"page_table has shape {show(x)}; accepted is [entries, max_pages] with "
+                         f"entries = {entries}")  # fmt: skip
+    if page_size < 1:
+        raise ValueError("pages have size 0; at least 1 is needed")
+    if has_values(x) and has_values(lens):
+        used = (lens + page_size - 1) // page_size
+        for n in (used > x.shape[1]).nonzero()[:1].flatten().tolist():
+            raise ValueError(f"page_table row {n} has {x.shape[1]} pages of {page_size} and its "
+                             f"entry {int(lens[n])} keys; it must cover them")  # fmt: skip
+        in_use = torch.arange(x.shape[1]) < used.unsqueeze(1)
+        wrong = in_use & ((x < 0) | (x >= n_pages))
+        for n, i in wrong.nonzero()[:1].tolist():
+            raise ValueError(f"page_table row {n} names page {int(x[n, i])}; accepted is "
+                             f"[0, {n_pages - 1}]")  # fmt: skip
+    return int32("page_table", x).contiguous()
+
+
+def dropout_key(seed, device) -> Tensor:
+    """(seed, offset) as an int64 [2] tensor; drawn from the device's default generator for None."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if tuple(seed.shape) != (2,) or seed.dtype != torch.int64:
+            raise ValueError(f"dropout_seed is a {seed.dtype} tensor of shape {show(seed)}; "
+                             "accepted is int64 [2] = (seed, offset)")  # fmt: skip
+        return on_device("dropout_seed", seed, device).contiguous()
+    if not isinstance(seed, (tuple, list)) or len(seed) != 2:
+        raise TypeError(f"dropout_seed is {seed!r}; accepted is (seed, offset)")
+    for x in seed:
+        if not -(2**63) <= integer("dropout_seed", x) < 2**64:
+            raise ValueError(f"dropout_seed holds {x}; accepted are 64-bit integers")
+    return torch.tensor([x - 2**64 if x >= 2**63 else x for x in seed], device=device)

@@ -1,0 +1,317 @@
+"""`python -m fastattn info`: what this machine can run, and why not the rest.
+
+`facts()` gathers everything as plain data (that is `--json`), `show()` prints it, and
+`support_markdown()` is README's support table, asked of the backends' own checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import backends
+from .spec import Operands, Spec
+
+# What each instruction set of the CPU library needs, so that a refusal can name what is missing.
+ISA_NEEDS = {
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
+FOR_TESTS = "portable_bf16"  # never picked unless FASTATTN_ISA names it
+
+ENVIRONMENT = {
+    "FASTATTN_BACKEND": "forces a backend, as backend= does in a call",
+    "FASTATTN_ISA": "forces an instruction set of the CPU library",
+    "FASTATTN_LOG": "1 prints each distinct choice of backend, once, to stderr",
+    "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (a sanitizer build, say)",
+    "FASTATTN_BUILD": "when building: auto, cpu, cuda, none or asan",
+    "FASTATTN_CUDA_ARCHS": "when building: nvcc architectures",
+    "MAX_JOBS": "when building: compilers at a time",
+    "OMP_NUM_THREADS": "threads of torch, hence of the CPU kernels",
+}
+
+
+# ---- gathering --------------------------------------------------------------------------------
+
+
+def facts() -> dict:
+    """Everything `info` knows, as JSON-ready data."""
+    return {
+        "machine": _machine(),
+        "versions": _versions(),
+        "isas": _isas(),
+        "backends": _backends(),
+        "build": _build(),
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+    }
+
+
+def _machine() -> dict:
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "features": _cpu_features(),
+        "gpus": devices,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str | None]:
+    found = {"fastattn": _version("fastattn"), "python": platform.python_version()}
+    return found | {name: _version(name) for name in ("torch", "triton", "numpy")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        module = sys.modules.get(package)
+        return getattr(module, "__version__", None)
+
+
+def _native():
+    """The module fastattn._C, or None where it was not built."""
+    try:
+        from . import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def _cpu_features() -> dict[str, bool] | None:
+    native = _native()
+    return native.cpu_features() if native else None
+
+
+def _isas() -> list[dict]:
+    """Every instruction set of the CPU library, best first: what it is to this machine."""
+    native = _native()
+    if native is None:
+        return []
+    try:
+        chosen, refused = native.selected_isa(), None
+    except ValueError as error:
+        chosen, refused = None, str(error)
+    features = native.cpu_features()
+    rows = []
+    for name, supported in native.isas():
+        missing = [need for need in ISA_NEEDS.get(name, ()) if not features.get(need)]
+        if name == chosen:
+            state = "chosen"
+        elif not supported:
+            state = f"this CPU lacks {', '.join(missing)}" if missing else "not for this CPU"
+        elif name == FOR_TESTS:
+            state = "for tests, only by FASTATTN_ISA"
+        else:
+            state = "could run"
+        rows.append({"name": name, "supported": supported, "state": refused or state})
+    return rows
+
+
+def _backends() -> list[dict]:
+    """Every backend with its reason for not running a plain call on any device here."""
+    calls = [_sample(device) for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]]
+    rows = []
+    for backend in backends.BACKENDS:
+        reasons = [backend.why_not(*call) for call in calls]
+        reason = None if None in reasons else reasons[-1]
+        rows.append({"name": backend.name, "role": backend.role, "why_not": reason})
+    return rows
+
+
+def _build() -> dict:
+    try:
+        recorded = json.loads((Path(__file__).parent / "_build.json").read_text())
+    except OSError:
+        return {"missing": {"_cpu": "fastattn was not built (run make build, or pip install)"}}
+    native = _native()
+    return recorded | ({"module": native.build_info()} if native else {})
+
+
+# ---- what each backend supports ---------------------------------------------------------------
+
+SUPPORT = [  # (feature, what it changes about a plain call)
+    ("fp32", {}),
+    ("bf16", {"dtype": torch.bfloat16}),
+    ("fp16", {"dtype": torch.float16}),
+    ("fp64", {"dtype": torch.float64}),
+    ("head dim 1 to 512", {"dim": 512}),
+    ("Dv differs from D", {"dim_v": 24}),
+    ("grouped queries (GQA, MQA)", {"kv_heads": 1}),
+    ("q_len differs from kv_len", {"kv_len": 9}),
+    ("causal, aligned to the end", {"right": 0}),
+    ("causal, aligned to the start", {"right": 0, "align_end": False}),
+    ("window", {"left": 2, "right": 1}),
+    ("bool mask", {"mask": lambda: torch.ones(1, 1, 4, 4, dtype=torch.bool)}),
+    ("bias, with its gradient", {"bias": lambda: torch.zeros(1, 2, 4, 4)}),
+    ("ALiBi", {"alibi_slopes": lambda: torch.ones(2)}),
+    ("softcap", {"softcap": 30.0}),
+    ("sinks, with their gradient", {"sinks": lambda: torch.zeros(2)}),
+    ("kv_lens", {"kv_lens": lambda: torch.ones(1, dtype=torch.int32)}),
+    ("document_ids", {"document_ids": lambda: torch.zeros(1, 4, dtype=torch.int32)}),
+    ("dropout", {"dropout_p": 0.1, "dropout_seed": lambda: torch.tensor([1, 0])}),
+    ("packed sequences (cu_seqlens)", {"cu_seqlens_q": "packed", "cu_seqlens_k": "packed"}),
+    ("paged keys and values", {"page_table": "paged", "kv_lens": "paged"}),
+]
+
+
+def _sample(
+    device: str = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    dim: int = 8,
+    dim_v: int = 0,
+    kv_heads: int = 2,
+    kv_len: int = 4,
+    **changes,
+):
+    """A small call in the operators' normal form: what every why_not takes."""
+    packed = {"packed": torch.tensor([0, 1, 4], dtype=torch.int32)}
+    paged = {
+        "page_table": torch.zeros(1, 1, dtype=torch.int32),
+        "kv_lens": torch.ones(1, dtype=torch.int32),
+    }
+    numbers, tensors = {}, {}
+    for name, value in changes.items():
+        if value == "paged":
+            value = paged[name]
+        elif isinstance(value, str):
+            value = packed[value]
+        if callable(value):
+            value = value()
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.to(device)
+        else:
+            numbers[name] = value
+    q = torch.zeros(1, 2, 4, dim, dtype=dtype, device=device)
+    k = torch.zeros(1, kv_heads, kv_len, dim, dtype=dtype, device=device)
+    v = torch.zeros(1, kv_heads, kv_len, dim_v or dim, dtype=dtype, device=device)
+    return Spec(scale=1.0, **numbers), q, k, v, Operands(**tensors)
+
+
+def support() -> dict[str, dict[str, str | None]]:
+    """feature -> backend -> its reason for not supporting it, None where it does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = {}
+    for feature, changes in SUPPORT:
+        call = {False: _sample(**changes), True: _sample(device, **changes)}
+        table[feature] = {
+            b.name: b.why_not(*call[b.name in ("cuda", "triton")]) for b in backends.BACKENDS
+        }
+    return table
+
+
+def support_markdown() -> str:
+    """README's support table; a backend that can run nothing here is a line below, not a column."""
+    table = support()
+    names = [backend.name for backend in backends.BACKENDS]
+    columns = [name for name in names if any(row[name] is None for row in table.values())]
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + ":-:|" * len(columns)]
+    for feature, row in table.items():
+        cells = ["yes" if row[name] is None else "no" for name in columns]
+        lines.append(f"| {feature} | {' | '.join(cells)} |")
+    if absent := [name for name in names if name not in columns]:
+        lines += ["", f"Not in this version: {', '.join(absent)}."]
+    return "\n".join(lines)
+
+
+# ---- printing ---------------------------------------------------------------------------------
+
+
+def show(gathered: dict, console: Console) -> None:
+    """The facts as a readable page: sections of (name, value, remark)."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, rows in (
+        ("machine", _machine_rows(gathered)),
+        ("instruction sets, best first", [(i["name"], i["state"]) for i in gathered["isas"]]),
+        ("backends, best first", [_backend_row(row) for row in gathered["backends"]]),
+        ("build", _build_rows(gathered["build"])),
+        ("environment", _environment_rows(gathered["environment"])),
+    ):
+        if rows:
+            table.add_row(Text(f"\n{title}", style="bold"), "")
+        for name, value, *remark in rows:
+            style = {"chosen": "green", "available": "green"}.get(value, "")
+            table.add_row(f"  {name}", Text(value, style=style).append_text(_remark(remark)))
+    console.print(table)
+
+
+def _remark(remark: list[str]) -> Text:
+    return Text("".join(f"  {text}" for text in remark), style="dim")
+
+
+def _backend_row(row: dict) -> tuple[str, str, str]:
+    return row["name"], row["why_not"] or "available", f"({row['role']})"
+
+
+def _machine_rows(gathered: dict) -> list[tuple[str, str]]:
+    machine, versions = gathered["machine"], gathered["versions"]
+    features = machine["features"]
+    if features is None:
+        listed = "unknown (fastattn._C is not built)"
+    else:
+        listed = " ".join(name for name, has in features.items() if has) or "none that matter here"
+    return [
+        *((name, version or "not installed") for name, version in versions.items()),
+        ("system", machine["system"]),
+        ("CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} torch threads"),
+        ("CPU features", listed),
+        ("GPU", ", ".join(machine["gpus"]) or "none that torch sees"),
+    ]
+
+
+def _build_rows(build: dict) -> list[tuple[str, str]]:
+    rows = [(name, f"not built: {reason}") for name, reason in build["missing"].items()]
+    if built := build.get("built"):
+        rows.insert(0, ("built", ", ".join(built)))
+    for name in ("mode", "compiler", "flags", "torch", "platform"):
+        if build.get(name):
+            rows.append((name, str(build[name])))
+    return rows
+
+
+def _environment_rows(environment: dict) -> list[tuple[str, str, str]]:
+    return [(name, value or "-", ENVIRONMENT[name]) for name, value in environment.items()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `python -m fastattn info`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastattn info",
+        description="What this machine can run, and why not the rest.",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="everything, as JSON")
+    form.add_argument("--markdown", action="store_true", help="the support table, as Markdown")
+    options = parser.parse_args(argv)
+    if options.json:
+        print(json.dumps(facts(), indent=2))
+    elif options.markdown:
+        print(support_markdown())
+    else:
+        show(facts(), Console())
+    return 0

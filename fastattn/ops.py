@@ -1,0 +1,311 @@
+"""The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd. Kernels: csrc/ops_cpu.cpp.
+
+Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
+autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that attention.py
+makes: q [B, heads, q_len, D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_len, v_dim], unit last
+stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.abc
+import importlib.util
+import json
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .spec import Operands, Spec
+
+try:
+    from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
+except ImportError:  # the name in older releases
+    from torch._prims_common import is_non_overlapping_and_dense as is_dense
+
+_LIBRARY = torch.library.Library("fastattn", "DEF")
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+
+_OPERANDS = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lens, "
+    "Tensor? kv_starts, Tensor? document_ids, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? page_table, Tensor? dropout_seed"
+)
+_SPEC = "float scale, float softcap, int left, int right, bool align_end, float dropout_p"
+
+_LIBRARY.define(
+    f"flash_attn_fwd(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, int num_splits)"
+    " -> (Tensor out, Tensor lse)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "flash_attn_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k,"
+    f" Tensor v, {_OPERANDS}, {_SPEC}, bool need_dbias, bool need_dsinks)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    tags=_TAGS,
+)
+
+forward = torch.ops.fastattn.flash_attn_fwd.default
+backward = torch.ops.fastattn.flash_attn_bwd.default
+
+
+# ---- the native library ------------------------------------------------------------------------
+
+
+def _native_path() -> Path | None:
+    """The CPU kernels' library; FASTATTN_CPU_LIBRARY names another build of it (a sanitizer's)."""
+    named = os.environ.get("FASTATTN_CPU_LIBRARY")
+    if named:
+        return Path(named)
+    return next(iter(sorted(Path(__file__).parent.glob("_cpu*.so"))), None)
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(the library, None), or (None, the sentence that says why there is none)."""
+    path = _native_path()
+    if path is None:
+        try:
+            facts = json.loads((Path(__file__).parent / "_build.json").read_text())
+            reason = facts["missing"]["_cpu"]
+        except (OSError, ValueError, KeyError, TypeError):
+            reason = "run `python setup.py build_ext --inplace` in the source tree"
+        return None, f"the native CPU library is not built: {reason}"
+    try:
+        torch.ops.load_library(str(path))
+        return ctypes.CDLL(str(path)), None
+    except (OSError, RuntimeError) as error:
+        return None, f"the native CPU library {path} does not load: {error}"
+
+
+NATIVE, NATIVE_MISSING = _load()
+
+
+# ---- fake kernels: shapes, dtypes and strides of the results ----------------------------------
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """What the kernels read: x, or a contiguous copy where its last stride is not 1."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+_FORWARD_TENSORS = ("q", "k", "v", *Operands.__slots__)
+_BACKWARD_TENSORS = ("dout", "dlse", "out", "lse", *_FORWARD_TENSORS)
+
+
+def _one_device(q: Tensor, names, tensors) -> None:
+    """Also keeps CPU tensors from here: one meta tensor among them, and torch asks no kernel."""
+    for name, x in zip(names, tensors):
+        if x is not None and x.device != q.device:
+            raise RuntimeError(f"fastattn: {name} is on {x.device} and q on {q.device}; one device "
+                               "is accepted")  # fmt: skip
+
+
+@torch.library.register_fake("fastattn::flash_attn_fwd", lib=_LIBRARY)
+def _forward_fake(*args):
+    _one_device(args[0], _FORWARD_TENSORS, args)
+    q, _, v, *_ = args
+    q = _unit_stride(q)
+    same = q.shape[3] == v.shape[3] and is_dense(q)
+    out = torch.empty_like(q) if same else q.new_empty((*q.shape[:3], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=_accumulate(q.dtype))
+
+
+@torch.library.register_fake("fastattn::flash_attn_bwd", lib=_LIBRARY)
+def _backward_fake(*args):
+    _one_device(args[4], _BACKWARD_TENSORS, args)
+    _, _, _, _, q, k, v, _, bias, _, sinks, *_, need_dbias, need_dsinks = args
+    dtype = _accumulate(q.dtype)
+    dbias = q.new_empty(bias.shape if need_dbias else (0,), dtype=dtype)
+    dsinks = q.new_empty(sinks.shape if need_dsinks else (0,), dtype=dtype)
+    dq, dk, dv = (torch.empty_like(_unit_stride(x)) for x in (q, k, v))
+    return dq, dk, dv, dbias, dsinks
+
+
+# ---- autograd, for calls of the operators themselves (torch.compile, exported programs) --------
+# fastattn.attention has its own way in eager mode, which is faster and has jvp: autograd.py.
+
+
+def _forward_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:14], *output)
+    ctx.spec = inputs[14:20]
+    ctx.set_materialize_grads(False)
+
+
+def _forward_grad(ctx, dout, dlse):
+    q, k, v, *operands, out, lse = ctx.saved_tensors
+    nothing = (None,) * 21
+    if dout is None and dlse is None:
+        return nothing
+    dout = torch.zeros_like(out) if dout is None else dout
+    _, bias, _, sinks, *_ = operands
+    _, need_dbias, _, need_dsinks, *_ = ctx.needs_input_grad[3:]
+    needs = (need_dbias, need_dsinks)
+    grads = backward(dout, dlse, out, lse, q, k, v, *operands, *ctx.spec, *needs)
+    dq, dk, dv, dbias, dsinks = grads
+    dbias = dbias.to(bias.dtype) if need_dbias else None
+    dsinks = dsinks.to(sinks.dtype) if need_dsinks else None
+    return (dq, dk, dv, None, dbias, None, dsinks, *nothing[7:])
+
+
+def _backward_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:18])
+    ctx.numbers = inputs[18:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward_grad(ctx, *cotangents):
+    dout, dlse, _, _, q, k, v, mask, bias, slopes, sinks, *rest = ctx.saved_tensors
+    *spec, need_dbias, need_dsinks = ctx.numbers
+    function = autograd.reference_grads_of(
+        Spec(*spec), (mask, slopes, *rest), need_dbias, need_dsinks
+    )
+    grads = autograd.pull_back(function, (dout, dlse, q, k, v, bias, sinks), cotangents)
+    dout, dlse, dq, dk, dv, dbias, dsinks = grads
+    return (dout, dlse, None, None, dq, dk, dv, None, dbias, None, dsinks, *(None,) * 15)
+
+
+torch.library.register_autograd(
+    "fastattn::flash_attn_fwd", _forward_grad, setup_context=_forward_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "fastattn::flash_attn_bwd", _backward_grad, setup_context=_backward_setup, lib=_LIBRARY
+)
+
+
+# ---- vmap --------------------------------------------------------------------------------------
+
+
+@torch.library.register_vmap("fastattn::flash_attn_fwd", lib=_LIBRARY)
+def _forward_vmap(info, in_dims, *args):
+    numbers = args[14:]
+    return autograd.vmap_forward(
+        info.batch_size, in_dims[:14], lambda *x: forward(*x, *numbers), args[:14], numbers[5]
+    )
+
+
+@torch.library.register_vmap("fastattn::flash_attn_bwd", lib=_LIBRARY)
+def _backward_vmap(info, in_dims, *args):
+    numbers = args[18:]
+    return autograd.vmap_backward(
+        info.batch_size, in_dims[:18], lambda *x: backward(*x, *numbers), args[:18], *numbers[5:]
+    )
+
+
+# ---- autocast: q, k and v go to the autocast dtype (fp64 stays); operands keep theirs -----------
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def autocast_forward(q, k, v, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return forward(*(autocast_to(x, dtype) for x in (q, k, v)), *rest)
+
+    _LIBRARY.impl("flash_attn_fwd", autocast_forward, key)
+
+
+def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+# ---- FLOPs: two multiplications and additions for each visible pair and channel ----------------
+# Counted are pairs inside the causal or windowed band and within the lengths of entries and packed
+# sequences (where their values can be read); an arbitrary mask is not discounted.
+
+
+def _clamped_sum(first: int, rows: int, high: int) -> int:
+    """Sum over i in [0, rows) of first + i clipped to [0, high]."""
+    below = min(rows, max(0, -first))  # rows that clip to 0
+    above = min(rows - below, max(0, first + rows - high))  # rows that clip to high
+    n, start = rows - below - above, first + below
+    return n * start + n * (n - 1) // 2 + above * high
+
+
+def pairs_of_band(q_len: int, kv_len: int, left: int, right: int, offset: int) -> int:
+    """(row, key) pairs with 0 <= key < kv_len and -left <= key - row - offset <= right."""
+    end = q_len * kv_len if right < 0 else _clamped_sum(offset + right + 1, q_len, kv_len)
+    return end - (0 if left < 0 else _clamped_sum(offset - left, q_len, kv_len))
+
+
+def visible_pairs(q_len: int, kv_len: int, left: int, right: int, align_end: bool) -> int:
+    return pairs_of_band(q_len, kv_len, left, right, kv_len - q_len if align_end else 0)
+
+
+def _readable(x) -> bool:
+    return type(x) is Tensor and not x.is_meta
+
+
+def count_pairs(q, k, operands, left: int, right: int, align_end: bool) -> int:
+    """Visible pairs of a call over all heads, by band and lengths."""
+    batch, heads, q_len, _ = q.shape
+    kv_lens, cu_q, cu_k, page_table = (operands[n] for n in (4, 7, 8, 9))
+    q_lens, lens = [q_len] * batch, [k.shape[2]] * batch
+    if page_table is not None:
+        lens = [k.shape[2] * page_table.shape[1]] * batch
+    if _readable(cu_q) and _readable(cu_k):
+        q_lens, lens = ([b - a for a, b in pairwise(cu.tolist())] for cu in (cu_q, cu_k))
+    if _readable(kv_lens):
+        lens = kv_lens.tolist()
+    return heads * sum(visible_pairs(m, n, left, right, align_end) for m, n in zip(q_lens, lens))
+
+
+def forward_flops(q, k, v, *rest, out_val=None, **_) -> int:
+    *operands, _scale, _softcap, left, right, align_end, _dropout, _splits = rest
+    pairs = count_pairs(q, k, operands, left, right, align_end)
+    return 2 * pairs * (q.shape[-1] + v.shape[-1])
+
+
+def backward_flops(dout, dlse, out, lse, q, k, v, *rest, out_val=None, **_) -> int:
+    *operands, _scale, _softcap, left, right, align_end, _dropout, _dbias, _dsinks = rest
+    pairs = count_pairs(q, k, operands, left, right, align_end)
+    return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.fastattn.flash_attn_fwd, get_raw=True)(forward_flops)
+    register_flop_formula(torch.ops.fastattn.flash_attn_bwd, get_raw=True)(backward_flops)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs `action` right after module `name` is first imported."""
+
+    def __init__(self, name, action):
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.action()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+# Importing the counter imports Triton where it is installed: half a second that importing fastattn
+# would cost everyone, for those who count.
+if "torch.utils.flop_counter" in sys.modules:
+    _register_flops()
+else:
+    sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))

@@ -1,0 +1,335 @@
+"""Builds fastattn's native libraries. Metadata is in pyproject.toml; ninja does the compiling.
+
+Three libraries, each optional, so that the package installs everywhere and says what it lacks:
+
+    fastattn/_cpu.abi3.so   the CPU kernels, on LibTorch's stable ABI: one build for torch >= 2.10
+    fastattn/_cuda.abi3.so  the CUDA kernels, the same way, compiled by nvcc against any torch
+    fastattn/_C.*.so        pybind11: build and machine facts, tile schedules; no tensor operators
+
+What was built, with what, and why the rest was not, is written to fastattn/_build.json.
+
+Environment:
+    FASTATTN_BUILD  auto  what the tools allow, the default
+                    cpu   the CPU library, or fail; never CUDA
+                    cuda  the CPU and the CUDA library, or fail
+                    none  pure Python
+                    asan  the CPU library under the address and undefined-behaviour sanitizers, left
+                          in build/asan/_cpu.abi3.so: set FASTATTN_CPU_LIBRARY to it (make asan)
+    FASTATTN_CUDA_ARCHS  nvcc architectures, default "80;90a"
+    CXX, CXXFLAGS, LDFLAGS, NVCC, MAX_JOBS  as everywhere
+
+Rebuild after editing C++:  python setup.py build_ext --inplace   (compiles what changed)
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "cpu", "cuda", "none", "asan")
+TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
+CUDA_ARCHS = "80;90a"
+
+# The last is for GCC 12's own avx512fintrin.h.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# No -march: each instruction set is a translation unit that names its own target.
+OPTIMIZE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+SANITIZE = [
+    *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"),
+    *("-fno-sanitize-recover=undefined", "-ffp-contract=fast"),
+]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+CXX_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc"]
+
+
+@dataclass
+class Library:
+    """One shared library: how ninja makes it, or why it cannot be made."""
+
+    name: str
+    sources: list[str] = field(default_factory=list)  # relative to ROOT
+    rule: str = "cxx"
+    flags: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    stable: bool = True
+    why_not: str | None = None
+
+
+# ---- what the machine has ---------------------------------------------------------------------
+
+
+def first_line(command: list[str]) -> str | None:
+    """First line a program prints, or None when it cannot be run."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip().split("\n")[0] if run.returncode == 0 else None
+
+
+def find_cxx() -> tuple[list[str], str] | str:
+    """(command, version line) of a C++ compiler, or the sentence that says why there is none."""
+    wanted = os.environ.get("CXX")
+    for command in [shlex.split(wanted)] if wanted else [["g++"], ["c++"]]:
+        version = first_line([*command, "--version"])
+        if version is None:
+            continue
+        if "clang" in version.lower():
+            return f"{command[0]} is clang, which ignores #pragma GCC target; set CXX=g++"
+        return command, version
+    return f"CXX={wanted} cannot be run" if wanted else "no C++ compiler (g++) was found"
+
+
+def find_ninja() -> str | None:
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def find_torch() -> tuple[Path, str] | str:
+    """(package folder, version) of torch without importing it, or why it will not do."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "torch was not importable at build time (install with --no-build-isolation)"
+    version = importlib.metadata.version("torch")
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers < TORCH_FLOOR:
+        return f"torch {version} is older than {'.'.join(map(str, TORCH_FLOOR))}"
+    return Path(spec.origin).parent, version
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    for path in (os.environ.get("NVCC"), shutil.which("nvcc"), f"{home}/bin/nvcc"):
+        if path and shutil.which(path):
+            return path
+    return None
+
+
+# ---- the plan: three libraries, each with its sources or its reason ---------------------------
+
+
+class Plan:
+    """What to build on this machine; `facts` is what _build.json records."""
+
+    def __init__(self, mode: str) -> None:
+        if mode not in MODES:
+            raise SystemExit(f"FASTATTN_BUILD is {mode!r}; it must be one of {', '.join(MODES)}")
+        self.mode = mode
+        self.folder = Path("build/asan" if mode == "asan" else "build/native")
+        self.ninja, self.nvcc = find_ninja(), find_nvcc()
+        self.archs = [a for a in re.split("[; ,]+", os.environ.get("FASTATTN_CUDA_ARCHS", "")) if a]
+        self.archs = self.archs or CUDA_ARCHS.split(";")
+        cxx, torch = find_cxx(), find_torch()
+        self.cxx, cxx_version = (["c++"], None) if isinstance(cxx, str) else cxx
+        self.torch, torch_version = (None, None) if isinstance(torch, str) else torch
+        common = self._why_nothing(cxx, torch)
+        self.libraries = [self._cpu(common), self._cuda(common), self._module(common)]
+        self._insist()
+        self.facts = {
+            "mode": mode,
+            "built": [lib.name for lib in self.libraries if not lib.why_not],
+            "missing": {lib.name: lib.why_not for lib in self.libraries if lib.why_not},
+            "compiler": cxx_version,
+            "flags": shlex.join(self._tuning()),
+            "torch": torch_version,
+            "python": sysconfig.get_python_version(),
+            "platform": sysconfig.get_platform(),
+            "nvcc": self.nvcc,
+            "cuda_archs": self.archs if not self.libraries[1].why_not else [],
+        }
+
+    def _why_nothing(self, cxx, torch) -> str | None:
+        if self.mode == "none":
+            return "built with FASTATTN_BUILD=none"
+        if not sys.platform.startswith("linux"):
+            return f"native libraries are built on Linux only, not on {sys.platform}"
+        if isinstance(cxx, str):
+            return cxx
+        if isinstance(torch, str):
+            return torch
+        return None if self.ninja else "ninja was not found (pip install ninja)"
+
+    def _insist(self) -> None:
+        """Modes that name a library fail when it cannot be built; auto warns and goes on."""
+        required = {"cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "asan": ["_cpu"]}.get(self.mode, [])
+        for lib in self.libraries:
+            if lib.why_not and lib.name in required:
+                raise SystemExit(f"FASTATTN_BUILD={self.mode} needs {lib.name}: {lib.why_not}")
+
+    def _tuning(self) -> list[str]:
+        return SANITIZE if self.mode == "asan" else OPTIMIZE
+
+    def _torch_flags(self) -> tuple[list[str], list[str]]:
+        include = self.torch / "include"
+        includes = ["-isystem", str(include), "-isystem", f"{include}/torch/csrc/api/include"]
+        # No rpath: torch is imported first, so its libraries are already loaded.
+        return includes, [f"-L{self.torch / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu"]
+
+    def _cpu(self, why_not: str | None) -> Library:
+        sources = [*ROOT.glob("csrc/ops_cpu.cpp"), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+        why_not = why_not or (None if sources else "csrc/ops_cpu.cpp is not in this source tree")
+        if why_not:
+            return Library("_cpu", why_not=why_not)
+        includes, links = self._torch_flags()
+        links = [*links, *(["-fsanitize=address,undefined"] if self.mode == "asan" else [])]
+        flags = [*CXX_COMMON, *self._tuning(), *STABLE_ABI, *WARNINGS, *includes]
+        return Library("_cpu", relative(sources), flags=flags, links=links)
+
+    def _cuda(self, why_not: str | None) -> Library:
+        sources = [*ROOT.glob("csrc/ops_cuda.cu"), *sorted(ROOT.glob("csrc/cuda/**/*.cu"))]
+        if not why_not and self.mode in ("cpu", "asan"):
+            why_not = f"built with FASTATTN_BUILD={self.mode}"
+        elif not why_not and not sources:
+            why_not = "this version has no CUDA kernels"
+        elif not why_not and not self.nvcc:
+            why_not = "nvcc was not found"
+        if why_not:
+            return Library("_cuda", why_not=why_not)
+        includes, links = self._torch_flags()
+        gencodes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Icsrc"]
+        flags = [*flags, *host, *gencodes, *STABLE_ABI, "-DUSE_CUDA", *includes]
+        links = [link.replace("-Wl,--as-needed", "-Xlinker --as-needed") for link in links]
+        return Library("_cuda", relative(sources), "nvcc", flags, ["-cudart", "static", *links])
+
+    def _module(self, why_not: str | None) -> Library:
+        source = ROOT / "csrc/module.cpp"
+        header = Path(sysconfig.get_paths()["include"], "Python.h")
+        pybind11 = importlib.util.find_spec("pybind11")
+        if not why_not and self.mode == "asan":
+            why_not = "built with FASTATTN_BUILD=asan"
+        elif not why_not and not header.exists():
+            why_not = f"Python's headers are not installed ({header} is missing)"
+        elif not why_not and pybind11 is None:
+            why_not = "pybind11 was not importable at build time"
+        elif not why_not and not source.exists():
+            why_not = "csrc/module.cpp is not in this source tree"
+        if why_not:
+            return Library("_C", why_not=why_not, stable=False)
+        includes = ["-isystem", str(header.parent)]
+        includes += ["-isystem", str(Path(pybind11.origin).parent / "include")]
+        flags = [*CXX_COMMON, "-O2", *WARNINGS, *includes]
+        return Library("_C", relative([source]), flags=flags, stable=False)
+
+    # ---- ninja ----
+
+    def output(self, lib: Library) -> Path:
+        return ROOT / self.folder / (f"{lib.name}.abi3.so" if lib.stable else f"{lib.name}.so")
+
+    def write_ninja(self) -> Path:
+        """build.ninja, its paths relative to the source tree: a moved tree needs no rebuild."""
+        extra = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
+        lines = [
+            "ninja_required_version = 1.5",
+            f"builddir = {self.folder}",
+            f"cxx = {shlex.join(self.cxx)}",
+            f"nvcc = {self.nvcc}",
+            "rule cxx",
+            f"  command = $cxx -MMD -MF $out.d $flags {extra['CXXFLAGS']} -c $in -o $out",
+            *("  depfile = $out.d", "  deps = gcc", "  description = C++  $in"),
+            "rule nvcc",
+            "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
+            *("  depfile = $out.d", "  deps = gcc", "  description = CUDA $in"),
+            "rule link_cxx",
+            f"  command = $cxx -shared $in -o $out $links {extra['LDFLAGS']}",
+            "  description = link $out",
+            "rule link_nvcc",
+            *("  command = $nvcc -shared $in -o $out $links", "  description = link $out"),
+        ]
+        for lib in self.wanted():
+            objects = []
+            for source in lib.sources:
+                objects.append(f"{self.folder}/{lib.name}/{source.replace('/', '_')}.o")
+                lines.append(f"build {objects[-1]}: {lib.rule} {source}")
+                lines.append(f"  flags = {shlex.join(lib.flags)}")
+            output = self.output(lib).relative_to(ROOT)
+            lines.append(f"build {output}: link_{lib.rule} {' '.join(objects)}")
+            lines.append(f"  links = {' '.join(lib.links)}")
+        path = ROOT / self.folder / "build.ninja"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def wanted(self) -> list[Library]:
+        return [lib for lib in self.libraries if not lib.why_not]
+
+    def compile(self) -> None:
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        command = [self.ninja, "-f", str(self.write_ninja()), "-j", jobs]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            raise SystemExit("compiling failed, see above (FASTATTN_BUILD=none installs without)")
+
+
+def relative(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+# ---- setuptools -------------------------------------------------------------------------------
+
+
+class BuildNative(build_ext):
+    """Compiles with ninja, then puts each library where setuptools expects that extension."""
+
+    def build_extensions(self) -> None:
+        PLAN.compile()
+        for lib in PLAN.wanted():
+            if PLAN.mode == "asan":  # stays in build/asan: only tests under libasan can load it
+                print(f"built {PLAN.output(lib)}")
+                continue
+            target = Path(self.get_ext_fullpath(f"fastattn.{lib.name}"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(PLAN.output(lib)), str(target))
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace and not self.editable_mode and PLAN.mode != "asan":
+            write_facts(ROOT / "fastattn")
+
+
+class BuildPython(build_py):
+    """Adds _build.json beside the Python files: in the wheel, or in the tree when editable."""
+
+    def run(self) -> None:
+        super().run()
+        if PLAN.mode != "asan":
+            folder = ROOT if self.editable_mode else Path(self.build_lib)
+            write_facts(folder / "fastattn")
+
+
+def write_facts(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build.json").write_text(json.dumps(PLAN.facts, indent=2) + "\n")
+    for name, reason in PLAN.facts["missing"].items():
+        print(f"fastattn: {name} is not built: {reason}", file=sys.stderr)
+
+
+PLAN = Plan(os.environ.get("FASTATTN_BUILD") or "auto")
+
+setup(
+    packages=["fastattn", "fastattn.kernels", "fastattn.benchmarks"],
+    package_dir={"fastattn.kernels": "kernels", "fastattn.benchmarks": "benchmarks"},
+    package_data={"fastattn": ["py.typed"]},
+    include_package_data=False,
+    ext_modules=[
+        Extension(f"fastattn.{lib.name}", lib.sources, py_limited_api=lib.stable, optional=True)
+        for lib in PLAN.wanted()
+    ],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)

@@ -1,0 +1,284 @@
+"""The house: README's code runs, the command line answers, the package builds, budgets hold."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastattn
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TREE = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
+FOLDERS = ("fastattn", "kernels", "benchmarks", "csrc", "tests", "docs", ".ci")
+
+
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter, its output captured; ROOT's package unless PYTHONPATH says otherwise."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+# ---- README -----------------------------------------------------------------------------------
+
+
+def test_readme_code_runs():
+    """Every python block, in order, in one namespace, warnings of ours included as errors."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) >= 4
+    run = python("-W", "error::UserWarning:fastattn", "-c", "\n".join(blocks), OMP_NUM_THREADS="1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip(), "explain() prints a table"
+
+
+@pytest.mark.native
+def test_readme_tables_are_generated():
+    from fastattn.benchmarks import readme_table
+
+    text = README.read_text()
+    assert readme_table.generated(text) == text, "run python -m fastattn.benchmarks.readme_table"
+
+
+def test_readme_names_files_that_exist():
+    text = README.read_text() + (ROOT / "docs/architecture.md").read_text()
+    paths = re.findall(r"`((?:fastattn|csrc|tests|benchmarks|kernels|docs)/[\w/.]+\.\w+)`", text)
+    assert len(paths) > 8
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_speed_table_says_red_and_no_difference():
+    from fastattn.benchmarks.readme_table import replace, speed_markdown
+
+    row = {"group": "dense", "dtype": "fp32", "dim": 64, "causal": False, "backward": False}
+    ratio = {"value": 1.01, "low": 0.98, "high": 1.03, "verdict": "no difference"}
+    timed = {"torch_ms": 2.0, "fastattn_ms": 1.98, "percent_of_peak": 70.0}
+    good = {"name": "a", "row": row, "torch_backend": "flash", "red": None, "ratio": ratio, **timed}
+    bad = {"name": "b", "row": row, "torch_backend": "flash", "red": "error too large"}
+    machine = {"cpu": "CPU", "threads": 2, "isa": "avx2", "torch": "2", "torch_isa": "AVX2"}
+    machine["date"] = "2030-01-02T03:04:05"
+    table = speed_markdown({"machine": machine, "rows": [good, bad]})
+    assert "| dense, D 64, full | fp32 | forward | RED | flash |" in table
+    assert "| a | flash | 2.000 | 1.980 | no difference | 0.98 to 1.03 | 70 |" in table
+    assert "| b | flash | | | RED | | |" in table
+    with pytest.raises(ValueError, match="speed:begin"):
+        replace("no markers", "speed", table)
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+
+def test_info_is_readable():
+    run = python("-m", "fastattn", "info")
+    assert run.returncode == 0, run.stderr
+    for word in ("torch", "backends", "cpu", "triton", "reference", "FASTATTN_ISA", "build"):
+        assert word in run.stdout
+
+
+def test_info_json():
+    run = python("-m", "fastattn", "info", "--json", FASTATTN_LOG="0")
+    facts = json.loads(run.stdout)
+    backends = {row["name"]: row["why_not"] for row in facts["backends"]}
+    assert list(backends) == ["cuda", "triton", "cpu", "reference"]
+    assert backends["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in backends.values())
+    assert facts["environment"]["FASTATTN_LOG"] == "0"
+    assert facts["versions"]["fastattn"] == fastattn.__version__
+
+
+@pytest.mark.native
+def test_info_says_why_not_the_better_instruction_sets():
+    facts = json.loads(python("-m", "fastattn", "info", "--json", FASTATTN_ISA="portable").stdout)
+    states = {row["name"]: row["state"] for row in facts["isas"]}
+    assert states["portable"] == "chosen"
+    for row in facts["isas"]:
+        if not row["supported"]:
+            assert "this CPU lacks" in row["state"]
+    bad = json.loads(python("-m", "fastattn", "info", "--json", FASTATTN_ISA="sse9").stdout)
+    assert all("FASTATTN_ISA=sse9" in row["state"] for row in bad["isas"])
+
+
+def test_help_and_version():
+    run = python("-m", "fastattn", "--help")
+    assert run.returncode == 0
+    for command in ("info", "verify", "demo", "bench"):
+        assert command in run.stdout
+    assert (
+        python("-m", "fastattn", "--version").stdout.strip() == f"fastattn {fastattn.__version__}"
+    )
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "demo", "bench"])
+def test_each_command_has_help(command):
+    run = python("-m", "fastattn", command, "--help")
+    assert run.returncode == 0, run.stderr
+    assert f"python -m fastattn {command}" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [((), "usage"), (("dance",), "dance"), (("info", "--jsn"), "--jsn"), (("--nope",), "--nope")],
+)
+def test_bad_command_lines_exit_with_2(arguments, word):
+    run = python("-m", "fastattn", *arguments)
+    assert run.returncode == 2
+    assert word in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+# ---- building and installing ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A pure-Python wheel, built from a copy of the tree as on a machine with no compiler."""
+    folder = tmp_path_factory.mktemp("house")
+    tree = folder / "tree"
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "results")
+    for name in FOLDERS[:4]:
+        shutil.copytree(ROOT / name, tree / name, ignore=skip)
+    for name in TREE:
+        shutil.copy(ROOT / name, tree / name)
+    pip = ("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index")
+    run = python(*pip, "-w", str(folder), ".", cwd=tree, CXX="no-such-compiler", PYTHONPATH="")
+    assert run.returncode == 0, run.stderr
+    return next(folder.glob("fastattn-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def pure(wheel, tmp_path_factory) -> Path:
+    """The pure-Python wheel, unpacked into a folder of its own."""
+    target = tmp_path_factory.mktemp("target")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def test_wheel_has_what_it_must(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+    modules = {f"fastattn/{path.name}" for path in (ROOT / "fastattn").glob("*.py")}
+    modules |= {f"fastattn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    modules |= {f"fastattn/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+    assert modules <= names
+    assert {"fastattn/py.typed", "fastattn/_build.json"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    top = {name.split("/")[0] for name in names}
+    assert top == {"fastattn", f"fastattn-{fastattn.__version__}.dist-info"}
+    assert "Requires-Dist: torch>=2.10" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+# An editable install of the tree would lend its own _C to the wheel under test.
+ALONE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+
+
+def test_no_compiler_installs_and_says_so(pure):
+    """The package imports, computes on the reference with a warning, and info gives the reason."""
+    code = ALONE + (
+        "import torch, warnings, fastattn\n"
+        "q = torch.randn(1, 2, 5, 8, requires_grad=True)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    fastattn.attention(q, q, q, causal=True).sum().backward()\n"
+        "assert q.grad.isfinite().all()\n"
+        "print(fastattn.__file__)\n"
+        "print([str(w.message) for w in caught if issubclass(w.category, UserWarning)])\n"
+    )
+    run = python("-c", code, cwd=pure, PYTHONPATH=str(pure))
+    assert run.returncode == 0, run.stderr
+    where, warned = run.stdout.strip().split("\n")
+    assert Path(where).parent == pure / "fastattn"
+    assert "reference" in warned and "no-such-compiler" in warned
+    code = ALONE + "from fastattn.__main__ import main; sys.exit(main(['info', '--json']))"
+    info = python("-c", code, cwd=pure, PYTHONPATH=str(pure))
+    facts = json.loads(info.stdout)
+    assert "no-such-compiler" in facts["build"]["missing"]["_cpu"]
+    assert "no-such-compiler" in next(
+        row["why_not"] for row in facts["backends"] if row["name"] == "cpu"
+    )
+    assert facts["isas"] == [] and facts["machine"]["features"] is None
+
+
+def test_build_mode_is_checked():
+    run = python("setup.py", "--version", FASTATTN_BUILD="fast")
+    assert run.returncode != 0 and "FASTATTN_BUILD is 'fast'" in run.stderr
+    run = python("setup.py", "--version", FASTATTN_BUILD="cpu", CXX="no-such-compiler")
+    assert run.returncode != 0 and "no-such-compiler" in run.stderr
+
+
+# ---- rules of the house -----------------------------------------------------------------------
+
+
+def test_line_budgets():
+    from fastattn.benchmarks.size import over_budget
+
+    assert over_budget() == []
+
+
+def test_line_budgets_are_enforced(tmp_path):
+    from fastattn.benchmarks.size import over_budget
+
+    (tmp_path / "setup.py").write_text("x = 1\n" * 501)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/wide.h").write_text("//" + "x" * 99)
+    problems = over_budget(tmp_path)
+    assert problems == [
+        "csrc/wide.h:1 is wider than 100 columns",
+        "setup.py has 501 lines, the budget is 500",
+    ]
+
+
+def test_ruff():
+    for command in (("check", "."), ("format", "--check", ".")):
+        run = python("-m", "ruff", *command)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_license_is_apache():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_versions_agree():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version.group(1) == fastattn.__version__
+
+
+def test_no_path_of_a_machine_in_the_tree():
+    """No absolute path of somebody's checkout, home or build folder."""
+    pattern = re.compile(r"(?<![\w.])/(?:work|home|root|Users|mnt|workspace)/\w")
+    found = []
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*"):
+            if not path.is_file() or path.suffix in (".so", ".pyc") or path.name == "_build.json":
+                continue
+            if pattern.search(path.read_text(errors="ignore")):
+                found.append(str(path.relative_to(ROOT)))
+    found += [name for name in TREE if pattern.search((ROOT / name).read_text())]
+    assert found == []
+
+
+def test_every_public_name_is_documented():
+    """Everything in fastattn.__all__ has a docstring of its own, and so has every module."""
+    for name in fastattn.__all__:
+        thing = getattr(fastattn, name)
+        if not isinstance(thing, (str, int, float)):
+            assert (inspect.getdoc(thing) or "").strip(), f"fastattn.{name} has no docstring"
+    for folder in ("fastattn", "kernels", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.parent.name != "ladder":
+                assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
