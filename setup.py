@@ -50,6 +50,7 @@ OPTIMIZE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"
 SANITIZE = [
     *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"),
     *("-fno-sanitize-recover=undefined", "-ffp-contract=fast"),
+    "-fexpensive-optimizations",  # -O1 alone makes no FMA, and every instruction set rounds alike
 ]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc"]

@@ -24,13 +24,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-template <class... Parts> void check(bool ok, const Parts&... parts) {
-    if (ok) return;
+template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
     std::ostringstream text;
     text << "fastattn: ";
     (text << ... << parts);
     throw std::runtime_error(text.str());
 }
+
+// A macro, so that the parts of the message are only made when it is needed.
+#define CHECK(condition, ...) \
+    if (!(condition)) fail(__VA_ARGS__)
 
 constexpr int64_t MAX_LENGTH = int64_t(1) << 30;  // rows and keys are counted in int, with sums
 
@@ -56,7 +59,7 @@ std::string shape_of(const Tensor& t) {
 }
 
 void check_cpu(const Tensor& t, const char* name) {
-    check(t.is_cpu(), name, " must be on the CPU, where q is");
+    CHECK(t.is_cpu(), name, " must be on the CPU, where q is");
 }
 
 // A 4-D operand of kernel `params`: strides in elements, 0 along broadcast dimensions.
@@ -149,8 +152,8 @@ private:
 std::vector<int> Call::int_vector(const OptionalTensor& t, const char* name, int64_t size) const {
     if (!t) return {};
     check_cpu(*t, name);
-    check(t->scalar_type() == ScalarType::Int, name, " must be int32");
-    check(t->dim() == 1 && (size < 0 || t->size(0) == size), name, " has shape ", shape_of(*t),
+    CHECK(t->scalar_type() == ScalarType::Int, name, " must be int32");
+    CHECK(t->dim() == 1 && (size < 0 || t->size(0) == size), name, " has shape ", shape_of(*t),
           ", expected [", size, "]");
     std::vector<int> out(t->size(0));
     const int* from = static_cast<const int*>(t->data_ptr());
@@ -165,7 +168,7 @@ void Call::check_broadcast(const Tensor& t, const char* name) const {
     for (int i = 0; ok && i < 4; i++)
         ok = t.size(i) == 1 || t.size(i) == full[i] ||
              (cu_seqlens_q && i >= 2 && t.size(i) > full[i]);  // packed: at least the longest
-    check(ok, name, " has shape ", shape_of(t), ", which does not broadcast to [", full[0], ", ", full[1],
+    CHECK(ok, name, " has shape ", shape_of(t), ", which does not broadcast to [", full[0], ", ", full[1],
           ", ", full[2], ", ", full[3], "]");
 }
 
@@ -174,33 +177,33 @@ void Call::check_operands() {
     const char* names[3] = {"q", "k", "v"};
     for (int i = 0; i < 3; i++) {
         check_cpu(*all[i], names[i]);
-        check(all[i]->dim() == 4, names[i], " must have 4 dimensions, got shape ", shape_of(*all[i]));
-        check(all[i]->scalar_type() == q.scalar_type(), names[i], " must have q's dtype");
+        CHECK(all[i]->dim() == 4, names[i], " must have 4 dimensions, got shape ", shape_of(*all[i]));
+        CHECK(all[i]->scalar_type() == q.scalar_type(), names[i], " must have q's dtype");
         for (int d = 0; d < 4; d++)
-            check(all[i]->size(d) < MAX_LENGTH, names[i], " has a dimension of ", all[i]->size(d),
+            CHECK(all[i]->size(d) < MAX_LENGTH, names[i], " has a dimension of ", all[i]->size(d),
                   ", the limit is 2^30");
     }
     auto dtype = dtype_of(q);
-    check(dtype && *dtype != Dtype::BOOL, "q must be float32, float64, bfloat16 or float16");
-    check(q.size(3) == k.size(3) && q.size(3) >= 1, "q and k must have one head dimension >= 1, got ",
+    CHECK(dtype && *dtype != Dtype::BOOL, "q must be float32, float64, bfloat16 or float16");
+    CHECK(q.size(3) == k.size(3) && q.size(3) >= 1, "q and k must have one head dimension >= 1, got ",
           q.size(3), " and ", k.size(3));
-    check(v.size(3) >= 1, "v must have a head dimension >= 1");
-    check(q.size(3) <= 65536 && v.size(3) <= 65536, "head dimensions above 65536 are not supported");
-    check(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2), "k has shape ",
+    CHECK(v.size(3) >= 1, "v must have a head dimension >= 1");
+    CHECK(q.size(3) <= 65536 && v.size(3) <= 65536, "head dimensions above 65536 are not supported");
+    CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2), "k has shape ",
           shape_of(k), " and v ", shape_of(v), ": all but the last dimension must agree");
-    check(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "q has ", q.size(1),
+    CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "q has ", q.size(1),
           " heads, which is not a multiple of the ", k.size(1), " heads of k");
-    check(std::isfinite(scale), "scale must be finite, got ", scale);
-    check(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and >= 0, got ", softcap);
-    check(left >= -1 && right >= -1, "left and right must be >= -1");
-    check(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
-    check(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
+    CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
+    CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and >= 0, got ", softcap);
+    CHECK(left >= -1 && right >= -1, "left and right must be >= -1");
+    CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
+    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
     if (!cu_seqlens_q && !page_table)
-        check(q.size(0) == k.size(0), "q has batch size ", q.size(0), " and k ", k.size(0));
+        CHECK(q.size(0) == k.size(0), "q has batch size ", q.size(0), " and k ", k.size(0));
     if (dropout_p > 0) {
-        check(dropout_seed.has_value(), "dropout needs dropout_seed");
+        CHECK(dropout_seed.has_value(), "dropout needs dropout_seed");
         check_cpu(*dropout_seed, "dropout_seed");
-        check(dropout_seed->scalar_type() == ScalarType::Long && dropout_seed->dim() == 1 &&
+        CHECK(dropout_seed->scalar_type() == ScalarType::Long && dropout_seed->dim() == 1 &&
                   dropout_seed->size(0) == 2,
               "dropout_seed must be int64 [2]: seed and offset");
     }
@@ -212,20 +215,20 @@ void Call::make_segments() {
     int kv_rows = static_cast<int>(k.size(2));
     std::vector<int> q_begins, k_begins;
     if (cu_seqlens_q) {
-        check(q.size(0) == 1, "with cu_seqlens_q, q must have batch size 1");
+        CHECK(q.size(0) == 1, "with cu_seqlens_q, q must have batch size 1");
         q_begins = int_vector(cu_seqlens_q, "cu_seqlens_q", -1);
-        check(!q_begins.empty(), "cu_seqlens_q must have at least one element");
+        CHECK(!q_begins.empty(), "cu_seqlens_q must have at least one element");
         k_begins = int_vector(cu_seqlens_k, "cu_seqlens_k", static_cast<int64_t>(q_begins.size()));
         auto check_cu = [](const std::vector<int>& cu, const char* name, int64_t limit) {
-            check(cu[0] == 0, name, " must start with 0, got ", cu[0]);
+            CHECK(cu[0] == 0, name, " must start with 0, got ", cu[0]);
             for (size_t i = 1; i < cu.size(); i++)
-                check(cu[i] >= cu[i - 1], name, " decreases at ", i, ": ", cu[i - 1], " to ", cu[i]);
-            check(cu.back() <= limit, name, " ends with ", cu.back(), ", beyond the ", limit, " rows");
+                CHECK(cu[i] >= cu[i - 1], name, " decreases at ", i, ": ", cu[i - 1], " to ", cu[i]);
+            CHECK(cu.back() <= limit, name, " ends with ", cu.back(), ", beyond the ", limit, " rows");
         };
         check_cu(q_begins, "cu_seqlens_q", q_rows);
         check_cu(k_begins, "cu_seqlens_k", page_table ? MAX_LENGTH - 1 : kv_rows);
-        if (!page_table) check(k.size(0) == 1, "with cu_seqlens_k, k must have batch size 1");
-        check(!document_ids, "document_ids cannot be combined with cu_seqlens_q");
+        if (!page_table) CHECK(k.size(0) == 1, "with cu_seqlens_k, k must have batch size 1");
+        CHECK(!document_ids, "document_ids cannot be combined with cu_seqlens_q");
     }
     bool packed = !q_begins.empty();
     entries = packed ? static_cast<int64_t>(q_begins.size()) - 1 : batch;
@@ -234,12 +237,12 @@ void Call::make_segments() {
     int pages = 0, page_size = 1;
     if (page_table) {
         check_cpu(*page_table, "page_table");
-        check(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
+        CHECK(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
                   page_table->size(0) == entries,
               "page_table must be int32 [", entries, ", pages], got shape ", shape_of(*page_table));
-        check(packed || kv_lens, "page_table needs kv_lens");
-        check(!document_ids, "document_ids cannot be combined with page_table");
-        check(kv_rows > 0 || page_table->size(1) == 0, "pages must hold at least one key");
+        CHECK(packed || kv_lens, "page_table needs kv_lens");
+        CHECK(!document_ids, "document_ids cannot be combined with page_table");
+        CHECK(kv_rows > 0 || page_table->size(1) == 0, "pages must hold at least one key");
         pages = static_cast<int>(page_table->size(1));
         page_size = std::max(1, kv_rows);
         const int* from = static_cast<const int*>(page_table->data_ptr());
@@ -250,7 +253,7 @@ void Call::make_segments() {
     const int* documents = nullptr;
     if (document_ids) {
         check_cpu(*document_ids, "document_ids");
-        check(document_ids->scalar_type() == ScalarType::Int && document_ids->dim() == 2 &&
+        CHECK(document_ids->scalar_type() == ScalarType::Int && document_ids->dim() == 2 &&
                   document_ids->size(0) == batch && document_ids->size(1) == q_rows && q_rows == kv_rows,
               "document_ids must be int32 [batch, S] with S = ", q_rows, " rows of q and of k, got shape ",
               shape_of(*document_ids));
@@ -266,21 +269,21 @@ void Call::make_segments() {
                                         : kv_rows;
         int kv_len = static_cast<int>(std::min<int64_t>(capacity, MAX_LENGTH - 1));
         if (!lens.empty()) {
-            check(lens[e] >= 0 && lens[e] <= capacity, "kv_lens[", e, "] is ", lens[e],
+            CHECK(lens[e] >= 0 && lens[e] <= capacity, "kv_lens[", e, "] is ", lens[e],
                   ", outside [0, ", capacity, "]");
             kv_len = lens[e];
         }
         int first = 0;
         if (!starts.empty()) {
-            check(starts[e] >= 0, "kv_starts[", e, "] is ", starts[e], ", must be >= 0");
+            CHECK(starts[e] >= 0, "kv_starts[", e, "] is ", starts[e], ", must be >= 0");
             first = std::min(starts[e], kv_len);
         }
         if (page_table) {
-            check(static_cast<int64_t>(pages) * page_size >= kv_len, "page_table has ", pages, " pages of ",
+            CHECK(static_cast<int64_t>(pages) * page_size >= kv_len, "page_table has ", pages, " pages of ",
                   page_size, " keys, too few for the ", kv_len, " keys of entry ", e);
             for (int64_t i = 0; i < (static_cast<int64_t>(kv_len) + page_size - 1) / page_size; i++) {
                 int page = page_entries[e * pages + i];
-                check(page >= 0 && page < k.size(0), "page_table[", e, ", ", i, "] is ", page,
+                CHECK(page >= 0 && page < k.size(0), "page_table[", e, ", ", i, "] is ", page,
                       ", outside the ", k.size(0), " pages");
             }
         }
@@ -304,7 +307,7 @@ void Call::make_segments() {
             int64_t step = document_ids->stride(1);
             for (int begin = 0, end; begin < q_len; begin = end) {
                 for (end = begin + 1; end < q_len && ids[end * step] == ids[begin * step]; end++) {}
-                check(end == q_len || ids[end * step] > ids[begin * step], "document_ids decreases at row ",
+                CHECK(end == q_len || ids[end * step] > ids[begin * step], "document_ids decreases at row ",
                       end, " of batch entry ", e);
                 add(begin, end - begin, std::max(begin, first), std::min(end, kv_len));
             }
@@ -339,20 +342,20 @@ void Call::prepare() {
     p.head_dim = static_cast<int>(q.size(3));
     p.v_dim = static_cast<int>(v.size(3));
     if (mask) {
-        check(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+        CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
         check_broadcast(*mask, "mask");
         p.mask = operand4(*mask);
     }
     if (bias) {
         auto dtype = dtype_of(*bias);
-        check(dtype && *dtype != Dtype::BOOL, "bias must be a floating-point tensor");
+        CHECK(dtype && *dtype != Dtype::BOOL, "bias must be a floating-point tensor");
         check_broadcast(*bias, "bias");
         p.bias = operand4(*bias);
     }
     if (alibi_slopes) {
         const Tensor& t = *alibi_slopes;
         check_cpu(t, "alibi_slopes");
-        check(t.scalar_type() == ScalarType::Float && (t.dim() == 1 || (t.dim() == 2 && t.size(0) == entries)) &&
+        CHECK(t.scalar_type() == ScalarType::Float && (t.dim() == 1 || (t.dim() == 2 && t.size(0) == entries)) &&
                   t.size(t.dim() - 1) == q.size(1),
               "alibi_slopes must be float32 [", q.size(1), "] or [", entries, ", ", q.size(1),
               "], got shape ", shape_of(t));
@@ -366,7 +369,7 @@ void Call::prepare() {
     if (sinks) {
         auto dtype = dtype_of(*sinks);
         check_cpu(*sinks, "sinks");
-        check(dtype && *dtype != Dtype::BOOL && sinks->dim() == 1 && sinks->size(0) == q.size(1),
+        CHECK(dtype && *dtype != Dtype::BOOL && sinks->dim() == 1 && sinks->size(0) == q.size(1),
               "sinks must be a floating-point tensor [", q.size(1), "], got shape ", shape_of(*sinks));
         p.sinks = {static_cast<char*>(sinks->data_ptr()), *dtype, 0, sinks->stride(0), 0, 0};
     }
@@ -461,7 +464,7 @@ void run_backward(Call& call, BiasSharing sharing) {
 void fill(Tensor t, double value) { torch::stable::fill_(t, value); }
 
 std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_splits) {
-    check(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ", num_splits);
+    CHECK(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ", num_splits);
     const Tensor& q = call.q;
     call.prepare();
     Tensor out = call.params.head_dim == call.params.v_dim && is_dense(q)
@@ -478,7 +481,7 @@ std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_
 }
 
 Tensor new_lse(const Tensor& q) {
-    check(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
+    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
     return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
 }
 
@@ -549,20 +552,20 @@ template <class A> void sink_gradient(const Call& call, const Tensor& lse, const
 
 Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor out, const Tensor& lse,
                             bool need_dbias, bool need_dsinks) {
-    check(!call.page_table, "pages have no gradient");
+    CHECK(!call.page_table, "pages have no gradient");
     call.prepare();
     const Tensor& q = call.q;
     ScalarType accumulate = accumulate_type(q);
     auto check_like_out = [&](const Tensor& t, const char* name) {
         check_cpu(t, name);
-        check(t.scalar_type() == q.scalar_type() && t.dim() == 4 && t.size(0) == q.size(0) &&
+        CHECK(t.scalar_type() == q.scalar_type() && t.dim() == 4 && t.size(0) == q.size(0) &&
                   t.size(1) == q.size(1) && t.size(2) == q.size(2) && t.size(3) == call.v.size(3),
               name, " has shape ", shape_of(t), ", expected the output's [", q.size(0), ", ", q.size(1), ", ",
               q.size(2), ", ", call.v.size(3), "] in q's dtype");
     };
     auto check_like_lse = [&](const Tensor& t, const char* name) {
         check_cpu(t, name);
-        check(t.scalar_type() == accumulate && t.dim() == 3 && t.size(0) == q.size(0) &&
+        CHECK(t.scalar_type() == accumulate && t.dim() == 3 && t.size(0) == q.size(0) &&
                   t.size(1) == q.size(1) && t.size(2) == q.size(2),
               name, " has shape ", shape_of(t), ", expected [", q.size(0), ", ", q.size(1), ", ", q.size(2),
               "] in ", accumulate == ScalarType::Double ? "float64" : "float32");
@@ -571,8 +574,8 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     check_like_out(out, "out");
     check_like_lse(lse, "lse");
     if (dlse) check_like_lse(*dlse, "dlse");
-    check(!need_dbias || call.bias, "need_dbias without a bias");
-    check(!need_dsinks || call.sinks, "need_dsinks without sinks");
+    CHECK(!need_dbias || call.bias, "need_dbias without a bias");
+    CHECK(!need_dsinks || call.sinks, "need_dsinks without sinks");
     dout = unit_stride(dout);
     out = unit_stride(out);
 
@@ -643,12 +646,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 
 Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, bool is_causal,
                OptionalTensor attn_mask, std::optional<double> scale) {
-    check(dropout_p == 0, "aten's CPU flash operator has no dropout");
+    CHECK(dropout_p == 0, "aten's CPU flash operator has no dropout");
     Call call{};
     call.q = q;
     call.k = k;
     call.v = v;
-    if (attn_mask) {
+    if (attn_mask && attn_mask->defined()) {  // autograd passes an undefined one for none
         Tensor mask = *attn_mask;
         if (mask.dim() == 2) mask = torch::stable::unsqueeze(torch::stable::unsqueeze(mask, 0), 0);
         (mask.scalar_type() == ScalarType::Bool ? call.mask : call.bias) = mask;
@@ -662,7 +665,7 @@ Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, double dropout
 std::tuple<Tensor, Tensor> aten_forward(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
                                         bool is_causal, OptionalTensor attn_mask, std::optional<double> scale) {
     Call call = aten_call(q, k, v, dropout_p, is_causal, attn_mask, scale);
-    check(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
+    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
     // [B, Sq, H] in memory, as aten's shape function says
     Tensor lse = torch::stable::transpose(
         new_tensor(q, {q.size(0), q.size(2), q.size(1)}, accumulate_type(q)), 1, 2);
@@ -682,7 +685,7 @@ std::tuple<Tensor, Tensor, Tensor> aten_backward(const Tensor& dout, const Tenso
 }  // namespace fastattn::cpu
 
 // Puts these kernels under aten's CPU flash operator (on = 1) or gives it back (on = 0). Called by
-// fastattn/sdpa.py, which serialises the calls. Returns whether the kernels are now in place.
+// fastattn/override.py, which serialises the calls. Returns whether the kernels are now in place.
 extern "C" __attribute__((visibility("default"))) int fastattn_override_sdpa(int on) {
     using torch::stable::detail::StableLibrary;
     static std::unique_ptr<StableLibrary> library;

@@ -3,8 +3,14 @@
 First-order backward is the backend's fused kernel. Everything beyond it (jvp, double backward,
 Hessian-vector products, and so on, of every option) is the derivative of the reference.
 
-Python overhead in eager mode, as a multiple of what the bare operator costs (about 6 us of 21
-arguments through torch's boxed calling convention): see the measurements below `attend`.
+What Python costs in eager mode, for [1, 1, 8, 8] tensors, in thousands of user instructions (0.2 us
+a thousand on the busy AVX2 machine where they were counted; unlike times, they do not vary):
+
+    the operator alone, 21 arguments, kernel included     115     (its argument passing alone: 64)
+    attention(), no gradient wanted                       147     checks 19, key guard 8, rest 5
+    attention(), gradient wanted, forward                 193     a bare autograd.Function: 33
+    F.scaled_dot_product_attention, without / with grad    45 / 57
+    the same under enable()                               100 / 112
 """
 
 from __future__ import annotations

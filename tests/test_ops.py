@@ -75,7 +75,7 @@ def test_opcheck_backward(case):
     dout = torch.randn_like(out).requires_grad_()
     dlse = None if case.name == "plain" else torch.randn_like(lse).requires_grad_()
     call = (dout, dlse, out, lse, *tensors)
-    if not any(x is not None for x in tensors[7:]):  # lengths and seeds are read in second order
+    if case.name == "mask, bias, sinks":  # slow; and lengths and seeds are read in second order
         opcheck(BACKWARD.default, (*call, *spec, *needs))
     call = (x if x is None else x.detach() for x in call)
     opcheck(BACKWARD.default, (*call, *spec, *needs))

@@ -1,6 +1,4 @@
-"""The SDPA drop-in against torch's own samples and semantics, and the switch that puts it under
-every program: what it serves, what it leaves alone, and that nothing of it stays.
-"""
+"""The SDPA drop-in against torch's own samples and semantics. The switch is in test_override.py."""
 
 from __future__ import annotations
 
@@ -17,9 +15,6 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 import fastattn
 from fastattn import scaled_dot_product_attention as sdpa
 from fastattn.philox import keep_mask, keep_probability
-
-OURS = "AttentionBackward"  # grad_fn of fastattn's own autograd
-FLASH = "ScaledDotProductFlashAttentionForCpuBackward0"  # of aten's CPU flash operator
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +35,6 @@ def qkv(*shape, kv=None, grad=False, dtype=torch.float32):
     """query, key, value of the shapes (..., length, channels)."""
     shapes = (shape, kv or shape, kv or shape)
     return [torch.randn(s, dtype=dtype, requires_grad=grad) for s in shapes]
-
-
-def operator_of(out) -> str:
-    """The autograd node that made out, past views."""
-    node = out.grad_fn
-    while node.name() in ("TransposeBackward0", "ViewBackward0", "UnsafeViewBackward0"):
-        node = node.next_functions[0][0]
-    return node.name()
 
 
 # ---- torch's own samples ------------------------------------------------------------------------

@@ -127,7 +127,11 @@ static void add_bias_gradient(const Params& p, const Segment& s, const BackwardT
                 first[i * g.row + j * g.col] += t.ds[j * TILE_LD + i];
         return;
     }
-    transpose<true>([&](int j) { return t.ds + j * TILE_LD; }, n, lanes.count, first, g.row, A(1));
+    // Eight rows of dbias at a time: they lie a multiple of 4 KB apart where kv_len is one of 1024,
+    // and more of them would evict each other from the L1 cache.
+    for (int i = 0; i < lanes.count; i += 8)
+        transpose<true>([&](int j) { return t.ds + j * TILE_LD + i; }, n, imin(8, lanes.count - i),
+                        first + i * g.row, g.row, A(1));
 }
 
 // sum[key][column] += X'[key][lane] * rows[lane][column], for the lanes that see the keys.
