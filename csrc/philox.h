@@ -1,6 +1,6 @@
-// Dropout's random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-// A pure function of (seed, offset, batch x head, row, key), so every kernel, tile shape and device
-// drops the same weights. The Python twin is fastattn/philox.py.
+// Dropout's random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+// 3", 2011). A pure function of (seed, offset, batch x head, row, key), so every kernel, tile shape
+// and device drops the same weights. The Python twin is fastattn/philox.py.
 #pragma once
 #include <cstdint>
 
@@ -10,8 +10,8 @@ constexpr uint32_t PHILOX_A = 0xD2511F53u, PHILOX_B = 0xCD9E8D57u;
 constexpr uint32_t PHILOX_KEY_A = 0x9E3779B9u, PHILOX_KEY_B = 0xBB67AE85u;
 constexpr int PHILOX_ROUNDS = 10;
 
-// One call makes eight 16-bit numbers: rows i and i^8, keys j, j^1, j^8, j^9. That is what a lane of
-// a tensor-core accumulator holds, and eight neighbouring rows fill an AVX2 register.
+// One call makes eight 16-bit numbers: rows i and i^8, keys j, j^1, j^8, j^9. That is what a lane
+// of a tensor-core accumulator holds, and eight neighbouring rows fill an AVX2 register.
 struct DropoutKey {
     uint32_t key0, key1, counter3;
     uint32_t threshold;  // of 65536: a weight is kept when its 16 bits are below

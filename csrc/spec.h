@@ -1,5 +1,5 @@
-// What one attention call computes, in the form every kernel uses: a mask is an interval of keys per row.
-// The Python twin is fastattn/spec.py; tests hold the two equal.
+// What one attention call computes, in the form every kernel uses: a mask is an interval of keys
+// per row. The Python twin is fastattn/spec.py; tests hold the two equal.
 #pragma once
 #include <cstdint>
 
@@ -33,7 +33,9 @@ struct Band {
     constexpr FASTATTN_HD int clamp_key(int j) const { return imax(0, imin(kv_len, j)); }
     constexpr FASTATTN_HD int clamp_row(int i) const { return imax(0, imin(q_len, i)); }
 
-    constexpr FASTATTN_HD int lo(int i) const { return left < 0 ? 0 : clamp_key(i + offset - left); }
+    constexpr FASTATTN_HD int lo(int i) const {
+        return left < 0 ? 0 : clamp_key(i + offset - left);
+    }
     constexpr FASTATTN_HD int hi(int i) const {
         return right < 0 ? kv_len : clamp_key(i + offset + right + 1);
     }

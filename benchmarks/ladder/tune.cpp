@@ -108,11 +108,17 @@ int main(int count, char** words) {
         void* library = dlopen(word.substr(equals + 1).c_str(), RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr) return std::fprintf(stderr, "%s\n", dlerror()), 1;
         void* symbol = dlsym(library, "_ZN8fastattn3cpu12avx2_kernelsE");
-        variants.push_back({word.substr(0, equals), &(*static_cast<const IsaKernels* const*>(symbol))->f32});
+        variants.push_back(
+            {word.substr(0, equals), &(*static_cast<const IsaKernels* const*>(symbol))->f32});
     }
     constexpr int ROUNDS = 15;
-    for (Shape shape : {Shape{8, 512, 64, false}, {2, 1024, 64, false}, {1, 2048, 64, false},
-                        {8, 512, 64, true}, {1, 2048, 64, true}, {2, 1024, 128, false}, {4, 512, 32, false},
+    for (Shape shape : {Shape{8, 512, 64, false},
+                        {2, 1024, 64, false},
+                        {1, 2048, 64, false},
+                        {8, 512, 64, true},
+                        {1, 2048, 64, true},
+                        {2, 1024, 128, false},
+                        {4, 512, 32, false},
                         {64, 64, 64, false}}) {
         Problem problem(shape);
         problem.forward(*variants[0].kernels);  // out and lse, for the backward

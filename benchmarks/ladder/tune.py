@@ -1,4 +1,4 @@
-"""Does a change to the AVX2 kernels pay? Builds them as they are and with each change, and times all
+"""Does a change to the AVX2 kernels pay? Builds them as they are and with each change, times all
 of them interleaved (tune.cpp).
 
     python benchmarks/ladder/tune.py forward
@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi".split()
+FLAGS = [
+    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    "-Wno-psabi",
+]
 
 
 def build(folder: Path, change: tuple[str, str] | None) -> Path:

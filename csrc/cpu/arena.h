@@ -9,7 +9,7 @@
 namespace fastattn::cpu {
 
 class Arena {
-public:
+  public:
     // The calling thread's arena, emptied.
     static Arena& fresh() {
         thread_local Arena arena;
@@ -27,7 +27,7 @@ public:
         return p;
     }
 
-private:
+  private:
     static constexpr size_t KEEP = size_t(64) << 20;  // a larger arena is given back after use
 
     void grow(size_t bytes) {

@@ -6,24 +6,23 @@
 
 template <class A> struct BackwardTile {
     Lanes<A> lanes;
-    alignas(64) A lse[BLOCK_Q];    // in base 2; +inf for a row that saw no key
+    alignas(64) A lse[BLOCK_Q];  // in base 2; +inf for a row that saw no key
     alignas(64) A delta[BLOCK_Q];
     Turned<A> q_turned, dout_turned;
-    A *q, *dout;                   // panels: [columns / PANEL][BLOCK_Q][PANEL]
-    A *keys, *values;              // converted rows, when they cannot be read in place
-    A *key_panels;
-    A *p, *ds, *softcap_slope;     // [BLOCK_KV][BLOCK_Q]
-    A *dq;                         // [BLOCK_Q][padded head_dim]
-    A *buffer;                     // 8 rows of any operand
+    A *q, *dout;       // panels: [columns / PANEL][BLOCK_Q][PANEL]
+    A *keys, *values;  // converted rows, when they cannot be read in place
+    A* key_panels;
+    A *p, *ds, *softcap_slope;  // [BLOCK_KV][BLOCK_Q]
+    A* dq;                      // [BLOCK_Q][padded head_dim]
+    A* buffer;                  // 8 rows of any operand
     DropoutTile keep[2];
-    int k_ld, v_ld;                // padded head_dim and v_dim
+    int k_ld, v_ld;  // padded head_dim and v_dim
 };
 constexpr int TILE_LD = BLOCK_Q;
 
 // --- load ---------------------------------------------------------------------------------------
 
-template <class A>
-static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
+template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
     t.k_ld = round_up_panel<A>(p.head_dim);
     t.v_ld = round_up_panel<A>(p.v_dim);
     t.q_turned = new_turned<A>(p, BLOCK_Q, p.head_dim, A(p.scale * LOG2E), arena);
@@ -39,8 +38,9 @@ static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
     t.dq = arena.take<A>(BLOCK_Q * t.k_ld);
     t.buffer = arena.take<A>(8 * imax(p.head_dim, p.v_dim));
     for (DropoutTile& keep : t.keep)
-        keep = p.dropout ? reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD))
-                         : nullptr;
+        keep = p.dropout
+                   ? reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD))
+                   : nullptr;
 }
 
 template <class A>
@@ -84,9 +84,8 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
 // --- one tile -----------------------------------------------------------------------------------
 
 // p, ds of one panel from scores and dP; rows outside [begin, end) become 0.
-template <class A>
-INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel, int begin, int end, int n,
-                            const float* z) {
+template <class A> INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel,
+                                               int begin, int end, int n, const float* z) {
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     for (int v = 0; v < 2; v++) {
         int lane = panel * PANEL<A> + v * LANES<A>;
@@ -115,9 +114,8 @@ INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel, int 
 }
 
 // dbias += ds, summed over whatever dimensions the bias is broadcast along.
-template <class A>
-static void add_bias_gradient(const Params& p, const Segment& s, const BackwardTile<A>& t, int key,
-                              int n) {
+template <class A> static void add_bias_gradient(const Params& p, const Segment& s,
+                                                 const BackwardTile<A>& t, int key, int n) {
     const Lanes<A>& lanes = t.lanes;
     const Tensor4& g = p.dbias;
     A* first = g.at<A>(s.entry, lanes.head[0], s.row0 + lanes.row[0]) + (s.key0 + key) * g.col;
@@ -135,9 +133,8 @@ static void add_bias_gradient(const Params& p, const Segment& s, const BackwardT
 }
 
 // sum[key][column] += X'[key][lane] * rows[lane][column], for the lanes that see the keys.
-template <class A>
-INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, const A* x, int key, int n, const A* rows,
-                        int columns, A* sum) {
+template <class A> INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, const A* x, int key,
+                                           int n, const A* rows, int columns, A* sum) {
     for (int j = 0; j < n; j += GEMM_ROWS) {
         int count = imin(GEMM_ROWS, n - j), begin = 0, end = t.lanes.count;
         if (edge) {
@@ -149,13 +146,13 @@ INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, const A* x, int key
             micro_rows<Order::ROWS, Store::ADD>(
                 count, end - begin, x + j * TILE_LD + begin, TILE_LD,
                 rows + static_cast<int64_t>(c) * BLOCK_Q + begin * PANEL<A>, PANEL<A>,
-                sum + static_cast<int64_t>(j) * columns + c, columns, static_cast<const A*>(nullptr));
+                sum + static_cast<int64_t>(j) * columns + c, columns,
+                static_cast<const A*>(nullptr));
     }
 }
 
 // dq[lane][column] += ds[lane][key] * K[key][column].
-template <class A>
-INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n) {
+template <class A> INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n) {
     for (int c = 0; c < t.k_ld; c += PANEL<A>)
         for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
             int rows = imin(GEMM_ROWS, t.lanes.count - i), begin = 0, end = n;
@@ -173,9 +170,9 @@ INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n) 
 }
 
 // All keys of one tile of query rows.
-template <class A>
-static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys,
-                          const KeyRows& values, BackwardTile<A>& t, A* dk_sum, A* dv_sum) {
+template <class A> static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys,
+                                             const KeyRows& values, BackwardTile<A>& t, A* dk_sum,
+                                             A* dv_sum) {
     const Lanes<A>& lanes = t.lanes;
     Range r = lanes.range(0, lanes.count);
     for (int key = r.begin; key < r.end; key += BLOCK_KV) {
@@ -185,7 +182,8 @@ static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys
         if (seen == Seen::NONE) continue;
         RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.keys);
         RowBlock<A> v = load_rows(p, values, key, n, p.v_dim, t.values);
-        const float* z = p.dropout ? dropout_tile(p, s, lanes, key, n, t.keep[0], t.keep[1]) : nullptr;
+        const float* z =
+            p.dropout ? dropout_tile(p, s, lanes, key, n, t.keep[0], t.keep[1]) : nullptr;
         for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
             int first = panel * PANEL<A>, begin = 0, end = n;
             if (edge) {
@@ -208,8 +206,10 @@ static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys
                     Vec<A> ds = load<A>(x);
                     store<A>(x, ds == 0 ? ds : ds * load<A>(t.softcap_slope + j * TILE_LD + i));
                 }
-        add_to_keys(t, edge, t.p, key, n, t.dout, t.v_ld, dv_sum + static_cast<int64_t>(key) * t.v_ld);
-        add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld, dk_sum + static_cast<int64_t>(key) * t.k_ld);
+        add_to_keys(t, edge, t.p, key, n, t.dout, t.v_ld,
+                    dv_sum + static_cast<int64_t>(key) * t.v_ld);
+        add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld,
+                    dk_sum + static_cast<int64_t>(key) * t.k_ld);
         with_type<A>(p.dtype, [&](auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
             pack_panels<A, T>([&](int j) { return keys.row(key + j); }, n, p.head_dim, BLOCK_KV,
@@ -221,21 +221,19 @@ static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys
 
 // --- the kernel ---------------------------------------------------------------------------------
 
-template <class A>
-static void write_key_gradients(const Params& p, const BackwardItem& item, const A* dk_sum,
-                                const A* dv_sum) {
+template <class A> static void write_key_gradients(const Params& p, const BackwardItem& item,
+                                                   const A* dk_sum, const A* dv_sum) {
     const Segment& s = p.segments[item.segment];
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     for (int j = 0; j < s.band.kv_len; j++) {
-        store_row(dk_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.head_dim), A(p.scale), p.dtype,
-                  p.dk.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.head_dim);
-        store_row(dv_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.v_dim), inverse_keep, p.dtype,
-                  p.dv.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.v_dim);
+        store_row(dk_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.head_dim), A(p.scale),
+                  p.dtype, p.dk.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.head_dim);
+        store_row(dv_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.v_dim), inverse_keep,
+                  p.dtype, p.dv.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.v_dim);
     }
 }
 
-template <class A>
-static void backward(const Params& p, const BackwardItem& item) {
+template <class A> static void backward(const Params& p, const BackwardItem& item) {
     const Segment& s = p.segments[item.segment];
     Arena& arena = Arena::fresh();
     BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
@@ -265,8 +263,7 @@ static void backward(const Params& p, const BackwardItem& item) {
 }
 
 // Adds the sums of consecutive items of one (segment, kv head), in order, and writes dk and dv.
-template <class A>
-static void reduce(const Params& p, const BackwardItem* items, int parts) {
+template <class A> static void reduce(const Params& p, const BackwardItem* items, int parts) {
     int64_t kv_len = p.segments[items[0].segment].band.kv_len;
     A* dk = static_cast<A*>(items[0].dk_sum);
     A* dv = static_cast<A*>(items[0].dv_sum);

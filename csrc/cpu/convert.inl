@@ -2,8 +2,12 @@
 // and are rounded (to nearest, ties to even) once, when a result is stored.
 // next: pack.inl
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
 
 typedef uint16_t Half8 __attribute__((vector_size(16), aligned(2), may_alias));
 typedef uint32_t Word8 __attribute__((vector_size(32), aligned(4)));
@@ -42,7 +46,8 @@ template <> inline f16 from_float<f16>(float x) {
 #else
     uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = bits >> 16 & 0x8000;
     bits &= 0x7fffffff;
-    if (bits >= 0x7f800000) return {static_cast<uint16_t>(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00))};
+    if (bits >= 0x7f800000)
+        return {static_cast<uint16_t>(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00))};
     if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds beyond 65504
     if (bits < 0x38800000) {  // subnormal: adding 0.5 rounds at its last bit
         float y = __builtin_bit_cast(float, bits) + 0.5f;
@@ -83,15 +88,17 @@ template <class A, class F> INLINE void with_type(Dtype dtype, F f) {
         f(static_cast<double*>(nullptr));
     } else {
         switch (dtype) {
-            case Dtype::BF16: return f(static_cast<bf16*>(nullptr));
-            case Dtype::F16: return f(static_cast<f16*>(nullptr));
-            default: return f(static_cast<float*>(nullptr));
+            case Dtype::BF16:
+                return f(static_cast<bf16*>(nullptr));
+            case Dtype::F16:
+                return f(static_cast<f16*>(nullptr));
+            default:
+                return f(static_cast<float*>(nullptr));
         }
     }
 }
 
-template <class A>
-INLINE void store_row(const A* from, A factor, Dtype dtype, char* to, int n) {
+template <class A> INLINE void store_row(const A* from, A factor, Dtype dtype, char* to, int n) {
     with_type<A>(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T* row = reinterpret_cast<T*>(to);

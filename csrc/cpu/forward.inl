@@ -1,5 +1,5 @@
-// The forward kernel: one tile of query rows against its keys, block by block, with the softmax kept
-// online (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
+// The forward kernel: one tile of query rows against its keys, block by block, with the softmax
+// kept online (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
 // next: backward.inl
 
 // Fewer lanes than this are decoding: keys are read once, as dot products, without turning q.
@@ -47,9 +47,9 @@ static void load_queries(const Params& p, const Segment& s, ForwardTile<A>& t, A
 // --- scores -------------------------------------------------------------------------------------
 
 // Dot products of N keys with all lanes, in steps of a vector; the last step reads a padded copy.
-template <int N, class A, class T>
-INLINE void dot_scores(const T* const* keys, int columns, const A* q, int lanes, int64_t q_ld, A* to,
-                       int64_t ld) {
+template <int N, class A, class T> INLINE void dot_scores(const T* const* keys, int columns,
+                                                          const A* q, int lanes, int64_t q_ld,
+                                                          A* to, int64_t ld) {
     constexpr int W = LANES<A>;
     int whole = columns / W * W;
     alignas(64) A tail[N][W] = {};
@@ -79,9 +79,9 @@ INLINE void dot_scores(const T* const* keys, int columns, const A* q, int lanes,
 
 // Scores of keys [key, key + n), key by key. The values are asked for from memory meanwhile: they
 // are read next, column by column, which no hardware prefetcher follows.
-template <class A>
-static void decode_scores(const Params& p, const ForwardTile<A>& t, const KeyRows& keys,
-                          const KeyRows& values, int key, int n) {
+template <class A> static void decode_scores(const Params& p, const ForwardTile<A>& t,
+                                             const KeyRows& keys, const KeyRows& values, int key,
+                                             int n) {
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         int value_bytes = p.v_dim * static_cast<int>(sizeof(T));
@@ -139,8 +139,8 @@ INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int 
     }
 }
 
-template <class A>
-static void apply_dropout(const Params& p, const Segment& s, const ForwardTile<A>& t, int key, int n) {
+template <class A> static void apply_dropout(const Params& p, const Segment& s,
+                                             const ForwardTile<A>& t, int key, int n) {
     const float* z = dropout_tile(p, s, t.lanes, key, n, t.keep[0], t.keep[1]);
     for (int j = 0; j < n; j++)
         for (int i = 0; i < t.lanes.padded; i += LANES<A>) {
@@ -151,11 +151,11 @@ static void apply_dropout(const Params& p, const Segment& s, const ForwardTile<A
 
 // --- output -------------------------------------------------------------------------------------
 
-// acc = acc * rescale + P V for keys [begin, end) of a block, a group of rows at a time. B is packed
-// panels, or (decoding) the values where they lie.
+// acc = acc * rescale + P V for keys [begin, end) of a block, a group of rows at a time. B is
+// packed panels, or (decoding) the values where they lie.
 template <class A, class T>
-INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n, int columns,
-                       const T* values, int64_t panel_step, int64_t ld) {
+INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n,
+                       int columns, const T* values, int64_t panel_step, int64_t ld) {
     for (int c = 0; c < columns; c += PANEL<A>, values += panel_step)
         for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
             int rows = imin(GEMM_ROWS, t.lanes.count - i);
@@ -172,25 +172,26 @@ INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int k
         }
 }
 
-template <class A>
-static void accumulate_block(const Params& p, const ForwardTile<A>& t, bool edge, const Range& r,
-                             const KeyRows& values, int key, int n) {
+template <class A> static void accumulate_block(const Params& p, const ForwardTile<A>& t, bool edge,
+                                                const Range& r, const KeyRows& values, int key,
+                                                int n) {
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         bool in_place = t.dot_ld > 0 && values.pages == nullptr && p.v_dim % PANEL<A> == 0;
         if (in_place)
-            return accumulate(t, edge, r, key, n, p.v_dim, reinterpret_cast<const T*>(values.row(key)),
-                              PANEL<A>, values.row_bytes / static_cast<int64_t>(sizeof(T)));
-        pack_panels<A, T>([&](int j) { return values.row(key + j); }, n, p.v_dim, BLOCK_KV, t.values);
-        accumulate(t, edge, r, key, n, t.acc_ld, static_cast<const A*>(t.values), BLOCK_KV * PANEL<A>,
-                   PANEL<A>);
+            return accumulate(t, edge, r, key, n, p.v_dim,
+                              reinterpret_cast<const T*>(values.row(key)), PANEL<A>,
+                              values.row_bytes / static_cast<int64_t>(sizeof(T)));
+        pack_panels<A, T>([&](int j) { return values.row(key + j); }, n, p.v_dim, BLOCK_KV,
+                          t.values);
+        accumulate(t, edge, r, key, n, t.acc_ld, static_cast<const A*>(t.values),
+                   BLOCK_KV * PANEL<A>, PANEL<A>);
     });
 }
 
 // One row's result. A row whose sum is 0 has seen no key (a NaN score makes the sum NaN).
-template <class A>
-static void write_row(const Params& p, const Segment& s, int head, int row, A row_max, A row_sum,
-                      const A* acc) {
+template <class A> static void write_row(const Params& p, const Segment& s, int head, int row,
+                                         A row_max, A row_sum, const A* acc) {
     A lse = A(NEG_INF), factor = 0;
     if (!(row_sum == 0)) {
         A out_factor = 1;
@@ -265,8 +266,7 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
                 end = imax(begin, imin(n, panel_range.end - key));
             }
             A* scores = t.scores + first;
-            if (!decoding)
-                panel_product(t.q, panel, rows, begin, end, scores, t.ld);
+            if (!decoding) panel_product(t.q, panel, rows, begin, end, scores, t.ld);
             finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           scores + begin * t.ld, t.ld, static_cast<A*>(nullptr));
             panel_softmax(t, panel, begin, end, n, scores);
@@ -289,8 +289,8 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
 }
 
 // Merges `splits` consecutive partial results of one tile, in order.
-template <class A>
-static void combine(const Params& p, const ForwardItem& item, int splits, const Partials& partials) {
+template <class A> static void combine(const Params& p, const ForwardItem& item, int splits,
+                                       const Partials& partials) {
     const Segment& s = p.segments[item.segment];
     int count = item.heads * item.rows;
     A* acc = Arena::fresh().take<A>(p.v_dim);

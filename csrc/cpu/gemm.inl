@@ -47,12 +47,18 @@ template <Order ORDER, Store STORE, class A, class T>
 INLINE void micro_rows(int rows, int depth, const A* a, int64_t lda, const T* b, int64_t ldb, A* c,
                        int64_t ldc, const A* rescale = nullptr) {
     switch (rows) {
-        case 6: return micro<6, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
-        case 5: return micro<5, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
-        case 4: return micro<4, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
-        case 3: return micro<3, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
-        case 2: return micro<2, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
-        case 1: return micro<1, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 6:
+            return micro<6, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 5:
+            return micro<5, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 4:
+            return micro<4, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 3:
+            return micro<3, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 2:
+            return micro<2, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
+        case 1:
+            return micro<1, ORDER, STORE>(depth, a, lda, b, ldb, c, ldc, rescale);
     }
 }
 
@@ -70,9 +76,8 @@ INLINE Vec<float> dot_pairs(Vec<float> acc, Words a, Words b) {
 }
 
 // C = factor * A B as micro() with Order::ROWS, on bf16: B holds pairs along the depth.
-template <int R>
-INLINE void micro_pairs(int depth, const uint16_t* a, int64_t lda, const uint32_t* b, float* c,
-                        int64_t ldc, float factor) {
+template <int R> INLINE void micro_pairs(int depth, const uint16_t* a, int64_t lda,
+                                         const uint32_t* b, float* c, int64_t ldc, float factor) {
     Vec<float> acc[R][2] = {};
     constexpr int W = LANES<float>;
     for (int k = 0; k < depth; k += 2, b += PANEL<float>) {

@@ -1,4 +1,5 @@
-// The instruction sets the CPU kernels are compiled for, best first, and which of them this machine has.
+// The instruction sets the CPU kernels are compiled for, best first, and which of them this machine
+// has.
 #pragma once
 #include <cstdlib>
 #include <stdexcept>
@@ -17,18 +18,20 @@ inline const std::vector<Isa>& isas() {
 #if defined(__x86_64__)
     static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                              __builtin_cpu_supports("f16c");
-    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                               __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl") &&
-                               __builtin_cpu_supports("avx512dq");
+    static const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #else
     static const bool avx2 = false, avx512 = false, bf16 = false;
 #endif
-    static const std::vector<Isa> table = {
-        {"avx512_bf16", bf16, true}, {"avx512", avx512, true}, {"avx2", avx2, true},
-        {"portable", true, true},
-        {"portable_bf16", true, false},  // the bf16 dot product emulated, so that it can be tested
+    static const std::
+        vector<Isa>
+            table =
+                {
+                    {"avx512_bf16", bf16, true},    {"avx512", avx512, true},
+                    {"avx2", avx2, true},           {"portable", true, true},
+                    {"portable_bf16", true, false},  // emulates the bf16 dot product, for tests
     };
     return table;
 }

@@ -1,4 +1,5 @@
-// The kernels with 16-byte vectors and no special instructions, the bf16 dot product emulated (for tests).
+// The kernels with 16-byte vectors and no special instructions; the bf16 dot product is emulated,
+// for tests.
 // next: kernels.inl
 #include "kernels.h"
 

@@ -5,7 +5,9 @@
 // A panel is PANEL columns wide. "Panels" are [columns / PANEL][rows][PANEL]: the B operand of a
 // product. "Transposed panels" are [rows / PANEL][columns][PANEL]: rows become lanes.
 
-template <class A> INLINE int round_up_panel(int n) { return (n + PANEL<A> - 1) / PANEL<A> * PANEL<A>; }
+template <class A> INLINE int round_up_panel(int n) {
+    return (n + PANEL<A> - 1) / PANEL<A> * PANEL<A>;
+}
 
 // Keys (or values) of one segment and kv head, contiguous in memory or scattered over pages.
 struct KeyRows {
@@ -27,8 +29,12 @@ static KeyRows key_rows(const Params& p, const Tensor4& t, const Segment& s, int
     int64_t size = size_of(p.dtype);
     if (p.page_table == nullptr)
         return {t.bytes_at(s.batch, kv_head, s.kv_begin), t.row * size, nullptr, 1, 0, 0};
-    return {t.bytes_at(0, kv_head, 0), t.row * size, p.page_table + s.entry * p.page_table_row,
-            p.page_size, t.batch * size, s.kv_begin};
+    return {t.bytes_at(0, kv_head, 0),
+            t.row * size,
+            p.page_table + s.entry * p.page_table_row,
+            p.page_size,
+            t.batch * size,
+            s.kv_begin};
 }
 
 // [n rows][columns] -> panels of `capacity` rows; columns are padded with 0 to a whole panel.
@@ -117,7 +123,7 @@ INLINE void pack_transposed(RowOf row_of, int n, int columns, A factor, A* buffe
             convert_row(reinterpret_cast<const T*>(row_of(r + i)), buffer + i * columns, columns);
         for (int i = rows; i < STEP; i++)
             for (int c = 0; c < columns; c++) buffer[i * columns + c] = 0;
-        transpose<false>([&](int i) { return buffer + i * columns; }, STEP, columns, panel, PANEL<A>,
-                         factor);
+        transpose<false>([&](int i) { return buffer + i * columns; }, STEP, columns, panel,
+                         PANEL<A>, factor);
     }
 }

@@ -33,17 +33,17 @@ struct Tensor4 {
 // Query rows that share one run of keys: a batch entry, a packed sequence or a document. Rows and
 // keys count from 0 inside the segment; keys outside it do not exist for these rows.
 struct Segment {
-    int batch;             // index in memory of q, out and, unless paged, k and v
-    int entry;             // batch entry or packed sequence: indexes mask, bias, slopes, dropout, pages
-    int q_begin, kv_begin; // first row and key in memory
-    int row0, key0;        // first row and key as mask, bias and dropout count them
-    Band band;             // q_len, kv_len and the diagonal, in segment coordinates
+    int batch;  // index in memory of q, out and, unless paged, k and v
+    int entry;  // batch entry or packed sequence: indexes mask, bias, slopes, dropout, pages
+    int q_begin, kv_begin;  // first row and key in memory
+    int row0, key0;         // first row and key as mask, bias and dropout count them
+    Band band;              // q_len, kv_len and the diagonal, in segment coordinates
 };
 
 struct Params {
     // what
     double scale;
-    double softcap;        // 0: off
+    double softcap;  // 0: off
     bool dropout;
     DropoutKey dropout_key;
     // where
@@ -52,18 +52,18 @@ struct Params {
     Tensor4 mask, bias;    // [entries, Hq, rows, keys]
     const float* slopes;   // ALiBi; null: none
     int64_t slopes_batch;
-    Tensor4 sinks;         // [Hq] through the head stride
-    Tensor4 lse;           // [B, Hq, Sq] (the column is unused), fp32 (fp64 for fp64)
-    const int* page_table; // [entries, max_pages]; null: not paged
+    Tensor4 sinks;          // [Hq] through the head stride
+    Tensor4 lse;            // [B, Hq, Sq] (the column is unused), fp32 (fp64 for fp64)
+    const int* page_table;  // [entries, max_pages]; null: not paged
     int64_t page_table_row;
     int page_size;
     int heads, kv_heads, head_dim, v_dim;
     const Segment* segments;
     // backward
     Tensor4 dout, dq, dk, dv;
-    Tensor4 dlse;          // as lse; absent: zero
-    Tensor4 dbias;         // accumulated in fp32 (fp64 for fp64); absent: not wanted
-    Tensor4 delta;         // as lse: rowsum(dout * out) - dlse, for dsinks; absent: not wanted
+    Tensor4 dlse;   // as lse; absent: zero
+    Tensor4 dbias;  // accumulated in fp32 (fp64 for fp64); absent: not wanted
+    Tensor4 delta;  // as lse: rowsum(dout * out) - dlse, for dsinks; absent: not wanted
 
     int group() const { return heads / kv_heads; }
 };

@@ -4,8 +4,9 @@
 
 // Query rows turned into lanes: transposed panels, with `factor` in them or applied afterwards.
 template <class A> struct Turned {
-    A* panels;        // [rows / PANEL][columns][PANEL], times factor
-    uint32_t* pairs;  // [rows / PANEL][columns / 2, rounded up][PANEL] pairs of bf16; null: not used
+    A* panels;  // [rows / PANEL][columns][PANEL], times factor
+    uint32_t*
+        pairs;  // [rows / PANEL][columns / 2, rounded up][PANEL] pairs of bf16; null: not used
     int columns;
     A factor;
 };
@@ -38,19 +39,21 @@ INLINE void turn(const Params& p, RowOf row_of, int n, const Turned<A>& to, A* b
         });
     int pairs = (to.columns + 1) / 2;
     for (int i = 0; i < round_up_panel<A>(n); i++) {
-        uint32_t* lane = to.pairs + static_cast<int64_t>(i / PANEL<A>) * pairs * PANEL<A> + i % PANEL<A>;
+        uint32_t* lane =
+            to.pairs + static_cast<int64_t>(i / PANEL<A>) * pairs * PANEL<A> + i % PANEL<A>;
         const uint16_t* row = i < n ? reinterpret_cast<const uint16_t*>(row_of(i)) : nullptr;
         for (int d = 0; d < pairs; d++) {
-            uint32_t low = row ? row[2 * d] : 0, high = row && 2 * d + 1 < to.columns ? row[2 * d + 1] : 0;
+            uint32_t low = row ? row[2 * d] : 0,
+                     high = row && 2 * d + 1 < to.columns ? row[2 * d + 1] : 0;
             lane[d * PANEL<A>] = low | high << 16;
         }
     }
 }
 
-// Rows [first, first + n): where they lie if they can be read in place, else converted into `buffer`.
-template <class A>
-INLINE RowBlock<A> load_rows(const Params& p, const KeyRows& keys, int first, int n, int columns,
-                             A* buffer) {
+// Rows [first, first + n): where they lie if they can be read in place, else converted into
+// `buffer`.
+template <class A> INLINE RowBlock<A> load_rows(const Params& p, const KeyRows& keys, int first,
+                                                int n, int columns, A* buffer) {
     if (use_pairs<A>(p))
         return {nullptr, reinterpret_cast<const uint16_t*>(keys.row(first)), keys.row_bytes / 2};
     if (keys.pages == nullptr && size_of(p.dtype) == sizeof(A))
@@ -59,30 +62,31 @@ INLINE RowBlock<A> load_rows(const Params& p, const KeyRows& keys, int first, in
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         for (int j = 0; j < n; j++)
-            convert_row(reinterpret_cast<const T*>(keys.row(first + j)), buffer + j * columns, columns);
+            convert_row(reinterpret_cast<const T*>(keys.row(first + j)), buffer + j * columns,
+                        columns);
     });
     return {buffer, nullptr, columns};
 }
 
 // to[key][lane] of one panel, for keys [begin, end) of the block.
-template <class A>
-INLINE void panel_product(const Turned<A>& q, int panel, const RowBlock<A>& rows, int begin, int end,
-                          A* to, int64_t ld) {
+template <class A> INLINE void panel_product(const Turned<A>& q, int panel, const RowBlock<A>& rows,
+                                             int begin, int end, A* to, int64_t ld) {
     if constexpr (FASTATTN_BF16_DOT && sizeof(A) == 4)
         if (q.pairs) {
-            const uint32_t* pairs = q.pairs + static_cast<int64_t>(panel) * ((q.columns + 1) / 2) * PANEL<A>;
+            const uint32_t* pairs =
+                q.pairs + static_cast<int64_t>(panel) * ((q.columns + 1) / 2) * PANEL<A>;
             int j = begin;
             for (; j + GEMM_ROWS <= end; j += GEMM_ROWS)
-                micro_pairs<GEMM_ROWS>(q.columns, rows.halves + j * rows.ld, rows.ld, pairs, to + j * ld,
-                                       ld, q.factor);
+                micro_pairs<GEMM_ROWS>(q.columns, rows.halves + j * rows.ld, rows.ld, pairs,
+                                       to + j * ld, ld, q.factor);
             for (; j < end; j++)
-                micro_pairs<1>(q.columns, rows.halves + j * rows.ld, rows.ld, pairs, to + j * ld, ld,
-                               q.factor);
+                micro_pairs<1>(q.columns, rows.halves + j * rows.ld, rows.ld, pairs, to + j * ld,
+                               ld, q.factor);
             return;
         }
     const A* panels = q.panels + static_cast<int64_t>(panel) * q.columns * PANEL<A>;
     for (int j = begin; j < end; j += GEMM_ROWS)
-        micro_rows<Order::ROWS, Store::SET>(imin(GEMM_ROWS, end - j), q.columns, rows.data + j * rows.ld,
-                                            rows.ld, panels, PANEL<A>, to + j * ld, ld,
-                                            static_cast<const A*>(nullptr));
+        micro_rows<Order::ROWS, Store::SET>(imin(GEMM_ROWS, end - j), q.columns,
+                                            rows.data + j * rows.ld, rows.ld, panels, PANEL<A>,
+                                            to + j * ld, ld, static_cast<const A*>(nullptr));
 }

@@ -13,7 +13,8 @@ namespace fastattn::cpu {
 // (backward) are cut.
 constexpr int ENOUGH_ITEMS = 64, ENOUGH_TILES = 8, ENOUGH_GRADIENTS = 16;
 constexpr int SPLIT_KEYS = 480;  // a split smaller than this costs more than it brings
-constexpr int SPLIT_LANES = 16;  // tiles this narrow are bound by memory: cutting them is nearly free
+constexpr int SPLIT_LANES =
+    16;  // tiles this narrow are bound by memory: cutting them is nearly free
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -26,15 +27,16 @@ struct ForwardPlan {
     int64_t partial_rows = 0;
 };
 
-inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads, int group, int block_q,
-                                int num_splits) {
+inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads, int group,
+                                int block_q, int num_splits) {
     ForwardPlan plan;
     int64_t tiles = 0;
     for (int pass = 0; pass < 2; pass++)  // count, then make
         for (int n = 0; n < static_cast<int>(segments.size()); n++) {
             const Band& band = segments[n].band;
             if (band.q_len == 0) continue;
-            int tile_heads = 1;  // q heads of one kv head that share a tile: they read the same keys
+            int tile_heads =
+                1;  // q heads of one kv head that share a tile: they read the same keys
             for (int h = 2; h <= group; h++)
                 if (group % h == 0 && h * band.q_len <= block_q) tile_heads = h;
             int count = ceil_div(band.q_len, block_q);
@@ -46,7 +48,8 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads,
             }
             int wanted = tile_heads * rows <= SPLIT_LANES ? ENOUGH_ITEMS : ENOUGH_TILES;
             for (int head = 0; head < heads; head += tile_heads)
-                for (int tile = count - 1; tile >= 0; tile--) {  // under a causal mask, longest first
+                for (int tile = count - 1; tile >= 0;
+                     tile--) {  // under a causal mask, longest first
                     ForwardItem item{};
                     item.segment = n;
                     item.head = head;
@@ -61,12 +64,14 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads,
                     splits = std::max(splits, 1);
                     int step = std::max(1, ceil_div(keys, splits));
                     splits = std::max(1, ceil_div(keys, step));
-                    if (splits > 1) plan.merges.push_back({static_cast<int>(plan.items.size()), splits});
+                    if (splits > 1)
+                        plan.merges.push_back({static_cast<int>(plan.items.size()), splits});
                     for (int part = 0; part < splits; part++) {
                         item.key_begin = range.begin + part * step;
                         item.key_end = std::min(range.end, item.key_begin + step);
                         item.partial = splits > 1 ? plan.partial_rows : -1;
-                        if (splits > 1) plan.partial_rows += static_cast<int64_t>(item.heads) * item.rows;
+                        if (splits > 1)
+                            plan.partial_rows += static_cast<int64_t>(item.heads) * item.rows;
                         plan.items.push_back(item);
                     }
                 }
@@ -75,9 +80,9 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads,
 }
 
 struct BackwardPlan {
-    std::vector<BackwardItem> items;   // those of one (segment, kv head) follow each other
-    std::vector<int> tasks;            // items in the order of tasks
-    std::vector<int> task_begin;       // task n runs tasks[task_begin[n] .. task_begin[n + 1]) in order
+    std::vector<BackwardItem> items;  // those of one (segment, kv head) follow each other
+    std::vector<int> tasks;           // items in the order of tasks
+    std::vector<int> task_begin;  // task n runs tasks[task_begin[n] .. task_begin[n + 1]) in order
     struct Merge {
         int first, parts;
     };
@@ -86,10 +91,10 @@ struct BackwardPlan {
 
 // Which items may touch the same element of dbias, and so must run one after the other.
 struct BiasSharing {
-    bool any = false;         // no bias gradient: nothing is shared
-    bool entries = false;     // the bias is broadcast over entries
-    bool heads = false;       // ... over heads
-    bool rows = false;        // ... over rows: every tile of a head touches the same elements
+    bool any = false;      // no bias gradient: nothing is shared
+    bool entries = false;  // the bias is broadcast over entries
+    bool heads = false;    // ... over heads
+    bool rows = false;     // ... over rows: every tile of a head touches the same elements
 };
 
 inline BackwardPlan plan_backward(const std::vector<Segment>& segments, int kv_heads, int block_q,
@@ -105,7 +110,8 @@ inline BackwardPlan plan_backward(const std::vector<Segment>& segments, int kv_h
     std::vector<Key> keys;
     for (int n = 0; n < static_cast<int>(segments.size()); n++) {
         int q_len = segments[n].band.q_len;
-        int chunks = std::min(ceil_div(ENOUGH_GRADIENTS, std::max(1, units)), ceil_div(q_len, 2 * block_q));
+        int chunks =
+            std::min(ceil_div(ENOUGH_GRADIENTS, std::max(1, units)), ceil_div(q_len, 2 * block_q));
         // Chunks are disjoint rows, unless rows of other segments or all rows meet in dbias.
         if (sharing.any && (sharing.rows || (sharing.entries && !aligned))) chunks = 1;
         int rows = ceil_div(ceil_div(q_len, std::max(1, chunks)), block_q) * block_q;
@@ -114,9 +120,10 @@ inline BackwardPlan plan_backward(const std::vector<Segment>& segments, int kv_h
             if (chunks > 1) plan.merges.push_back({static_cast<int>(plan.items.size()), chunks});
             for (int chunk = 0; chunk < chunks; chunk++) {
                 int begin = std::min(q_len, chunk * rows);
-                keys.push_back({sharing.entries ? 0 : segments[n].entry, sharing.heads ? 0 : head, chunk,
-                                static_cast<int>(plan.items.size())});
-                plan.items.push_back({n, head, begin, std::min(q_len, begin + rows), nullptr, nullptr});
+                keys.push_back({sharing.entries ? 0 : segments[n].entry, sharing.heads ? 0 : head,
+                                chunk, static_cast<int>(plan.items.size())});
+                plan.items.push_back(
+                    {n, head, begin, std::min(q_len, begin + rows), nullptr, nullptr});
             }
         }
     }

@@ -3,23 +3,24 @@
 // plain vertical vector operations.
 // next: forward.inl
 //
-// Scores are in base 2: the factor scale * LOG2E is in q (or is applied after the bf16 dot product).
+// Scores are in base 2: the factor scale * LOG2E is in q (or is applied after the bf16 dot
+// product).
 
 constexpr int BLOCK_Q = 96;   // lanes of a tile: a multiple of every PANEL and of GEMM_ROWS
 constexpr int BLOCK_KV = 96;  // keys of a tile: a multiple of GEMM_ROWS
 
 // The query rows of a tile, lane by lane.
 template <class A> struct Lanes {
-    int count;                       // in use; the rest, up to `padded`, see no key
+    int count;  // in use; the rest, up to `padded`, see no key
     int padded;
     alignas(64) IntOf<A> lo[BLOCK_Q];  // visible keys [lo, hi), in segment coordinates
     alignas(64) IntOf<A> hi[BLOCK_Q];
-    alignas(64) A diagonal[BLOCK_Q];   // key on the row's diagonal
-    alignas(64) A slope[BLOCK_Q];      // ALiBi, in base 2
-    const char* mask[BLOCK_Q];         // at the segment's first key
+    alignas(64) A diagonal[BLOCK_Q];  // key on the row's diagonal
+    alignas(64) A slope[BLOCK_Q];     // ALiBi, in base 2
+    const char* mask[BLOCK_Q];        // at the segment's first key
     const char* bias[BLOCK_Q];
-    bool one_mask, one_bias;           // every lane reads the same row (padding masks, for one)
-    int row[BLOCK_Q], head[BLOCK_Q];   // row of the segment, query head
+    bool one_mask, one_bias;          // every lane reads the same row (padding masks, for one)
+    int row[BLOCK_Q], head[BLOCK_Q];  // row of the segment, query head
 
     Range range(int begin, int end) const {  // of lanes [begin, end)
         Range r{INT32_MAX, 0, INT32_MAX, 0};
@@ -34,9 +35,8 @@ template <class A> struct Lanes {
 };
 
 // Rows [row, row + rows) of `heads` heads from `head` on.
-template <class A>
-static void set_lanes(const Params& p, const Segment& s, int head, int heads, int row, int rows,
-                      Lanes<A>& lanes) {
+template <class A> static void set_lanes(const Params& p, const Segment& s, int head, int heads,
+                                         int row, int rows, Lanes<A>& lanes) {
     lanes.count = heads * rows;
     lanes.padded = round_up_panel<A>(lanes.count);
     int lane = 0;
@@ -47,8 +47,7 @@ static void set_lanes(const Params& p, const Segment& s, int head, int heads, in
             lanes.diagonal[lane] = A(i) + A(s.band.offset);
             lanes.row[lane] = i;
             lanes.head[lane] = h;
-            if (p.slopes)
-                lanes.slope[lane] = A(p.slopes[s.entry * p.slopes_batch + h] * LOG2E);
+            if (p.slopes) lanes.slope[lane] = A(p.slopes[s.entry * p.slopes_batch + h] * LOG2E);
             if (p.mask.data)
                 lanes.mask[lane] = p.mask.bytes_at(s.entry, h, s.row0 + i) + s.key0 * p.mask.col;
             if (p.bias.data)
@@ -117,9 +116,8 @@ template <class A> struct Bytes {
 };
 
 // s[key][lane] = -inf where the mask is false, for one panel.
-template <class A>
-INLINE void apply_mask(const Params& p, const Lanes<A>& lanes, int panel, int key, int n, A* s,
-                       int64_t ld) {
+template <class A> INLINE void apply_mask(const Params& p, const Lanes<A>& lanes, int panel,
+                                          int key, int n, A* s, int64_t ld) {
     constexpr int W = LANES<A>;
     if (lanes.one_mask) {
         const char* row = lanes.mask[0] + key * p.mask.col;
@@ -162,8 +160,7 @@ INLINE void apply_mask(const Params& p, const Lanes<A>& lanes, int panel, int ke
 // --- softcap, bias, ALiBi, bounds ------------------------------------------------------------
 
 // s = cap * tanh(s / cap); `slope`, if wanted, receives the derivative 1 - tanh^2.
-template <class A>
-INLINE void apply_softcap(A cap, int n, A* s, int64_t ld, A* slope) {
+template <class A> INLINE void apply_softcap(A cap, int n, A* s, int64_t ld, A* slope) {
     A inverse = 1 / cap;
     for (int j = 0; j < n; j++)
         for (int v = 0; v < 2; v++) {
@@ -176,16 +173,19 @@ INLINE void apply_softcap(A cap, int n, A* s, int64_t ld, A* slope) {
 
 template <class A> INLINE A bias_at(Dtype dtype, const char* p) {
     switch (dtype) {
-        case Dtype::F32: return A(*reinterpret_cast<const float*>(p));
-        case Dtype::F64: return A(*reinterpret_cast<const double*>(p));
-        case Dtype::BF16: return A(to_float(*reinterpret_cast<const bf16*>(p)));
-        default: return A(to_float(*reinterpret_cast<const f16*>(p)));
+        case Dtype::F32:
+            return A(*reinterpret_cast<const float*>(p));
+        case Dtype::F64:
+            return A(*reinterpret_cast<const double*>(p));
+        case Dtype::BF16:
+            return A(to_float(*reinterpret_cast<const bf16*>(p)));
+        default:
+            return A(to_float(*reinterpret_cast<const f16*>(p)));
     }
 }
 
-template <class A>
-INLINE void apply_bias(const Params& p, const Lanes<A>& lanes, int panel, int key, int n, A* s,
-                       int64_t ld) {
+template <class A> INLINE void apply_bias(const Params& p, const Lanes<A>& lanes, int panel,
+                                          int key, int n, A* s, int64_t ld) {
     constexpr int W = LANES<A>;
     int64_t step = p.bias.col * size_of(p.bias.dtype);
     if (lanes.one_bias) {
@@ -215,7 +215,8 @@ INLINE void apply_bias(const Params& p, const Lanes<A>& lanes, int panel, int ke
                         converted[i][j] = bias_at<A>(p.bias.dtype, from + j * step);
             }
         auto row = [&](int i) {
-            return in_place ? reinterpret_cast<const A*>(lanes.bias[first + i]) + key : converted[i];
+            return in_place ? reinterpret_cast<const A*>(lanes.bias[first + i]) + key
+                            : converted[i];
         };
         if (count > 0) transpose<true>(row, count, n, s + lane, ld, A(LOG2E));
     }
@@ -250,9 +251,9 @@ INLINE void apply_bounds(const Lanes<A>& lanes, int panel, int key, int n, A* s,
 }
 
 // Everything, for keys [key, key + n) of one panel. `edge`: some lane does not see all of them.
-template <class A>
-INLINE void finish_scores(const Params& p, const Lanes<A>& lanes, int panel, int key, int n,
-                          bool masked, bool edge, A* s, int64_t ld, A* softcap_slope) {
+template <class A> INLINE void finish_scores(const Params& p, const Lanes<A>& lanes, int panel,
+                                             int key, int n, bool masked, bool edge, A* s,
+                                             int64_t ld, A* softcap_slope) {
     if (p.softcap > 0) apply_softcap<A>(A(p.softcap * LOG2E), n, s, ld, softcap_slope);
     if (p.bias.data) apply_bias<A>(p, lanes, panel, key, n, s, ld);
     if (p.slopes) apply_alibi<A>(lanes, panel, key, n, s, ld);
@@ -266,7 +267,7 @@ typedef uint32_t Philox8 __attribute__((vector_size(32)));
 typedef uint64_t Wide4 __attribute__((vector_size(32)));
 
 // The two halves of eight 64-bit products. AVX2 is spelled out: the compiler makes three products of
-// each and no blends (forward with dropout, D 64: 1.38 -> 1.22 of the time without).
+// each and no blends (1.8 ns a score of dropout against 0.8).
 INLINE void multiply(Philox8 x, uint32_t by, Philox8& high, Philox8& low) {
 #if defined(FASTATTN_AVX2)
     __m256i factor = _mm256_set1_epi32(static_cast<int>(by));
@@ -341,11 +342,11 @@ INLINE const float* dropout_block(const DropoutKey& key, uint32_t bh, int i, int
     return &keep[j - j16][i - i16];
 }
 
-// The tile's factors as [key][lane], DROPOUT_LD apart. One head's lanes are used where they were made;
-// those of several heads are gathered in `gathered`.
-template <class A>
-INLINE const float* dropout_tile(const Params& p, const Segment& s, const Lanes<A>& lanes, int key,
-                                 int n, DropoutTile scratch, DropoutTile gathered) {
+// The tile's factors as [key][lane], DROPOUT_LD apart. One head's lanes are used where they were
+// made; those of several heads are gathered in `gathered`.
+template <class A> INLINE const float* dropout_tile(const Params& p, const Segment& s,
+                                                    const Lanes<A>& lanes, int key, int n,
+                                                    DropoutTile scratch, DropoutTile gathered) {
     for (int lane = 0; lane < lanes.count;) {
         int rows = 1;
         while (lane + rows < lanes.count && lanes.head[lane + rows] == lanes.head[lane]) rows++;

@@ -11,7 +11,7 @@ template <> struct SimdOf<float> {
     // 1.5 * 2^23 + 127: adding it rounds to an integer n, and leaves n + 127, the exponent field of
     // 2^n, in the low bits.
     static constexpr float MAGIC = 12582912.0f + 127.0f;
-    static constexpr float EXP_MIN = -126.0f;    // below: 2^x is subnormal, returned as 0
+    static constexpr float EXP_MIN = -126.0f;  // below: 2^x is subnormal, returned as 0
     static constexpr int MANTISSA = 23;
 };
 template <> struct SimdOf<double> {

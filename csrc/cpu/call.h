@@ -1,0 +1,400 @@
+// One call of a CPU operator: its tensors checked (once, here) and turned into segments and Params.
+// next: schedule.h
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "params.h"
+
+namespace fastattn::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
+    std::ostringstream text;
+    text << "fastattn: ";
+    (text << ... << parts);
+    throw std::runtime_error(text.str());
+}
+
+// A macro, so that the parts of the message are only made when it is needed.
+#define CHECK(condition, ...) \
+    if (!(condition)) fail(__VA_ARGS__)
+
+constexpr int64_t MAX_LENGTH = int64_t(1) << 30;  // rows and keys are counted in int, with sums
+
+// --- tensors ------------------------------------------------------------------------------------
+
+inline std::optional<Dtype> dtype_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float:
+            return Dtype::F32;
+        case ScalarType::Double:
+            return Dtype::F64;
+        case ScalarType::BFloat16:
+            return Dtype::BF16;
+        case ScalarType::Half:
+            return Dtype::F16;
+        case ScalarType::Bool:
+            return Dtype::BOOL;
+        default:
+            return std::nullopt;
+    }
+}
+
+inline std::string shape_of(const Tensor& t) {
+    std::ostringstream text;
+    text << "[";
+    for (int64_t i = 0; i < t.dim(); i++) text << (i ? ", " : "") << t.size(i);
+    text << "]";
+    return text.str();
+}
+
+inline void check_cpu(const Tensor& t, const char* name) {
+    CHECK(t.is_cpu(), name, " must be on the CPU, where q is");
+}
+
+// A 4-D operand of kernel `params`: strides in elements, 0 along broadcast dimensions.
+inline Tensor4 operand4(const Tensor& t) {
+    Tensor4 x;
+    x.data = static_cast<char*>(t.data_ptr());
+    x.dtype = *dtype_of(t);
+    x.batch = t.size(0) == 1 ? 0 : t.stride(0);
+    x.head = t.size(1) == 1 ? 0 : t.stride(1);
+    x.row = t.size(2) == 1 ? 0 : t.stride(2);
+    x.col = t.size(3) == 1 ? 0 : t.stride(3);
+    return x;
+}
+
+// q, k, v and their likes: unit last stride.
+inline Tensor4 rows4(const Tensor& t) {
+    Tensor4 x = operand4(t);
+    x.batch = t.stride(0);
+    x.head = t.stride(1);
+    x.row = t.stride(2);
+    x.col = 1;
+    return x;
+}
+
+// lse and its likes, [B, Hq, Sq].
+inline Tensor4 lse4(const Tensor& t) {
+    Tensor4 x;
+    x.data = static_cast<char*>(t.data_ptr());
+    x.dtype = *dtype_of(t);
+    x.batch = t.stride(0);
+    x.head = t.stride(1);
+    x.row = t.stride(2);
+    return x;
+}
+
+inline Tensor unit_stride(const Tensor& t) {
+    return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline bool is_dense(const Tensor& t) {
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+    for (int64_t i = 0; i < t.dim(); i++)
+        if (t.size(i) != 1) dims.emplace_back(t.stride(i), t.size(i));
+    std::sort(dims.begin(), dims.end());
+    int64_t expected = 1;
+    for (auto [stride, size] : dims) {
+        if (stride != expected) return false;
+        expected *= size;
+    }
+    return true;
+}
+
+inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline ScalarType accumulate_type(const Tensor& q) {
+    return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// --- the call -----------------------------------------------------------------------------------
+
+// The operands of both operators, in the order of their schemas.
+struct Call {
+    Tensor q, k, v;
+    OptionalTensor mask, bias, alibi_slopes, sinks, kv_lens, kv_starts, document_ids, cu_seqlens_q,
+        cu_seqlens_k, page_table, dropout_seed;
+    double scale, softcap;
+    int64_t left, right;
+    bool align_end;
+    double dropout_p;
+
+    // filled by prepare()
+    std::vector<int> page_entries{};  // page_table, contiguous
+    std::vector<float> slopes{};
+    std::vector<Segment> segments{};
+    int64_t entries = 0, max_q = 0, max_kv = 0;
+    bool covers_rows = true, covers_keys = true;  // false: some rows or keys belong to no segment
+    Params params{};
+
+    void prepare();
+
+  private:
+    void check_operands();
+    void make_segments();
+    std::vector<int> int_vector(const OptionalTensor& t, const char* name, int64_t size) const;
+    void check_broadcast(const Tensor& t, const char* name) const;
+};
+
+inline std::vector<int> Call::int_vector(const OptionalTensor& t, const char* name,
+                                         int64_t size) const {
+    if (!t) return {};
+    check_cpu(*t, name);
+    CHECK(t->scalar_type() == ScalarType::Int, name, " must be int32");
+    CHECK(t->dim() == 1 && (size < 0 || t->size(0) == size), name, " has shape ", shape_of(*t),
+          ", expected [", size, "]");
+    std::vector<int> out(t->size(0));
+    const int* from = static_cast<const int*>(t->data_ptr());
+    for (size_t i = 0; i < out.size(); i++) out[i] = from[static_cast<int64_t>(i) * t->stride(0)];
+    return out;
+}
+
+inline void Call::check_broadcast(const Tensor& t, const char* name) const {
+    check_cpu(t, name);
+    int64_t full[4] = {entries, q.size(1), max_q, max_kv};
+    bool ok = t.dim() == 4;
+    for (int i = 0; ok && i < 4; i++)
+        ok = t.size(i) == 1 || t.size(i) == full[i] ||
+             (cu_seqlens_q && i >= 2 && t.size(i) > full[i]);  // packed: at least the longest
+    CHECK(ok, name, " has shape ", shape_of(t), ", which does not broadcast to [", full[0], ", ",
+          full[1], ", ", full[2], ", ", full[3], "]");
+}
+
+inline void Call::check_operands() {
+    const Tensor* all[3] = {&q, &k, &v};
+    const char* names[3] = {"q", "k", "v"};
+    for (int i = 0; i < 3; i++) {
+        check_cpu(*all[i], names[i]);
+        CHECK(all[i]->dim() == 4, names[i], " must have 4 dimensions, got shape ",
+              shape_of(*all[i]));
+        CHECK(all[i]->scalar_type() == q.scalar_type(), names[i], " must have q's dtype");
+        for (int d = 0; d < 4; d++)
+            CHECK(all[i]->size(d) < MAX_LENGTH, names[i], " has a dimension of ", all[i]->size(d),
+                  ", the limit is 2^30");
+    }
+    auto dtype = dtype_of(q);
+    CHECK(dtype && *dtype != Dtype::BOOL, "q must be float32, float64, bfloat16 or float16");
+    CHECK(q.size(3) == k.size(3) && q.size(3) >= 1,
+          "q and k must have one head dimension >= 1, got ", q.size(3), " and ", k.size(3));
+    CHECK(v.size(3) >= 1, "v must have a head dimension >= 1");
+    CHECK(q.size(3) <= 65536 && v.size(3) <= 65536,
+          "head dimensions above 65536 are not supported");
+    CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2),
+          "k has shape ", shape_of(k), " and v ", shape_of(v),
+          ": all but the last dimension must agree");
+    CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "q has ", q.size(1),
+          " heads, which is not a multiple of the ", k.size(1), " heads of k");
+    CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
+    CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and >= 0, got ", softcap);
+    CHECK(left >= -1 && right >= -1, "left and right must be >= -1");
+    CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
+    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
+    if (!cu_seqlens_q && !page_table)
+        CHECK(q.size(0) == k.size(0), "q has batch size ", q.size(0), " and k ", k.size(0));
+    if (dropout_p > 0) {
+        CHECK(dropout_seed.has_value(), "dropout needs dropout_seed");
+        check_cpu(*dropout_seed, "dropout_seed");
+        CHECK(dropout_seed->scalar_type() == ScalarType::Long && dropout_seed->dim() == 1 &&
+                  dropout_seed->size(0) == 2,
+              "dropout_seed must be int64 [2]: seed and offset");
+    }
+}
+
+// Lengths, documents, packed sequences and pages, all as segments.
+inline void Call::make_segments() {
+    int batch = static_cast<int>(q.size(0)), q_rows = static_cast<int>(q.size(2));
+    int kv_rows = static_cast<int>(k.size(2));
+    std::vector<int> q_begins, k_begins;
+    if (cu_seqlens_q) {
+        CHECK(q.size(0) == 1, "with cu_seqlens_q, q must have batch size 1");
+        q_begins = int_vector(cu_seqlens_q, "cu_seqlens_q", -1);
+        CHECK(!q_begins.empty(), "cu_seqlens_q must have at least one element");
+        k_begins = int_vector(cu_seqlens_k, "cu_seqlens_k", static_cast<int64_t>(q_begins.size()));
+        auto check_cu = [](const std::vector<int>& cu, const char* name, int64_t limit) {
+            CHECK(cu[0] == 0, name, " must start with 0, got ", cu[0]);
+            for (size_t i = 1; i < cu.size(); i++)
+                CHECK(cu[i] >= cu[i - 1], name, " decreases at ", i, ": ", cu[i - 1], " to ",
+                      cu[i]);
+            CHECK(cu.back() <= limit, name, " ends with ", cu.back(), ", beyond the ", limit,
+                  " rows");
+        };
+        check_cu(q_begins, "cu_seqlens_q", q_rows);
+        check_cu(k_begins, "cu_seqlens_k", page_table ? MAX_LENGTH - 1 : kv_rows);
+        if (!page_table) CHECK(k.size(0) == 1, "with cu_seqlens_k, k must have batch size 1");
+        CHECK(!document_ids, "document_ids cannot be combined with cu_seqlens_q");
+    }
+    bool packed = !q_begins.empty();
+    entries = packed ? static_cast<int64_t>(q_begins.size()) - 1 : batch;
+    std::vector<int> lens = int_vector(kv_lens, "kv_lens", entries);
+    std::vector<int> starts = int_vector(kv_starts, "kv_starts", entries);
+    int pages = 0, page_size = 1;
+    if (page_table) {
+        check_cpu(*page_table, "page_table");
+        CHECK(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
+                  page_table->size(0) == entries,
+              "page_table must be int32 [", entries, ", pages], got shape ", shape_of(*page_table));
+        CHECK(packed || kv_lens, "page_table needs kv_lens");
+        CHECK(!document_ids, "document_ids cannot be combined with page_table");
+        CHECK(kv_rows > 0 || page_table->size(1) == 0, "pages must hold at least one key");
+        pages = static_cast<int>(page_table->size(1));
+        page_size = std::max(1, kv_rows);
+        const int* from = static_cast<const int*>(page_table->data_ptr());
+        for (int64_t e = 0; e < entries; e++)
+            for (int64_t i = 0; i < pages; i++)
+                page_entries.push_back(from[e * page_table->stride(0) + i * page_table->stride(1)]);
+    }
+    const int* documents = nullptr;
+    if (document_ids) {
+        check_cpu(*document_ids, "document_ids");
+        CHECK(document_ids->scalar_type() == ScalarType::Int && document_ids->dim() == 2 &&
+                  document_ids->size(0) == batch && document_ids->size(1) == q_rows &&
+                  q_rows == kv_rows,
+              "document_ids must be int32 [batch, S] with S = ", q_rows,
+              " rows of q and of k, got shape ", shape_of(*document_ids));
+        documents = static_cast<const int*>(document_ids->data_ptr());
+    }
+
+    int window_left = static_cast<int>(std::min<int64_t>(left, MAX_LENGTH));
+    int window_right = static_cast<int>(std::min<int64_t>(right, MAX_LENGTH));
+    for (int e = 0; e < entries; e++) {
+        int q_len = packed ? q_begins[e + 1] - q_begins[e] : q_rows;
+        int64_t capacity = packed       ? k_begins[e + 1] - k_begins[e]
+                           : page_table ? static_cast<int64_t>(pages) * page_size
+                                        : kv_rows;
+        int kv_len = static_cast<int>(std::min<int64_t>(capacity, MAX_LENGTH - 1));
+        if (!lens.empty()) {
+            CHECK(lens[e] >= 0 && lens[e] <= capacity, "kv_lens[", e, "] is ", lens[e],
+                  ", outside [0, ", capacity, "]");
+            kv_len = lens[e];
+        }
+        int first = 0;
+        if (!starts.empty()) {
+            CHECK(starts[e] >= 0, "kv_starts[", e, "] is ", starts[e], ", must be >= 0");
+            first = std::min(starts[e], kv_len);
+        }
+        if (page_table) {
+            CHECK(static_cast<int64_t>(pages) * page_size >= kv_len, "page_table has ", pages,
+                  " pages of ", page_size, " keys, too few for the ", kv_len, " keys of entry ", e);
+            for (int64_t i = 0; i < (static_cast<int64_t>(kv_len) + page_size - 1) / page_size;
+                 i++) {
+                int page = page_entries[e * pages + i];
+                CHECK(page >= 0 && page < k.size(0), "page_table[", e, ", ", i, "] is ", page,
+                      ", outside the ", k.size(0), " pages");
+            }
+        }
+        Segment s{};
+        s.batch = packed ? 0 : e;
+        s.entry = e;
+        int offset = align_end ? kv_len - q_len : 0;
+        auto add = [&](int row, int rows, int key, int key_end) {
+            s.q_begin = (packed ? q_begins[e] : 0) + row;
+            s.kv_begin = (packed && !page_table ? k_begins[e] : 0) + key;
+            s.row0 = row;
+            s.key0 = key;
+            s.band = {window_left, window_right, offset + row - key, rows,
+                      std::max(0, key_end - key)};
+            segments.push_back(s);
+            covers_keys &= !packed && lens.empty() && starts.empty();
+        };
+        if (documents == nullptr) {
+            add(0, q_len, first, kv_len);
+        } else {
+            const int* ids = documents + e * document_ids->stride(0);
+            int64_t step = document_ids->stride(1);
+            for (int begin = 0, end; begin < q_len; begin = end) {
+                for (end = begin + 1; end < q_len && ids[end * step] == ids[begin * step]; end++) {
+                }
+                CHECK(end == q_len || ids[end * step] > ids[begin * step],
+                      "document_ids decreases at row ", end, " of batch entry ", e);
+                add(begin, end - begin, std::max(begin, first), std::min(end, kv_len));
+            }
+        }
+        max_q = std::max<int64_t>(max_q, q_len);
+        max_kv = std::max<int64_t>(max_kv, packed ? kv_len : capacity);
+    }
+    if (!packed) max_q = q_rows;
+    covers_rows = !packed || q_begins.back() == q_rows;
+}
+
+inline void Call::prepare() {
+    check_operands();
+    q = unit_stride(q);
+    k = unit_stride(k);
+    v = unit_stride(v);
+    make_segments();
+    Params& p = params;
+    p.scale = scale;
+    p.softcap = softcap;
+    p.dropout = dropout_p > 0;
+    if (p.dropout) {
+        const int64_t* seed = static_cast<const int64_t*>(dropout_seed->data_ptr());
+        p.dropout_key = DropoutKey::make(seed[0], seed[dropout_seed->stride(0)], dropout_p);
+    }
+    p.dtype = *dtype_of(q);
+    p.q = rows4(q);
+    p.k = rows4(k);
+    p.v = rows4(v);
+    p.heads = static_cast<int>(q.size(1));
+    p.kv_heads = static_cast<int>(k.size(1));
+    p.head_dim = static_cast<int>(q.size(3));
+    p.v_dim = static_cast<int>(v.size(3));
+    if (mask) {
+        CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+        check_broadcast(*mask, "mask");
+        p.mask = operand4(*mask);
+    }
+    if (bias) {
+        auto dtype = dtype_of(*bias);
+        CHECK(dtype && *dtype != Dtype::BOOL, "bias must be a floating-point tensor");
+        check_broadcast(*bias, "bias");
+        p.bias = operand4(*bias);
+    }
+    if (alibi_slopes) {
+        const Tensor& t = *alibi_slopes;
+        check_cpu(t, "alibi_slopes");
+        CHECK(t.scalar_type() == ScalarType::Float &&
+                  (t.dim() == 1 || (t.dim() == 2 && t.size(0) == entries)) &&
+                  t.size(t.dim() - 1) == q.size(1),
+              "alibi_slopes must be float32 [", q.size(1), "] or [", entries, ", ", q.size(1),
+              "], got shape ", shape_of(t));
+        const float* from = static_cast<const float*>(t.data_ptr());
+        for (int64_t e = 0; e < (t.dim() == 2 ? entries : 1); e++)
+            for (int64_t h = 0; h < q.size(1); h++)
+                slopes.push_back(
+                    from[(t.dim() == 2 ? e * t.stride(0) : 0) + h * t.stride(t.dim() - 1)]);
+        p.slopes = slopes.data();
+        p.slopes_batch = t.dim() == 2 ? q.size(1) : 0;
+    }
+    if (sinks) {
+        auto dtype = dtype_of(*sinks);
+        check_cpu(*sinks, "sinks");
+        CHECK(dtype && *dtype != Dtype::BOOL && sinks->dim() == 1 && sinks->size(0) == q.size(1),
+              "sinks must be a floating-point tensor [", q.size(1), "], got shape ",
+              shape_of(*sinks));
+        p.sinks = {static_cast<char*>(sinks->data_ptr()), *dtype, 0, sinks->stride(0), 0, 0};
+    }
+    if (page_table) {
+        p.page_table = page_entries.data();
+        p.page_table_row = page_table->size(1);
+        p.page_size = std::max(1, static_cast<int>(k.size(2)));
+    }
+    p.segments = segments.data();
+}
+
+}  // namespace fastattn::cpu
