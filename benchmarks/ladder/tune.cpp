@@ -1,5 +1,5 @@
 // Times variants of the AVX2 kernels against each other and against the core's own FMA peak, on one
-// thread and in CPU time, so that a busy machine disturbs all of them alike. Built and run by tune.py:
+// thread and in CPU time, so that a busy machine disturbs all of them alike. Run by tune.py:
 //   tune forward|backward NAME=LIBRARY ...
 #include <dlfcn.h>
 

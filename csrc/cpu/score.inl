@@ -266,8 +266,8 @@ template <class A> INLINE void finish_scores(const Params& p, const Lanes<A>& la
 typedef uint32_t Philox8 __attribute__((vector_size(32)));
 typedef uint64_t Wide4 __attribute__((vector_size(32)));
 
-// The two halves of eight 64-bit products. AVX2 is spelled out: the compiler makes three products of
-// each and no blends (1.8 ns a score of dropout against 0.8).
+// The two halves of eight 64-bit products. AVX2 is spelled out: the compiler makes three products
+// of each and no blends (1.8 ns a score of dropout against 0.8).
 INLINE void multiply(Philox8 x, uint32_t by, Philox8& high, Philox8& low) {
 #if defined(FASTATTN_AVX2)
     __m256i factor = _mm256_set1_epi32(static_cast<int>(by));
