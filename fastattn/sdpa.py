@@ -4,7 +4,6 @@ programs that call torch's. Next hop: backends.py.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 
@@ -313,11 +312,9 @@ def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         or query.dtype not in checks.DTYPES
         or dropout_p == 1
     ):
-        with contextlib.suppress(AttributeError):
-            return torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     from .attention import varlen_attention
 
     if torch.is_autocast_enabled(query.device.type):
