@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import verify
+from fastattn.info import cpu_name
 
 from . import timing
 from .rows import DTYPES, ROWS, Case, Row
@@ -241,7 +242,7 @@ def machine_facts() -> dict:
     except ImportError:
         isa = None  # no native library: fastattn ran its reference
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": isa,
@@ -252,15 +253,6 @@ def machine_facts() -> dict:
         "platform": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, None) or platform.processor() or platform.machine()
 
 
 # ---- output -----------------------------------------------------------------------------------
