@@ -94,18 +94,28 @@ template <class A> INLINE void panel_gradients(const Params& p, BackwardTile<A>&
             store<A>(t.p + j * TILE_LD + lane, Vec<A>{});
             store<A>(t.ds + j * TILE_LD + lane, Vec<A>{});
         }
-        for (int j = begin; j < end; j++) {
+        auto rows = [&](int j, auto count) {
+            constexpr int N = decltype(count)::value;
             A *to_p = t.p + j * TILE_LD + lane, *to_ds = t.ds + j * TILE_LD + lane;
-            Vec<A> x = vexp2<A>(load<A>(to_p) - lse), dp = load<A>(to_ds), dropped = x;
-            if (z) {
-                Vec<A> factor = load_dropout<A>(z + j * DROPOUT_LD + lane);
-                dp = dp * factor * inverse_keep;
-                dropped = x * factor;
+            Vec<A> x[N];
+            for (int u = 0; u < N; u++) x[u] = load<A>(to_p + u * TILE_LD) - lse;
+            vexp2<A, N>(x);
+            for (int u = 0; u < N; u++) {
+                Vec<A> dp = load<A>(to_ds + u * TILE_LD), dropped = x[u];
+                if (z) {
+                    Vec<A> factor = load_dropout<A>(z + (j + u) * DROPOUT_LD + lane);
+                    dp = dp * factor * inverse_keep;
+                    dropped = x[u] * factor;
+                }
+                Vec<A> ds = x[u] * (dp - delta);
+                store<A>(to_p + u * TILE_LD, dropped);
+                // not 0 * NaN where a masked value is NaN
+                store<A>(to_ds + u * TILE_LD, x[u] == 0 ? Vec<A>{} : ds);
             }
-            Vec<A> ds = x * (dp - delta);
-            store<A>(to_p, dropped);
-            store<A>(to_ds, x == 0 ? Vec<A>{} : ds);  // not 0 * NaN where a masked value is NaN
-        }
+        };
+        int j = begin;
+        for (; j + 4 <= end; j += 4) rows(j, std::integral_constant<int, 4>{});
+        for (; j < end; j++) rows(j, std::integral_constant<int, 1>{});
         for (int j = end; j < n; j++) {
             store<A>(t.p + j * TILE_LD + lane, Vec<A>{});
             store<A>(t.ds + j * TILE_LD + lane, Vec<A>{});

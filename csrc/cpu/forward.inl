@@ -110,30 +110,33 @@ INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int 
     for (int v = 0; v < 2; v++, s += LANES<A>) {
         int lane = panel * PANEL<A> + v * LANES<A>;
         Vec<A> old_max = load<A>(t.row_max + lane);
-        Vec<A> m[4] = {old_max, old_max, old_max, old_max};
-        int j = begin;
-        for (; j + 4 <= end; j += 4)
-            for (int u = 0; u < 4; u++) m[u] = vmax<A>(load<A>(s + (j + u) * ld), m[u]);
-        for (; j < end; j++) m[0] = vmax<A>(load<A>(s + j * ld), m[0]);
-        Vec<A> row_max = vmax<A>(vmax<A>(m[0], m[1]), vmax<A>(m[2], m[3]));
+        Vec<A> m[2] = {old_max, old_max};
+        A *first = s + begin * ld, *last = s + end * ld, *x = first;
+        for (; x + ld < last; x += 2 * ld) {
+            m[0] = vmax<A>(load<A>(x), m[0]);
+            m[1] = vmax<A>(load<A>(x + ld), m[1]);
+        }
+        if (x < last) m[0] = vmax<A>(load<A>(x), m[0]);
+        Vec<A> row_max = vmax<A>(m[0], m[1]);
         // A row that has seen nothing yet stays at -inf; -inf - 0 gives it probabilities of 0.
         Vec<A> base = row_max == A(NEG_INF) ? Vec<A>{} : row_max;
         Vec<A> rescale = vexp2<A>(old_max - base);
-        Vec<A> sum[2] = {};
-        for (j = begin; j + 2 <= end; j += 2)
-            for (int u = 0; u < 2; u++) {
-                Vec<A> x = vexp2<A>(load<A>(s + (j + u) * ld) - base);
-                store<A>(s + (j + u) * ld, x);
-                sum[u] += x;
-            }
-        for (; j < end; j++) {
-            Vec<A> x = vexp2<A>(load<A>(s + j * ld) - base);
-            store<A>(s + j * ld, x);
-            sum[0] += x;
+        Vec<A> sum = {};
+        for (x = first; x + ld < last; x += 2 * ld) {
+            Vec<A> e[2] = {load<A>(x) - base, load<A>(x + ld) - base};
+            vexp2<A, 2>(e);
+            store<A>(x, e[0]);
+            store<A>(x + ld, e[1]);
+            sum += e[0] + e[1];
         }
-        for (j = 0; j < begin; j++) store<A>(s + j * ld, Vec<A>{});
-        for (j = end; j < n; j++) store<A>(s + j * ld, Vec<A>{});
-        store<A>(t.row_sum + lane, load<A>(t.row_sum + lane) * rescale + (sum[0] + sum[1]));
+        if (x < last) {
+            Vec<A> e = vexp2<A>(load<A>(x) - base);
+            store<A>(x, e);
+            sum += e;
+        }
+        for (int j = 0; j < begin; j++) store<A>(s + j * ld, Vec<A>{});
+        for (int j = end; j < n; j++) store<A>(s + j * ld, Vec<A>{});
+        store<A>(t.row_sum + lane, load<A>(t.row_sum + lane) * rescale + sum);
         store<A>(t.row_max + lane, row_max);
         store<A>(t.rescale + lane, rescale);
     }
@@ -156,20 +159,21 @@ template <class A> static void apply_dropout(const Params& p, const Segment& s,
 template <class A, class T>
 INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n,
                        int columns, const T* values, int64_t panel_step, int64_t ld) {
-    for (int c = 0; c < columns; c += PANEL<A>, values += panel_step)
-        for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
-            int rows = imin(GEMM_ROWS, t.lanes.count - i);
-            int begin = 0, end = n;
-            if (edge) {
-                Range seen = t.lanes.range(i, i + rows);
-                begin = imax(0, imax(seen.begin, r.begin) - key);
-                end = imin(n, imin(seen.end, r.end) - key);
-            }
-            if (begin < end)
-                micro_rows<Order::COLUMNS, Store::RESCALE>(
-                    rows, end - begin, t.scores + begin * t.ld + i, t.ld, values + begin * ld, ld,
-                    t.acc + i * t.acc_ld + c, t.acc_ld, t.rescale + i);
+    for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
+        int rows = imin(GEMM_ROWS, t.lanes.count - i);
+        int begin = 0, end = n;
+        if (edge) {
+            Range seen = t.lanes.range(i, i + rows);
+            begin = imax(0, imax(seen.begin, r.begin) - key);
+            end = imin(n, imin(seen.end, r.end) - key);
         }
+        const T* panel = values + begin * ld;
+        if (begin < end)
+            for (int c = 0; c < columns; c += PANEL<A>, panel += panel_step)
+                micro_rows<Order::COLUMNS, Store::RESCALE>(
+                    rows, end - begin, t.scores + begin * t.ld + i, t.ld, panel, ld,
+                    t.acc + i * t.acc_ld + c, t.acc_ld, t.rescale + i);
+    }
 }
 
 template <class A> static void accumulate_block(const Params& p, const ForwardTile<A>& t, bool edge,

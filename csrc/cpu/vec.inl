@@ -43,53 +43,68 @@ template <class A> INLINE VecI<A> load_int(const IntOf<A>* p) {
 template <class A> INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
 template <class A> INLINE VecI<A> splat_int(IntOf<A> x) { return x - VecI<A>{}; }
 // NaN in x loses against y, which keeps a NaN score from becoming the row's maximum.
-template <class A> INLINE Vec<A> vmax(Vec<A> x, Vec<A> y) { return x > y ? x : y; }
-
-// Sum of all lanes, by halves down to 16 bytes.
-template <class A, int BYTES> struct Halves {
-    typedef A V __attribute__((vector_size(BYTES)));
-    static INLINE_MEMBER A sum(V x) {
-        if constexpr (BYTES > 16) {
-            using Half = Halves<A, BYTES / 2>;
-            typename Half::V low, high;
-            __builtin_memcpy(&low, &x, BYTES / 2);
-            __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + BYTES / 2, BYTES / 2);
-            return Half::sum(low + high);
-        } else if constexpr (sizeof(A) == 4) {
-            return (x[0] + x[1]) + (x[2] + x[3]);
-        } else {
-            return x[0] + x[1];
-        }
-    }
-};
-template <class A> INLINE A reduce_sum(Vec<A> x) { return Halves<A, VECTOR_BYTES>::sum(x); }
-
-// 2^r on [-1/2, 1/2]. float: minimax of degree 6, 0.93 ulp. double: Taylor of degree 13, 1e-16.
-INLINE Vec<float> exp2_poly(Vec<float> r) {
-    Vec<float> p = splat(1.5353362e-4f);
-    p = p * r + 1.3398875e-3f;
-    p = p * r + 9.61843692e-3f;
-    p = p * r + 5.55033237e-2f;
-    p = p * r + 2.40226477e-1f;
-    p = p * r + 6.93147182e-1f;
-    return p * r + 1.0f;
+template <class A> INLINE Vec<A> vmax(Vec<A> x, Vec<A> y) {
+#if defined(FASTATTN_AVX2) && VECTOR_BYTES == 32  // the compiler makes two instructions of it
+    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_max_ps((__m256)x, (__m256)y);
+#elif defined(FASTATTN_AVX2)
+    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_max_ps((__m512)x, (__m512)y);
+#endif
+    return x > y ? x : y;
 }
-INLINE Vec<double> exp2_poly(Vec<double> r) {
-    Vec<double> p = splat(0.0);
+
+// Sum of all lanes, by halves down to 16 bytes. By shuffles: an accumulator whose address is taken
+// would live in memory.
+template <int FIRST, class V, int... LANE>
+INLINE auto lanes_from(V x, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(x, x, FIRST + LANE...);
+}
+template <class A, class V> INLINE A sum_lanes(V x) {
+    if constexpr (sizeof(V) > 16) {
+        constexpr int HALF = sizeof(V) / sizeof(A) / 2;
+        constexpr auto lanes = std::make_integer_sequence<int, HALF>{};
+        return sum_lanes<A>(lanes_from<0>(x, lanes) + lanes_from<HALF>(x, lanes));
+    } else if constexpr (sizeof(A) == 4) {
+        return (x[0] + x[1]) + (x[2] + x[3]);
+    } else {
+        return x[0] + x[1];
+    }
+}
+template <class A> INLINE A reduce_sum(Vec<A> x) { return sum_lanes<A>(x); }
+
+// p = 2^r on [-1/2, 1/2]. float: minimax of degree 5 with p(0) = 1, within 1.6e-7. double: Taylor of
+// degree 13, 1e-16.
+constexpr float EXP2_SERIES[6] = {1.0f,           0.693147004f,   0.240222439f,
+                                  0.0555073321f, 0.00967151299f, 0.00132647273f};
+template <int N> INLINE void exp2_poly(const Vec<float>* r, Vec<float>* p) {
+    for (int u = 0; u < N; u++) p[u] = r[u] * EXP2_SERIES[5] + EXP2_SERIES[4];
+#pragma GCC unroll 4
+    for (int k = 3; k >= 0; k--)
+        for (int u = 0; u < N; u++) p[u] = p[u] * r[u] + EXP2_SERIES[k];
+}
+template <int N> INLINE void exp2_poly(const Vec<double>* r, Vec<double>* p) {
     double c[14] = {1.0};
     for (int k = 1; k < 14; k++) c[k] = c[k - 1] * LN2 / k;  // folded at compile time
-    for (int k = 13; k >= 0; k--) p = p * r + c[k];
-    return p;
+    for (int u = 0; u < N; u++) p[u] = splat(c[13]);
+    for (int k = 12; k >= 0; k--)
+        for (int u = 0; u < N; u++) p[u] = p[u] * r[u] + c[k];
 }
 
-// 2^x for x <= 1023; exactly 0 below the normal range (so 2^-inf = 0); NaN stays NaN.
-template <class A> INLINE Vec<A> vexp2(Vec<A> x) {
+// x = 2^x for N vectors side by side, x <= 1023; exactly 0 below the normal range (so 2^-inf = 0);
+// NaN stays NaN.
+template <class A, int N> INLINE void vexp2(Vec<A>* x) {
     using S = SimdOf<A>;
-    Vec<A> shifted = x + S::MAGIC;
-    Vec<A> r = x - (shifted - S::MAGIC);  // NaN or worse below EXP_MIN, where it is not used
-    Vec<A> power = (Vec<A>)((VecI<A>)shifted << S::MANTISSA);
-    Vec<A> scaled = exp2_poly(r) * power;
-    return x < S::EXP_MIN ? Vec<A>{} : scaled;
+    const Vec<A> least = splat(A(S::EXP_MIN - 1));
+    Vec<A> shifted[N], r[N], p[N];
+    for (int u = 0; u < N; u++) x[u] = vmax<A>(least, x[u]);
+    for (int u = 0; u < N; u++) shifted[u] = x[u] + S::MAGIC;
+    for (int u = 0; u < N; u++) r[u] = shifted[u] - S::MAGIC;
+    for (int u = 0; u < N; u++) r[u] = x[u] - r[u];
+    exp2_poly<N>(r, p);
+    for (int u = 0; u < N; u++) x[u] = p[u] * (Vec<A>)((VecI<A>)shifted[u] << S::MANTISSA);
+}
+template <class A> INLINE Vec<A> vexp2(Vec<A> x) {
+    vexp2<A, 1>(&x);
+    return x;
 }
 
 // tanh(x) for x >= 0 small: odd minimax; else 1 - 2 / (e^2x + 1). Relative error 3e-7.
