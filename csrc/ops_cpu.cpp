@@ -47,7 +47,10 @@ double forward_flops(const Call& call) {
     return 2 * pairs * call.params.heads * (call.params.head_dim + call.params.v_dim);
 }
 
+std::atomic<uint64_t> calls{0};  // so far, in this process
+
 void run_forward(Call& call, int num_splits) {
+    call.params.call = ++calls;
     const Params& p = call.params;
     const Kernels& kernels = kernels_for(p.dtype);
     if (p.heads == 0) return;
@@ -70,6 +73,7 @@ void run_forward(Call& call, int num_splits) {
 }
 
 void run_backward(Call& call, BiasSharing sharing) {
+    call.params.call = ++calls;
     const Params& p = call.params;
     const Kernels& kernels = kernels_for(p.dtype);
     if (p.heads == 0) return;

@@ -9,9 +9,8 @@ template <class A> struct BackwardTile {
     alignas(64) A lse[BLOCK_Q];  // in base 2; +inf for a row that saw no key
     alignas(64) A delta[BLOCK_Q];
     Turned<A> q_turned, dout_turned;
-    A *q, *dout;       // panels: [columns / PANEL][BLOCK_Q][PANEL]
-    A *keys, *values;  // converted rows, when they cannot be read in place
-    A* key_panels;
+    A *q, *dout;  // panels: [columns / PANEL][BLOCK_Q][PANEL]
+    Blocks<A> blocks;
     A *p, *ds, *softcap_slope;  // [BLOCK_KV][BLOCK_Q]
     A* dq;                      // [BLOCK_Q][padded head_dim]
     A* buffer;                  // 8 rows of any operand
@@ -29,9 +28,6 @@ template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Are
     t.dout_turned = new_turned<A>(p, BLOCK_Q, p.v_dim, A(1), arena);
     t.q = arena.take<A>(BLOCK_Q * t.k_ld);
     t.dout = arena.take<A>(BLOCK_Q * t.v_ld);
-    t.keys = arena.take<A>(BLOCK_KV * p.head_dim);
-    t.values = arena.take<A>(BLOCK_KV * p.v_dim);
-    t.key_panels = arena.take<A>(BLOCK_KV * t.k_ld);
     t.p = arena.take<A>(BLOCK_KV * TILE_LD);
     t.ds = arena.take<A>(BLOCK_KV * TILE_LD);
     t.softcap_slope = p.softcap > 0 ? arena.take<A>(BLOCK_KV * TILE_LD) : nullptr;
@@ -162,7 +158,8 @@ template <class A> INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, 
 }
 
 // dq[lane][column] += ds[lane][key] * K[key][column].
-template <class A> INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n) {
+template <class A>
+INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, const A* panels) {
     for (int c = 0; c < t.k_ld; c += PANEL<A>)
         for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
             int rows = imin(GEMM_ROWS, t.lanes.count - i), begin = 0, end = n;
@@ -174,8 +171,8 @@ template <class A> INLINE void add_to_queries(const BackwardTile<A>& t, bool edg
             }
             micro_rows<Order::COLUMNS, Store::ADD>(
                 rows, end - begin, t.ds + begin * TILE_LD + i, TILE_LD,
-                t.key_panels + c * BLOCK_KV + begin * PANEL<A>, PANEL<A>, t.dq + i * t.k_ld + c,
-                t.k_ld, static_cast<const A*>(nullptr));
+                panels + c * BLOCK_KV + begin * PANEL<A>, PANEL<A>, t.dq + i * t.k_ld + c, t.k_ld,
+                static_cast<const A*>(nullptr));
         }
 }
 
@@ -185,13 +182,14 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
                                              A* dv_sum) {
     const Lanes<A>& lanes = t.lanes;
     Range r = lanes.range(0, lanes.count);
-    for (int key = r.begin; key < r.end; key += BLOCK_KV) {
+    for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < r.full_begin || key + n > r.full_end;
         Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
-        RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.keys);
-        RowBlock<A> v = load_rows(p, values, key, n, p.v_dim, t.values);
+        Block<A> block = t.blocks.at(key, n);
+        RowBlock<A> k = load_rows(p, keys, key, block.n, p.head_dim, block.keys, block.done);
+        RowBlock<A> v = load_rows(p, values, key, block.n, p.v_dim, block.values, block.done);
         const float* z =
             p.dropout ? dropout_tile(p, s, lanes, key, n, t.keep[0], t.keep[1]) : nullptr;
         for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
@@ -220,12 +218,13 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
                     dv_sum + static_cast<int64_t>(key) * t.v_ld);
         add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld,
                     dk_sum + static_cast<int64_t>(key) * t.k_ld);
-        with_type<A>(p.dtype, [&](auto* type) {
-            using T = std::remove_pointer_t<decltype(type)>;
-            pack_panels<A, T>([&](int j) { return keys.row(key + j); }, n, p.head_dim, BLOCK_KV,
-                              t.key_panels);
-        });
-        add_to_queries(t, edge, key, n);
+        if (!block.done)
+            with_type<A>(p.dtype, [&](auto* type) {
+                using T = std::remove_pointer_t<decltype(type)>;
+                pack_panels<A, T>([&](int j) { return keys.row(key + j); }, block.n, p.head_dim,
+                                  BLOCK_KV, block.panels);
+            });
+        add_to_queries(t, edge, key, n, block.panels);
     }
 }
 
@@ -248,6 +247,10 @@ template <class A> static void backward(const Params& p, const BackwardItem& ite
     Arena& arena = Arena::fresh();
     BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
     allocate(p, t, arena);
+    // In fp32 the keys are read where they lie just before they are packed, so packing them again is
+    // cheaper than reading panels that have left the cache (3 % at S 2048).
+    bool keep = size_of(p.dtype) != sizeof(A);
+    t.blocks = new_blocks<A>(p, item.segment, item.kv_head, true, t.k_ld, keep, arena);
     int64_t kv_len = s.band.kv_len;
     A* dk_sum = static_cast<A*>(item.dk_sum);
     A* dv_sum = static_cast<A*>(item.dv_sum);

@@ -12,10 +12,9 @@ template <class A> struct ForwardTile {
     alignas(64) A rescale[BLOCK_Q];
     Turned<A> q;  // unless decoding
     A* q_rows;    // decoding: the lanes' rows, scaled, dot_ld apart
-    A* keys;      // converted keys, when they cannot be read in place
-    A* scores;    // [BLOCK_KV][ld], then probabilities
-    A* values;    // panels
-    A* acc;       // [lanes][acc_ld], unnormalised output
+    Blocks<A> blocks;
+    A* scores;  // [BLOCK_KV][ld], then probabilities
+    A* acc;     // [lanes][acc_ld], unnormalised output
     DropoutTile keep[2];
     int ld, acc_ld, dot_ld;
 };
@@ -178,7 +177,7 @@ INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int k
 
 template <class A> static void accumulate_block(const Params& p, const ForwardTile<A>& t, bool edge,
                                                 const Range& r, const KeyRows& values, int key,
-                                                int n) {
+                                                int n, const Block<A>& block) {
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         bool in_place = t.dot_ld > 0 && values.pages == nullptr && p.v_dim % PANEL<A> == 0;
@@ -186,9 +185,10 @@ template <class A> static void accumulate_block(const Params& p, const ForwardTi
             return accumulate(t, edge, r, key, n, p.v_dim,
                               reinterpret_cast<const T*>(values.row(key)), PANEL<A>,
                               values.row_bytes / static_cast<int64_t>(sizeof(T)));
-        pack_panels<A, T>([&](int j) { return values.row(key + j); }, n, p.v_dim, BLOCK_KV,
-                          t.values);
-        accumulate(t, edge, r, key, n, t.acc_ld, static_cast<const A*>(t.values),
+        if (!block.done)
+            pack_panels<A, T>([&](int j) { return values.row(key + j); }, block.n, p.v_dim,
+                              BLOCK_KV, block.panels);
+        accumulate(t, edge, r, key, n, t.acc_ld, static_cast<const A*>(block.panels),
                    BLOCK_KV * PANEL<A>, PANEL<A>);
     });
 }
@@ -238,9 +238,10 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
     t.acc_ld = round_up_panel<A>(p.v_dim);
     t.dot_ld = decoding ? round_up_panel<A>(p.head_dim) : 0;
     load_queries(p, s, t, arena);
-    t.keys = decoding ? nullptr : arena.take<A>(BLOCK_KV * p.head_dim);
+    bool more_tiles = lanes.count < s.band.q_len * p.group() && r.begin % BLOCK_KV == 0;
+    t.blocks =
+        new_blocks<A>(p, item.segment, kv_head, false, t.acc_ld, !decoding && more_tiles, arena);
     t.scores = arena.take<A>(BLOCK_KV * t.ld);
-    t.values = arena.take<A>(BLOCK_KV * t.acc_ld);
     t.acc = arena.take<A>(static_cast<int64_t>(lanes.count) * t.acc_ld);
     if (p.dropout)
         for (DropoutTile& keep : t.keep)
@@ -257,11 +258,12 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
         bool edge = key < all.full_begin || key + n > all.full_end;
         Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
+        Block<A> block = t.blocks.at(key, n);
         RowBlock<A> rows{};
         if (decoding)
             decode_scores(p, t, keys, values, key, n);
         else
-            rows = load_rows(p, keys, key, n, p.head_dim, t.keys);
+            rows = load_rows(p, keys, key, block.n, p.head_dim, block.keys, block.done);
         for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
             int first = panel * PANEL<A>, begin = 0, end = n;
             if (edge) {
@@ -276,7 +278,7 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
             panel_softmax(t, panel, begin, end, n, scores);
         }
         if (p.dropout) apply_dropout(p, s, t, key, n);
-        accumulate_block(p, t, edge, r, values, key, n);
+        accumulate_block(p, t, edge, r, values, key, n, block);
     }
 
     for (int i = 0; i < lanes.count; i++) {

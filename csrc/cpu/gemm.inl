@@ -11,6 +11,9 @@ enum class Store { SET, ADD, RESCALE };  // C = AB, C += AB, C = C * rescale[i] 
 
 constexpr int GEMM_ROWS = 6;
 
+constexpr int BLOCK_Q = 96;   // lanes of a tile: a multiple of every PANEL and of GEMM_ROWS
+constexpr int BLOCK_KV = 96;  // keys of a tile: a multiple of GEMM_ROWS
+
 template <int R, Order ORDER, Store STORE, class A, class T>
 INLINE void micro(int depth, const A* a, int64_t lda, const T* b, int64_t ldb, A* c, int64_t ldc,
                   const A* rescale) {

@@ -22,6 +22,7 @@ constexpr float TANH_SERIES[6] = {-0.3333333f,  0.13333184f,   -0.053943656f,
 #include "gemm.inl"
 #include "pack.inl"
 #include "product.inl"
+#include "block.inl"
 #include "score.inl"
 #include "forward.inl"
 #include "backward.inl"

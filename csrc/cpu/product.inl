@@ -1,6 +1,6 @@
 // The products that make scores: [keys][lanes] = rows of k (or v) times turned rows of q (or dout).
 // In fp32 (fp64), or on bf16 pairs where the instruction set has that dot product.
-// next: score.inl
+// next: block.inl
 
 // Query rows turned into lanes: transposed panels, with `factor` in them or applied afterwards.
 template <class A> struct Turned {
@@ -50,15 +50,16 @@ INLINE void turn(const Params& p, RowOf row_of, int n, const Turned<A>& to, A* b
     }
 }
 
-// Rows [first, first + n): where they lie if they can be read in place, else converted into
-// `buffer`.
+// Rows [first, first + n): where they lie if they can be read in place, else in `buffer`, converted
+// into it unless that has been done.
 template <class A> INLINE RowBlock<A> load_rows(const Params& p, const KeyRows& keys, int first,
-                                                int n, int columns, A* buffer) {
+                                                int n, int columns, A* buffer, bool done = false) {
     if (use_pairs<A>(p))
         return {nullptr, reinterpret_cast<const uint16_t*>(keys.row(first)), keys.row_bytes / 2};
     if (keys.pages == nullptr && size_of(p.dtype) == sizeof(A))
         return {reinterpret_cast<const A*>(keys.row(first)), nullptr,
                 keys.row_bytes / static_cast<int64_t>(sizeof(A))};
+    if (done) return {buffer, nullptr, columns};
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         for (int j = 0; j < n; j++)

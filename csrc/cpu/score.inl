@@ -6,9 +6,6 @@
 // Scores are in base 2: the factor scale * LOG2E is in q (or is applied after the bf16 dot
 // product).
 
-constexpr int BLOCK_Q = 96;   // lanes of a tile: a multiple of every PANEL and of GEMM_ROWS
-constexpr int BLOCK_KV = 96;  // keys of a tile: a multiple of GEMM_ROWS
-
 // The query rows of a tile, lane by lane.
 template <class A> struct Lanes {
     int count;  // in use; the rest, up to `padded`, see no key
