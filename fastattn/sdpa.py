@@ -72,7 +72,7 @@ def scaled_dot_product_attention(
             plan_key = (
                 query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
                 query.device, key.device, value.device, dropout_p, is_causal, scale, enable_gqa,
-                backends.forced(),
+                type(is_causal), type(enable_gqa), backends.forced(),
             )  # fmt: skip
             plan = _PLANS.get(plan_key)
         except (TypeError, RuntimeError):  # a tensor without shape, or what no check accepts
@@ -317,8 +317,8 @@ def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         )
     from .attention import varlen_attention
 
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = ops.autocast_dtype(query)
+    if dtype is not None:
         query, key, value = (ops.autocast_to(x, dtype) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, ragged, H, D]
     cu_q, cu_k, cu_v = query.offsets(), key.offsets(), value.offsets()
