@@ -62,7 +62,8 @@ def scaled_dot_product_attention(
     plan_key = None
     if (
         attn_mask is None
-        and not dropout_p
+        and type(dropout_p) in (float, int)
+        and dropout_p == 0
         and type(query) in _PLAIN
         and type(key) in _PLAIN
         and type(value) in _PLAIN
@@ -84,6 +85,7 @@ def scaled_dot_product_attention(
 
 def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plan_key):
     _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
+    dropout_p = _number("dropout_p", dropout_p)
     if query.is_nested or key.is_nested or value.is_nested:
         return _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     align_end = False
@@ -176,15 +178,20 @@ def _check_kinds(query, key, value, attn_mask, dropout_p) -> None:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
 
 
+def _number(name, x) -> float:
+    """A float, or what torch takes for one: ints, numpy's numbers, tensors without dimensions."""
+    try:
+        if not isinstance(x, (str, Tensor)) or (isinstance(x, Tensor) and x.dim() == 0):
+            return float(x)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"{_NAME}(): argument '{name}' must be float, not {type(x).__name__}")
+
+
 def _scale(scale, head_dim) -> float:
     if scale is None:
         return head_dim**-0.5
-    try:
-        scale = float(scale)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{_NAME}(): argument 'scale' must be float, not {type(scale).__name__}"
-        ) from None
+    scale = _number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; accepted is any finite number, or None")
     return scale
