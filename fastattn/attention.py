@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .autograd import NO_OPERANDS, attend
-from .ops import autocast_to
+from .ops import autocast_dtype, autocast_to
 from .reference import _in_memory_order_of
 from .spec import Operands
 
@@ -50,8 +50,8 @@ def attention(
     s_ij = softcap * tanh(scale * q[i].k[j] / softcap) + bias_ij - slope * |i + o - j|,
     over the keys j that row i sees; z is dropout.
 
-    Shapes: B batch, Hq and Hkv heads, Sq rows, Skv keys, D and Dv head dimensions (1 to 512 on the
-    CPU backend, any on the reference).
+    Shapes: B batch, Hq and Hkv heads, Sq rows, Skv keys, D and Dv head dimensions (up to 65536
+    on the CPU backend, any on the reference).
 
     Args:
         q: [B, Hq, Sq, D]; also [B, Sq, D] (one head) and [Sq, D], then k and v have that rank too.
@@ -70,7 +70,7 @@ def attention(
         bias: float, broadcastable to [B, Hq, Sq, Skv], added to the scores. Differentiable; its
             gradient is reduced over the broadcast dimensions in float32. -inf masks.
         alibi_slopes: [Hq] or [B, Hq] float32, ALiBi's distance penalty. No gradient.
-        softcap: s -> softcap * tanh(s / softcap), before bias and mask; 0 is off.
+        softcap: s -> softcap * tanh(s / softcap), before bias and mask; 0 is off. 1e-30 to 1e30.
         sinks: [Hq]: a logit that joins each row's softmax denominator and no output.
             Differentiable.
         kv_lens: [B] int32 in [0, Skv]: keys at or past kv_lens[b] do not exist and are never read.
@@ -209,15 +209,6 @@ def normal_form(
     """
     if torch._C._is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
-    bare = (
-        mask is None
-        and bias is None
-        and alibi_slopes is None
-        and sinks is None
-        and kv_lens is None
-        and document_ids is None
-        and not dropout_p
-    )
     key = plan = None
     if type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not is_compiling():
         try:
@@ -226,21 +217,32 @@ def normal_form(
                 scale, causal, window, align, softcap, dropout_p, return_lse, deterministic,
                 backend, backends.forced(), mask is None, bias is None, alibi_slopes is None,
                 sinks is None, kv_lens is None, document_ids is None,
+                # 1 == 1.0 == True, and not all are accepted
+                type(scale), type(causal), type(softcap), type(dropout_p), type(return_lse),
+                type(deterministic), None if window is None else tuple(map(type, window)),
             )  # fmt: skip
             plan = _PLANS.get(key)
-        except (TypeError, RuntimeError):  # a list in window, a tensor without shape, and the like:
-            key = None  # the checks below say what is wrong
+        except (TypeError, ValueError, RuntimeError):  # a list in window, a tensor without shape,
+            key = None  # and the like: the checks below say what is wrong
     if plan is None:
         checks.same_kind(q=q, k=k, v=v)
         rank, row = checks.dense_shapes(q, k, v), None
         spec = checks.spec_of(q.shape[-1], scale, causal, window, align, softcap, dropout_p)
         checks.flag("return_lse", return_lse)
-        checks.flag("deterministic", deterministic or False)
+        checks.flag("deterministic", False if deterministic is None else deterministic)
     else:
         spec, rank, row = plan
     if rank != 4:
         q, k, v = (x.unsqueeze(1) if rank == 3 else x[None, None] for x in (q, k, v))
-    if bare:
+    if (
+        mask is None
+        and bias is None
+        and alibi_slopes is None
+        and sinks is None
+        and kv_lens is None
+        and document_ids is None
+        and not spec.dropout_p
+    ):
         return q, k, v, spec, NO_OPERANDS, rank, row, key
 
     batch, heads, q_len, _ = q.shape
@@ -285,7 +287,7 @@ def packed_form(
     heads = checks.packed_shapes(q, k, v, page_table is not None)
     spec = checks.spec_of(q.shape[-1], scale, causal, window, align, softcap, dropout_p)
     checks.flag("return_lse", return_lse)
-    checks.flag("deterministic", deterministic or False)
+    checks.flag("deterministic", False if deterministic is None else deterministic)
     if document_ids is not None:
         raise NotImplementedError(
             "document_ids came to varlen_attention, where cu_seqlens already keep sequences apart; "
@@ -334,10 +336,9 @@ def packed_form(
 
 def autocast(*tensors):
     """q, k and v in the dtype of an enclosing torch.autocast for their device."""
-    device_type = checks.tensor("q", tensors[0]).device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(checks.tensor("q", tensors[0]))
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return [autocast_to(checks.tensor("q, k or v", x), dtype) for x in tensors]
 
 

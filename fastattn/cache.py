@@ -4,12 +4,14 @@ results made one. Next hop: backends.py, through attention.run.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
 from . import backends, checks
 from .attention import run, score_operands
-from .ops import autocast_to
+from .ops import autocast_dtype, autocast_to
 from .spec import Operands
 
 
@@ -89,11 +91,12 @@ def decode_attention(
         rotary_interleaved, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks,
         kv_lens, document_ids, dropout_p, dropout_seed, return_lse, deterministic,
     )  # fmt: skip
-    num_splits = 0 if num_splits is None else checks.length("num_splits", num_splits)
+    if num_splits is not None:
+        num_splits = checks.length("num_splits", num_splits, checks.MAX_SPLITS)
     row = backends.pick(backend, spec, q, *caches, operands)
     if append is not None:
         append()
-    out, lse = run(q, *caches, spec, operands, row, num_splits)
+    out, lse = run(q, *caches, spec, operands, row, num_splits or 0)
     return (out, lse) if return_lse else out
 
 
@@ -104,7 +107,7 @@ def cached_form(
 ):  # fmt: skip
     """Checks decode_attention()'s arguments; (q, spec, operands, (k, v), append or None)."""
     checks.flag("return_lse", return_lse)
-    checks.flag("deterministic", deterministic or False)
+    checks.flag("deterministic", False if deterministic is None else deterministic)
     for name, x, instead in (
         ("kv_lens", kv_lens, "cache_lens says how many keys there are"),
         ("document_ids", document_ids, "a cache row is one document"),
@@ -117,7 +120,7 @@ def cached_form(
     new = {} if k is None else {"k": k, "v": v}
     for name, x in (tensors | new).items():
         checks.tensor(name, x)
-    if torch.is_autocast_enabled(q.device.type):  # the cache cannot be cast: what meets it is
+    if autocast_dtype(q) is not None:  # the cache cannot be cast: what meets it is
         tensors["q"] = q = autocast_to(q, k_cache.dtype)
         new = {name: autocast_to(x, k_cache.dtype) for name, x in new.items()}
         k, v = new.values() if new else (None, None)
@@ -141,8 +144,8 @@ def cached_form(
     device = q.device
     rows, _, page_size, _ = k_cache.shape
 
-    if isinstance(cache_lens, int) and not isinstance(cache_lens, bool):
-        checks.length("cache_lens", cache_lens)
+    if isinstance(cache_lens, Integral) and not isinstance(cache_lens, bool):
+        cache_lens = checks.length("cache_lens", cache_lens)
         cache_lens = torch.full((batch,), cache_lens, dtype=torch.int32, device=device)
     cache_lens = checks.int_vector("cache_lens", cache_lens, (batch,), device, "[B], or an int")
     table, capacity = None, page_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .spec import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LENGTH = 1 << 30  # lengths and windows stay below, so that kernels add them in 32 bits
+SOFTCAPS = 1e-30, 1e30  # past them x / softcap or softcap * x leaves float32, and gives NaN
+MAX_SPLITS = 1 << 20  # parts of a decode call's keys
 MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
 
 
@@ -35,8 +37,9 @@ def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
     if align not in ("end", "start"):
         raise ValueError(f"align is {align!r}; accepted are 'end' and 'start'")
     softcap = number("softcap", softcap)
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; accepted is a finite number >= 0 (0 is off)")
+    low, high = SOFTCAPS
+    if not (softcap == 0 or low <= softcap <= high):
+        raise ValueError(f"softcap is {softcap}; accepted are 0 (off) and [{low}, {high}]")
     dropout_p = number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; accepted is a number in [0, 1)")
@@ -46,7 +49,10 @@ def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
 def number(name, x) -> float:
     if isinstance(x, (bool, Tensor)) or not isinstance(x, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} is of type {type(x).__name__}; accepted is a number")
-    return float(x)
+    try:
+        return float(x)
+    except OverflowError:  # an int past every float
+        return math.inf if x > 0 else -math.inf
 
 
 def flag(name, x) -> bool:
@@ -56,9 +62,9 @@ def flag(name, x) -> bool:
 
 
 def integer(name, x) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+    if isinstance(x, bool) or not isinstance(x, (Integral, torch.SymInt)):
         raise TypeError(f"{name} is of type {type(x).__name__}; accepted is an int")
-    return x
+    return x if isinstance(x, (int, torch.SymInt)) else int(x)  # numpy's
 
 
 def window_of(causal, window) -> tuple[int, int]:
@@ -154,13 +160,14 @@ def packed_shapes(q, k, v, paged) -> int:
         )
     head_counts(q.shape[1], k.shape[-2], v.shape[-2])
     head_dims(q, k, v)
-    sizes(q.shape[0] * q.shape[1], q.shape[0], k.shape[0])
+    sizes(q.shape[1], q.shape[0], k.shape[0])
     return q.shape[1]
 
 
-def length(name, x) -> int:
-    if not 0 <= integer(name, x) < MAX_LENGTH:
-        raise ValueError(f"{name} is {x}; accepted is an int in [0, 2**30)")
+def length(name, x, limit=MAX_LENGTH) -> int:
+    x = integer(name, x)
+    if not 0 <= x < limit:
+        raise ValueError(f"{name} is {x}; accepted is an int in [0, 2**{limit.bit_length() - 1})")
     return x
 
 

@@ -214,6 +214,13 @@ def _register_autocast(device_type: str, key: str) -> None:
     _LIBRARY.impl("flash_attn_fwd", autocast_forward, key)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of an enclosing torch.autocast for x's device, if any; meta tensors have none."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(dtype)
 

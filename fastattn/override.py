@@ -3,9 +3,13 @@ scaled_dot_product_attention: override_sdpa(), enable(), disable(). Next hop: sd
 
 aten::scaled_dot_product_attention is replaced where torch decides which kernel to use (its
 composite kernel), so that programs, modules, autocast, torch.compile and checkpoint recomputation
-all reach it, in every thread; and where torch.func's transforms enter it. Calls that torch's own
-rules would give to its CPU flash operator go to that operator, under which the native library puts
-its kernels: they keep torch's C++ autograd, which is several times faster than a Python one.
+all reach it, in every thread; and where torch.func's transforms enter it. Maskless calls that
+torch's own rules would give to its CPU flash operator go to that operator, under which the native
+library puts its kernels: they keep torch's C++ autograd, which is several times faster than a
+Python one. Masked calls go to fastattn's own operator, because what the switch puts under aten's
+may be gone before it runs (the backward of a block's result after the block, another thread's
+disable(), an exported program), and torch's kernels read a bool mask as floats, past its end, and
+make NaN of our lse of rows that see nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ _lock = threading.RLock()
 _depth = 0
 _undo = None  # an ExitStack while the override is on
 _original = _original_functorch = None  # torch's composite kernel, and functorch's entry to it
+_warned = False
 _native_flash = False  # are our kernels under aten's CPU flash operator?
 _FUNCTORCH = "FuncTorchDynamicLayerFrontMode"  # where torch.func's transforms enter an operator
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
@@ -71,8 +76,9 @@ def override_sdpa():
 
 
 def _switch_on() -> contextlib.ExitStack:
-    global _original, _original_functorch
-    if ops.NATIVE_MISSING and not backends.forced():
+    global _original, _original_functorch, _warned
+    if ops.NATIVE_MISSING and not backends.forced() and not _warned:
+        _warned = True
         warnings.warn(
             f"fastattn.enable() leaves CPU calls to torch, because {ops.NATIVE_MISSING}",
             UserWarning,
@@ -130,7 +136,7 @@ def _dispatch(
         and not dropout_p
         and query.is_cpu
         and query.dim() == 4
-        and (attn_mask is None or _flash_mask(attn_mask, query))
+        and attn_mask is None
         and not backends.forced()
         and forward_ad._current_level < 0
         and torch._fused_sdp_choice(
@@ -139,7 +145,7 @@ def _dispatch(
         == _FLASH
     ):
         return torch._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            query, key, value, dropout_p, is_causal, scale=scale
         )[0]
     if _serves(query, key, value):
         return scaled_dot_product_attention(
@@ -173,8 +179,3 @@ def _serves(query, key, value) -> bool:
         and query.dtype in checks.DTYPES
         and not (query.is_nested or key.is_nested or value.is_nested)
     )
-
-
-def _flash_mask(mask, query) -> bool:
-    """Masks that aten's flash operator takes (as do our kernels, which take bool as it is)."""
-    return mask.dim() in (2, 4) and mask.dtype in (torch.bool, torch.float32, query.dtype)

@@ -7,6 +7,7 @@ documents, other sequences) is never touched, and garbage there can reach nothin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def reference(
     batch, heads, q_len, _ = q.shape
     wide = [x.to(compute) for x in (q, k, v)]
     outs, lses = [], []
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         for piece in pieces(q, k, operands):
             out, lse = _attend(*wide, spec, operands, piece)
             outs.append(out)
@@ -46,6 +47,12 @@ def reference(
         out = torch.cat(outs, dim=2)[0].unflatten(1, (batch, q_len)).transpose(0, 1)
         lse = torch.cat(lses, dim=2)[0].unflatten(1, (batch, q_len)).transpose(0, 1)
     return _in_memory_order_of(q, out.to(q.dtype)), lse.contiguous()
+
+
+def _no_autocast(device_type: str):
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 class Piece(NamedTuple):
@@ -101,7 +108,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     q = q[_batch(operands, piece), :, _span(piece.i, piece.row)]  # [b, heads, m, D]
     k = _existing(k, operands, piece)  # [b, kv_heads, n, D]
     v = _existing(v, operands, piece)  # [b, kv_heads, n, v_dim]
-    groups = q.shape[1] // k.shape[1]
+    groups = q.shape[1] // max(1, k.shape[1])  # no heads at all are a case too
     k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
     i = torch.arange(piece.i.start, piece.i.stop, device=q.device)[:, None]  # [m, 1]
     j = torch.arange(piece.j.start, piece.j.stop, device=q.device)  # [n]

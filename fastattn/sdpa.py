@@ -62,7 +62,8 @@ def scaled_dot_product_attention(
     plan_key = None
     if (
         attn_mask is None
-        and not dropout_p
+        and type(dropout_p) in (float, int)
+        and dropout_p == 0
         and type(query) in _PLAIN
         and type(key) in _PLAIN
         and type(value) in _PLAIN
@@ -72,7 +73,7 @@ def scaled_dot_product_attention(
             plan_key = (
                 query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
                 query.device, key.device, value.device, dropout_p, is_causal, scale, enable_gqa,
-                backends.forced(),
+                type(is_causal), type(enable_gqa), backends.forced(),
             )  # fmt: skip
             plan = _PLANS.get(plan_key)
         except (TypeError, RuntimeError):  # a tensor without shape, or what no check accepts
@@ -84,6 +85,7 @@ def scaled_dot_product_attention(
 
 def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plan_key):
     _check_types(query, key, value, attn_mask, is_causal, enable_gqa)
+    dropout_p = _number("dropout_p", dropout_p)
     if query.is_nested or key.is_nested or value.is_nested:
         return _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     align_end = False
@@ -176,15 +178,20 @@ def _check_kinds(query, key, value, attn_mask, dropout_p) -> None:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
 
 
+def _number(name, x) -> float:
+    """A float, or what torch takes for one: ints, numpy's numbers, tensors without dimensions."""
+    try:
+        if not isinstance(x, (str, Tensor)) or (isinstance(x, Tensor) and x.dim() == 0):
+            return float(x)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"{_NAME}(): argument '{name}' must be float, not {type(x).__name__}")
+
+
 def _scale(scale, head_dim) -> float:
     if scale is None:
         return head_dim**-0.5
-    try:
-        scale = float(scale)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{_NAME}(): argument 'scale' must be float, not {type(scale).__name__}"
-        ) from None
+    scale = _number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; accepted is any finite number, or None")
     return scale
@@ -317,8 +324,8 @@ def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         )
     from .attention import varlen_attention
 
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = ops.autocast_dtype(query)
+    if dtype is not None:
         query, key, value = (ops.autocast_to(x, dtype) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, ragged, H, D]
     cu_q, cu_k, cu_v = query.offsets(), key.offsets(), value.offsets()

@@ -73,9 +73,11 @@ WRONG = {
     "scale is inf": (ValueError, "scale is -inf; accepted is any finite", call(scale=-math.inf)),
     "scale is a tensor": (TypeError, "scale is of type Tensor; accepted is a number",
                           call(scale=torch.tensor(1.0))),
+    "scale past every float": (ValueError, "scale is inf; accepted", call(scale=10**400)),
     "scale is text": (TypeError, "scale is of type str", call(scale="1")),
-    "softcap < 0": (ValueError, "softcap is -1.0; accepted is a finite number >= 0",
+    "softcap < 0": (ValueError, r"softcap is -1.0; accepted are 0 \(off\) and \[1e-30, 1e\+30\]",
                     call(softcap=-1)),
+    "softcap past float32": (ValueError, r"softcap is 1e\+300; accepted", call(softcap=1e300)),
     "softcap is inf": (ValueError, "softcap is inf", call(softcap=math.inf)),
     "softcap is NaN": (ValueError, "softcap is nan", call(softcap=math.nan)),
     "dropout 1": (ValueError, r"dropout_p is 1.0; accepted is a number in \[0, 1\)",
@@ -83,6 +85,10 @@ WRONG = {
     "dropout < 0": (ValueError, "dropout_p is -0.1", call(dropout_p=-0.1)),
     "dropout NaN": (ValueError, "dropout_p is nan", call(dropout_p=math.nan)),
     "dropout is None": (TypeError, "dropout_p is of type NoneType", call(dropout_p=None)),
+    "dropout is an array": (TypeError, "dropout_p is of type ndarray; accepted is a number",
+                            call(dropout_p=np.array([0.1, 0.2]))),
+    "dropout is a tensor": (TypeError, "dropout_p is of type Tensor; accepted is a number",
+                            call(dropout_p=torch.tensor([0.1, 0.2]))),
     "causal is 1.5": (TypeError, "causal is of type float; accepted are True", call(causal=1.5)),
     "causal is text": (TypeError, "causal is of type str", call(causal="yes")),
     "align": (ValueError, "align is 'middle'; accepted are 'end' and 'start'",
@@ -94,6 +100,7 @@ WRONG = {
     "window of floats": (TypeError, "window's left side is of type float", call(window=(1.5, 0))),
     "window of lists": (TypeError, "window's right side is of type list", call(window=(1, [2]))),
     "return_lse": (TypeError, "return_lse is of type str", call(return_lse="no")),
+    "deterministic is 0": (TypeError, "deterministic is of type int", call(deterministic=0)),
     "deterministic": (TypeError, "deterministic is of type int", call(deterministic=7)),
     "backend": (ValueError, "backend is 'gpu'; accepted are 'cuda', 'triton', 'cpu', 'reference'",
                 call(backend="gpu")),
@@ -253,6 +260,18 @@ def test_varlen_attention(wrong):
     assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
+def test_an_equal_call_that_passed_does_not_excuse_a_wrong_type():
+    """True == 1 == 1.0, so they would find the same remembered call."""
+    attention(Q, K, K, scale=1.0, causal=True, window=(1, 0), deterministic=False)
+    for wrong in ({"scale": True}, {"causal": 1}, {"window": (1.0, 0)}, {"deterministic": 0}):
+        right = {"scale": 1.0, "causal": True, "window": (1, 0), "deterministic": False}
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            attention(Q, K, K, **(right | wrong))
+    fastattn.scaled_dot_product_attention(Q, Q, Q, is_causal=True)
+    with pytest.raises(TypeError, match="is_causal"):
+        fastattn.scaled_dot_product_attention(Q, Q, Q, is_causal=1)
+
+
 def test_what_is_not_wrong():
     """Near the edge of what is refused."""
     attention(Q, K, K, window=[2, 0], causal=True)
@@ -262,11 +281,16 @@ def test_what_is_not_wrong():
     attention(Q[:, :, :0], K, K)
     attention(Q, K[:, :, :0], K[:, :, :0])
     attention(Q[:0], K[:0], K[:0])
-    attention(Q[:, :0], K[:, :0], K[:, :0])
+    for backend in (None, "reference"):
+        attention(Q[:, :0], K[:, :0], K[:, :0], backend=backend)
+        attention(Q[:0], K[:0], K[:0], mask=torch.ones(5, 7).bool(), bias=torch.zeros(5, 7),
+                  backend=backend)  # fmt: skip
+    attention(Q, K, K, window=(np.int64(2), 0))
     attention(Q, SQUARE, SQUARE, document_ids=torch.tensor([-5, -5, 0, 0, 2**31 - 1]))
     attention(Q.bfloat16(), K.bfloat16(), K.bfloat16(), bias=torch.zeros(5, 7, dtype=torch.float16))
     attention(Q, K, K, alibi_slopes=torch.zeros(4).half(), sinks=torch.zeros(4).bfloat16())
     packed(cu_q=CU_Q.long(), cu_k=CU_K.long(), max_q=100, max_k=200)()
+    packed(max_q=np.int64(6))()
     packed(cu_q=ints(0), cu_k=ints(0), max_q=0, max_k=0)()
     paged(ints(0, 1, 2, 3).view(2, 2), kv_lens=ints(0, 6))()
     paged(ints(5, -9, 2, 3).view(2, 2), kv_lens=ints(4, 6))()  # a page that no key needs

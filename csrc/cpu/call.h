@@ -326,9 +326,12 @@ inline void Call::make_segments() {
             }
         }
         max_q = std::max<int64_t>(max_q, q_len);
-        max_kv = std::max<int64_t>(max_kv, packed ? kv_len : capacity);
+        max_kv = std::max<int64_t>(max_kv, kv_len);
     }
-    if (!packed) max_q = q_rows;
+    if (!packed) {  // of no entries too
+        max_q = q_rows;
+        max_kv = page_table ? static_cast<int64_t>(pages) * page_size : kv_rows;
+    }
     covers_rows = !packed || q_begins.back() == q_rows;
 }
 
