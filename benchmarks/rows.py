@@ -84,11 +84,13 @@ def _rows() -> Iterator[Row]:
     for dtype, floor in (("fp32", 3.0), ("bf16", 8.0)):
         for kv_len in (2048, 4096, 8192, 16384):
             yield Row("decode", floor, dtype, 1, 32, 8, q_len=1, kv_len=kv_len, dim=128)
-    for dtype in ("fp32", "bf16"):
-        yield Row("dropout", 3.0, dtype, q_len=512, dropout=0.1, backward=True)
+    for q_len in (512, 1024, 2048):
+        for group, options in (("dropout", {"dropout": 0.1}), ("bias", {"bias": True})):
+            yield Row(group, 3.0, q_len=q_len, backward=True, **options)
+            if q_len < 2048:
+                yield Row(group, 3.0, "bf16", q_len=q_len, backward=True, **options)
     yield Row("dropout", 3.0, q_len=512, causal=True, dropout=0.1, backward=True)
-    for dtype in ("fp32", "bf16"):
-        yield Row("bias", 3.0, dtype, q_len=512, bias=True, backward=True)
+    yield Row("bias", 3.0, batch=4, q_len=512, bias=True, backward=True)  # one bias for the batch
     yield Row("window", 6.0, q_len=4096, window=256)
     for backward in (False, True):
         yield Row("padding", 1.8, batch=4, q_len=512, padding=True, backward=backward)

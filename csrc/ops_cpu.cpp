@@ -2,6 +2,7 @@
 // next: cpu/call.h (checks), cpu/schedule.h (items), cpu/forward.inl, cpu/backward.inl
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -164,9 +165,20 @@ struct Gradients {
     Tensor dq, dk, dv, dbias, dsinks;
 };
 
+// Do the tiles of every entry visit every pair of a row and a key?
+bool visits_all(const Call& call) {
+    if (call.mask || call.entries == 0 || call.params.heads == 0) return false;
+    if (static_cast<int64_t>(call.segments.size()) != call.entries) return false;
+    return std::all_of(call.segments.begin(), call.segments.end(), [&](const Segment& s) {
+        Range keys = s.band.kv_range(0, s.band.q_len);
+        return s.band.q_len == call.max_q && s.band.kv_len == call.max_kv && keys.full_begin == 0 &&
+               keys.full_end == call.max_kv;
+    });
+}
+
 // dbias in the shape the kernel adds to: the bias's own, or one row of sums per entry and head
 // where rows or keys are broadcast (small, and free of sharing between entries and heads).
-Tensor bias_sums(const Call& call, const Tensor& bias, BiasSharing& sharing) {
+Tensor bias_sums(const Call& call, const Tensor& bias, BiasSharing& sharing, bool& unset) {
     bool small = bias.size(2) == 1 || bias.size(3) == 1;
     sharing.any = true;
     sharing.rows = bias.size(2) == 1;
@@ -176,7 +188,8 @@ Tensor bias_sums(const Call& call, const Tensor& bias, BiasSharing& sharing) {
                                   small ? call.q.size(1) : bias.size(1), bias.size(2),
                                   bias.size(3)};
     Tensor sums = new_tensor(call.q, sizes, accumulate_type(call.q));
-    fill(sums, 0);
+    unset = !small && visits_all(call);
+    if (!unset) fill(sums, 0);
     return sums;
 }
 
@@ -271,7 +284,7 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     p.dk = rows4(g.dk);
     p.dv = rows4(g.dv);
     if (need_dbias) {
-        sums = bias_sums(call, *call.bias, sharing);
+        sums = bias_sums(call, *call.bias, sharing, p.dbias_unset);
         p.dbias = operand4(sums);
     }
     if (need_dsinks) {

@@ -453,3 +453,15 @@ def test_memory_is_linear_in_the_lengths(options):
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 96 * 2**20
+
+
+@pytest.mark.parametrize("batch, heads", [(0, 2), (2, 0)])
+def test_bias_gradient_of_an_empty_call_is_zero(batch, heads):
+    """Nothing visits its elements, so nothing in the kernels sets them."""
+    q, k, v = (torch.randn(batch, heads, rows, 8) for rows in (50, 70, 70))
+    bias = torch.randn(1, 1, 50, 70, requires_grad=True)
+    poison = torch.full((50 * 70,), torch.nan)  # memory that the gradient is likely to get
+    del poison
+    out = fastattn.attention(q, k, v, bias=bias, backend="cpu")
+    (gradient,) = torch.autograd.grad(out.sum(), bias)
+    assert torch.equal(gradient, torch.zeros_like(bias))

@@ -58,7 +58,7 @@ class Shelf {
   public:
     static constexpr size_t BYTES = size_t(4) << 20;  // at most
 
-    // The calling thread's shelf for one kv head of one call. What lies there for another is dropped.
+    // The calling thread's shelf for one kv head of one call. What lay there for another is gone.
     static Shelf& of(uint64_t call, int segment, int kv_head, size_t bytes, int blocks) {
         thread_local Shelf shelf;
         if (shelf.call_ != call || shelf.segment_ != segment || shelf.kv_head_ != kv_head) {

@@ -133,9 +133,16 @@ template <class A> static void add_bias_gradient(const Params& p, const Segment&
     }
     // Eight rows of dbias at a time: they lie a multiple of 4 KB apart where kv_len is one of 1024,
     // and more of them would evict each other from the L1 cache.
-    for (int i = 0; i < lanes.count; i += 8)
-        transpose<true>([&](int j) { return t.ds + j * TILE_LD + i; }, n, imin(8, lanes.count - i),
-                        first + i * g.row, g.row, A(1));
+    bool set =
+        p.dbias_unset && (g.batch != 0 || s.entry == 0) && (g.head != 0 || lanes.head[0] == 0);
+    for (int i = 0; i < lanes.count; i += 8) {
+        auto row = [&](int j) { return t.ds + j * TILE_LD + i; };
+        int rows = imin(8, lanes.count - i);
+        if (set)
+            transpose<false>(row, n, rows, first + i * g.row, g.row, A(1));
+        else
+            transpose<true>(row, n, rows, first + i * g.row, g.row, A(1));
+    }
 }
 
 // sum[key][column] += X'[key][lane] * rows[lane][column], for the lanes that see the keys.
@@ -247,7 +254,7 @@ template <class A> static void backward(const Params& p, const BackwardItem& ite
     Arena& arena = Arena::fresh();
     BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
     allocate(p, t, arena);
-    // In fp32 the keys are read where they lie just before they are packed, so packing them again is
+    // In fp32 keys are read where they lie just before they are packed: packing them again is
     // cheaper than reading panels that have left the cache (3 % at S 2048).
     bool keep = size_of(p.dtype) != sizeof(A);
     t.blocks = new_blocks<A>(p, item.segment, item.kv_head, true, t.k_ld, keep, arena);

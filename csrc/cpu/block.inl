@@ -1,5 +1,5 @@
-// Where the keys and values of a block are packed or converted: in the thread's scratch memory, or on
-// its shelf, where the head's other tiles find them done.
+// Where the keys and values of a block are packed or converted: in the thread's scratch memory, or
+// on its shelf, where the head's other tiles find them done.
 // next: score.inl
 
 template <class A> struct Block {

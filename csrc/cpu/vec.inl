@@ -71,8 +71,8 @@ template <class A, class V> INLINE A sum_lanes(V x) {
 }
 template <class A> INLINE A reduce_sum(Vec<A> x) { return sum_lanes<A>(x); }
 
-// p = 2^r on [-1/2, 1/2]. float: minimax of degree 5 with p(0) = 1, within 1.6e-7. double: Taylor of
-// degree 13, 1e-16.
+// p = 2^r on [-1/2, 1/2]. float: minimax of degree 5 with p(0) = 1, within 1.6e-7. double: Taylor
+// of degree 13, 1e-16.
 constexpr float EXP2_SERIES[6] = {1.0f,          0.693147004f,   0.240222439f,
                                   0.0555073321f, 0.00967151299f, 0.00132647273f};
 template <int N> INLINE void exp2_poly(const Vec<float>* r, Vec<float>* p) {
