@@ -6,6 +6,7 @@ fastattn.enable()                                       # every program that cal
 print(fastattn.explain(q, k, v, causal=True))           # what would run, and why: explain.py
 """
 
+from . import nn
 from .attention import attention, varlen_attention
 from .cache import decode_attention, merge_states
 from .explain import Explanation, explain
@@ -24,6 +25,7 @@ __all__ = [
     "enable",
     "explain",
     "merge_states",
+    "nn",
     "override_sdpa",
     "scaled_dot_product_attention",
     "varlen_attention",
