@@ -246,7 +246,7 @@ def _on_fastattn(forward) -> FunctionType | None:
         else:
             return None
     names = {**known, **instead}
-    del names["__name__"]  # torch.compile would look names up in the module of this name
+    names.pop("__name__", None)  # torch.compile would look names up in the module of this name
     function = FunctionType(
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import nn as fnn
+from fastattn.nn.feedforward import ReluDropout
+from fastattn.philox import keep_probability
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(prototype stage|mismatched|enable_nested_tensor is True):UserWarning"
@@ -247,6 +249,60 @@ def test_a_subclass_keeps_its_blocks():
     quiet = Quiet(D, H, 16, batch_first=True, dropout=0.0)
     (src,) = call_of("TransformerEncoderLayer")
     assert torch.equal(quiet(src), quiet.norm2(quiet.norm1(src + quiet._sa_block(src, None, None))))
+
+
+# ---- the feed-forward block ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_relu_dropout(dtype):
+    p, x = 0.3, torch.randn(40, 501, dtype=dtype, requires_grad=True)
+    out = ReluDropout.apply(x, p)
+    kept = out != 0
+    assert not (kept & (x <= 0)).any()
+    share = kept.sum() / (x > 0).sum()
+    assert abs(share - (1 - p)) < 0.02
+    want = torch.where(kept, x / keep_probability(p), 0.0)
+    grad = torch.randn_like(x)
+    torch.testing.assert_close(out, want.to(dtype))
+    (got,) = torch.autograd.grad(out, x, grad)
+    torch.testing.assert_close(got, torch.where(kept, grad / keep_probability(p), 0.0).to(dtype))
+    four = (ReluDropout.apply(torch.ones(20000, 4), p) != 0).float().T  # of one draw each
+    assert (four.mean(1) - (1 - p)).abs().max() < 0.02
+    assert (four.corrcoef() - torch.eye(4)).abs().max() < 0.04  # independent
+
+
+def test_relu_dropout_has_second_derivatives():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def seeded(x):
+        torch.manual_seed(4)
+        return ReluDropout.apply(x.sin(), 0.4)
+
+    assert torch.autograd.gradcheck(seeded, (x,)) and torch.autograd.gradgradcheck(seeded, (x,))
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_feed_forward_keeps_torchs_way_where_it_must(name, monkeypatch):
+    """Once for plain ReLU and dropout in training, and not for anything else."""
+    ran = []
+    original = ReluDropout.apply
+    monkeypatch.setattr(ReluDropout, "apply", lambda *a: ran.append(1) or original(*a))
+    inputs = call_of(name)
+    plain = make(fnn, name, dropout=0.2)
+    plain(*inputs)
+    assert ran == [1]
+    plain.eval()(*inputs)
+    hooked = make(fnn, name, dropout=0.2)
+    seen = []
+    hooked.dropout.register_forward_hook(lambda *_: seen.append(1))
+    hooked(*inputs)
+    make(fnn, name, dropout=0.2, activation="gelu")(*inputs)
+    make(fnn, name, dropout=0.0)(*inputs)
+    make(fnn, name, dropout=1.0)(*inputs)
+    with torch.autograd.forward_ad.dual_level():
+        make(fnn, name, dropout=0.2)(*inputs)
+    assert ran == [1] and seen == [1]
 
 
 # ---- dropout, checkpoints, autocast, compilation ------------------------------------------------

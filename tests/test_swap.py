@@ -1,4 +1,4 @@
-"""swap() and unswap(): what changes, what stays, what is left alone. Afterwards: test_swap_after.py."""
+"""swap() and unswap(): what changes, what stays and what is left alone."""
 
 from __future__ import annotations
 

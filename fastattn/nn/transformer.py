@@ -8,10 +8,11 @@ from functools import wraps
 
 from torch import Tensor, nn
 
+from .feedforward import FeedForward
 from .multihead import MultiheadAttention
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(FeedForward, nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer: its constructor, parameters, initialisation, state_dict.
 
     forward(src, src_mask=None, src_key_padding_mask=None, is_causal=False) -> like src
@@ -41,7 +42,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(FeedForward, nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer: its constructor, parameters, initialisation, state_dict.
 
     forward(tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None,
