@@ -49,27 +49,6 @@ def keep_block(seed, bh: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
     return bits < keep_threshold(p)
 
 
-def keep_rows(
-    seed: Tensor, heads_total: int, first: int, rows: int, kv_len: int, p: float
-) -> Tensor:
-    """Rows first : first + rows of keep_mask, first a multiple of 16, in operations that
-    torch.compile traces: the words of a call lie where their 2 x 8 rows and 2 x 8 keys do."""
-    device = seed.device
-    row_tiles, key_tiles = -(-rows // 16), -(-kv_len // 16)
-    row_calls = torch.arange(8 * row_tiles, device=device) + first // 2
-    key_calls = torch.arange(4 * key_tiles, device=device)
-    bh = torch.arange(heads_total, device=device)[:, None, None]
-    seed, offset = seed.unbind()
-    key = (seed & _LOW32, ((seed >> 32) ^ (offset >> 32)) & _LOW32)
-    words = philox4x32((row_calls[:, None], key_calls, bh, offset & _LOW32), key)
-    words = torch.stack(words, dim=-1)  # [heads_total, row calls, key calls, 4]
-    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    # [heads, row tile, row % 8, key tile, key % 8 // 2, row % 16 // 8, key % 16 // 8, key % 2]
-    bits = bits.view(heads_total, row_tiles, 8, key_tiles, 4, 2, 2, 2)
-    kept = bits.permute(0, 1, 5, 2, 3, 6, 4, 7) < keep_threshold(p)
-    return kept.reshape(heads_total, 16 * row_tiles, 16 * key_tiles)[:, :rows, :kv_len]
-
-
 def philox4x32(counter, key):
     """Ten rounds of Philox on four 32-bit words; ints, or int64 tensors that broadcast."""
     c0, c1, c2, c3 = counter

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 from fastattn import nn as fnn
 from fastattn.nn import masks, weights
-from fastattn.philox import keep_mask, keep_probability, keep_rows
+from fastattn.philox import keep_mask, keep_probability
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(prototype stage|mismatched):UserWarning")
 E, H, B, L, S = 12, 3, 2, 5, 7
@@ -289,11 +289,14 @@ def test_dropout_of_everything():
     same((theirs, ours), inputs(), need_weights=False)
 
 
-def test_keep_rows_are_rows_of_the_mask():
+@pytest.mark.parametrize("p", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("kv_len", [1, 16, 45, 700])
+def test_the_kernel_says_which_weights_it_keeps(p, kv_len):
     seed = torch.tensor([-(2**62) - 12345, 2**61 + 99])
-    want = keep_mask(seed, 6, 70, 45, 0.3)
-    for first, rows in ((0, 70), (32, 38), (16, 5), (64, 6)):
-        assert torch.equal(keep_rows(seed, 6, first, rows, 45, 0.3), want[:, first : first + rows])
+    words = weights._kept(seed, 2, 3, 21, kv_len, p)
+    bits = (words.unsqueeze(-1) >> torch.arange(16) & 1).flatten(-2)
+    want = keep_mask(seed, 6, 21, kv_len, p).view(2, 3, 21, kv_len)
+    assert torch.equal(bits[..., :kv_len].bool(), want) and not bits[..., kv_len:].any()
 
 
 def test_checkpointing_drops_the_same():
@@ -375,11 +378,9 @@ def test_half_precision(dtype):
         assert error <= 2 * bar + 1e-3
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_whole(training):
+def test_compiles_whole():
     """fullgraph, with the masks that cannot be looked into there, weights, and dropout."""
     _, ours = pair(E, H, batch_first=True, dropout=0.2)
-    ours.train(training)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     tensors = inputs()
     for call in (

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..philox import keep_probability, keep_rows
+from ..attention import attention
+from ..philox import keep_probability
 
-CHUNK = 1 << 21  # scores at a time, 8 MiB of float32
+CHUNK = 1 << 18  # scores at a time, 1 MiB of float32: they stay in the cache
 
 
 def weights_of(
@@ -30,11 +31,12 @@ def weights_of(
     attention(align="start") that gave lse; window is None or (None, right).
 
     Returns [B, L, S], the mean over heads, or with average=False [B, H, L, S], in q's dtype. Rows
-    that see no key are 0. Beyond that, memory is CHUNK scores: rows are computed in chunks, and
-    again for the gradient.
+    that see no key are 0. Beyond that, memory is CHUNK scores and, with dropout, 32 bits for 16
+    weights: rows are computed in chunks, and again for the gradient.
     """
     (batch, heads, q_len, _), kv_len = q.shape, k.shape[2]
-    rows = max(16, CHUNK // max(1, batch * heads * kv_len) // 16 * 16)  # keep_rows wants 16s
+    rows = max(1, CHUNK // max(1, batch * heads * kv_len))
+    kept = _kept(dropout_seed, batch, heads, q_len, kv_len, dropout_p) if dropout_p else None
     part = _part
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         part = _checkpointed
@@ -45,7 +47,7 @@ def weights_of(
     parts = [
         part(
             q[:, :, i : i + rows], k, lse[:, :, i : i + rows], _rows(hidden, i, rows),
-            _rows(bias, i, rows), window, i, dropout_p, dropout_seed, average,
+            _rows(bias, i, rows), _rows(kept, i, rows), window, i, dropout_p, average,
         )
         for i in range(0, max(q_len, 1), rows)
     ]  # fmt: skip
@@ -60,10 +62,10 @@ def _checkpointed(*args) -> Tensor:
     return checkpoint(_part, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def _part(q, k, lse, hidden, bias, window, first, dropout_p, seed, average) -> Tensor:
+def _part(q, k, lse, hidden, bias, kept, window, first, dropout_p, average) -> Tensor:
     """Rows first : first + rows of the weights."""
     compute, dtype = lse.dtype, q.dtype
-    batch, heads, rows, head_dim = q.shape
+    rows, head_dim = q.shape[2:]
     with torch.autocast(q.device.type, enabled=False):
         scores = q.to(compute) * head_dim**-0.5 @ k.to(compute).mT  # [B, H, rows, S]
     if bias is not None:
@@ -76,7 +78,25 @@ def _part(q, k, lse, hidden, bias, window, first, dropout_p, seed, average) -> T
         scores = scores.masked_fill(hidden, -torch.inf)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing: exp(-inf) = 0
     weights = (scores - lse.unsqueeze(-1)).exp()
-    if dropout_p:
-        kept = keep_rows(seed, batch * heads, first, rows, k.shape[2], dropout_p)
-        weights = weights * kept.view_as(weights) / keep_probability(dropout_p)
+    if kept is not None:
+        bits = kept.unsqueeze(-1) >> torch.arange(16, dtype=torch.int32, device=q.device) & 1
+        bits = bits.flatten(-2)[..., : k.shape[2]]  # [B, H, rows, S]
+        weights = weights * bits / keep_probability(dropout_p)
     return (weights.mean(1) if average else weights).to(dtype)
+
+
+def _kept(seed, batch, heads, q_len, kv_len, p) -> Tensor:
+    """Which weights dropout keeps: int32 [B, H, L, S / 16], bit j % 16 of word j // 16 for key j.
+
+    The kernel itself says it. All scores are 0, so all weights are equal, and key j's value is
+    2^(j % 16) in channel j // 16: out is the words, but for a factor, and exact enough to round.
+    """
+    device, j = seed.device, torch.arange(kv_len, device=seed.device)
+    words = torch.arange(-(-kv_len // 16), device=device)
+    values = torch.where(j[:, None] // 16 == words, 2.0 ** (j % 16)[:, None], 0.0)
+    q = torch.zeros(batch, heads, q_len, 1, device=device)
+    k = torch.zeros(batch, 1, kv_len, 1, device=device)  # one head for all
+    with torch.autocast(device.type, enabled=False):
+        v = values.expand(batch, 1, -1, -1)
+        out = attention(q, k, v, dropout_p=p, dropout_seed=seed)
+    return (out * (kv_len * keep_probability(p))).round().to(torch.int32)
