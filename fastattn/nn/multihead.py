@@ -1,0 +1,255 @@
+"""MultiheadAttention: torch's module, computed by fastattn. Next hop: ../attention.py.
+
+masks.py says how its masks are given to attention(), weights.py where need_weights' come from.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.init import xavier_normal_, xavier_uniform_
+
+from .. import checks
+from ..attention import attention, varlen_attention
+from . import masks
+from .weights import weights_of
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention: its constructor, parameters, initialisation and state_dict.
+
+    forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+            average_attn_weights=True, is_causal=False) -> (attn_output, attn_output_weights | None)
+
+        query: [B, L, E] if batch_first, else [L, B, E]; unbatched [L, E]; nested (jagged or
+            strided) with B sequences of any lengths, then key and value are nested too.
+        key: [B, S, kdim], [S, B, kdim] or [S, kdim].
+        value: the same with vdim.
+        key_padding_mask: [B, S], unbatched [S]. bool: True hides the key. float: added to scores.
+        need_weights: return the weights after dropout too, as torch does. They are computed from
+            the fused kernel's lse, a few rows at a time: [B, L, S] is the memory they take.
+        attn_mask: [L, S] or [B * num_heads, L, S], bool (True hides) or float (added).
+        average_attn_weights: weights are the mean over heads, [B, L, S]; False: [B, heads, L, S].
+        is_causal: row i sees keys 0 to i, besides what the masks hide. No attn_mask is needed.
+
+    Any mixture of mask kinds works. With nested inputs only is_causal does.
+
+    Differs from torch on purpose:
+    - a row whose keys are all hidden attends to nothing: its output is out_proj.bias and its
+      weights are 0, where torch gives NaN or 0 depending on the path it takes;
+    - is_causal never discards a mask: both apply;
+    - out_proj is called as a module: its hooks, pruning and replacements take effect;
+    - nested inputs work in training too, and jagged ones at all.
+
+    Raises what torch raises: AssertionError for ranks and mask dtypes, RuntimeError for shapes.
+    """
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """True only while torch's constructor asks. Later it is the fast paths of torch's encoder
+        classes that ask, and they would compute attention past this module's forward."""
+        return self.__dict__["_qkv_same_embed_dim"] and "out_proj" not in self._modules
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        self.__dict__["_qkv_same_embed_dim"] = value
+
+    def _reset_parameters(self) -> None:
+        """torch's, draw for draw; torch's own asks _qkv_same_embed_dim."""
+        joined, separate = self.in_proj_weight, (self.q_proj_weight, self.k_proj_weight,
+                                                 self.v_proj_weight)  # fmt: skip
+        for weight in separate if joined is None else (joined,):
+            xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                xavier_normal_(bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        call = (key_padding_mask, attn_mask, is_causal, need_weights, average_attn_weights)
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._nested(query, key, value, *call)
+        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        _check_lengths(query, key, value, batched, self.batch_first)
+        q, k, v = self._project(query, key, value)
+        if not batched:
+            q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+            call = (None if key_padding_mask is None else key_padding_mask[None], *call[1:])
+        elif not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        out, weights = self._attend(q, k, v, *call)
+        if not batched:
+            out, weights = out[0], None if weights is None else weights[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return self.out_proj(out), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v, heads still side by side: as many matrix products as different inputs."""
+        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        biases = [None] * 3 if bias is None else bias.split(dim)
+        if weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        elif key is value:
+            tail = None if bias is None else bias[dim:]
+            k, v = F.linear(key, weight[dim:], tail).chunk(2, -1)
+            return [F.linear(query, weight[:dim], biases[0]), k, v]
+        else:
+            weights = weight.split(dim)
+        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
+
+    def _attend(self, q, k, v, padding, attn_mask, is_causal, need_weights, average):
+        """out [B, L, E], not yet projected, and weights or None, of q [B, L, E], k, v [B, S, E]."""
+        batch, q_len, _ = q.shape
+        heads, kv_len = self.num_heads, k.shape[1]
+        visible = self._visible_keys(batch, k, v)
+        extra = len(visible)
+        operands = masks.operands(
+            padding, attn_mask, is_causal, batch, heads, q_len, kv_len, extra, q.dtype
+        )
+        if extra:  # before the keys, where they move neither the diagonal nor the padding
+            k, v = (torch.cat([*rows, x], 1) for rows, x in zip(zip(*visible), (k, v)))
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        dropout_p, everything = self._dropout()
+        if need_weights and dropout_p:
+            operands["dropout_seed"] = checks.dropout_key(None, q.device)
+        operands["dropout_p"] = dropout_p
+        out = attention(q, k, v, align="start", return_lse=need_weights, **operands)
+        weights = None
+        if need_weights:
+            out, lse = out
+            if torch.is_autocast_enabled(q.device.type):
+                q, k = (x.to(out.dtype) for x in (q, k))
+            weights = weights_of(q, k, lse, average=average, **operands).roll(-extra, -1)
+        if everything:  # dropout of 1
+            out, weights = (x if x is None else F.dropout(x, 1.0) for x in (out, weights))
+        return out.transpose(1, 2).flatten(2), weights
+
+    def _dropout(self) -> tuple[float, bool]:
+        """attention()'s dropout_p, and whether all weights are dropped, which it does not take."""
+        p = self.dropout if self.training else 0.0
+        return (0.0, True) if p == 1 else (p, False)
+
+    def _visible_keys(self, batch: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(key, value) pairs [B, 1, E] that every row sees: add_bias_kv's, add_zero_attn's."""
+        pairs = []
+        if self.bias_k is not None:
+            pairs.append(
+                tuple(b.to(x.dtype).expand(batch, 1, -1)
+                      for b, x in ((self.bias_k, k), (self.bias_v, v)))
+            )  # fmt: skip
+        if self.add_zero_attn:
+            pairs.append((k.new_zeros(batch, 1, k.shape[2]), v.new_zeros(batch, 1, v.shape[2])))
+        return pairs
+
+    # ---- nested tensors ------------------------------------------------------------------------
+
+    def _nested(self, query, key, value, padding, attn_mask, is_causal, need_weights, average):
+        """Sequences of any lengths: the packed kernels; padded only where weights are wanted."""
+        tensors = {"query": query, "key": key, "value": value}
+        for name, x in tensors.items():
+            if not x.is_nested or x.layout != query.layout or x.dim() != 3:
+                raise ValueError(
+                    f"{name} is not a nested tensor of {query.layout} layout and 3 dimensions; "
+                    "query, key and value must all be, or none"
+                )
+        for name, x in (("key_padding_mask", padding), ("attn_mask", attn_mask)):
+            if x is not None:
+                raise ValueError(f"{name} came with nested tensors, whose lengths say what exists; "
+                                 "accepted is None")  # fmt: skip
+        if self.bias_k is not None or self.add_zero_attn:
+            raise NotImplementedError(
+                "nested tensors came to a module with add_bias_kv or add_zero_attn; accepted are "
+                "strided tensors with a key_padding_mask"
+            )
+        packs = {id(x): _Packed(x) for x in tensors.values()}
+        rows, keys, values = (packs[id(x)] for x in tensors.values())
+        if keys is not values and keys.lengths != values.lengths:
+            raise RuntimeError("key and value are nested tensors of different lengths")
+        if len(rows.lengths) != len(keys.lengths):
+            raise RuntimeError(f"query has {len(rows.lengths)} sequences and key "
+                               f"{len(keys.lengths)}; they must be equal")  # fmt: skip
+        q, k, v = self._project(rows.values, keys.values, values.values)  # [tokens, E]
+        weights = None
+        if need_weights:
+            q, k, v = (x.padded(y) for x, y in ((rows, q), (keys, k), (values, v)))
+            hidden = ~keys.exists()
+            out, weights = self._attend(q, k, v, hidden, None, is_causal, True, average)
+            exists = rows.exists()
+            out = out[exists]
+            weights = weights * (exists[..., None] if average else exists[:, None, :, None])
+        else:
+            dropout_p, everything = self._dropout()
+            out = varlen_attention(
+                *(x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v)), rows.offsets,
+                keys.offsets, rows.longest, keys.longest, causal=is_causal, align="start",
+                dropout_p=dropout_p,
+            ).flatten(1)  # fmt: skip
+            out = F.dropout(out, 1.0) if everything else out
+        return rows.like(self.out_proj(out)), weights
+
+
+class _Packed:
+    """A nested tensor [B, any length, C] as its values [tokens, C], one sequence after another."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.nested = x
+        if x.layout == torch.jagged:
+            if x._ragged_idx != 1 or x.lengths() is not None:
+                raise ValueError(
+                    "a jagged tensor has its ragged dimension elsewhere than at 1, or holes "
+                    "between its sequences; call contiguous() on it"
+                )
+            self.values, self.offsets = x.values(), x.offsets().int()
+            self.lengths = self.offsets.diff().tolist()
+        else:
+            sizes = x._nested_tensor_size()  # [B, 2] on the CPU
+            self.lengths = sizes[:, 0].tolist()
+            self.values = x.contiguous().values().view(sum(self.lengths), -1)
+            ends = F.pad(sizes[:, 0].cumsum(0), (1, 0))
+            self.offsets = ends.to(x.device, torch.int32)
+        self.longest = max(self.lengths, default=0)
+
+    def like(self, values: Tensor) -> Tensor:
+        """values [tokens, *] nested as this tensor is."""
+        if self.nested.layout == torch.jagged:
+            return torch.nested.nested_tensor_from_jagged(values, self.nested.offsets())
+        return torch.nested.as_nested_tensor(list(values.split(self.lengths)))
+
+    def exists(self) -> Tensor:
+        """bool [B, longest]."""
+        places = torch.arange(self.longest, device=self.values.device)
+        return places < self.offsets.diff()[:, None]
+
+    def padded(self, values: Tensor) -> Tensor:
+        """values [tokens, C] as [B, longest, C], 0 where nothing exists."""
+        exists = self.exists()
+        out = values.new_zeros(*exists.shape, values.shape[-1])
+        return out.masked_scatter(exists[..., None], values)
+
+
+def _check_lengths(query, key, value, batched: bool, batch_first: bool) -> None:
+    """Batch sizes and numbers of keys; widths are the projections' to check."""
+    if key.shape[:-1] != value.shape[:-1]:
+        raise AssertionError(f"value has shape {list(value.shape)} and key {list(key.shape)}; all "
+                             "sizes but the last must be equal")  # fmt: skip
+    n = 0 if batch_first else 1
+    if batched and key.shape[n] != query.shape[n]:
+        raise AssertionError(f"key has batch size {key.shape[n]} (shape {list(key.shape)}) and "
+                             f"query {query.shape[n]} (shape {list(query.shape)}); they must be "
+                             "equal")  # fmt: skip
