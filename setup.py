@@ -39,6 +39,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+SUBPACKAGES = ("nn", "hf", "kernels", "benchmarks")
 MODES = ("auto", "cpu", "cuda", "none", "asan")
 TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
 CUDA_ARCHS = "80;90a"
@@ -324,7 +325,7 @@ def write_facts(folder: Path) -> None:
 PLAN = Plan(os.environ.get("FASTATTN_BUILD") or "auto")
 
 setup(
-    packages=["fastattn", "fastattn.nn", "fastattn.kernels", "fastattn.benchmarks"],
+    packages=["fastattn", *(f"fastattn.{name}" for name in SUBPACKAGES)],
     package_dir={"fastattn.kernels": "kernels", "fastattn.benchmarks": "benchmarks"},
     package_data={"fastattn": ["py.typed"]},
     include_package_data=False,
