@@ -38,6 +38,29 @@ template <class A, class T> INLINE void put(T* p, Vec<A> x, int left) {
     }
 }
 
+// Calls f(i, left, k) for each vector of a row of n values: i is its first value, left as for take,
+// and k counts 0 to 3 over and over, to choose one of four sums that do not wait for each other.
+// All but i are constants where the row has whole vectors.
+template <class A, class F> INLINE void over(int n, const F& f) {
+    constexpr int L = LANES<A>;
+    int i = 0;
+    for (; i + 4 * L <= n; i += 4 * L) {
+        f(i, L, 0);
+        f(i + L, L, 1);
+        f(i + 2 * L, L, 2);
+        f(i + 3 * L, L, 3);
+    }
+    for (; i + L <= n; i += L) f(i, L, 0);
+    if (i < n) f(i, n - i, 1);
+}
+template <class A> struct Sums {
+    Vec<A> part[4] = {};
+    INLINE_MEMBER Vec<A>& operator[](int k) { return part[k]; }
+    INLINE_MEMBER A total() const {
+        return reduce_sum<A>((part[0] + part[1]) + (part[2] + part[3]));
+    }
+};
+
 template <class T> INLINE T* row_of(const Rows& rows, int64_t r) {
     return rows.data == nullptr ? nullptr : reinterpret_cast<T*>(rows.data) + r * rows.stride;
 }
@@ -48,40 +71,51 @@ INLINE double root(double x) { return __builtin_sqrt(x); }
 // ---- norm: y = (x - mean) * rstd * weight + bias -------------------------------------------------
 
 template <class A, class T> static void norm_rows(const NormCall& c, int64_t begin, int64_t end) {
-    constexpr int L = LANES<A>;
     const A* weight = static_cast<const A*>(c.weight);
     const A* bias = static_cast<const A*>(c.bias);
     const int n = c.dim;
     for (int64_t r = begin; r < end; r++) {
         const T* x = row_of<T>(c.x, r);
+        Sums<A> sum;
         if (c.residual.data != nullptr) {
             const T* residual = row_of<T>(c.residual, r);
             T* summed = row_of<T>(c.summed, r);
-            for (int i = 0; i < n; i += L)
-                put<A>(summed + i, take<A>(x + i, n - i) + take<A>(residual + i, n - i), n - i);
+            over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
+                put<A>(summed + i, take<A>(x + i, left) + take<A>(residual + i, left), left);
+            });
             x = summed;
         }
         A mean = 0;
         if (c.center) {
-            Vec<A> sum = {};
-            for (int i = 0; i < n; i += L) sum += take<A>(x + i, n - i);
-            mean = reduce_sum<A>(sum) / n;
+            over<A>(n, [&](int i, int left, int k)
+                           INLINE_LAMBDA { sum[k] += take<A>(x + i, left); });
+            mean = sum.total() / n;
             static_cast<A*>(c.mean)[r] = mean;
         }
-        Vec<A> squares = {};
-        for (int i = 0; i < n; i += L) {
-            Vec<A> d = take<A>(x + i, n - i, mean) - mean;
-            squares += d * d;
-        }
-        A rstd = 1 / root(reduce_sum<A>(squares) / n + static_cast<A>(c.eps));
+        Sums<A> squares;
+        over<A>(n, [&](int i, int left, int k) INLINE_LAMBDA {
+            Vec<A> d = take<A>(x + i, left, mean) - mean;
+            squares[k] += d * d;
+        });
+        const A rstd = 1 / root(squares.total() / n + static_cast<A>(c.eps));
         static_cast<A*>(c.rstd)[r] = rstd;
         T* y = row_of<T>(c.y, r);
-        for (int i = 0; i < n; i += L) {
-            Vec<A> value = (take<A>(x + i, n - i) - mean) * rstd;
-            if (weight != nullptr) value *= take<A>(weight + i, n - i);
-            if (bias != nullptr) value += take<A>(bias + i, n - i);
-            put<A>(y + i, value, n - i);
-        }
+        auto finish = [&](auto has_weight, auto has_bias) INLINE_LAMBDA {
+            over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
+                Vec<A> value = (take<A>(x + i, left) - mean) * rstd;
+                if constexpr (has_weight.value) value *= take<A>(weight + i, left);
+                if constexpr (has_bias.value) value += take<A>(bias + i, left);
+                put<A>(y + i, value, left);
+            });
+        };
+        if (bias != nullptr && weight != nullptr)
+            finish(std::true_type{}, std::true_type{});
+        else if (weight != nullptr)
+            finish(std::true_type{}, std::false_type{});
+        else if (bias != nullptr)
+            finish(std::false_type{}, std::true_type{});
+        else
+            finish(std::false_type{}, std::false_type{});
     }
 }
 
@@ -90,7 +124,6 @@ template <class A, class T> static void norm_rows(const NormCall& c, int64_t beg
 template <class A, class T>
 static void norm_rows_backward(const NormCall& c, int64_t begin, int64_t end, A* dweight,
                                A* dbias) {
-    constexpr int L = LANES<A>;
     const A* weight = static_cast<const A*>(c.weight);
     const int n = c.dim;
     for (int64_t r = begin; r < end; r++) {
@@ -99,28 +132,28 @@ static void norm_rows_backward(const NormCall& c, int64_t begin, int64_t end, A*
         const T* dsummed = row_of<T>(c.dsummed, r);
         const A mean = c.center ? static_cast<const A*>(c.mean)[r] : 0;
         const A rstd = static_cast<const A*>(c.rstd)[r];
-        Vec<A> along = {}, sum = {};
-        for (int i = 0; i < n; i += L) {
-            Vec<A> xhat = (take<A>(x + i, n - i, mean) - mean) * rstd;
-            Vec<A> d = take<A>(dy + i, n - i);
+        Sums<A> along, sum;
+        over<A>(n, [&](int i, int left, int k) INLINE_LAMBDA {
+            Vec<A> xhat = (take<A>(x + i, left, mean) - mean) * rstd;
+            Vec<A> d = take<A>(dy + i, left);
             if (dweight != nullptr)
-                put<A>(dweight + i, take<A>(dweight + i, n - i) + d * xhat, n - i);
-            if (dbias != nullptr) put<A>(dbias + i, take<A>(dbias + i, n - i) + d, n - i);
-            if (weight != nullptr) d *= take<A>(weight + i, n - i);
-            along += d * xhat;
-            sum += d;
-        }
-        const A slope = reduce_sum<A>(along) / n;
-        const A shift = c.center ? reduce_sum<A>(sum) / n : 0;
+                put<A>(dweight + i, take<A>(dweight + i, left) + d * xhat, left);
+            if (dbias != nullptr) put<A>(dbias + i, take<A>(dbias + i, left) + d, left);
+            if (weight != nullptr) d *= take<A>(weight + i, left);
+            along[k] += d * xhat;
+            sum[k] += d;
+        });
+        const A slope = along.total() / n;
+        const A shift = c.center ? sum.total() / n : 0;
         T* dx = row_of<T>(c.dx, r);
-        for (int i = 0; i < n; i += L) {
-            Vec<A> xhat = (take<A>(x + i, n - i) - mean) * rstd;
-            Vec<A> d = take<A>(dy + i, n - i);
-            if (weight != nullptr) d *= take<A>(weight + i, n - i);
+        over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
+            Vec<A> xhat = (take<A>(x + i, left) - mean) * rstd;
+            Vec<A> d = take<A>(dy + i, left);
+            if (weight != nullptr) d *= take<A>(weight + i, left);
             d = (d - xhat * slope - shift) * rstd;
-            if (dsummed != nullptr) d += take<A>(dsummed + i, n - i);
-            put<A>(dx + i, d, n - i);
-        }
+            if (dsummed != nullptr) d += take<A>(dsummed + i, left);
+            put<A>(dx + i, d, left);
+        });
     }
 }
 
@@ -208,11 +241,10 @@ template <class A> static void gate(const GateCall& c, int64_t begin, int64_t en
             for (int64_t r = begin; r < end; r++) {
                 const T *g = row_of<T>(c.gate, r), *u = row_of<T>(c.up, r);
                 T* out = row_of<T>(c.out, r);
-                for (int i = 0; i < c.dim; i += LANES<A>) {
-                    const int left = c.dim - i;
+                over<A>(c.dim, [&](int i, int left, int) INLINE_LAMBDA {
                     Vec<A> value = activate(take<A>(g + i, left)).value;
                     put<A>(out + i, value * take<A>(u + i, left), left);
-                }
+                });
             }
         });
     });
@@ -226,13 +258,12 @@ template <class A> static void gate_backward(const GateCall& c, int64_t begin, i
                 const T *g = row_of<T>(c.gate, r), *u = row_of<T>(c.up, r);
                 const T* dout = row_of<T>(c.dout, r);
                 T *dgate = row_of<T>(c.dgate, r), *dup = row_of<T>(c.dup, r);
-                for (int i = 0; i < c.dim; i += LANES<A>) {
-                    const int left = c.dim - i;
+                over<A>(c.dim, [&](int i, int left, int) INLINE_LAMBDA {
                     Activated<A> a = activate(take<A>(g + i, left));
                     Vec<A> d = take<A>(dout + i, left);
                     put<A>(dgate + i, d * a.slope * take<A>(u + i, left), left);
                     put<A>(dup + i, d * a.value, left);
-                }
+                });
             }
         });
     });
@@ -242,13 +273,12 @@ template <class A> static void gate_backward(const GateCall& c, int64_t begin, i
 
 template <class A, class T>
 INLINE void rotate_halves(const T* x, T* out, const A* cos, const A* sin, A sign, int pairs) {
-    for (int i = 0; i < pairs; i += LANES<A>) {
-        const int left = pairs - i;
+    over<A>(pairs, [&](int i, int left, int) INLINE_LAMBDA {
         Vec<A> a = take<A>(x + i, left), b = take<A>(x + pairs + i, left);
         Vec<A> c = take<A>(cos + i, left), s = take<A>(sin + i, left) * sign;
         put<A>(out + i, a * c - b * s, left);
         put<A>(out + pairs + i, a * s + b * c, left);
-    }
+    });
 }
 
 template <class A, class T>
@@ -323,26 +353,29 @@ static void cross_entropy_rows(const CrossEntropyCall& c, int64_t begin, int64_t
     for (int64_t r = begin; r < end; r++) {
         T* logits = row_of<T>(c.logits, r);
         const int64_t label = c.labels[r];
-        Vec<A> t = {}, top = splat<A>(NEG_INF), total = {}, plain = {};
-        for (int i = 0; i < n; i += L)
-            top = vmax<A>(capped(take<A>(logits + i, n - i, A(NEG_INF)), t), top);
+        Vec<A> t = {}, top[4];
+        for (Vec<A>& x : top) x = splat<A>(NEG_INF);
+        over<A>(n, [&](int i, int left, int k) INLINE_LAMBDA {
+            top[k] = vmax<A>(capped(take<A>(logits + i, left, A(NEG_INF)), t), top[k]);
+        });
+        top[0] = vmax<A>(vmax<A>(top[0], top[1]), vmax<A>(top[2], top[3]));
         A row_max = NEG_INF;
-        for (int i = 0; i < L; i++) row_max = top[i] > row_max ? top[i] : row_max;
-        for (int i = 0; i < n; i += L) {
-            Vec<A> x = capped(take<A>(logits + i, n - i), t);
-            plain += x;
-            if (n - i < L)
-                for (int j = n - i; j < L; j++) x[j] = NEG_INF;
-            total += vexp2<A>((x - row_max) * A(LOG2E));
-        }
-        const A lse = row_max + A(__builtin_log(double(reduce_sum<A>(total))));
+        for (int i = 0; i < L; i++) row_max = top[0][i] > row_max ? top[0][i] : row_max;
+        Sums<A> total, plain;
+        over<A>(n, [&](int i, int left, int k) INLINE_LAMBDA {
+            Vec<A> x = capped(take<A>(logits + i, left), t);
+            plain[k] += x;
+            for (int j = left; j < L; j++) x[j] = NEG_INF;
+            total[k] += vexp2<A>((x - row_max) * A(LOG2E));
+        });
+        const A lse = row_max + A(__builtin_log(double(total.total())));
         static_cast<A*>(c.lse)[r] = lse;
         const bool kept = label != c.ignore_index;
         A loss = 0;
         if (kept) {
             const A target = capped(splat<A>(to_float(logits[label])), t)[0];
             loss = lse - (1 - smoothing) * target + static_cast<A>(c.z_loss) * lse * lse;
-            if (smoothing != 0) loss -= smoothing * (reduce_sum<A>(plain) / n);
+            if (smoothing != 0) loss -= smoothing * (plain.total() / n);
         }
         static_cast<A*>(c.loss)[r] = loss;
         if (c.scale == nullptr) continue;
@@ -356,15 +389,15 @@ static void cross_entropy_rows(const CrossEntropyCall& c, int64_t begin, int64_t
             A slope = weight * vexp2<A>((x - lse) * A(LOG2E))[0] - uniform - at_label;
             label_slope = cap == 0 ? slope : slope * (1 - t[0] * t[0]);
         }
-        for (int i = 0; i < n; i += L) {
+        over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
             Vec<A> d = {};
             if (kept) {
-                Vec<A> x = capped(take<A>(logits + i, n - i), t);
+                Vec<A> x = capped(take<A>(logits + i, left), t);
                 d = weight * vexp2<A>((x - lse) * A(LOG2E)) - uniform;
                 if (cap != 0) d *= A(1) - t * t;
             }
-            put<A>(logits + i, d, n - i);
-        }
+            put<A>(logits + i, d, left);
+        });
         if (kept) put<A>(logits + label, splat<A>(label_slope), 1);
     }
 }
