@@ -76,11 +76,9 @@ def linear_cross_entropy(
 
 
 def _scale(rows, ignore_index, reduction, hidden):
-    """What each row's loss counts in the total: 1, or 1 / rows that are not ignored."""
+    """What each row's loss counts in the total, a scalar: 1, or 1 / rows that are not ignored."""
     one = torch.ones((), dtype=_accumulate(hidden.dtype), device=hidden.device)
-    if reduction == "mean":
-        one = one / (rows != ignore_index).sum()
-    return one.expand(rows.shape)
+    return one / (rows != ignore_index).sum() if reduction == "mean" else one
 
 
 def _checked(hidden, weight, bias, labels, ignore_index):
@@ -207,8 +205,9 @@ def _backward(scale, hidden, weight, bias, labels, *rest):
 
 def _forward_and_backward(hidden, weight, bias, labels, *rest):
     *numbers, scale, chunk, _, _, _ = rest
-    loss, *grads = _chunked(hidden, weight, bias, labels, numbers, scale, chunk, rest[-3:])
-    return (loss * scale).sum(), *grads
+    each = scale.expand(labels.shape)
+    loss, *grads = _chunked(hidden, weight, bias, labels, numbers, each, chunk, rest[-3:])
+    return loss.sum() * scale, *grads
 
 
 for _name, _loop in (("fwd", _forward), ("bwd", _backward), ("total", _forward_and_backward)):
@@ -283,7 +282,7 @@ def _total_gradient(ctx, dtotal, *_):
     if torch.is_grad_enabled():  # create_graph: a function of everything, not of dtotal alone
 
         def total(*x):
-            return ((reference(*x, labels, *ctx.numbers) * scale).sum(),)
+            return (reference(*x, labels, *ctx.numbers).sum() * scale,)
 
         grads = pull_back(total, (hidden, weight, bias), (dtotal,))
     else:

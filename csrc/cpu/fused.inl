@@ -363,42 +363,39 @@ static void cross_entropy_rows(const CrossEntropyCall& c, int64_t begin, int64_t
         for (int i = 0; i < L; i++) row_max = top[0][i] > row_max ? top[0][i] : row_max;
         Sums<A> total, plain;
         over<A>(n, [&](int i, int left, int k) INLINE_LAMBDA {
-            Vec<A> x = capped(take<A>(logits + i, left), t);
+            Vec<A> x = capped(take<A>(logits + i, left), t) - row_max;
+            Vec<A> e = vexp2<A>(x * A(LOG2E));
+            for (int j = left; j < L; j++) x[j] = e[j] = 0;
             plain[k] += x;
-            for (int j = left; j < L; j++) x[j] = NEG_INF;
-            total[k] += vexp2<A>((x - row_max) * A(LOG2E));
+            total[k] += e;
         });
-        const A lse = row_max + A(__builtin_log(double(total.total())));
+        // Against the maximum, not lse, so that a small loss is not the difference of large numbers.
+        const A sum = total.total(), log_sum = A(__builtin_log(double(sum)));
+        const A lse = row_max + log_sum;
         static_cast<A*>(c.lse)[r] = lse;
         const bool kept = label != c.ignore_index;
-        A loss = 0;
-        if (kept) {
-            const A target = capped(splat<A>(to_float(logits[label])), t)[0];
-            loss = lse - (1 - smoothing) * target + static_cast<A>(c.z_loss) * lse * lse;
-            if (smoothing != 0) loss -= smoothing * (plain.total() / n);
-        }
-        static_cast<A*>(c.loss)[r] = loss;
+        Vec<A> target = {}, target_t = {};
+        if (kept) target = capped(splat<A>(to_float(logits[label])), target_t) - row_max;
+        const A z = static_cast<A>(c.z_loss);
+        A loss = log_sum - (1 - smoothing) * target[0] + z * lse * lse;
+        if (smoothing != 0) loss -= smoothing * (plain.total() / n);  // which may be -inf
+        static_cast<A*>(c.loss)[r] = kept ? loss : 0;
         if (c.scale == nullptr) continue;
         // d loss / d logit = softmax * (1 + 2 z lse) - smoothing / V, less 1 - smoothing at label
         const A scale = kept ? static_cast<const A*>(c.scale)[r] : 0;
-        const A weight = scale * (1 + 2 * static_cast<A>(c.z_loss) * lse);
-        const A uniform = scale * smoothing / n, at_label = scale * (1 - smoothing);
-        A label_slope = 0;
-        if (kept) {
-            Vec<A> x = capped(splat<A>(to_float(logits[label])), t);
-            A slope = weight * vexp2<A>((x - lse) * A(LOG2E))[0] - uniform - at_label;
-            label_slope = cap == 0 ? slope : slope * (1 - t[0] * t[0]);
-        }
+        const A weight = scale * (1 + 2 * z * lse) / sum, uniform = scale * smoothing / n;
+        A at_label = weight * vexp2<A>(target * A(LOG2E))[0] - uniform - scale * (1 - smoothing);
+        if (cap != 0) at_label *= 1 - target_t[0] * target_t[0];
         over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
             Vec<A> d = {};
             if (kept) {
                 Vec<A> x = capped(take<A>(logits + i, left), t);
-                d = weight * vexp2<A>((x - lse) * A(LOG2E)) - uniform;
+                d = weight * vexp2<A>((x - row_max) * A(LOG2E)) - uniform;
                 if (cap != 0) d *= A(1) - t * t;
             }
             put<A>(logits + i, d, left);
         });
-        if (kept) put<A>(logits + label, splat<A>(label_slope), 1);
+        if (kept) put<A>(logits + label, splat<A>(at_label), 1);
     }
 }
 
