@@ -19,7 +19,9 @@ from .autograd import pull_back
 from .fused import _floating, differentiable, save_inputs, saved_inputs, through
 from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, autocast_to
 
-CHUNK_LOGITS = 1 << 22  # 16 MiB in fp32: what a shared cache holds
+# 32 MiB in fp32. The matrix products want rows: forward and backward of 1024 rows of 32000 logits
+# took 1011 ms by 64 rows, 811 by 128, 712 by 256, and torch with all the logits 864.
+CHUNK_LOGITS = 1 << 23
 
 
 def reference(hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, softcap):

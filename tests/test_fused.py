@@ -22,6 +22,11 @@ OPS = torch.ops.fastattn
 ISAS = [name for name, supported in _C.isas() if supported] if _C else []
 
 
+@pytest.fixture(autouse=True)
+def kernels_at_every_size(monkeypatch):
+    monkeypatch.setattr(fused, "SMALL_LAYER_NORM", 0)
+
+
 # ---- what each operator computes: ours, and torch's own way --------------------------------------
 
 
@@ -244,6 +249,7 @@ def test_strides(layout):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.native
 def test_dense_inputs_are_read_in_place_and_keep_their_order():
     x = torch.randn(2, 5, 3, 8).transpose(1, 2)
     for out in (fused.norm(x, None, None, None, 1e-5, False)[0], fused.gate(x, x, "silu"),
@@ -273,6 +279,7 @@ def test_empty(dtype):
     assert linear_cross_entropy(hidden, weight, labels).isnan()  # mean of nothing, as torch gives
 
 
+@pytest.mark.native
 def test_nan_and_inf_stay_in_their_row():
     for bad in (float("nan"), float("inf"), float("-inf")):
         x = torch.randn(4, 33)
@@ -323,6 +330,20 @@ def test_same_bits_with_any_number_of_threads():
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.native
+def test_small_layer_norms_are_atens(monkeypatch):
+    x, vector = torch.randn(3, 8, requires_grad=True), torch.randn(8, dtype=torch.bfloat16)
+    assert "norm_fwd" in ours_norm(x, None, vector.float(), None)[0].grad_fn.name()
+    monkeypatch.setattr(fused, "SMALL_LAYER_NORM", 25)
+    for residual in (None, x):
+        y, summed = ours_norm(x, residual, vector.float(), vector.float())
+        assert "NativeLayerNorm" in y.grad_fn.name()
+        right, total = fused.norm_reference(x, residual, vector, vector, 1e-5, True)
+        torch.testing.assert_close((y, summed), (right, total))
+        mixed, _ = ours_norm(x, residual, vector, vector)  # which aten refuses
+        torch.testing.assert_close(mixed, right)
 
 
 def test_dtypes_are_promoted():

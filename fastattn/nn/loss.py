@@ -29,7 +29,7 @@ class LinearCrossEntropy(nn.Module):
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); 0 is off.
         reduction: "mean" over the rows that are not ignored (NaN when there is none, as torch
             gives), "sum", or "none".
-        chunk: rows at a time; None: as many as make about 4 million logits, at most N / 4.
+        chunk: rows at a time; None: as many as make about 8 million logits, at most N / 4.
     """
 
     def __init__(
