@@ -18,11 +18,12 @@ namespace {
 constexpr int64_t ITEM_VALUES = 1 << 14;  // values of a work item: 64 KiB of fp32, in L2
 constexpr double FLOPS_A_VALUE = 8;
 
-// ---- rows ----------------------------------------------------------------------------------------
+// --- rows ---------------------------------------------------------------------------------------
 
-// The last dimension's rows of a tensor. A dense tensor's are taken in the order in which they lie
-// in memory, so that a transposed one is not copied, and results lie as it does. Another's are taken
-// in place where they are evenly spaced (half of a wider projection), and results are contiguous.
+// The last dimension's rows of a tensor. A dense tensor's are taken in the order in which they
+// lie in memory, so that a transposed one is not copied, and results lie as it does. Another's are
+// taken in place where they are evenly spaced (half of a wider projection), and results are
+// contiguous.
 class RowOrder {
   public:
     explicit RowOrder(Tensor& x) {
@@ -122,7 +123,7 @@ OptionalTensor arithmetic(const OptionalTensor& t, const RowOrder& order, const 
 
 void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
-// ---- norm ------------------------------------------------------------------------------------------
+// --- norm ---------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor residual,
                                                     OptionalTensor weight, OptionalTensor bias,
@@ -150,8 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor res
     return {y, summed, mean, rstd};
 }
 
-// Sums over rows: each of at most MAX_PARTS runs of rows adds up its own, and the parts are added in
-// order. The number of parts depends on the shape alone, so the bits do not depend on the threads.
+// Sums over rows: each of at most MAX_PARTS runs of rows adds up its own, and the parts are added
+// in order. The number of parts depends on the shape alone, so the bits do not depend on threads.
 constexpr int64_t MAX_PARTS = 32;
 
 template <class A>
@@ -212,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor dsummed, T
     return {dx, dweight, dbias};
 }
 
-// ---- gate ------------------------------------------------------------------------------------------
+// --- gate ---------------------------------------------------------------------------------------
 
 Activation activation_of(const std::string& name) {
     if (name == "silu") return Activation::SILU;
@@ -253,7 +254,7 @@ std::tuple<Tensor, Tensor> gate_bwd(Tensor dout, Tensor gate, Tensor up, std::st
     return {dgate, dup};
 }
 
-// ---- rotate ----------------------------------------------------------------------------------------
+// --- rotate -------------------------------------------------------------------------------------
 
 void check_table(const Tensor& t, const Tensor& like, const char* name, ScalarType wanted) {
     check_cpu(t, name);
@@ -331,7 +332,7 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
     return out;
 }
 
-// ---- cross entropy ---------------------------------------------------------------------------------
+// --- cross entropy ------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> cross_entropy_(Tensor logits, Tensor labels, OptionalTensor scale,
                                           int64_t ignore_index, double label_smoothing,

@@ -19,7 +19,7 @@ from . import checks
 from .autograd import _KEYS, pull_back
 from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, _unit_stride, is_dense
 
-# ---- references --------------------------------------------------------------------------------
+# ---- references ---------------------------------------------------------------------------------
 
 
 def norm_reference(x, residual, weight, bias, eps, center):
@@ -68,7 +68,7 @@ def gate_reference(gate, up, activation):
     return (GATES[activation](gate) * up).to(dtype)
 
 
-# ---- the calls ---------------------------------------------------------------------------------
+# ---- the calls ----------------------------------------------------------------------------------
 
 
 def norm(
@@ -99,7 +99,7 @@ def norm(
     return y, (x if residual is None else summed)
 
 
-# Below, what an operator of ours costs more than aten's (8 us, and 40 us with gradients) is more than
+# Below, what our operator costs more than aten's (8 us, and 40 us with gradients) is more than
 # its kernel saves: 64 x 256 takes 18 us and aten's 10, 2048 x 768 takes 321 and aten's 497.
 SMALL_LAYER_NORM = 1 << 17
 
@@ -157,7 +157,7 @@ def has_kernel(*tensors) -> bool:
     )
 
 
-# ---- schemas and fake kernels ------------------------------------------------------------------
+# ---- schemas and fake kernels -------------------------------------------------------------------
 
 for _schema in (
     "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center)"
@@ -207,7 +207,7 @@ def _gate_backward_fake(dout, gate, up, activation):
     return _like(gate), _like(gate)
 
 
-# ---- autograd ----------------------------------------------------------------------------------
+# ---- autograd -----------------------------------------------------------------------------------
 
 
 def differentiable(name, setup, gradient):

@@ -119,7 +119,7 @@ def _checked(hidden, weight, bias, labels, ignore_index):
     return hidden.reshape(-1, weight.shape[1]), weight, bias, rows
 
 
-# ---- a chunk at a time -------------------------------------------------------------------------
+# ---- a chunk at a time --------------------------------------------------------------------------
 
 
 def _chunked(hidden, weight, bias, labels, numbers, scale, chunk, needs):
@@ -176,7 +176,7 @@ def _loss_rows_(logits, labels, numbers, scale):
     return loss
 
 
-# ---- operators ---------------------------------------------------------------------------------
+# ---- operators ----------------------------------------------------------------------------------
 # They run the loop above on any device; torch.compile sees one node each.
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
@@ -242,7 +242,7 @@ def _(hidden, weight, bias, labels, *rest):
     return total, *_gradients_fake(hidden, weight, rest[-3:])
 
 
-# ---- autograd ----------------------------------------------------------------------------------
+# ---- autograd -----------------------------------------------------------------------------------
 
 
 def _rows_gradient(ctx, dloss):

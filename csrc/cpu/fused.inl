@@ -2,7 +2,7 @@
 // vectors of the arithmetic type, and a result is rounded once.
 // next: nothing; fused.h says where the operands are
 
-// ---- whole and partial vectors -----------------------------------------------------------------
+// --- whole and partial vectors ------------------------------------------------------------------
 
 template <class A> INLINE void store_as(A* p, Vec<A> x) { store<A>(p, x); }
 template <class A> INLINE void store_as(bf16* p, Vec<A> x) {
@@ -68,7 +68,7 @@ template <class T> INLINE T* row_of(const Rows& rows, int64_t r) {
 INLINE float root(float x) { return __builtin_sqrtf(x); }
 INLINE double root(double x) { return __builtin_sqrt(x); }
 
-// ---- norm: y = (x - mean) * rstd * weight + bias -------------------------------------------------
+// --- norm: y = (x - mean) * rstd * weight + bias ------------------------------------------------
 
 template <class A, class T> static void norm_rows(const NormCall& c, int64_t begin, int64_t end) {
     const A* weight = static_cast<const A*>(c.weight);
@@ -171,7 +171,7 @@ static void norm_backward(const NormCall& c, int64_t begin, int64_t end, void* d
     });
 }
 
-// ---- gate: activation(gate) * up ---------------------------------------------------------------
+// --- gate: activation(gate) * up ----------------------------------------------------------------
 
 // The normal distribution's cdf at -x, x >= 0, as exp(-x^2 / 2) * polynomial(1 / (1 + 0.4 x)):
 // minimax, 8e-8 relative.
@@ -269,7 +269,7 @@ template <class A> static void gate_backward(const GateCall& c, int64_t begin, i
     });
 }
 
-// ---- rotate: (a, b) becomes (a cos - b sin, a sin + b cos) -----------------------------------------
+// --- rotate: (a, b) becomes (a cos - b sin, a sin + b cos) --------------------------------------
 
 template <class A, class T>
 INLINE void rotate_halves(const T* x, T* out, const A* cos, const A* sin, A sign, int pairs) {
@@ -337,7 +337,7 @@ template <class A> static void rotate(const RotateCall& c, int64_t begin, int64_
     });
 }
 
-// ---- cross entropy of one row of logits, and its gradient in their place ------------------------
+// --- cross entropy of one row of logits, and its gradient in their place ------------------------
 
 template <class A, class T>
 static void cross_entropy_rows(const CrossEntropyCall& c, int64_t begin, int64_t end) {
@@ -369,7 +369,7 @@ static void cross_entropy_rows(const CrossEntropyCall& c, int64_t begin, int64_t
             plain[k] += x;
             total[k] += e;
         });
-        // Against the maximum, not lse, so that a small loss is not the difference of large numbers.
+        // Against the maximum, not lse: a small loss is no difference of large numbers.
         const A sum = total.total(), log_sum = A(__builtin_log(double(sum)));
         const A lse = row_max + log_sum;
         static_cast<A*>(c.lse)[r] = lse;

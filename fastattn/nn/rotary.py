@@ -148,7 +148,7 @@ class RotaryEmbedding(nn.Module):
         return shown if self.scaling is None else f"{shown}, scaling={self.scaling}"
 
 
-# ---- frequencies -------------------------------------------------------------------------------
+# ---- frequencies --------------------------------------------------------------------------------
 
 
 def frequencies(dim: int, base: float) -> list[float]:
