@@ -1,6 +1,18 @@
-"""Modules. Drop-ins for torch.nn's six attention classes: multihead.py, transformer.py."""
+"""Modules: drop-ins for torch.nn's attention classes, and blocks for new models.
 
+Drop-ins for torch's six: multihead.py, transformer.py. Blocks: attention.py, cache.py, norm.py,
+rotary.py, gated.py, positional.py, block.py, loss.py.
+"""
+
+from .attention import Attention
+from .block import TransformerBlock
+from .cache import KVCache
+from .gated import MLP, GeGLU, SwiGLU
+from .loss import LinearCrossEntropy
 from .multihead import MultiheadAttention
+from .norm import LayerNorm, RMSNorm
+from .positional import LearnedPositionalEncoding, SinusoidalPositionalEncoding
+from .rotary import RotaryEmbedding
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -10,8 +22,20 @@ from .transformer import (
 )
 
 __all__ = [
+    "MLP",
+    "Attention",
+    "GeGLU",
+    "KVCache",
+    "LayerNorm",
+    "LearnedPositionalEncoding",
+    "LinearCrossEntropy",
     "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SinusoidalPositionalEncoding",
+    "SwiGLU",
     "Transformer",
+    "TransformerBlock",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",

@@ -1,0 +1,149 @@
+"""TransformerBlock: one pre-norm layer of a modern model. Next hop: attention.py, gated.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._arguments import choice, probability
+from .attention import Attention
+from .cache import KVCache
+from .gated import MLP, GeGLU, SwiGLU
+from .norm import LayerNorm, RMSNorm
+from .rotary import RotaryEmbedding
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+FEED_FORWARDS = {
+    "swiglu": SwiGLU,
+    "geglu": GeGLU,
+    "geglu_tanh": partial(GeGLU, approximate="tanh"),
+    "gelu": MLP,
+    "gelu_tanh": partial(MLP, activation="gelu_tanh"),
+    "relu": partial(MLP, activation="relu"),
+    "relu2": partial(MLP, activation="relu2"),
+    "silu": partial(MLP, activation="silu"),
+}
+
+
+class TransformerBlock(nn.Module):
+    """x += attn(attn_norm(x)); x += cross(cross_norm(x), context); x += mlp(mlp_norm(x)).
+
+    The middle line is there with context_dim. Each addition is fused with the norm that follows it.
+
+    Args:
+        dim, heads, kv_heads, head_dim, causal, window, rotary, qk_norm, sinks, softcap: those of
+            Attention.
+        context_dim: adds cross-attention to a context of that size.
+        hidden: the feed-forward block's; None: its own default.
+        mlp: "swiglu" (default), "geglu", "geglu_tanh", or a plain MLP's activation: "gelu",
+            "gelu_tanh", "relu", "relu2", "silu".
+        norm: "rms" (default) or "layer".
+        eps: of the norms; None: RMSNorm's 1e-6 or LayerNorm's 1e-5.
+        bias: of every projection, default False.
+        dropout: of what each of the sublayers adds, in training.
+        attention_dropout: of the attention weights; None: as dropout.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        context_dim: int | None = None,
+        causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
+        rotary: RotaryEmbedding | bool | None = None,
+        qk_norm: bool = False,
+        sinks: bool = False,
+        softcap: float = 0.0,
+        hidden: int | None = None,
+        mlp: str = "swiglu",
+        norm: str = "rms",
+        eps: float | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        norm = NORMS[choice("norm", norm, tuple(NORMS))]
+        new_norm = partial(norm, dim, **({} if eps is None else {"eps": eps}), **place)
+        self.dropout = probability("dropout", dropout)
+        attention_dropout = dropout if attention_dropout is None else attention_dropout
+        shared = {"kv_heads": kv_heads, "head_dim": head_dim, "dropout": attention_dropout}
+        shared |= {"bias": bias, "qk_norm": qk_norm, "softcap": softcap, **place}
+        self.attn_norm = new_norm()
+        self.attn = Attention(
+            dim, heads, causal=causal, window=window, rotary=rotary, sinks=sinks, **shared
+        )
+        cross = context_dim is not None
+        self.cross_norm = new_norm() if cross else None
+        self.cross = Attention(dim, heads, context_dim=context_dim, **shared) if cross else None
+        self.mlp_norm = new_norm()
+        feed_forward = FEED_FORWARDS[choice("mlp", mlp, tuple(FEED_FORWARDS))]
+        self.mlp = feed_forward(dim, hidden, bias=bias, **place)
+
+    def reset_parameters(self) -> None:
+        """Each part as it does it."""
+        for child in self.children():
+            child.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        kv_lens: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        positions: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        context_lens: Tensor | None = None,
+        context_cu_seqlens: Tensor | None = None,
+        context_max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+        context_cache: KVCache | None = None,
+    ) -> Tensor:
+        """x's shape out.
+
+        Args:
+            x: [B, S, dim], or packed [T, dim] with cu_seqlens.
+            context, context_mask, context_lens, context_cu_seqlens, context_max_seqlen,
+                context_cache: the cross-attention's context, mask, kv_lens, cu_seqlens, max_seqlen
+                and cache.
+            the rest: the self-attention's, see Attention.
+        """
+        if self.cross is None and (context is not None or context_cache is not None):
+            raise ValueError("context came to a block without cross-attention; "
+                             "TransformerBlock(context_dim=...) adds it")  # fmt: skip
+        packed = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        added = self.attn(
+            self.attn_norm(x), mask=mask, bias=bias, kv_lens=kv_lens, document_ids=document_ids,
+            positions=positions, cache=cache, **packed,
+        )  # fmt: skip
+        if self.cross is not None:
+            normed, x = self.cross_norm(self._drop(added), x)
+            added = self.cross(
+                normed, context, mask=context_mask, kv_lens=context_lens, cache=context_cache,
+                context_cu_seqlens=context_cu_seqlens, context_max_seqlen=context_max_seqlen,
+                **packed,
+            )  # fmt: skip
+        normed, x = self.mlp_norm(self._drop(added), x)
+        return x + self._drop(self.mlp(normed))
+
+    def make_cache(self, batch: int, max_len: int, **place) -> KVCache:
+        """An empty cache of the self-attention; Attention.make_cache's arguments."""
+        return self.attn.make_cache(batch, max_len, **place)
+
+    def _drop(self, x):
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -1,0 +1,117 @@
+"""KVCache: the keys and values of one attention layer while it decodes.
+Next hop: cache.decode_attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..cache import decode_attention
+from ._arguments import positive
+
+
+class KVCache:
+    """Preallocated keys and values of one layer, and how many of them each batch entry has.
+
+    Args:
+        batch: B, entries.
+        kv_heads: Hkv.
+        max_len: slots of each entry; a call that would overrun them raises and writes nothing.
+        head_dim: D of the keys, and of the values unless v_dim says otherwise.
+
+    Attributes:
+        k, v: [B, Hkv, max_len, D] and [B, Hkv, max_len, Dv].
+        lens: int32 [B]: entry b's keys are in slots 0 to lens[b] - 1. Slots past them hold anything
+            and are never read.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        max_len: int,
+        head_dim: int,
+        *,
+        v_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = {"batch": batch, "kv_heads": kv_heads, "max_len": max_len, "head_dim": head_dim}
+        for name, x in sizes.items():
+            positive(name, x)
+        v_dim = head_dim if v_dim is None else positive("v_dim", v_dim)
+        place = {"device": device, "dtype": dtype}
+        self.k = torch.zeros(batch, kv_heads, max_len, head_dim, **place)
+        self.v = torch.zeros(batch, kv_heads, max_len, v_dim, **place)
+        self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.filled = False  # has anything been written since it was made or reset?
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def max_len(self) -> int:
+        return self.k.shape[2]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        new_lens: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        """Appends k and v, then attends to all that is held; no gradient.
+
+        Args:
+            q: [B, Hq, Sq, D]; k: [B, Hkv, Snew, D]; v: [B, Hkv, Snew, Dv]. k and v None: nothing is
+                appended.
+            new_lens: integers [B] in [0, Snew]: how many of the new keys entry b has (its prompt is
+                padded on the right); None: Snew. Keys past them are forgotten by the next call; in
+                this one only causal=True keeps the rows before them from seeing them.
+            options: decode_attention's: causal, window, mask, bias, softcap, sinks, scale, ...
+
+        Returns:
+            [B, Hq, Sq, Dv].
+        """
+        added = 0 if k is None else k.shape[2]
+        if new_lens is not None:
+            new_lens = checks.int_vector("new_lens", new_lens, (self.batch,), q.device, "[B]")
+            checks.lengths("new_lens", new_lens, 0, added, "a number of new keys in")
+        out = decode_attention(q, self.k, self.v, cache_lens=self.lens, k=k, v=v, **options)
+        self.lens = self.lens + (added if new_lens is None else new_lens)
+        self.filled = self.filled or added > 0
+        return out
+
+    def positions(self, rows: int) -> Tensor:
+        """[B, rows] int64: the positions that the next `rows` keys of each entry will have."""
+        return self.lens.long().unsqueeze(1) + torch.arange(rows, device=self.lens.device)
+
+    def reorder(self, index: Tensor) -> None:
+        """Entry b becomes what entry index[b] was: int [B'], in [0, B). For beam search; B' may
+        differ from B, so that index = arange(B).repeat_interleave(beams) makes room for beams."""
+        if checks.on_device("index", index, self.k.device).dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"index is {index.dtype}; accepted are int32 and int64")
+        if index.dim() != 1:
+            raise ValueError(f"index has shape {checks.show(index)}; accepted is [B']")
+        checks.lengths("index", index, 0, self.batch - 1, "an entry in")
+        self.k, self.v, self.lens = (x.index_select(0, index) for x in (self.k, self.v, self.lens))
+
+    def truncate(self, lens: Tensor | int) -> None:
+        """Forgets keys past lens, an int or integers [B] (rejected drafts of speculative
+        decoding). An entry that has fewer keys keeps those."""
+        if not isinstance(lens, int):
+            lens = checks.int_vector("lens", lens, (self.batch,), self.k.device, "[B], or an int")
+        self.lens = self.lens.clamp(max=lens) if isinstance(lens, int) else self.lens.minimum(lens)
+
+    def reset(self) -> None:
+        """Empties every entry; the memory is kept."""
+        self.lens, self.filled = torch.zeros_like(self.lens), False
+
+    def __repr__(self) -> str:
+        return (f"KVCache(batch={self.batch}, kv_heads={self.k.shape[1]}, max_len={self.max_len}, "
+                f"head_dim={self.k.shape[3]}, {self.k.dtype})")  # fmt: skip

@@ -1,0 +1,109 @@
+"""RMSNorm and LayerNorm over the last dimension, with an optional fused residual addition.
+Next hop: fused.norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, fused
+from ._arguments import positive
+
+
+class _Norm(nn.Module):
+    """What both norms share: the weight, the optional bias and the two forms of the call."""
+
+    center: bool  # subtract the mean
+
+    def __init__(self, dim: int, eps: float, affine: bool, bias: bool, device, dtype) -> None:
+        super().__init__()
+        self.dim, self.eps = positive("dim", dim), checks.number("eps", eps)
+        if self.eps < 0:
+            raise ValueError(f"eps is {eps}; accepted is a number >= 0")
+        place = {"device": device, "dtype": dtype}
+        affine, bias = checks.flag("elementwise_affine", affine), checks.flag("bias", bias)
+        self.weight = nn.Parameter(torch.empty(dim, **place)) if affine else None
+        self.bias = nn.Parameter(torch.empty(dim, **place)) if affine and bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """norm(x), or with a residual (norm(x + residual), x + residual), in one pass.
+
+        Args:
+            x: [..., dim], float32, bfloat16, float16 or float64; any strides.
+            residual: x's shape. Another dtype than x's is promoted with it, as x + residual is.
+
+        Returns:
+            The normed values in x's dtype (the sum's, with a residual). Arithmetic is in float32
+            (float64 for float64) and rounded once.
+        """
+        normed, summed = fused.norm(x, residual, self.weight, self.bias, self.eps, self.center)
+        return normed if residual is None else (normed, summed)
+
+    def extra_repr(self) -> str:
+        shown = f"{self.dim}, eps={self.eps}"
+        return shown if self.weight is not None else f"{shown}, elementwise_affine=False"
+
+
+class RMSNorm(_Norm):
+    """y = x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        dim: the size of the last dimension.
+        eps: added to the mean square, default 1e-6 (Llama's and T5's).
+        elementwise_affine: whether there is a weight [dim], 1 at first.
+
+    Unlike Llama's own module, which rounds to x's dtype before the weight, this one rounds once.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467.
+    """
+
+    center = False
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, eps, elementwise_affine, False, device, dtype)
+
+
+class LayerNorm(_Norm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
+
+    Args:
+        dim: the size of the last dimension.
+        eps: added to the (biased) variance, default 1e-5 (torch's).
+        elementwise_affine: whether there are a weight [dim], 1 at first, and a bias [dim], 0.
+        bias: False leaves the bias out.
+
+    State dicts are those of torch.nn.LayerNorm(dim).
+
+    Source: Ba, Kiros and Hinton, arXiv:1607.06450.
+    """
+
+    center = True
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, eps, elementwise_affine, bias, device, dtype)
