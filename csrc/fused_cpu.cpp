@@ -82,9 +82,8 @@ class RowOrder {
     template <class F> void for_each(const F& run) const {
         int64_t step = std::max<int64_t>(1, ITEM_VALUES / std::max(1, dim));
         int64_t items = dim == 0 ? 0 : (rows + step - 1) / step;
-        for_each_item(static_cast<int>(items), FLOPS_A_VALUE * rows * dim, [&](int i) {
-            run(i * step, std::min(rows, (i + 1) * step));
-        });
+        for_each_item(static_cast<int>(items), FLOPS_A_VALUE * rows * dim,
+                      [&](int i) { run(i * step, std::min(rows, (i + 1) * step)); });
     }
 
     Dtype dtype;
@@ -155,9 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor res
 // in order. The number of parts depends on the shape alone, so the bits do not depend on threads.
 constexpr int64_t MAX_PARTS = 32;
 
-template <class A>
-void backward_in_parts(const NormCall& call, const RowOrder& order, Tensor& dweight,
-                       Tensor& dbias, bool need_dweight, bool need_dbias) {
+template <class A> void backward_in_parts(const NormCall& call, const RowOrder& order,
+                                          Tensor& dweight, Tensor& dbias, bool need_dweight,
+                                          bool need_dbias) {
     const int64_t n = order.dim, wanted = need_dweight || need_dbias;
     const int64_t limit = wanted ? MAX_PARTS : int64_t(1) << 20;
     int64_t parts = std::max<int64_t>(1, std::min(limit, order.rows * n / ITEM_VALUES));
@@ -326,9 +325,7 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
     int64_t step = std::max<int64_t>(1, ITEM_VALUES / std::max<int64_t>(1, dim));
     const FusedKernels& kernels = kernels_for(*dtype).fused;
     for_each_item(static_cast<int>((rows + step - 1) / step), FLOPS_A_VALUE * rows * dim,
-                  [&](int i) {
-                      kernels.rotate(call, i * step, std::min(rows, (i + 1) * step));
-                  });
+                  [&](int i) { kernels.rotate(call, i * step, std::min(rows, (i + 1) * step)); });
     return out;
 }
 
@@ -357,11 +354,9 @@ std::tuple<Tensor, Tensor> cross_entropy_(Tensor logits, Tensor labels, Optional
         scale = torch::stable::contiguous(*scale);
     }
     Tensor loss = order.new_values(), lse = order.new_values();
-    CrossEntropyCall call{order.dtype,  order.dim,
-                          order.rows_of(logits, "logits"),
-                          values,       ignore_index,
-                          label_smoothing, z_loss,
-                          softcap,      pointer(scale),
+    CrossEntropyCall call{order.dtype,     order.dim,     order.rows_of(logits, "logits"),
+                          values,          ignore_index,  label_smoothing,
+                          z_loss,          softcap,       pointer(scale),
                           loss.data_ptr(), lse.data_ptr()};
     const FusedKernels& kernels = kernels_for(order.dtype).fused;
     order.for_each([&](int64_t begin, int64_t end) { kernels.cross_entropy(call, begin, end); });

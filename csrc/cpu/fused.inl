@@ -87,8 +87,8 @@ template <class A, class T> static void norm_rows(const NormCall& c, int64_t beg
         }
         A mean = 0;
         if (c.center) {
-            over<A>(n, [&](int i, int left, int k)
-                           INLINE_LAMBDA { sum[k] += take<A>(x + i, left); });
+            over<A>(n,
+                    [&](int i, int left, int k) INLINE_LAMBDA { sum[k] += take<A>(x + i, left); });
             mean = sum.total() / n;
             static_cast<A*>(c.mean)[r] = mean;
         }
@@ -121,9 +121,8 @@ template <class A, class T> static void norm_rows(const NormCall& c, int64_t beg
 
 // With xhat = (x - mean) * rstd and g = dy * weight:
 // dx = rstd * (g - xhat * avg(g * xhat) - avg(g)), the last term with center only.
-template <class A, class T>
-static void norm_rows_backward(const NormCall& c, int64_t begin, int64_t end, A* dweight,
-                               A* dbias) {
+template <class A, class T> static void norm_rows_backward(const NormCall& c, int64_t begin,
+                                                           int64_t end, A* dweight, A* dbias) {
     const A* weight = static_cast<const A*>(c.weight);
     const int n = c.dim;
     for (int64_t r = begin; r < end; r++) {
@@ -162,9 +161,8 @@ template <class A> static void norm(const NormCall& c, int64_t begin, int64_t en
         norm_rows<A, std::remove_pointer_t<decltype(type)>>(c, begin, end);
     });
 }
-template <class A>
-static void norm_backward(const NormCall& c, int64_t begin, int64_t end, void* dweight,
-                          void* dbias) {
+template <class A> static void norm_backward(const NormCall& c, int64_t begin, int64_t end,
+                                             void* dweight, void* dbias) {
     with_type<A>(c.dtype, [&](auto* type) {
         norm_rows_backward<A, std::remove_pointer_t<decltype(type)>>(
             c, begin, end, static_cast<A*>(dweight), static_cast<A*>(dbias));
@@ -324,8 +322,7 @@ template <class A> static void rotate(const RotateCall& c, int64_t begin, int64_
                          s * c.x_stride[2];
             T* out = reinterpret_cast<T*>(c.out) + b * c.out_stride[0] + h * c.out_stride[1] +
                      s * c.out_stride[2];
-            const int64_t p =
-                c.positions == nullptr ? s : c.positions[b * c.positions_batch + s];
+            const int64_t p = c.positions == nullptr ? s : c.positions[b * c.positions_batch + s];
             const A* cos = static_cast<const A*>(c.cos) + p * c.cos_stride;
             const A* sin = static_cast<const A*>(c.sin) + p * c.sin_stride;
             if (c.interleaved)
@@ -406,6 +403,5 @@ static void cross_entropy(const CrossEntropyCall& c, int64_t begin, int64_t end)
     });
 }
 
-template <class A>
-constexpr FusedKernels FUSED = {norm<A>,          norm_backward<A>, gate<A>,
-                                gate_backward<A>, rotate<A>,        cross_entropy<A>};
+template <class A> constexpr FusedKernels FUSED = {
+    norm<A>, norm_backward<A>, gate<A>, gate_backward<A>, rotate<A>, cross_entropy<A>};

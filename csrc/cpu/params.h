@@ -57,11 +57,11 @@ struct Params {
     const Segment* segments;
     // backward
     Tensor4 dout, dq, dk, dv;
-    Tensor4 dlse;   // as lse; absent: zero
-    Tensor4 dbias;  // accumulated in fp32 (fp64 for fp64); absent: not wanted
+    Tensor4 dlse;      // as lse; absent: zero
+    Tensor4 dbias;     // accumulated in fp32 (fp64 for fp64); absent: not wanted
     bool dbias_unset;  // dbias holds nothing yet: the first entry and head that share it set it
-    Tensor4 delta;  // as lse: rowsum(dout * out) - dlse, for dsinks; absent: not wanted
-    uint64_t call;  // a number of its own, by which threads know what they have packed for it
+    Tensor4 delta;     // as lse: rowsum(dout * out) - dlse, for dsinks; absent: not wanted
+    uint64_t call;     // a number of its own, by which threads know what they have packed for it
 
     int group() const { return heads / kv_heads; }
 };
