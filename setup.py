@@ -324,7 +324,13 @@ def write_facts(folder: Path) -> None:
 PLAN = Plan(os.environ.get("FASTATTN_BUILD") or "auto")
 
 setup(
-    packages=["fastattn", "fastattn.nn", "fastattn.kernels", "fastattn.benchmarks"],
+    packages=[
+        "fastattn",
+        "fastattn.benchmarks",
+        "fastattn.kernels",
+        "fastattn.models",
+        "fastattn.nn",
+    ],
     package_dir={"fastattn.kernels": "kernels", "fastattn.benchmarks": "benchmarks"},
     package_data={"fastattn": ["py.typed"]},
     include_package_data=False,
