@@ -6,7 +6,9 @@ Everything here is deterministic: the same files give the same tokens, pairs and
 from __future__ import annotations
 
 import ast
+import csv
 import io
+import json
 import random
 import re
 import sysconfig
@@ -218,3 +220,69 @@ def pad(rows: Sequence[Sequence[int]], value: int = PAD, length: int = 0) -> Ten
         padded.append(torch.zeros(length, dtype=torch.int64))
     ids = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=value)
     return ids[: len(rows)]
+
+
+# ---- labelled texts ---------------------------------------------------------------------------
+
+
+@dataclass
+class Labelled:
+    """Texts and the number of the label of each, most of them to train on."""
+
+    names: list[str]  # of the labels
+    train: list[tuple[str, int]]
+    test: list[tuple[str, int]]
+
+    @classmethod
+    def split(cls, pairs: Sequence[tuple[str, str]], seed: int, count: int = 0) -> Labelled:
+        """A fifth is for testing, at most 500; count: how many pairs to take, 0: all."""
+        pairs = [pairs[i] for i in shuffled(len(pairs), seed, 0).tolist()][: count or None]
+        names = sorted({label for _, label in pairs})
+        if len(names) < 2:
+            raise ValueError(f"the data have the label {names[0]!r} only" if names else "the data "
+                             "have no labelled text")  # fmt: skip
+        rows = [(text, names.index(label)) for text, label in pairs]
+        cut = max(1, min(500, len(rows) // 5))
+        return cls(names, rows[cut:], rows[:cut])
+
+
+def docstring_or_comment(megabytes: float) -> list[tuple[str, str]]:
+    """Sentences of the standard library's docstrings and comments, equally many, labelled so."""
+    texts = read_folder("", megabytes)
+    written = {
+        "docstring": sorted({s for document in docstrings(texts) for s in document}),
+        "comment": sorted(set(comments(texts))),
+    }
+    count = min(map(len, written.values()))
+    chosen = {name: shuffled(len(x), 0, 0)[:count].tolist() for name, x in written.items()}
+    return [(written[name][i], name) for name, order in chosen.items() for i in order]
+
+
+def read_labelled(path: Path) -> list[tuple[str, str]]:
+    """(text, label) of a .csv or .jsonl file with the columns "text" and "label"."""
+    if not path.is_file():
+        raise ValueError(f"--data is {path}, which is no file")
+    lines = path.read_text(encoding="utf-8")
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(lines)))
+    elif path.suffix == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in lines.splitlines() if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} has a line that is not JSON: {error}") from error
+    else:
+        raise ValueError(f"--data is {path}; accepted are .csv and .jsonl files")
+    for number, row in enumerate(rows, 1):
+        missing = [n for n in ("text", "label") if not isinstance(row, dict) or row.get(n) is None]
+        if missing:
+            raise ValueError(f"row {number} of {path} has no {missing[0]!r}; accepted are the "
+                             'columns "text" and "label"')  # fmt: skip
+    return [(str(row["text"]), str(row["label"])) for row in rows]
+
+
+def scores(guesses: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+    """Accuracy, and the mean over classes of F1 = 2 TP / (2 TP + FP + FN), 0 for an absent one."""
+    table = torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, -1)
+    right = table.diag().double()
+    f1 = 2 * right / (table.sum(0) + table.sum(1)).clamp(min=1)
+    return {"accuracy": (right.sum() / table.sum()).item(), "f1": f1.mean().item()}
