@@ -324,7 +324,7 @@ def write_facts(folder: Path) -> None:
 PLAN = Plan(os.environ.get("FASTATTN_BUILD") or "auto")
 
 setup(
-    packages=["fastattn", "fastattn.kernels", "fastattn.benchmarks"],
+    packages=["fastattn", "fastattn.hf", "fastattn.kernels", "fastattn.benchmarks"],
     package_dir={"fastattn.kernels": "kernels", "fastattn.benchmarks": "benchmarks"},
     package_data={"fastattn": ["py.typed"]},
     include_package_data=False,
