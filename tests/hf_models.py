@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -43,7 +43,7 @@ SEQ2SEQ = {
 
 @dataclass(frozen=True)
 class Family:
-    """One model: its class, its configuration, how often a forward calls attention, and paddings."""
+    """One model and how to feed it."""
 
     model: str
     config: object
@@ -51,7 +51,6 @@ class Family:
     paddings: tuple[str, ...] = ("none", "right", "left")
     kind: str = "decoder"  # or encoder, seq2seq, speech, vision: what the inputs are
     output: str = "logits"
-    gradless: tuple[str, ...] = field(default=())  # parameters the loss does not reach
 
 
 FAMILIES = {

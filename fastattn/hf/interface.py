@@ -112,9 +112,8 @@ def attention_forward(
     query, key, value = _one_batch(query, key, value)
     used, seen = _visible(attention_mask, query, key, causal, sliding_window)
     if position_bias is not None and not _zero_bias(module):
-        seen["bias"] = _sum(
-            seen.get("bias"), _cut(position_bias, used, "position_bias", query, key)
-        )
+        bias = _cut(position_bias, used, "position_bias", query, key)
+        seen["bias"] = bias + seen["bias"] if "bias" in seen else bias
     kv_len = key.shape[2]
     if used < kv_len:
         key, value = key[:, :, :used], value[:, :, :used]
@@ -184,7 +183,7 @@ def _one_of(s_aux, sinks):
 
 
 def _captured() -> bool:
-    """Does transformers collect attentions, though the module was not told so? (GPT-2's are not.)"""
+    """Does transformers collect attentions? It need not tell the module so: GPT-2's never hear."""
     if _active_collector is None:
         return False
     # Dynamo cannot trace a ContextVar; transformers keeps a plain attribute for it.
@@ -268,10 +267,6 @@ def _cut(x, used, name, query, key) -> Tensor:
             "(batch, heads, queries, keys)"
         )
     return x[..., :used]
-
-
-def _sum(a, b):
-    return b if a is None else a + b
 
 
 def _one_batch(query, key, value):

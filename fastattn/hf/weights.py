@@ -32,7 +32,7 @@ def attention_weights(
         The rest is what attention() got.
 
     Returns:
-        [B, Hq, Sq, Skv] in q's dtype, differentiable. A row that sees no key is zero, as its output.
+        [B, Hq, Sq, Skv] in q's dtype, differentiable. A row that sees no key is zero.
     """
     batch, heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
