@@ -327,6 +327,7 @@ setup(
     packages=[
         "fastattn",
         "fastattn.benchmarks",
+        "fastattn.hf",
         "fastattn.kernels",
         "fastattn.models",
         "fastattn.nn",

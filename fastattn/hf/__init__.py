@@ -1,0 +1,110 @@
+"""fastattn under Hugging Face transformers.
+
+import fastattn.hf
+model = AutoModel.from_pretrained(name, attn_implementation="fastattn")
+model = fastattn.hf.enable(model)  # one that is built already
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError as error:
+    raise ImportError(
+        'fastattn.hf needs transformers 5 or newer (pip install "fastattn[hf]"): ' + str(error)
+    ) from error
+
+from . import flash
+from .interface import HARMLESS, attention_forward, attention_forward_flash
+from .masks import CompactMask, attention_mask
+
+NAME = "fastattn"
+# "flash" in it opens the packed branches of vision models, "/" and "flash-attn" accelerate's
+# sequence parallelism, the 2 continuous batching's fast path. T5 and its kin accept only NAME.
+FLASH_NAME = "fastattn/flash-attn2"
+
+__all__ = [
+    "FLASH_NAME",
+    "HARMLESS",
+    "NAME",
+    "CompactMask",
+    "attention_forward",
+    "attention_mask",
+    "enable",
+    "register",
+]
+
+
+def register() -> None:
+    """Registers both names with transformers; importing fastattn.hf has done it.
+
+    The attention and the mask function go together: transformers takes a name without a mask
+    function to want no mask at all, and padding is then attended to without a word.
+    """
+    flash.serve_loader("fastattn/")
+    for name, forward in ((NAME, attention_forward), (FLASH_NAME, attention_forward_flash)):
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, attention_mask)
+        registered = (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name))
+        if registered != (forward, attention_mask):
+            raise RuntimeError(
+                f"transformers did not take {name!r}: its tables hold {registered}; this version "
+                "of transformers is not one that fastattn.hf knows"
+            )
+
+
+def enable(model: PreTrainedModel, implementation: str = NAME) -> PreTrainedModel:
+    """Switches a built model to fastattn, with every model inside it; returns the model.
+
+    Args:
+        model: any transformers model; its weights and hooks stay. What is saved does not name
+            fastattn, so a reloaded model is switched again.
+        implementation: "fastattn", or "fastattn/flash-attn2" where the name counts: packed vision
+            branches, sentence-transformers' unpadding, sequence parallelism.
+
+    model.set_attn_implementation("sdpa") switches back.
+
+    Raises:
+        TypeError: not a transformers model.
+        NotImplementedError: a class, which is named, does not go through transformers' attention
+            interface. Nothing is changed then.
+        ValueError: an implementation of another name.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is of type {type(model).__name__}; accepted is a transformers PreTrainedModel"
+        )
+    if implementation not in (NAME, FLASH_NAME):
+        raise ValueError(
+            f"implementation is {implementation!r}; accepted are {NAME!r} and {FLASH_NAME!r}"
+        )
+    models = _models_in(model)
+    for inner in models:
+        if not inner._can_set_attn_implementation():
+            raise NotImplementedError(
+                f"{type(inner).__name__} does not go through transformers' attention interface, so "
+                "fastattn cannot serve it there; fastattn.enable() serves the calls of "
+                "scaled_dot_product_attention that it makes"
+            )
+    before = [inner.config._attn_implementation for inner in models]
+    model.set_attn_implementation(implementation)
+    refused = [x for x in models if x.config._attn_implementation != implementation]
+    if refused:
+        taken = refused[0].config._attn_implementation
+        for inner, name in zip(models, before):
+            inner.config._attn_implementation_internal = name
+        raise NotImplementedError(
+            f"{type(refused[0]).__name__} takes {taken!r} instead of {implementation!r}"
+        )
+    return model
+
+
+def _models_in(model: torch.nn.Module) -> list[PreTrainedModel]:
+    return [inner for inner in model.modules() if isinstance(inner, PreTrainedModel)]
+
+
+register()

@@ -1,0 +1,241 @@
+"""Masks for transformers without a tensor of B x S x S. Next hop: interface.py, which reads them.
+
+transformers says what a mask is by a function of (batch, head, row, key) and a padding mask [B, S].
+Where that function is made of known parts (causal, window, packed documents), attention() has an
+option for each part, and no mask need exist. Everything else is materialised by transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+# ---- a mask that is computed only when somebody else reads it ------------------------------------
+
+
+class CompactMask(Tensor):
+    """A bool mask [B, 1, q_len, kv_len], True = attend, that occupies no memory.
+
+    attention() takes its parts; any operator of torch applied to it (models crop, add and invert
+    their masks) gets the tensor that it stands for.
+
+    Row i sees keys i + offset - left <= j <= i + offset + right (-1: unbounded) of its own
+    document, below offset + q_len, where keys [B, offset + q_len] is True.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, shape, left, right, offset, keys, documents, device):
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask.left, mask.right, mask.offset = left, right, offset
+        mask.keys, mask.documents = keys, documents
+        return mask
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0].copy()  # gradient checkpointing detaches what it is given
+        args, kwargs = tree_map_only(CompactMask, CompactMask.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return (
+            f"CompactMask(shape={list(self.shape)}, left={self.left}, right={self.right}, "
+            f"offset={self.offset}, keys={self.keys}, documents={self.documents})"
+        )
+
+    def copy(self) -> CompactMask:
+        return CompactMask(
+            self.shape, self.left, self.right, self.offset, self.keys, self.documents, self.device
+        )
+
+    def dense(self) -> Tensor:
+        """The tensor that this stands for."""
+        batch, _, q_len, kv_len = self.shape
+        visible = band(q_len, kv_len, self.left, self.right, self.offset, self.device)
+        if self.documents is not None:
+            visible = visible & same_document(self.documents)
+        if self.keys is not None:
+            missing = kv_len - self.keys.shape[1]
+            visible = visible & torch.nn.functional.pad(self.keys, (0, missing))[:, None, None]
+        return visible.expand(batch, 1, q_len, kv_len)
+
+
+def band(q_len: int, kv_len: int, left: int, right: int, offset: int, device) -> Tensor:
+    """bool [q_len, kv_len]: -left <= key - row - offset <= right, -1 being unbounded."""
+    i = torch.arange(q_len, device=device).unsqueeze(1) + offset
+    j = torch.arange(kv_len, device=device)
+    visible = (j < offset + q_len).expand(q_len, kv_len)
+    if left >= 0:
+        visible = visible & (j >= i - left)
+    return visible & (j <= i + right) if right >= 0 else visible
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """bool [B, 1, S, S] of document ids [B, S]."""
+    return documents[:, None, :, None] == documents[:, None, None, :]
+
+
+# ---- recognising transformers' mask functions ----------------------------------------------------
+
+
+class Pattern(NamedTuple):
+    """What a mask function says, in attention()'s words."""
+
+    left: int = -1
+    right: int = -1
+    documents: Tensor | None = None  # [B, S], non-decreasing
+    remapped: bool = False  # rows and keys are positions that restart with each document
+
+
+def recognise(function) -> Pattern | None:
+    """The pattern of one of transformers' mask functions, or None for one made of other parts."""
+    if function is causal_mask_function:
+        return Pattern(right=0)
+    if function is bidirectional_mask_function:
+        return Pattern()
+    if getattr(function, "__module__", None) != masking_utils.__name__:
+        return None
+    rule = _RULES.get(function.__qualname__.partition(".")[0])
+    return rule and rule(inspect.getclosurevars(function).nonlocals)
+
+
+def _all_of(variables) -> Pattern | None:
+    whole = Pattern()
+    for function in variables["mask_functions"]:
+        part = recognise(function)
+        if part is None or (part.documents is not None and whole.documents is not None):
+            return None
+        whole = Pattern(
+            _narrower(whole.left, part.left),
+            _narrower(whole.right, part.right),
+            part.documents if whole.documents is None else whole.documents,
+            whole.remapped or part.remapped,
+        )
+    return whole
+
+
+def _narrower(a: int, b: int) -> int:
+    return max(a, b) if min(a, b) < 0 else min(a, b)
+
+
+def _remapped(variables) -> Pattern | None:
+    """Within a document positions count up by one, so their differences are those of rows."""
+    inner = recognise(variables["mask_function"])
+    return inner and inner._replace(remapped=True)
+
+
+_RULES = {  # by the function of transformers.masking_utils that made it; its variables are given
+    "and_masks": _all_of,
+    "sliding_window_overlay": lambda x: Pattern(left=x["sliding_window"] - 1),
+    "sliding_window_bidirectional_overlay": lambda x: Pattern(*[x["sliding_window"]] * 2),
+    "packed_sequence_mask_function": lambda x: Pattern(documents=x["packed_sequence_mask"]),
+    "remap_positions_for_packed_sequence": _remapped,
+}
+
+
+# ---- the mask function registered with transformers ----------------------------------------------
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **others,
+) -> Tensor | None:
+    """The mask that transformers hands to attention_forward, in the smallest form that says it.
+
+    Arguments are transformers' (transformers.masking_utils.sdpa_mask documents them).
+
+    Returns:
+        None: causal or full by the module's own is_causal, nothing padded.
+        A bool [B, 1, q, kv] whose memory is [B, kv]: every key visible but for padding, or q = 1.
+        A CompactMask: causal, windowed or packed, with or without padding.
+        A bool [B, 1, q, kv]: anything else, and whatever is traced, where values cannot be read.
+    """
+    if not use_vmap and _readable(attention_mask, q_offset):
+        found = _compact(
+            recognise(mask_function), batch_size, q_length, kv_length, int(q_offset), kv_offset,
+            attention_mask, allow_is_causal_skip, allow_is_bidirectional_skip, device,
+        )  # fmt: skip
+        if found is not NotImplemented:
+            return found
+        if q_length == 1 and int(q_offset) + 1 < kv_offset + kv_length:
+            allow_is_causal_skip = False  # a static cache has keys after this row's
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+        local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip, use_vmap=use_vmap, device=device,
+        **others,
+    )  # fmt: skip
+
+
+def _readable(*tensors) -> bool:
+    """Is nothing being traced, so that values decide?"""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or any(isinstance(x, Tensor) and (type(x) is not Tensor or x.is_meta) for x in tensors)
+    )
+
+
+def _compact(
+    pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, causal_skip, full_skip, device
+):
+    """None, an expanded mask or a CompactMask; NotImplemented where none of them says it."""
+    if pattern is None or (pattern.remapped and pattern.documents is None):
+        return NotImplemented
+    left, right, documents, _ = pattern
+    if (documents is not None and q_len != kv_len) or (padding is not None and padding.dim() != 2):
+        return NotImplemented
+    offset = q_offset - kv_offset  # the key on row 0's diagonal
+    keys = None if padding is None else _visible_keys(padding, kv_len, kv_offset)
+    if left < 0 and right < 0 and documents is None:
+        if keys is None:
+            return None if full_skip else NotImplemented
+        return keys[:, None, None].expand(batch, 1, q_len, kv_len)
+    used = offset + q_len if right == 0 else kv_len  # no row of a causal mask sees further
+    if offset < 0 or used != offset + q_len or used > kv_len:
+        return NotImplemented
+    if q_len == 1 and documents is None:
+        return NotImplemented  # one row: the mask itself is as small
+    if keys is not None:
+        keys = keys[:, :used].contiguous()
+        keys = None if bool(keys.all()) else keys
+    left = -1 if left >= used - 1 else left  # wider than the farthest pair
+    right = -1 if right >= used - 1 and right > 0 else right
+    if keys is None and documents is None and left < 0:
+        if right == 0 and offset == 0 and causal_skip:
+            return None
+        if right < 0 and full_skip:
+            return None
+    shape = (batch, 1, q_len, kv_len)
+    return CompactMask(shape, left, right, offset, keys, documents, torch.device(device))
+
+
+def _visible_keys(padding: Tensor, kv_len: int, kv_offset: int) -> Tensor | None:
+    """bool [B, kv_len] of the keys that are there; None if all are."""
+    padding = padding[:, kv_offset : kv_offset + kv_len]
+    keys = torch.nn.functional.pad(padding.bool(), (0, kv_len - padding.shape[1]))
+    return None if bool(keys.all()) else keys

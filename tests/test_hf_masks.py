@@ -1,0 +1,182 @@
+"""fastattn.hf's masks: what they stand for is transformers' own mask, and they take no memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hf_models import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils as theirs
+
+from fastattn.hf import CompactMask, attention_mask
+
+FUNCTIONS = {  # mask_function, local_size
+    "causal": (theirs.causal_mask_function, None),
+    "full": (theirs.bidirectional_mask_function, None),
+    "window": (theirs.sliding_window_causal_mask_function(3), 3),
+    "wide window": (theirs.sliding_window_causal_mask_function(100), 100),
+    "window both ways": (theirs.sliding_window_bidirectional_mask_function(2), 2),
+}
+
+
+def dense(mask, module_is_causal, q_len, kv_len):
+    """What a mask says about [B, 1, q_len, kv_len]; None is causal from the start, or full."""
+    if mask is None:
+        mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+        return mask.tril() if module_is_causal and q_len > 1 else mask
+    return mask.dense() if isinstance(mask, CompactMask) else mask
+
+
+def expected(function, batch, q_len, kv_len, q_offset, kv_offset, padding):
+    return theirs.sdpa_mask(
+        batch_size=batch, q_length=q_len, kv_length=kv_len, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=function, attention_mask=padding, allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+    )  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_stands_for_transformers_mask(data):
+    name = data.draw(st.sampled_from(sorted(FUNCTIONS)))
+    q_len, past, kv_offset = (data.draw(st.integers(*x)) for x in ((1, 6), (0, 5), (0, 3)))
+    room = data.draw(st.integers(0, 4))  # keys of a static cache that are not there yet
+    past = max(past, kv_offset)
+    kv_len = past + q_len + room - kv_offset
+    padding = None
+    if data.draw(st.booleans()):
+        width = data.draw(st.sampled_from([past + q_len, kv_offset + kv_len]))
+        bits = data.draw(st.lists(st.booleans(), min_size=2 * width, max_size=2 * width))
+        padding = torch.tensor(bits).view(2, width)
+    q_offset = data.draw(st.sampled_from([past, torch.tensor(past)]))
+    function, local_size = FUNCTIONS[name]
+    causal = name not in ("full", "window both ways")
+    got = attention_mask(
+        batch_size=2, q_length=q_len, kv_length=kv_len, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=function, attention_mask=padding, local_size=local_size,
+        allow_is_causal_skip=causal, allow_is_bidirectional_skip=not causal,
+    )  # fmt: skip
+    want = expected(function, 2, q_len, kv_len, past, kv_offset, padding)
+    assert torch.equal(dense(got, causal, q_len, kv_len).expand_as(want), want)
+    if q_len > 1 and past - kv_offset >= 0 and causal:
+        assert got is None or isinstance(got, CompactMask)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_documents_are_recognised(window):
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
+    function = theirs.causal_mask_function
+    if window:
+        function = theirs.sliding_window_causal_mask_function(window)
+    documents = theirs.find_packed_sequence_indices(positions)
+    whole = theirs.and_masks(
+        theirs.remap_positions_for_packed_sequence(function, positions),
+        theirs.packed_sequence_mask_function(documents),
+    )
+    got = attention_mask(1, 9, 9, mask_function=whole, allow_is_causal_skip=False)
+    assert isinstance(got, CompactMask) and torch.equal(got.documents, documents)
+    assert torch.equal(got.dense(), expected(whole, 1, 9, 9, 0, 0, None))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        theirs.or_masks(theirs.causal_mask_function, theirs.blockwise_overlay(torch.zeros(2, 6))),
+        theirs.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
+        theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: (q + k) % 3 != 1),
+        theirs.remap_positions_for_packed_sequence(
+            theirs.causal_mask_function, torch.tensor([[0, 3, 1, 2, 5, 4]] * 2)
+        ),
+    ],
+    ids=["or", "chunked", "own function", "positions without documents"],
+)
+def test_other_functions_are_materialised(function):
+    got = attention_mask(2, 6, 6, mask_function=function, allow_is_causal_skip=False)
+    assert type(got) is torch.Tensor
+    assert torch.equal(got, expected(function, 2, 6, 6, 0, 0, None))
+
+
+def test_use_vmap_is_materialised():
+    """With it the function may be the user's own, under any name."""
+    got = attention_mask(
+        2, 6, 6, mask_function=theirs.causal_mask_function, use_vmap=True,
+        allow_is_causal_skip=False,
+    )  # fmt: skip
+    assert type(got) is torch.Tensor
+
+
+def test_operators_see_the_mask_it_stands_for():
+    padding = torch.tensor([[True] * 5, [False, True, True, True, True]])
+    mask = attention_mask(2, 5, 5, attention_mask=padding)
+    full = expected(theirs.causal_mask_function, 2, 5, 5, 0, 0, padding)
+    assert isinstance(mask, CompactMask) and "offset=0" in repr(mask)
+    assert mask.shape == full.shape and mask.dtype == torch.bool
+    for operation in (
+        lambda x: x[:, :, -2:, :4],
+        lambda x: ~x,
+        lambda x: x & full,
+        lambda x: x.to(torch.float32),
+        lambda x: torch.where(x, 0.0, -1.0),
+        lambda x: torch.cat((x, x), dim=-1),
+        lambda x: x[:, 0],
+    ):
+        result = operation(mask)
+        assert type(result) is torch.Tensor and torch.equal(result, operation(full))
+    copy = mask.detach()
+    assert isinstance(copy, CompactMask) and torch.equal(copy.dense(), full)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage, in bytes, that any operator's result lies in."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if type(x) is torch.Tensor:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+LONG = 1024
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+
+
+@pytest.mark.parametrize(
+    "name, changes, padding",
+    [
+        ("bert", {}, "right"),
+        ("llama", {"num_key_value_heads": 1}, "left"),
+        ("llama", {"num_key_value_heads": 1}, "right"),
+        ("llama", {"num_key_value_heads": 1}, "packed"),
+        ("mistral", {"num_key_value_heads": 1, "sliding_window": 64}, "left"),
+        ("mistral", {"num_key_value_heads": 1, "sliding_window": 64}, "packed"),
+        ("mistral", {"num_key_value_heads": 1, "sliding_window": 64}, "none"),
+    ],
+)
+def test_no_tensor_of_rows_times_keys(name, changes, padding):
+    """Forward and backward of 2 rows of 1024 tokens: the mask alone would be 2 MiB."""
+    model = build(name, **SMALL, **changes, max_position_embeddings=LONG, num_hidden_layers=1)
+    inputs = {"input_ids": torch.randint(3, 20, (2, LONG)), "use_cache": False}
+    if padding == "packed":
+        inputs["position_ids"] = torch.arange(LONG).remainder(300).expand(2, -1)
+    elif padding != "none":
+        mask = torch.ones(2, LONG, dtype=torch.long)
+        mask[1, slice(-300, None) if padding == "right" else slice(0, 300)] = 0
+        inputs["attention_mask"] = mask
+    largest = {}
+    for implementation in ("sdpa", "fastattn"):
+        model.set_attn_implementation(implementation)
+        with Largest() as seen:
+            model(**inputs).logits.sum().backward()
+        largest[implementation] = seen.bytes
+    assert largest["sdpa"] >= 2 * LONG * LONG
+    assert largest["fastattn"] < LONG * LONG / 2
