@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import fastattn.hf  # noqa: F401  registers attn_implementation="fastattn"
 import torch
 from common import Batch, Options, Result, Task, first_process_first, option, parse, train
 from corpus import (
@@ -41,6 +40,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import fastattn.hf  # noqa: F401  registers attn_implementation="fastattn"
 from fastattn.minilm import PACKAGE, weights_folder
 
 IMPLEMENTATION = {"fastattn": "fastattn", "torch": "sdpa"}

@@ -59,7 +59,7 @@ def text(words: list[str]) -> str:
 @dataclass
 class TranslateOptions(Options):
     out: str = option("runs/translate", "folder of this run: checkpoints, log, model", free=True)
-    steps: int = option(600, "optimizer steps")
+    steps: int = option(400, "optimizer steps")
     batch: int = option(128, "pairs of a step, over all processes and accumulation")
     lr: float = option(2e-3, "highest learning rate, reached after --warmup")
     warmup: int = option(50, "steps of linear warm-up; a cosine to a tenth follows")
@@ -73,26 +73,29 @@ class TranslateOptions(Options):
 
 
 class Data:
-    """Numbers of every length, as many of one as of another."""
+    """Numbers of every length, as many of one as of another; none is trained on and tested."""
 
     def __init__(self, options: TranslateOptions) -> None:
         if not 1 <= options.digits <= 6:
             raise ValueError(f"--digits is {options.digits}; accepted are 1 to 6")
         self.options = options
-        chance = random.Random(options.seed)
-        self.tested = {self.number(chance) for _ in range(options.tested)}
+        if not 1 <= options.tested <= 10**options.digits // 2:
+            raise ValueError(f"--tested is {options.tested}; accepted is 1 to half of the numbers")
+        chance, self.tested = random.Random(options.seed), set()
+        while len(self.tested) < options.tested:  # long ones: the short ones are too few to miss
+            self.tested.add(self.number(chance, min(4, options.digits)))
 
-    def number(self, chance: random.Random) -> int:
-        digits = chance.randint(1, self.options.digits)
+    def number(self, chance: random.Random, least: int = 1) -> int:
+        digits = chance.randint(least, self.options.digits)
         return chance.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
     def pairs(self, step: int) -> list[int]:
-        """The numbers of a step; short ones are all tested and trained on, they are too few."""
+        """The numbers of a step."""
         chance = random.Random(self.options.seed * 1_000_003 + step + 1)
         numbers: list[int] = []
         while len(numbers) < self.options.batch:
             number = self.number(chance)
-            if number not in self.tested or number < 1000:
+            if number not in self.tested:
                 numbers.append(number)
         return numbers
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..nn import LayerNorm, LearnedPositionalEncoding, TransformerBlock
 from .base import Config, Model, ModelOutput
-from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, tokens
+from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, tokens, wide
 
 
 @dataclass(kw_only=True)
@@ -101,12 +101,12 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Of logits [B, num_labels]: cross-entropy for integer labels [B], the squared error for one
     label, and binary cross-entropy for several at once, floating [B, num_labels]."""
     if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1).float(), labels.float().reshape(-1))
+        return F.mse_loss(wide(logits.squeeze(-1)), wide(labels.reshape(-1)))
     if checks.tensor("labels", labels).is_floating_point():
         if labels.shape != logits.shape:
             raise ValueError(f"labels are {labels.dtype} {checks.show(labels)}; accepted are "
                              f"floats {checks.show(logits)} or integers [B]")  # fmt: skip
-        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+        return F.binary_cross_entropy_with_logits(wide(logits), wide(labels))
     return cross_entropy(logits, labels_like("labels", labels, logits.shape[:1], logits.shape[1]))
 
 

@@ -67,9 +67,14 @@ def labels_like(name: str, labels: Tensor, shape: tuple[int, ...], classes: int)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labels that are not IGNORED, in float32; 0 where all are."""
-    logits = logits.flatten(0, -2).float()
+    """The mean over labels that are not IGNORED, in float32 or float64; 0 where all are."""
+    logits = wide(logits.flatten(0, -2))
     return _mean(F.cross_entropy(logits, labels.flatten(), reduction="sum"), labels)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or float64 if that is what it is in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 _LINEAR = LinearCrossEntropy(reduction="sum")
