@@ -9,6 +9,7 @@ fsdp), and read and write the same checkpoints.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import time
@@ -92,6 +93,8 @@ def parse(kind: type[O], text: str, argv: list[str] | None) -> O:
     for name in ("steps", "batch", "accumulate", "save_every", "eval_every", "log_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, below 1")
+    if not options.out:
+        parser.error("--out is empty; accepted is a folder's name")
     if options.threads:
         torch.set_num_threads(options.threads)
     return options
@@ -148,6 +151,7 @@ def _world() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -194,14 +198,17 @@ class Stepper:
 
     def _shard(self) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(self.device.type, (self.world,))
         for module in list(self.model.modules()):  # every layer of every stack is gathered apart
             if isinstance(module, nn.ModuleList):
                 for layer in module:
                     fully_shard(layer, mesh=mesh)
-        return fully_shard(self.model, mesh=mesh)
+        model = fully_shard(self.model, mesh=mesh)
+        if hasattr(model, "generate"):  # it too needs the weights whole
+            register_fsdp_forward_method(model, "generate")
+        return model
 
     @contextmanager
     def _synchronised(self, last: bool):

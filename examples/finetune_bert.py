@@ -39,6 +39,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 
 import fastattn.hf  # noqa: F401  registers attn_implementation="fastattn"
 from fastattn.minilm import PACKAGE, weights_folder
@@ -53,6 +54,7 @@ class FinetuneOptions(Options):
     examples: int = option(4000, "labelled texts to take; 0: all")
     model: str = option("", 'a BERT\'s folder, "small" or "minilm"; none: minilm if it is there')
     trainer: str = option("plain", "whose loop", choices=("plain", "hf"))
+    steps: int = option(100, "optimizer steps")
     lr: float = option(2e-4, "highest learning rate, reached after --warmup")
     weight_decay: float = option(0.01, "AdamW's, on matrices only")
     length: int = option(64, "tokens of a text, at most")
@@ -218,6 +220,8 @@ def ask(result: Result, data: Data, options: FinetuneOptions, console: Console) 
 
 def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
     options = parse(FinetuneOptions, __doc__, argv)
+    transformers_logging.set_verbosity_error()  # its reports of a new head are not news here
+    transformers_logging.disable_progress_bar()
     data = Data(options)
     console = Console(highlight=False)
     if options.trainer == "hf":
