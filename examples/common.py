@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar, get_type_hints
@@ -297,7 +298,7 @@ class Result:
     folder: Path  # out/model, for from_pretrained
 
 
-def train(task: Task, options: Options, console: Console | None = None) -> Result:
+def train(task: Task, options: Options) -> Result:
     """Trains from the last checkpoint in options.out to options.steps and saves out/model.
 
     Raises CheckpointError where the folder holds another run's checkpoints or none that can be
@@ -305,7 +306,8 @@ def train(task: Task, options: Options, console: Console | None = None) -> Resul
     """
     stepper, out = Stepper(task, options), Path(options.out)
     chief = stepper.rank == 0
-    say = (console or Console(quiet=not chief, highlight=False)).print
+    console = Console(quiet=not chief, highlight=False, soft_wrap=True)
+    say = partial(console.print, markup=False)
     identity = {f.name: getattr(options, f.name) for f in fields(options) if not f.metadata["free"]}
     checkpoints = Checkpoints(out / "checkpoints", identity | {"data": task.data})
     with first_process_first() as first:
@@ -324,7 +326,7 @@ def train(task: Task, options: Options, console: Console | None = None) -> Resul
     if task.flops is not None and chief:
         peak = stepper.world * peak_flops(torch.bfloat16 if options.bf16 else torch.float32)
     evaluation: dict[str, float] = {}
-    with _Display(say, options, done) as display:
+    with _Display(console, options, done) as display:
         for step in range(done + 1, options.steps + 1):
             began = time.perf_counter()
             values = stepper.step(step - 1)
@@ -363,11 +365,10 @@ def train(task: Task, options: Options, console: Console | None = None) -> Resul
 class _Display:
     """A progress bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, say: Callable[[str], None], options: Options, done: int) -> None:
-        self.say, self.every, self.steps = say, options.log_every, options.steps
+    def __init__(self, console: Console, options: Options, done: int) -> None:
+        self.console, self.every, self.steps = console, options.log_every, options.steps
         self.recent: deque[dict[str, float]] = deque(maxlen=options.log_every)
         columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
-        console = say.__self__
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
         self.bar.disable = console.quiet or not console.is_terminal
         self.row = self.bar.add_task("", total=options.steps, completed=done)
@@ -387,4 +388,4 @@ class _Display:
             text += f"  MFU {median(v['mfu'] for v in self.recent):.0%}"
         self.bar.update(self.row, completed=step, description=text)
         if self.bar.disable and (step % self.every == 0 or step == self.steps):
-            self.say(f"step {step}/{self.steps}  {text}")
+            self.console.print(f"step {step}/{self.steps}  {text}")

@@ -104,40 +104,35 @@ def comments(texts: Sequence[str]) -> list[str]:
 # ---- tokens -----------------------------------------------------------------------------------
 
 
-def bytes_tokenizer(texts: Sequence[str], size: int, path: Path) -> Tokenizer:
-    """A byte-level BPE of `size` tokens, token 0 is <|end|>; read from `path` where it is there."""
-    if not path.exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        _train(tokenizer, texts, path, trainers.BpeTrainer(
-            vocab_size=size, special_tokens=["<|end|>"], show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ))  # fmt: skip
-    return read_tokenizer(path)
-
-
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's
 PAD, UNK, CLS, SEP, MASK = range(5)
 
 
-def word_tokenizer(texts: Sequence[str], size: int, path: Path) -> Tokenizer:
-    """A lower-case WordPiece of at most `size` tokens, SPECIAL first, as BERT has it."""
+def train_tokenizer(
+    texts: Sequence[str], size: int, path: Path, special: Sequence[str], lower: bool = False
+) -> Tokenizer:
+    """A byte-level BPE of `size` tokens, the special ones first; read from `path` if it is there.
+
+    Not WordPiece, whose training in tokenizers 0.23 depends on the order of a hash table.
+    """
     if not path.exists():
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        _train(tokenizer, texts, path, trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=list(SPECIAL), show_progress=False,
-        ))  # fmt: skip
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if size < len(alphabet) + len(special):
+            raise ValueError(f"--vocabulary is {size}; accepted is at least "
+                             f"{len(alphabet) + len(special)}, for single bytes")  # fmt: skip
+        tokenizer = Tokenizer(models.BPE())
+        if lower:
+            tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lower)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=list(special), show_progress=False,
+            initial_alphabet=sorted(alphabet),
+        )  # fmt: skip
+        tokenizer.train_from_iterator(texts, trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda temporary: tokenizer.save(str(temporary)))
     return read_tokenizer(path)
-
-
-def _train(tokenizer: Tokenizer, texts: Sequence[str], path: Path, trainer) -> None:
-    tokenizer.train_from_iterator(texts, trainer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda temporary: tokenizer.save(str(temporary)))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

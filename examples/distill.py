@@ -20,6 +20,7 @@ from corpus import (
     CLS,
     PAD,
     SEP,
+    SPECIAL,
     Labelled,
     docstring_or_comment,
     fingerprint,
@@ -27,7 +28,7 @@ from corpus import (
     pick,
     read_labelled,
     scores,
-    word_tokenizer,
+    train_tokenizer,
 )
 from cost import Clock, Cost, report
 from rich.console import Console
@@ -61,7 +62,8 @@ class Data:
         self.texts = Labelled.split(pairs, options.seed, options.examples)
         with first_process_first():
             path = Path(options.out) / "tokenizer.json"
-            tokenizer = word_tokenizer([text for text, _ in self.texts.train], 2048, path)
+            texts = [text for text, _ in self.texts.train]
+            tokenizer = train_tokenizer(texts, 2048, path, SPECIAL, lower=True)
         self.vocabulary = tokenizer.get_vocab_size()
         self.train, self.test = (
             [

@@ -47,7 +47,7 @@ class Checkpoints:
             try:
                 content = self._read(path)
             except CheckpointError as error:
-                say(f"{error}; the one before it is tried")
+                say(f"{error}{'; the one before it is tried' if path != paths[0] else ''}")
                 continue
             saved = content["identity"]
             names = [n for n in self.identity if saved.get(n) != self.identity[n]]

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from common import Batch, Options, Result, Task, first_process_first, option, parse, train
 from corpus import (
+    SPECIAL,
     Labelled,
     docstring_or_comment,
     fingerprint,
     pick,
     read_labelled,
     scores,
-    word_tokenizer,
+    train_tokenizer,
 )
 from cost import Clock, Cost, report
 from rich.console import Console
@@ -90,7 +91,8 @@ class Data:
         if self.start is not None:
             path = self.start / "tokenizer.json"
         with first_process_first():
-            fast = word_tokenizer([text for text, _ in self.texts.train], 4096, path)
+            texts = [text for text, _ in self.texts.train]
+            fast = train_tokenizer(texts, 2048, path, SPECIAL, lower=True)
         if fast.post_processor is None:
             from tokenizers.processors import BertProcessing
 

@@ -29,7 +29,7 @@ from corpus import (
     pad,
     pick,
     read_folder,
-    word_tokenizer,
+    train_tokenizer,
 )
 from cost import Cost, report
 from rich.console import Console
@@ -87,7 +87,9 @@ class Data:
         sentences = [sentence for document in found for sentence in document]
         with first_process_first():
             path = Path(options.out) / "tokenizer.json"
-            self.tokenizer = word_tokenizer(sentences, options.vocabulary, path)
+            self.tokenizer = train_tokenizer(
+                sentences, options.vocabulary, path, SPECIAL, lower=True
+            )
         ids = iter(self.tokenizer.encode_batch(sentences))
         documents = [[next(ids).ids for _ in document] for document in found]
         cut = max(1, len(documents) // 10)
@@ -174,8 +176,9 @@ def guess(folder: Path, data: Data, text: str) -> str:
     """What the trained model puts in the place of [MASK]."""
     model = BERT.from_pretrained(folder)
     ids = torch.tensor([[CLS, *data.tokenizer.encode(text).ids, SEP]])
-    logits = model(ids).logits[0, (ids[0] == MASK).nonzero()[0, 0]]
-    best = ", ".join(data.tokenizer.id_to_token(i) for i in logits.topk(5).indices.tolist())
+    with torch.no_grad():
+        logits = model(ids).logits[0, (ids[0] == MASK).nonzero()[0, 0]]
+    best = ",".join(data.tokenizer.decode([i]) for i in logits.topk(5).indices.tolist())
     return f"{text}: {best}"
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from common import Batch, Options, Result, Task, first_process_first, option, parse, train
-from corpus import Packed, bytes_tokenizer, fingerprint, read_folder
+from corpus import Packed, fingerprint, read_folder, train_tokenizer
 from cost import Cost, report
 from rich.console import Console
 
 from fastattn.models import GPT
 
-END = 0  # the token after each document
+END = 0  # the token after each document, <|end|>
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Data:
         texts = read_folder(options.data, options.megabytes)
         with first_process_first():
             path = Path(options.out) / "tokenizer.json"
-            self.tokenizer = bytes_tokenizer(texts, options.vocabulary, path)
+            self.tokenizer = train_tokenizer(texts, options.vocabulary, path, ["<|end|>"])
         documents = [torch.tensor([*e.ids, END]) for e in self.tokenizer.encode_batch(texts)]
         held_out = max(1, len(documents) // 10)
         if len(documents) == 1:

@@ -160,7 +160,7 @@ class Model(nn.Module):
         module does not hold all of them (sharded training); None: its own.
         """
         state = self.state_dict() if state_dict is None else state_dict
-        config = {"model": type(self).__name__, **asdict(self.config)}
+        config = {"model": self._kind(), **asdict(self.config)}
         checkpoint.save(folder, state, config)
 
     @classmethod
@@ -174,10 +174,10 @@ class Model(nn.Module):
         """
         state, saved = checkpoint.load(folder)
         name = saved.pop("model", None)
-        if name != cls.__name__:
+        if name != cls._kind():
             raise checkpoint.CheckpointError(
-                f"{folder} holds {'a ' + name if name else 'no known model'}; {cls.__name__}."
-                f"from_pretrained accepts a {cls.__name__}'s folder"
+                f"{folder} holds {'a ' + name if name else 'no known model'}; {cls._kind()}."
+                f"from_pretrained accepts a {cls._kind()}'s folder"
             )
         model = cls(**{**saved, **changes})
         anew = [n for n in ("head", "num_labels") if n in changes and changes[n] != saved.get(n)]
@@ -187,6 +187,12 @@ class Model(nn.Module):
         checkpoint.match(model.state_dict(), state, str(folder))
         model.load_state_dict(state, assign=True)
         return model.eval()
+
+    @classmethod
+    def _kind(cls) -> str:
+        """The model's name in config.json: that of the class with the config_class, because
+        fully_shard() makes a class of its own."""
+        return next(c.__name__ for c in cls.__mro__ if "config_class" in vars(c))
 
     def load_pretrained(self, folder: str | os.PathLike) -> None:
         """Takes the weights in `folder`; one that does not fit raises and changes nothing."""
