@@ -183,7 +183,7 @@ class Plan:
         return includes, [f"-L{self.torch / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu"]
 
     def _cpu(self, why_not: str | None) -> Library:
-        sources = [*ROOT.glob("csrc/ops_cpu.cpp"), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+        sources = [*sorted(ROOT.glob("csrc/*_cpu.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
         why_not = why_not or (None if sources else "csrc/ops_cpu.cpp is not in this source tree")
         if why_not:
             return Library("_cpu", why_not=why_not)

@@ -1,7 +1,9 @@
-"""The operators around attention: norm, rotate, gate and linear_cross_entropy.
+"""The operators around attention: norm, rotate and gate. Kernels: csrc/fused_cpu.cpp.
 
-Each has a reference in plain torch here: float64-exact, and the source of every derivative beyond
-the first.
+Each has a reference in plain torch here, float64-exact. The kernels run where they pay: on CPU
+tensors in eager mode. The references run under torch.compile (inductor fuses them as well), on
+other devices and under torch.func and forward-mode derivatives, and they are what second
+derivatives are made of. All keep their input's dtype under autocast.
 """
 
 from __future__ import annotations
@@ -9,14 +11,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks
+from .autograd import _KEYS, pull_back
+from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, _unit_stride, is_dense
 
 # ---- references --------------------------------------------------------------------------------
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def norm_reference(x, residual, weight, bias, eps, center):
@@ -35,11 +36,11 @@ def norm_reference(x, residual, weight, bias, eps, center):
 
 def rotate_reference(x, cos, sin, positions, interleaved):
     """x [..., S, D], pairs of its first 2 * cos.shape[-1] channels turned by the angles of rows
-    s (or positions[s] or [b, s]) of cos and sin."""
+    s (or positions[s] or [b, s]) of cos and sin; those may also be [B, S, pairs]."""
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
-    if cos.dim() == 3:  # [B, S, pairs]: over the heads
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # over the heads
     pairs = cos.shape[-1]
     turned, rest = x[..., : 2 * pairs].to(cos.dtype), x[..., 2 * pairs :]
     if interleaved:
@@ -65,55 +66,266 @@ def gate_reference(gate, up, activation):
     return (GATES[activation](gate) * up).to(dtype)
 
 
-def linear_cross_entropy_reference(
-    hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, softcap
-):
-    """The loss of each row [N], from all the logits."""
-    logits = F.linear(hidden, weight, bias).to(_accumulate(hidden.dtype))
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    kept = labels != ignore_index
-    lse = logits.logsumexp(-1)
-    target = logits.gather(-1, torch.where(kept, labels, 0).unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * target
-    if label_smoothing:
-        loss = loss - label_smoothing * logits.mean(-1)
-    if z_loss:
-        loss = loss + z_loss * lse.square()
-    return torch.where(kept, loss, 0.0)
-
-
 # ---- the calls ---------------------------------------------------------------------------------
 
 
-def norm(x, residual, weight, bias, eps, center):
-    """(y, summed) as norm_reference says."""
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual has shape {checks.show(residual)} and x {checks.show(x)}; they "
-                         "must be equal")  # fmt: skip
-    return norm_reference(x, residual, weight, bias, eps, center)
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, summed) as norm_reference says. Rows are the last dimension; strides are free."""
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and checks.tensor("x", x).shape[-1:] != vector.shape:
+            raise ValueError(f"x has shape {checks.show(x)} and {name} {checks.show(vector)}; "
+                             f"accepted is [..., {vector.shape[0]}]")  # fmt: skip
+    _floating("x", x)
+    if residual is not None:
+        if _floating("residual", residual).shape != x.shape:
+            raise ValueError(f"residual has shape {checks.show(residual)} and x {checks.show(x)}; "
+                             "they must be equal")  # fmt: skip
+        if residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+    if not has_kernel(x, residual, weight, bias):
+        return norm_reference(x, residual, weight, bias, eps, center)
+    y, summed, _, _ = _norm(x, residual, weight, bias, eps, center)
+    return y, (x if residual is None else summed)
 
 
-def rotate(x, cos, sin, positions, interleaved):
-    """x turned, as rotate_reference says."""
-    return rotate_reference(x, cos, sin, positions, interleaved)
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+) -> Tensor:
+    """x turned, as rotate_reference says, in x's memory order; nothing is copied."""
+    _floating("x", x)
+    if x.dim() > 4 or cos.dim() > 2 or not has_kernel(x, cos, sin, positions):
+        return rotate_reference(x, cos, sin, positions, interleaved)
+    shape = x.shape
+    turned = _rotate(x[(None,) * (4 - x.dim())], cos, sin, positions, interleaved, False)
+    return turned if x.dim() == 4 else turned.view(shape)
 
 
 def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up."""
-    return gate_reference(gate, up, activation)
+    """activation(gate) * up, both [..., hidden] of one shape; activation is one of GATES."""
+    if _floating("gate", gate).shape != _floating("up", up).shape:
+        raise ValueError(f"up has shape {checks.show(up)} and gate {checks.show(gate)}; they must "
+                         "be equal")  # fmt: skip
+    if gate.dim() == 0 or gate.dtype != up.dtype or not has_kernel(gate, up):
+        return gate_reference(gate, up, activation)
+    return _gate(gate, up, activation)
 
 
-def linear_cross_entropy(
-    hidden, weight, labels, bias, ignore_index, label_smoothing, z_loss, softcap, reduction, chunk
+def _floating(name, x) -> Tensor:
+    if checks.tensor(name, x).dtype not in checks.DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; accepted are float32, bfloat16, float16, float64")
+    return x
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def has_kernel(*tensors) -> bool:
+    """Do the CPU kernels take these tensors, here and now?"""
+    return (
+        NATIVE_MISSING is None
+        and not torch.compiler.is_compiling()
+        and all(type(x) in _PLAIN and (x is None or x.is_cpu) for x in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+# ---- schemas and fake kernels ------------------------------------------------------------------
+
+for _schema in (
+    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center)"
+    " -> (Tensor y, Tensor summed, Tensor mean, Tensor rstd)",
+    "norm_bwd(Tensor dy, Tensor? dsummed, Tensor x, Tensor? weight, Tensor mean, Tensor rstd,"
+    " float eps, bool center, bool need_dweight, bool need_dbias)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "rotate(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse)"
+    " -> Tensor",
+    "gate_fwd(Tensor gate, Tensor up, str activation) -> Tensor",
+    "gate_bwd(Tensor dout, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)",
 ):
-    """The loss over chunks of rows; linear_cross_entropy_reference says what of each row."""
-    rows = labels.reshape(-1)
-    loss = linear_cross_entropy_reference(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, ignore_index, label_smoothing,
-        z_loss, softcap,
-    )  # fmt: skip
-    if reduction == "none":
-        return loss.view(labels.shape)
-    total = loss.sum()
-    return total if reduction == "sum" else total / (rows != ignore_index).sum()
+    _LIBRARY.define(_schema, tags=_TAGS)
+
+
+def _like(x: Tensor) -> Tensor:
+    """A result: x's memory order where x is dense, else contiguous."""
+    dense = is_dense(x) and (x.shape[-1] <= 1 or x.stride(-1) == 1)
+    return torch.empty_like(x) if dense else x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastattn::norm_fwd", lib=_LIBRARY)
+def _norm_fake(x, residual, weight, bias, eps, center):
+    rows, dtype = x.shape[:-1].numel(), _accumulate(x.dtype)
+    mean, rstd = (x.new_empty(n, dtype=dtype) for n in (rows if center else 0, rows))
+    return _like(x), x.new_empty(0) if residual is None else _like(x), mean, rstd
+
+
+@torch.library.register_fake("fastattn::norm_bwd", lib=_LIBRARY)
+def _norm_backward_fake(dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, need_dbias):
+    sizes = (x.shape[-1] if need else 0 for need in (need_dweight, need_dbias))
+    return _like(x), *(x.new_empty(n, dtype=_accumulate(x.dtype)) for n in sizes)
+
+
+@torch.library.register_fake("fastattn::rotate", lib=_LIBRARY)
+def _rotate_fake(x, cos, sin, positions, interleaved, inverse):
+    return torch.empty_like(_unit_stride(x))
+
+
+@torch.library.register_fake("fastattn::gate_fwd", lib=_LIBRARY)
+def _gate_fake(gate, up, activation):
+    return _like(gate)
+
+
+@torch.library.register_fake("fastattn::gate_bwd", lib=_LIBRARY)
+def _gate_backward_fake(dout, gate, up, activation):
+    return _like(gate), _like(gate)
+
+
+# ---- autograd ----------------------------------------------------------------------------------
+
+
+def differentiable(name, setup, gradient):
+    """torch.ops.fastattn.<name> as a function, and its derivative registered for every other use.
+
+    The function is an autograd.Function around the operator, or, where no gradient is wanted, the
+    operator's kernel itself: half the cost of torch.library's own way (autograd.py has the
+    numbers).
+    """
+    operator = getattr(torch.ops.fastattn, name).default
+    torch.library.register_autograd(
+        f"fastattn::{name}", gradient, setup_context=setup, lib=_LIBRARY
+    )
+
+    def forward(*args):
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            return operator(*args)
+
+    members = {"forward": forward, "setup_context": setup, "backward": gradient}
+    members = {key: staticmethod(function) for key, function in members.items()}
+    function = type(name, (torch.autograd.Function,), members)
+    apply = super(torch.autograd.Function, function).apply  # as in autograd.py
+
+    def call(*args):
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return apply(*args)
+        return forward(*args)
+
+    return call
+
+
+def save_inputs(ctx, inputs, output) -> None:
+    """setup_context of an operator whose derivative needs its inputs alone."""
+    ctx.tensors = [n for n, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.save_for_backward(*(inputs[n] for n in ctx.tensors))
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def saved_inputs(ctx) -> list:
+    """What save_inputs saved."""
+    inputs = list(ctx.others)
+    for n, x in zip(ctx.tensors, ctx.saved_tensors):
+        inputs[n] = x
+    return inputs
+
+
+def through(function, primals):
+    """A gradient for an operator's backward: function(*inputs) gives the reference's function of
+    the first `primals` inputs, which is differentiated."""
+
+    def gradient(ctx, *cotangents):
+        inputs = saved_inputs(ctx)
+        if all(c is None for c in cotangents):
+            return (None,) * len(inputs)
+        grads = pull_back(function(*inputs), inputs[:primals], cotangents)
+        return (*grads, *(None,) * (len(inputs) - primals))
+
+    return gradient
+
+
+def _norm_setup(ctx, inputs, output):
+    x, residual, weight, bias, ctx.eps, ctx.center = inputs
+    _, summed, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    base = x if residual is None else summed
+    ctx.save_for_backward(base, weight, bias, mean, rstd)
+    ctx.residual = residual is not None
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradient(ctx, dy, dsummed, dmean, drstd):
+    base, weight, bias, mean, rstd = ctx.saved_tensors
+    dsummed = dsummed if ctx.residual else None
+    if dy is None:
+        return dsummed, dsummed, None, None, None, None
+    _, _, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
+    dx, dweight, dbias = _norm_backward(
+        dy, dsummed, base, weight, mean, rstd, ctx.eps, ctx.center, need_dweight, need_dbias
+    )
+    dweight = dweight.to(weight.dtype) if need_dweight else None
+    dbias = dbias.to(bias.dtype) if need_dbias else None
+    return dx, dx if ctx.residual else None, dweight, dbias, None, None
+
+
+def _norm_grads(dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, need_dbias):
+    """(dy, dsummed, x, weight) -> norm_bwd's results, by the reference. mean and rstd are x's."""
+
+    def gradients(dy, dsummed, x, weight):
+        dtype = _accumulate(x.dtype)
+        weight = None if weight is None else weight.to(dtype)
+
+        def reference(x, weight):
+            return norm_reference(x, None, weight, None, eps, center)[:1]
+
+        dx, dweight = pull_back(reference, (x, weight), (dy,))
+        dx = dx if dsummed is None else dx + dsummed
+        dbias = dy.to(dtype).flatten(0, -2).sum(0) if need_dbias else x.new_empty(0, dtype=dtype)
+        return dx, dweight if need_dweight else x.new_empty(0, dtype=dtype), dbias
+
+    return gradients
+
+
+def _rotate_setup(ctx, inputs, output):
+    _, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+    ctx.set_materialize_grads(False)
+
+
+def _rotate_gradient(ctx, dout):
+    """A rotation's transpose is the rotation back. cos and sin are tables: no gradient."""
+    nothing = (None,) * 5
+    if dout is None:
+        return None, *nothing
+    return _rotate(dout, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), *nothing
+
+
+def _gate_gradient(ctx, dout):
+    if dout is None:
+        return None, None, None
+    return *_gate_backward(dout, *saved_inputs(ctx)), None
+
+
+def _gate_grads(dout, gate, up, activation):
+    def gradients(dout, gate, up):
+        def reference(gate, up):
+            return (gate_reference(gate, up, activation),)
+
+        return pull_back(reference, (gate, up), (dout,))
+
+    return gradients
+
+
+_norm = differentiable("norm_fwd", _norm_setup, _norm_gradient)
+_norm_backward = differentiable("norm_bwd", save_inputs, through(_norm_grads, 4))
+_rotate = differentiable("rotate", _rotate_setup, _rotate_gradient)
+_gate = differentiable("gate_fwd", save_inputs, _gate_gradient)
+_gate_backward = differentiable("gate_bwd", save_inputs, through(_gate_grads, 3))

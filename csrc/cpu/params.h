@@ -7,14 +7,10 @@
 
 #include "../philox.h"
 #include "../spec.h"
+#include "dtype.h"
+#include "fused.h"
 
 namespace fastattn::cpu {
-
-enum class Dtype { F32, F64, BF16, F16, BOOL };
-
-inline int size_of(Dtype t) {
-    return t == Dtype::F64 ? 8 : t == Dtype::F32 ? 4 : t == Dtype::BOOL ? 1 : 2;
-}
 
 // [batch, heads, rows, columns] in memory; strides in elements, 0 where broadcast.
 struct Tensor4 {
@@ -99,6 +95,7 @@ struct Kernels {
     void (*backward)(const Params&, const BackwardItem&);
     void (*reduce)(const Params&, const BackwardItem*, int parts);
     int64_t (*padded)(int columns);  // row length of dk_sum and dv_sum
+    FusedKernels fused;
 };
 
 // fp32 arithmetic (fp32, bf16, fp16 tensors) and fp64.

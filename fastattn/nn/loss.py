@@ -1,5 +1,5 @@
 """LinearCrossEntropy: the loss of a language model's head without its logits.
-Next hop: fused.linear_cross_entropy.
+Next hop: fused_loss.linear_cross_entropy.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ import math
 
 from torch import Tensor, nn
 
-from .. import checks, fused
+from .. import checks
+from ..fused_loss import linear_cross_entropy
 from ._arguments import choice, positive
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -71,7 +72,7 @@ class LinearCrossEntropy(nn.Module):
             of weight and bias are summed over chunks in float32 and rounded once. Second
             derivatives go through plain torch and do have the logits in memory.
         """
-        return fused.linear_cross_entropy(
+        return linear_cross_entropy(
             hidden, weight, labels, bias, self.ignore_index, self.label_smoothing, self.z_loss,
             self.softcap, self.reduction, self.chunk,
         )  # fmt: skip

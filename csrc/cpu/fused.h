@@ -1,0 +1,75 @@
+// Where the row kernels around attention (norm, gate, rotate, cross entropy) find their operands.
+// next: fused.inl
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastattn::cpu {
+
+// Rows in memory; stride in elements from one to the next. Null data: absent.
+struct Rows {
+    char* data = nullptr;
+    int64_t stride = 0;
+};
+
+struct NormCall {
+    Dtype dtype;
+    int dim;
+    bool center;  // LayerNorm; else RMSNorm
+    double eps;
+    Rows x, residual, y, summed;
+    const void* weight;  // [dim] of the arithmetic type; null: 1
+    const void* bias;    // the same; null: 0
+    void* mean;          // [rows]; null without center
+    void* rstd;          // [rows]
+    Rows dy, dsummed, dx;
+};
+
+enum class Activation { SILU, GELU, GELU_TANH };
+
+struct GateCall {
+    Dtype dtype;
+    int dim;
+    Activation activation;
+    Rows gate, up, out;
+    Rows dout, dgate, dup;
+};
+
+struct RotateCall {
+    Dtype dtype;
+    int64_t batch, heads, length;
+    int dim, pairs;
+    char *x, *out;
+    int64_t x_stride[3], out_stride[3];  // of batch, head and row
+    bool heads_inside;                   // walk heads before rows, as they lie in memory
+    const void *cos, *sin;               // [positions, pairs] of the arithmetic type
+    int64_t cos_stride, sin_stride;
+    const int64_t* positions;  // row s of entry b reads positions[b * positions_batch + s]; null: s
+    int64_t positions_batch;
+    bool interleaved, inverse;
+};
+
+struct CrossEntropyCall {
+    Dtype dtype;
+    int vocab;
+    Rows logits;
+    const int64_t* labels;
+    int64_t ignore_index;
+    double label_smoothing, z_loss, softcap;
+    const void* scale;  // [rows]: the gradient of each row's loss; null: logits stay as they are
+    void *loss, *lse;   // [rows]
+};
+
+// Each works on rows begin to end.
+struct FusedKernels {
+    void (*norm)(const NormCall&, int64_t begin, int64_t end);
+    // adds to dweight and dbias, [dim] of the arithmetic type; null: not wanted
+    void (*norm_backward)(const NormCall&, int64_t begin, int64_t end, void* dweight, void* dbias);
+    void (*gate)(const GateCall&, int64_t begin, int64_t end);
+    void (*gate_backward)(const GateCall&, int64_t begin, int64_t end);
+    void (*rotate)(const RotateCall&, int64_t begin, int64_t end);  // rows of all heads and entries
+    void (*cross_entropy)(const CrossEntropyCall&, int64_t begin, int64_t end);
+};
+
+}  // namespace fastattn::cpu

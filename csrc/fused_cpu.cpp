@@ -1,0 +1,380 @@
+// The CPU operators around attention: norm, gate, rotate, cross_entropy. Checks, and the parallel
+// loops over rows.
+// next: cpu/fused.inl
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/call.h"
+#include "cpu/run.h"
+
+namespace fastattn::cpu {
+namespace {
+
+constexpr int64_t ITEM_VALUES = 1 << 14;  // values of a work item: 64 KiB of fp32, in L2
+constexpr double FLOPS_A_VALUE = 8;
+
+// ---- rows ----------------------------------------------------------------------------------------
+
+// The last dimension's rows of a tensor. A dense tensor's are taken in the order in which they lie
+// in memory, so that a transposed one is not copied, and results lie as it does. Another's are taken
+// in place where they are evenly spaced (half of a wider projection), and results are contiguous.
+class RowOrder {
+  public:
+    explicit RowOrder(Tensor& x) {
+        check_cpu(x, "a tensor");
+        auto dtype = dtype_of(x);
+        CHECK(dtype && *dtype != Dtype::BOOL,
+              "tensors must be float32, float64, bfloat16 or float16");
+        CHECK(x.dim() >= 1, "tensors must have at least one dimension");
+        const int64_t last = x.dim() - 1;
+        CHECK(x.size(last) < MAX_LENGTH, "rows must be shorter than 2^30");
+        this->dtype = *dtype;
+        dim = static_cast<int>(x.size(last));
+        order_.resize(last);
+        std::iota(order_.begin(), order_.end(), 0);
+        dense_ = is_dense(x) && (dim <= 1 || x.stride(last) == 1);
+        if (dense_)
+            std::stable_sort(order_.begin(), order_.end(),
+                             [&](int a, int b) { return x.stride(a) > x.stride(b); });
+        else if (!even(x))
+            x = torch::stable::contiguous(x);
+        for (int64_t d = 0; d < last; d++) rows *= x.size(d);
+        like_ = x;
+    }
+
+    // t's rows in this order; t becomes a copy where it does not lie that way.
+    Rows rows_of(Tensor& t, const char* name) const {
+        check_cpu(t, name);
+        bool same = t.dim() == like_.dim() && t.scalar_type() == like_.scalar_type();
+        for (int64_t d = 0; same && d < t.dim(); d++) same = t.size(d) == like_.size(d);
+        CHECK(same, name, " has shape ", shape_of(t), ", expected ", shape_of(like_),
+              " in the same dtype");
+        if (!even(t)) {
+            Tensor copy = new_like();
+            torch::stable::copy_(copy, t);
+            t = copy;
+        }
+        int64_t stride = dim;
+        for (int d : order_)
+            if (t.size(d) != 1) stride = t.stride(d);  // of the innermost
+        return {static_cast<char*>(t.data_ptr()), stride};
+    }
+    Rows rows_of(OptionalTensor& t, const char* name) const {
+        return t ? rows_of(*t, name) : Rows{};
+    }
+
+    Tensor new_like() const {
+        if (dense_) return torch::stable::empty_like(like_);
+        std::vector<int64_t> sizes(like_.dim());
+        for (int64_t d = 0; d < like_.dim(); d++) sizes[d] = like_.size(d);
+        return new_tensor(like_, sizes, like_.scalar_type());
+    }
+    Tensor new_values(bool wanted = true) const {  // one for each row
+        return new_tensor(like_, {wanted ? rows : 0}, accumulate_type(like_));
+    }
+
+    template <class F> void for_each(const F& run) const {
+        int64_t step = std::max<int64_t>(1, ITEM_VALUES / std::max(1, dim));
+        int64_t items = dim == 0 ? 0 : (rows + step - 1) / step;
+        for_each_item(static_cast<int>(items), FLOPS_A_VALUE * rows * dim, [&](int i) {
+            run(i * step, std::min(rows, (i + 1) * step));
+        });
+    }
+
+    Dtype dtype;
+    int dim;
+    int64_t rows = 1;
+
+  private:
+    // Do rows follow each other at one distance, in this order, each with unit stride?
+    bool even(const Tensor& t) const {
+        if (t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1) return false;
+        int64_t expected = -1;
+        for (auto d = order_.rbegin(); d != order_.rend(); ++d) {
+            if (t.size(*d) == 1) continue;
+            if (expected >= 0 && t.stride(*d) != expected) return false;
+            if (expected < 0 && t.stride(*d) < dim) return false;  // rows that overlap
+            expected = t.stride(*d) * t.size(*d);
+        }
+        return true;
+    }
+
+    std::vector<int> order_;  // of all dimensions but the last
+    bool dense_;
+    Tensor like_;
+};
+
+// A vector [dim] of any floating dtype in the arithmetic type, contiguous.
+OptionalTensor arithmetic(const OptionalTensor& t, const RowOrder& order, const char* name) {
+    if (!t) return t;
+    check_cpu(*t, name);
+    CHECK(t->dim() == 1 && t->size(0) == order.dim, name, " has shape ", shape_of(*t),
+          ", expected [", order.dim, "]");
+    ScalarType wanted = order.dtype == Dtype::F64 ? ScalarType::Double : ScalarType::Float;
+    Tensor x = t->scalar_type() == wanted ? *t : torch::stable::to(*t, wanted);
+    return torch::stable::contiguous(x);
+}
+
+void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
+
+// ---- norm ------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor residual,
+                                                    OptionalTensor weight, OptionalTensor bias,
+                                                    double eps, bool center) {
+    RowOrder order(x);
+    Tensor y = order.new_like(), rstd = order.new_values(), mean = order.new_values(center);
+    Tensor summed = residual ? order.new_like() : new_tensor(x, {0}, x.scalar_type());
+    weight = arithmetic(weight, order, "weight");
+    bias = arithmetic(bias, order, "bias");
+    NormCall call{};
+    call.dtype = order.dtype;
+    call.dim = order.dim;
+    call.center = center;
+    call.eps = eps;
+    call.x = order.rows_of(x, "x");
+    call.residual = order.rows_of(residual, "residual");
+    call.y = order.rows_of(y, "y");
+    if (residual) call.summed = order.rows_of(summed, "summed");
+    call.weight = pointer(weight);
+    call.bias = pointer(bias);
+    call.mean = mean.data_ptr();
+    call.rstd = rstd.data_ptr();
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    order.for_each([&](int64_t begin, int64_t end) { kernels.norm(call, begin, end); });
+    return {y, summed, mean, rstd};
+}
+
+// Sums over rows: each of at most MAX_PARTS runs of rows adds up its own, and the parts are added in
+// order. The number of parts depends on the shape alone, so the bits do not depend on the threads.
+constexpr int64_t MAX_PARTS = 32;
+
+template <class A>
+void backward_in_parts(const NormCall& call, const RowOrder& order, Tensor& dweight,
+                       Tensor& dbias, bool need_dweight, bool need_dbias) {
+    const int64_t n = order.dim, wanted = need_dweight || need_dbias;
+    const int64_t limit = wanted ? MAX_PARTS : int64_t(1) << 20;
+    int64_t parts = std::max<int64_t>(1, std::min(limit, order.rows * n / ITEM_VALUES));
+    std::unique_ptr<A[]> sums(new A[wanted ? 2 * parts * n + 1 : 1]());
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    for_each_item(static_cast<int>(parts), FLOPS_A_VALUE * order.rows * n, [&](int i) {
+        kernels.norm_backward(call, order.rows * i / parts, order.rows * (i + 1) / parts,
+                              need_dweight ? &sums[2 * i * n] : nullptr,
+                              need_dbias ? &sums[(2 * i + 1) * n] : nullptr);
+    });
+    auto reduce = [&](Tensor& to, int which) {
+        A* total = static_cast<A*>(to.data_ptr());
+        for (int64_t j = 0; j < n; j++) total[j] = 0;
+        for (int64_t i = 0; i < parts; i++)
+            for (int64_t j = 0; j < n; j++) total[j] += sums[(2 * i + which) * n + j];
+    };
+    if (need_dweight) reduce(dweight, 0);
+    if (need_dbias) reduce(dbias, 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor dsummed, Tensor x,
+                                            OptionalTensor weight, Tensor mean, Tensor rstd,
+                                            double eps, bool center, bool need_dweight,
+                                            bool need_dbias) {
+    RowOrder order(x);
+    ScalarType accumulate = accumulate_type(x);
+    CHECK(rstd.scalar_type() == accumulate && rstd.dim() == 1 && rstd.size(0) == order.rows &&
+              mean.scalar_type() == accumulate && mean.dim() == 1 &&
+              mean.size(0) == (center ? order.rows : 0),
+          "mean and rstd must be those of the forward pass");
+    Tensor dx = order.new_like();
+    Tensor dweight = new_tensor(x, {need_dweight ? order.dim : 0}, accumulate);
+    Tensor dbias = new_tensor(x, {need_dbias ? order.dim : 0}, accumulate);
+    weight = arithmetic(weight, order, "weight");
+    mean = torch::stable::contiguous(mean);
+    rstd = torch::stable::contiguous(rstd);
+    NormCall call{};
+    call.dtype = order.dtype;
+    call.dim = order.dim;
+    call.center = center;
+    call.eps = eps;
+    call.x = order.rows_of(x, "x");
+    call.dy = order.rows_of(dy, "dy");
+    call.dsummed = order.rows_of(dsummed, "dsummed");
+    call.dx = order.rows_of(dx, "dx");
+    call.weight = pointer(weight);
+    call.mean = mean.data_ptr();
+    call.rstd = rstd.data_ptr();
+    if (order.dtype == Dtype::F64)
+        backward_in_parts<double>(call, order, dweight, dbias, need_dweight, need_dbias);
+    else
+        backward_in_parts<float>(call, order, dweight, dbias, need_dweight, need_dbias);
+    return {dx, dweight, dbias};
+}
+
+// ---- gate ------------------------------------------------------------------------------------------
+
+Activation activation_of(const std::string& name) {
+    if (name == "silu") return Activation::SILU;
+    if (name == "gelu") return Activation::GELU;
+    CHECK(name == "gelu_tanh", "activation is '", name, "'; accepted are silu, gelu, gelu_tanh");
+    return Activation::GELU_TANH;
+}
+
+Tensor gate_fwd(Tensor gate, Tensor up, std::string activation) {
+    RowOrder order(gate);
+    Tensor out = order.new_like();
+    GateCall call{};
+    call.dtype = order.dtype;
+    call.dim = order.dim;
+    call.activation = activation_of(activation);
+    call.gate = order.rows_of(gate, "gate");
+    call.up = order.rows_of(up, "up");
+    call.out = order.rows_of(out, "out");
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    order.for_each([&](int64_t begin, int64_t end) { kernels.gate(call, begin, end); });
+    return out;
+}
+
+std::tuple<Tensor, Tensor> gate_bwd(Tensor dout, Tensor gate, Tensor up, std::string activation) {
+    RowOrder order(gate);
+    Tensor dgate = order.new_like(), dup = order.new_like();
+    GateCall call{};
+    call.dtype = order.dtype;
+    call.dim = order.dim;
+    call.activation = activation_of(activation);
+    call.gate = order.rows_of(gate, "gate");
+    call.up = order.rows_of(up, "up");
+    call.dout = order.rows_of(dout, "dout");
+    call.dgate = order.rows_of(dgate, "dgate");
+    call.dup = order.rows_of(dup, "dup");
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    order.for_each([&](int64_t begin, int64_t end) { kernels.gate_backward(call, begin, end); });
+    return {dgate, dup};
+}
+
+// ---- rotate ----------------------------------------------------------------------------------------
+
+void check_table(const Tensor& t, const Tensor& like, const char* name, ScalarType wanted) {
+    check_cpu(t, name);
+    CHECK(t.scalar_type() == wanted, name, " must be float32 (float64 for float64 tensors)");
+    CHECK(t.dim() == 2 && t.size(0) == like.size(0) && t.size(1) == like.size(1), name,
+          " has shape ", shape_of(t), ", expected [positions, pairs], cos and sin alike");
+}
+
+// positions [S] or [B, S] as int64, each a row of a table of `rows`.
+Tensor checked_positions(const Tensor& t, int64_t batch, int64_t length, int64_t rows) {
+    check_cpu(t, "positions");
+    CHECK((t.dim() == 1 && t.size(0) == length) ||
+              (t.dim() == 2 && t.size(0) == batch && t.size(1) == length),
+          "positions has shape ", shape_of(t), ", expected [", length, "] or [", batch, ", ",
+          length, "]");
+    bool wide = t.scalar_type() == ScalarType::Long;
+    CHECK(wide || t.scalar_type() == ScalarType::Int, "positions must be int32 or int64");
+    Tensor x = torch::stable::contiguous(wide ? t : torch::stable::to(t, ScalarType::Long));
+    const int64_t* values = static_cast<const int64_t*>(x.data_ptr());
+    for (int64_t i = 0; i < x.numel(); i++)
+        CHECK(values[i] >= 0 && values[i] < rows, "positions holds ", values[i],
+              ", and cos and sin have ", rows, " rows");
+    return x;
+}
+
+Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved,
+              bool inverse) {
+    check_cpu(x, "x");
+    auto dtype = dtype_of(x);
+    CHECK(dtype && *dtype != Dtype::BOOL && x.dim() == 4,
+          "x must be [B, heads, S, D] in float32, float64, bfloat16 or float16");
+    CHECK(x.size(3) < MAX_LENGTH, "D must be below 2^30");
+    check_table(cos, cos, "cos", accumulate_type(x));
+    check_table(sin, cos, "sin", accumulate_type(x));
+    CHECK(2 * cos.size(1) <= x.size(3), "x has ", x.size(3), " channels and ", cos.size(1),
+          " pairs are turned");
+    CHECK(positions || cos.size(0) >= x.size(2), "cos has ", cos.size(0), " rows and x ",
+          x.size(2));
+    if (x.size(3) > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
+    if (cos.size(1) > 1 && cos.stride(1) != 1) cos = torch::stable::contiguous(cos);
+    if (sin.size(1) > 1 && sin.stride(1) != 1) sin = torch::stable::contiguous(sin);
+    Tensor out = torch::stable::empty_like(x);
+    RotateCall call{};
+    call.dtype = *dtype;
+    call.batch = x.size(0);
+    call.heads = x.size(1);
+    call.length = x.size(2);
+    call.dim = static_cast<int>(x.size(3));
+    call.pairs = static_cast<int>(cos.size(1));
+    call.x = static_cast<char*>(x.data_ptr());
+    call.out = static_cast<char*>(out.data_ptr());
+    for (int d = 0; d < 3; d++) {
+        call.x_stride[d] = x.stride(d);
+        call.out_stride[d] = out.stride(d);
+    }
+    call.heads_inside = x.stride(1) < x.stride(2);
+    call.cos = cos.data_ptr();
+    call.sin = sin.data_ptr();
+    call.cos_stride = cos.stride(0);
+    call.sin_stride = sin.stride(0);
+    if (positions) {
+        positions = checked_positions(*positions, x.size(0), x.size(2), cos.size(0));
+        call.positions = static_cast<const int64_t*>(positions->data_ptr());
+        call.positions_batch = positions->dim() == 2 ? x.size(2) : 0;
+    }
+    call.interleaved = interleaved;
+    call.inverse = inverse;
+    int64_t rows = call.batch * call.heads * call.length, dim = call.dim;
+    int64_t step = std::max<int64_t>(1, ITEM_VALUES / std::max<int64_t>(1, dim));
+    const FusedKernels& kernels = kernels_for(*dtype).fused;
+    for_each_item(static_cast<int>((rows + step - 1) / step), FLOPS_A_VALUE * rows * dim,
+                  [&](int i) {
+                      kernels.rotate(call, i * step, std::min(rows, (i + 1) * step));
+                  });
+    return out;
+}
+
+// ---- cross entropy ---------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> cross_entropy_(Tensor logits, Tensor labels, OptionalTensor scale,
+                                          int64_t ignore_index, double label_smoothing,
+                                          double z_loss, double softcap) {
+    RowOrder order(logits);
+    CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be [N, V], contiguous");
+    check_cpu(labels, "labels");
+    CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
+              labels.size(0) == order.rows,
+          "labels must be int64 [", order.rows, "], got shape ", shape_of(labels));
+    labels = torch::stable::contiguous(labels);
+    const int64_t* values = static_cast<const int64_t*>(labels.data_ptr());
+    for (int64_t i = 0; i < order.rows; i++)
+        CHECK(values[i] == ignore_index || (values[i] >= 0 && values[i] < order.dim),
+              "labels holds ", values[i], "; accepted is [0, ", order.dim - 1, "], or ",
+              ignore_index, " to ignore a row");
+    if (scale) {
+        CHECK(scale->dim() == 1 && scale->size(0) == order.rows &&
+                  scale->scalar_type() == accumulate_type(logits),
+              "scale must be float32 (float64 for float64) [", order.rows, "]");
+        check_cpu(*scale, "scale");
+        scale = torch::stable::contiguous(*scale);
+    }
+    Tensor loss = order.new_values(), lse = order.new_values();
+    CrossEntropyCall call{order.dtype,  order.dim,
+                          order.rows_of(logits, "logits"),
+                          values,       ignore_index,
+                          label_smoothing, z_loss,
+                          softcap,      pointer(scale),
+                          loss.data_ptr(), lse.data_ptr()};
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    order.for_each([&](int64_t begin, int64_t end) { kernels.cross_entropy(call, begin, end); });
+    return {loss, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+    m.impl("norm_fwd", TORCH_BOX(&norm_fwd));
+    m.impl("norm_bwd", TORCH_BOX(&norm_bwd));
+    m.impl("gate_fwd", TORCH_BOX(&gate_fwd));
+    m.impl("gate_bwd", TORCH_BOX(&gate_bwd));
+    m.impl("rotate", TORCH_BOX(&rotate));
+    m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
+}
+
+}  // namespace
+}  // namespace fastattn::cpu
