@@ -1,4 +1,4 @@
-"""fastattn.hf in training and under torch.compile: dropout, checkpointing, Trainer, static caches."""
+"""fastattn.hf in training and under torch.compile: dropout, checkpoints, Trainer, static caches."""
 
 from __future__ import annotations
 

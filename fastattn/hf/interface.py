@@ -140,27 +140,40 @@ def attention_forward_flash(
 ) -> tuple[Tensor, Tensor | None]:
     """attention_forward for the flash-named alias: packed documents are also told by position_ids.
 
-    As under transformers' own FlashAttention: with no mask and no cu_seq_lens, one row of
+    As under transformers' own FlashAttention: with no padding and no cu_seq_lens, one row of
     position_ids [1, S] that does not count up by one throughout is a row of packed documents.
     """
-    if (
-        attention_mask is None
-        and options.get("cu_seq_lens_q") is None
-        and position_ids is not None
-        and tuple(position_ids.shape) == (1, query.shape[2])
-        and query.shape[0] == 1
-        and 1 < query.shape[2] == key.shape[2]
-        and not torch.compiler.is_compiling()
+    if options.get("cu_seq_lens_q") is None and _may_be_packed(
+        attention_mask, position_ids, query, key
     ):
         documents = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
         if bool(documents[0, -1] != 0):
-            causal = options.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else bool(causal)
-            left, right = _window(options.get("sliding_window"), causal)
-            sides = (-1 if side is None else side for side in (left, right))
-            shape = (1, 1, query.shape[2], key.shape[2])
-            attention_mask = CompactMask(shape, *sides, 0, None, documents, query.device)
+            attention_mask = _with_documents(attention_mask, documents, module, query, options)
     return attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _may_be_packed(mask, position_ids, query, key) -> bool:
+    """Is this one whole row of tokens, of which no mask says more than causal and a window?"""
+    return (
+        position_ids is not None
+        and not torch.compiler.is_compiling()
+        and key.shape[0] == 1
+        and 1 < query.shape[2] == key.shape[2]
+        and tuple(position_ids.shape) == (1, key.shape[2])
+        and (mask is None or (isinstance(mask, CompactMask) and mask.plain))
+    )
+
+
+def _with_documents(mask, documents, module, query, options) -> CompactMask:
+    if mask is None:
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else bool(causal)
+        sides = _window(options.get("sliding_window"), causal)
+        left, right = (-1 if side is None else side for side in sides)
+    else:
+        left, right = mask.left, mask.right
+    shape = (1, 1, *[documents.shape[1]] * 2)
+    return CompactMask(shape, left, right, 0, None, documents, query.device)
 
 
 # ---- keyword arguments ---------------------------------------------------------------------------
