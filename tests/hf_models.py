@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from inspect import signature
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -158,6 +159,14 @@ def visible(name: str, inputs: dict, out: torch.Tensor) -> torch.Tensor:
     return out[mask.bool()]
 
 
+# What a forward calls its cache: renamed within 5.x.
+CACHE = (
+    "cache"
+    if "cache" in signature(transformers.LlamaModel.forward).parameters
+    else ("past_key_values")
+)
+
+
 class Counter:
     """Counts the calls that reach fastattn, so that a fall-back in silence fails."""
 
@@ -170,6 +179,8 @@ class Counter:
         def count(*arguments, **options):
             self.names.append(function.__name__)
             self.options.append(options)
+            if function.__name__ == "attention":
+                self.lengths.append((arguments[0].shape[2], arguments[1].shape[2]))
             return function(*arguments, **options)
 
         return count
@@ -177,5 +188,5 @@ class Counter:
     def take(self) -> int:
         """Calls since the last time."""
         calls = len(getattr(self, "names", ()))
-        self.names, self.options = [], []
+        self.names, self.options, self.lengths = [], [], []
         return calls
