@@ -117,20 +117,14 @@ def test_alias_passes_accelerates_test():
 
 
 def test_loader_serves_the_alias_and_nothing_else_changes():
-    (dense, varlen, cached, _, _), _ = loader.lazy_import_flash_attention(FLASH_NAME)
+    (dense, varlen, cached, *padding), _ = loader.lazy_import_flash_attention(FLASH_NAME)
     assert (dense, varlen) == (flash.flash_attn_func, flash.flash_attn_varlen_func)
-    assert callable(cached)
-    assert flash.functions()[-2:] == (loader._pad_input, loader._unpad_input)
+    assert padding == [loader._pad_input, loader._unpad_input] and callable(cached)
     wrapped = loader._lazy_imports
     flash.serve_loader("fastattn/")
     assert loader._lazy_imports is wrapped  # once is enough
     with pytest.raises((ImportError, ValueError)):  # as without us: no such package here
         loader._lazy_imports("flash_attention_3")
-
-
-def test_loader_of_before_caches_had_a_function():
-    old = SimpleNamespace(_pad_input=1, _unpad_input=2)
-    assert flash.functions(old) == (flash.flash_attn_func, flash.flash_attn_varlen_func, 1, 2)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert", "bart"])

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers.utils.output_capturing import _active_collector
 
 from .. import checks
 from ..attention import attention, varlen_attention
 from .masks import CompactMask
 from .weights import attention_weights
-
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # before 5.2 models said what they want by the keyword argument alone
-    _active_collector = None
 
 HARMLESS = frozenset(
     (
@@ -197,8 +193,6 @@ def _one_of(s_aux, sinks):
 
 def _captured() -> bool:
     """Does transformers collect attentions? It need not tell the module so: GPT-2's never hear."""
-    if _active_collector is None:
-        return False
     # Dynamo cannot trace a ContextVar; transformers keeps a plain attribute for it.
     compiling = torch.compiler.is_compiling()
     collected = _active_collector.global_var if compiling else _active_collector.get()
