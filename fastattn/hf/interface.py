@@ -21,6 +21,8 @@ HARMLESS = frozenset(
         "cache",  # already updated: key and value hold all there is to see
         "cache_position",
         "is_first_iteration",
+        "logits_indices",
+        "logits_processor_args",  # continuous batching's, as logits_indices
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
