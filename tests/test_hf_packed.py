@@ -205,7 +205,10 @@ def test_alias_in_continuous_batching(models, counter):
     ]
     fastattn.hf.enable(model, FLASH_NAME)
     configuration = transformers.GenerationConfig(eos_token_id=98, **options)
-    found = model.generate_batch(inputs=requests, generation_config=configuration)
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    found = model.generate_batch(
+        inputs=requests, generation_config=configuration, continuous_batching_config=small
+    )
     assert set(counter.names) == {"varlen_attention"} and len(counter.names) >= 2 * new_tokens
     assert all(request.error is None for request in found.values())
     got = [request.generated_tokens for _, request in sorted(found.items())]
