@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -114,9 +117,12 @@ def test_position_bias_and_its_gradient(mask):
     own = torch.rand(2, 1, 5, 5) > 0.3
     own[..., 0] = True
     own = {"none": None, "bool": own, "float": torch.where(own, 0.5, -1e30)}[mask]
-    options = {"position_bias": bias, "scaling": 1.0}
-    got, _ = attention_forward(CAUSAL, q, k, v, own, **options)
-    want = sdpa(CAUSAL, q, k, v, own, **options)
+    got, _ = attention_forward(CAUSAL, q, k, v, own, position_bias=bias, scaling=1.0)
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)  # causal, where no mask says otherwise
+    scores = q @ k.mT + bias + (own if mask == "float" else 0)
+    hidden = {"none": hidden, "bool": ~own if mask == "bool" else None}.get(mask)
+    scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    want = (scores.softmax(-1) @ v).transpose(1, 2)
     torch.testing.assert_close(got, want)
     got, want = (torch.autograd.grad(x.square().sum(), table) for x in (got, want))
     torch.testing.assert_close(got, want)
@@ -207,6 +213,27 @@ def test_both_names_are_registered():
     for name in (fastattn.hf.NAME, fastattn.hf.FLASH_NAME):
         assert name in ALL_ATTENTION_FUNCTIONS
         assert ALL_MASK_ATTENTION_FUNCTIONS[name] is fastattn.hf.attention_mask
+
+
+@pytest.mark.parametrize(
+    "missing, sentence",
+    [
+        ("transformers", "because .*transformers"),
+        ("old", "because transformers>=99 is required"),
+    ],
+)
+def test_import_says_what_it_needs(missing, sentence):
+    """Without transformers, or with one before the versions that it knows."""
+    code = "import sys; sys.modules['transformers'] = None; import fastattn.hf"
+    if missing == "old":
+        code = (
+            "import transformers.utils.versions as v\nknown = v.require_version\n"
+            "v.require_version = lambda text: known(text.replace('5.4', '99'))\nimport fastattn.hf"
+        )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()
+    assert re.search(f'fastattn.hf: pip install "fastattn.hf." first, {sentence}', run.stderr), last
 
 
 def test_registration_is_checked(monkeypatch):

@@ -12,6 +12,13 @@ from transformers import masking_utils as theirs
 
 from fastattn.hf import CompactMask, attention_mask
 
+
+def remap(function, positions):
+    """Newer versions count rows from each document's start, older ones from the row's."""
+    known = getattr(theirs, "remap_positions_for_packed_sequence", lambda function, _: function)
+    return known(function, positions)
+
+
 FUNCTIONS = {  # mask_function, local_size
     "causal": (theirs.causal_mask_function, None),
     "full": (theirs.bidirectional_mask_function, None),
@@ -72,7 +79,7 @@ def test_packed_documents_are_recognised(window):
         function = theirs.sliding_window_causal_mask_function(window)
     documents = theirs.find_packed_sequence_indices(positions)
     whole = theirs.and_masks(
-        theirs.remap_positions_for_packed_sequence(function, positions),
+        remap(function, positions),
         theirs.packed_sequence_mask_function(documents),
     )
     got = attention_mask(1, 9, 9, mask_function=whole, allow_is_causal_skip=False)
@@ -80,19 +87,20 @@ def test_packed_documents_are_recognised(window):
     assert torch.equal(got.dense(), expected(whole, 1, 9, 9, 0, 0, None))
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        theirs.or_masks(theirs.causal_mask_function, theirs.blockwise_overlay(torch.zeros(2, 6))),
-        theirs.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
-        theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: (q + k) % 3 != 1),
-        theirs.remap_positions_for_packed_sequence(
-            theirs.causal_mask_function, torch.tensor([[0, 3, 1, 2, 5, 4]] * 2)
-        ),
-    ],
-    ids=["or", "chunked", "own function", "positions without documents"],
-)
-def test_other_functions_are_materialised(function):
+IRREGULAR = torch.tensor([[0, 3, 1, 2, 5, 4]] * 2)
+OTHERS = {
+    "or": theirs.or_masks(theirs.causal_mask_function, lambda b, h, q, k: k == 4),
+    "chunked": theirs.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
+    "own": theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: (q + k) % 3 != 1),
+    "positions without documents": remap(theirs.causal_mask_function, IRREGULAR),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_functions_are_materialised(name):
+    function = OTHERS[name]
+    if function is theirs.causal_mask_function:
+        pytest.skip("this version of transformers does not remap positions")
     got = attention_mask(2, 6, 6, mask_function=function, allow_is_causal_skip=False)
     assert type(got) is torch.Tensor
     assert torch.equal(got, expected(function, 2, 6, 6, 0, 0, None))

@@ -1,4 +1,4 @@
-"""fastattn.hf in training and under torch.compile: dropout, checkpointing, Trainer, static caches."""
+"""fastattn.hf in training and under torch.compile: dropout, checkpoints, Trainer, static caches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import Counter, build, inputs_of
+from hf_models import CACHE, Counter, build, inputs_of
 from torch.utils.data import Dataset
 from transformers import StaticCache, Trainer, TrainingArguments
 
@@ -122,9 +122,9 @@ def test_compiled_decoding_with_a_static_cache(name):
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        got = [model(input_ids=ids[:, :4], past_key_values=cache).logits]
+        got = [model(input_ids=ids[:, :4], **{CACHE: cache}).logits]
         for n in range(4, ids.shape[1]):
-            got.append(step(input_ids=ids[:, n : n + 1], past_key_values=cache).logits)
+            got.append(step(input_ids=ids[:, n : n + 1], **{CACHE: cache}).logits)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
 

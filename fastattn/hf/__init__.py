@@ -10,13 +10,16 @@ from __future__ import annotations
 import torch
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.utils.versions import require_version
+
+    # Before 5.4 mask functions got other arguments, and the flash loader gave other results.
+    require_version("transformers>=5.4")
 except ImportError as error:
-    raise ImportError(
-        'fastattn.hf needs transformers 5 or newer (pip install "fastattn[hf]"): ' + str(error)
-    ) from error
+    raise ImportError(f'fastattn.hf: pip install "fastattn[hf]" first, because {error}') from error
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import flash
 from .interface import HARMLESS, attention_forward, attention_forward_flash

@@ -104,22 +104,16 @@ def _options(softmax_scale, causal, window_size, softcap, deterministic, s_aux) 
 # ---- the loader ----------------------------------------------------------------------------------
 
 
-def functions(loader=loader) -> tuple:
-    """What _lazy_imports returns: with a function for caches since transformers 5.3."""
-    with_cache = (flash_attn_with_kvcache,) if hasattr(loader, "_flash_with_kvcache_fn") else ()
-    padding = (loader._pad_input, loader._unpad_input)
-    return (flash_attn_func, flash_attn_varlen_func, *with_cache, *padding)
-
-
 def serve_loader(prefix: str) -> None:
-    """Names that start with `prefix` get functions() from now on. Called again, nothing changes."""
+    """Names that start with `prefix` get the functions above. Called again, nothing changes."""
     theirs = loader._lazy_imports
     if getattr(theirs, "fastattn", None) == prefix:
         return
 
     def _lazy_imports(implementation, *arguments, **options):
         if str(implementation).startswith(prefix):
-            return functions()
+            padding = (loader._pad_input, loader._unpad_input)
+            return flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, *padding
         return theirs(implementation, *arguments, **options)
 
     _lazy_imports.fastattn = prefix

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers.utils.output_capturing import _active_collector
 
 from .. import checks
 from ..attention import attention, varlen_attention
 from .masks import CompactMask
 from .weights import attention_weights
 
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # before 5.2 models said what they want by the keyword argument alone
-    _active_collector = None
-
 HARMLESS = frozenset(
     (
         "cache",  # already updated: key and value hold all there is to see
         "cache_position",
         "is_first_iteration",
+        "logits_indices",
+        "logits_processor_args",  # continuous batching's, as logits_indices
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
@@ -140,27 +138,40 @@ def attention_forward_flash(
 ) -> tuple[Tensor, Tensor | None]:
     """attention_forward for the flash-named alias: packed documents are also told by position_ids.
 
-    As under transformers' own FlashAttention: with no mask and no cu_seq_lens, one row of
+    As under transformers' own FlashAttention: with no padding and no cu_seq_lens, one row of
     position_ids [1, S] that does not count up by one throughout is a row of packed documents.
     """
-    if (
-        attention_mask is None
-        and options.get("cu_seq_lens_q") is None
-        and position_ids is not None
-        and tuple(position_ids.shape) == (1, query.shape[2])
-        and query.shape[0] == 1
-        and 1 < query.shape[2] == key.shape[2]
-        and not torch.compiler.is_compiling()
+    if options.get("cu_seq_lens_q") is None and _may_be_packed(
+        attention_mask, position_ids, query, key
     ):
         documents = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
         if bool(documents[0, -1] != 0):
-            causal = options.get("is_causal")
-            causal = getattr(module, "is_causal", True) if causal is None else bool(causal)
-            left, right = _window(options.get("sliding_window"), causal)
-            sides = (-1 if side is None else side for side in (left, right))
-            shape = (1, 1, query.shape[2], key.shape[2])
-            attention_mask = CompactMask(shape, *sides, 0, None, documents, query.device)
+            attention_mask = _with_documents(attention_mask, documents, module, query, options)
     return attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _may_be_packed(mask, position_ids, query, key) -> bool:
+    """Is this one whole row of tokens, of which no mask says more than causal and a window?"""
+    return (
+        position_ids is not None
+        and not torch.compiler.is_compiling()
+        and key.shape[0] == 1
+        and 1 < query.shape[2] == key.shape[2]
+        and tuple(position_ids.shape) == (1, key.shape[2])
+        and (mask is None or (isinstance(mask, CompactMask) and mask.plain))
+    )
+
+
+def _with_documents(mask, documents, module, query, options) -> CompactMask:
+    if mask is None:
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else bool(causal)
+        sides = _window(options.get("sliding_window"), causal)
+        left, right = (-1 if side is None else side for side in sides)
+    else:
+        left, right = mask.left, mask.right
+    shape = (1, 1, *[documents.shape[1]] * 2)
+    return CompactMask(shape, left, right, 0, None, documents, query.device)
 
 
 # ---- keyword arguments ---------------------------------------------------------------------------
@@ -184,8 +195,6 @@ def _one_of(s_aux, sinks):
 
 def _captured() -> bool:
     """Does transformers collect attentions? It need not tell the module so: GPT-2's never hear."""
-    if _active_collector is None:
-        return False
     # Dynamo cannot trace a ContextVar; transformers keeps a plain attribute for it.
     compiling = torch.compiler.is_compiling()
     collected = _active_collector.global_var if compiling else _active_collector.get()

@@ -55,6 +55,11 @@ class CompactMask(Tensor):
             f"offset={self.offset}, keys={self.keys}, documents={self.documents})"
         )
 
+    @property
+    def plain(self) -> bool:
+        """A square band: no padding, no documents, nothing before the first row."""
+        return self.keys is None and self.documents is None and self.shape[2] == self.shape[3]
+
     def copy(self) -> CompactMask:
         return CompactMask(
             self.shape, self.left, self.right, self.offset, self.keys, self.documents, self.device
