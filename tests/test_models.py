@@ -254,4 +254,35 @@ def test_configuration():
     by_names, by_config = gpt(), GPT(GPTConfig(**SMALL, kv_heads=2))
     assert by_names.config == by_config.config
     assert GPT(GPTConfig(**SMALL), layers=1).config.layers == 1
-    assert by_names.num_parameters() == sum(p.numel() for p in by_names.parameters())
+    every = sum(p.numel() for p in by_names.parameters())
+    assert by_names.num_parameters() == every
+    assert by_names.num_parameters(exclude_embeddings=True) == every - 40 * 32
+    by_names.requires_grad_(False)
+    assert by_names.num_parameters(only_trainable=True) == 0
+
+
+@pytest.mark.parametrize("name", ["GPT", "classification"])
+def test_transformers_trainer_takes_a_model(name, tmp_path):
+    """Training, evaluation with metrics, and a checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    if name == "GPT":
+        model, labels = gpt(), list(ids(8, 12))
+    else:
+        model = BERT(**SMALL, head="classification")
+        labels = list(torch.arange(8) % 2)
+    rows = [{"input_ids": x, "labels": y} for x, y in zip(ids(8, 12), labels)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_steps=2, logging_steps=1, log_level="error",
+    )  # fmt: skip
+    before = model.num_parameters(), model.norm.weight.clone()
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows,
+        compute_metrics=lambda found: {"rows": len(found.label_ids)},
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_rows"] == 8 and 0 < found["eval_loss"] < 5
+    assert not torch.equal(model.norm.weight, before[1])
+    assert (tmp_path / "checkpoint-2").is_dir()

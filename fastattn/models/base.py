@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..attention import attention
-from ..nn import Attention, KVCache
+from ..nn import Attention, KVCache, LearnedPositionalEncoding
 from . import checkpoint
 from .torch_attention import TorchCache, torch_attention
 
@@ -200,6 +200,13 @@ class Model(nn.Module):
         checkpoint.match(self.state_dict(), state, str(folder))
         self.load_state_dict(state)
 
-    def num_parameters(self) -> int:
-        """Numbers that are learned."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold; transformers' arguments, as its Trainer asks."""
+        tables = (nn.Embedding, LearnedPositionalEncoding)
+        skipped = {id(m.weight) for m in self.modules() if isinstance(m, tables)}
+        return sum(
+            p.numel()
+            for p in self.parameters()
+            if (p.requires_grad or not only_trainable)
+            and not (exclude_embeddings and id(p) in skipped)
+        )
