@@ -69,7 +69,7 @@ CALLS = {  # name: (model, inputs)
 def outputs(model, inputs):
     """Every tensor of the output, and the gradients of their sum."""
     model.zero_grad()
-    out = [x for x in model(ids(3, 12), **inputs) if x is not None]
+    out = list(model(ids(3, 12), **inputs).values())
     weights = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in out]
     sum((x * w.to(x.dtype)).sum() for x, w in zip(out, weights)).backward()
     return out, [p.grad for p in model.parameters() if p.grad is not None]
@@ -250,6 +250,19 @@ def test_dynamic_int8():
     torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
 
 
+def test_output_is_a_dict_with_attributes():
+    out = gpt()(ids(2, 5), labels=ids(2, 5))
+    assert list(out) == ["loss", "logits", "last_hidden_state"]
+    assert out["loss"] is out.loss is out[0] and out[1:] == (out.logits, out.last_hidden_state)
+    assert out.start_logits is None and "start_logits" not in out
+    with pytest.raises(AttributeError, match="a ModelOutput has no 'logit'; it has loss"):
+        out.logit  # noqa: B018
+    twin = torch.utils._pytree.tree_map(torch.zeros_like, out)
+    assert type(twin) is type(out) and twin.logits.abs().sum() == 0
+    detached = copy.deepcopy(torch.utils._pytree.tree_map(torch.Tensor.detach, out))
+    assert torch.equal(detached.loss, out.loss)
+
+
 def test_configuration():
     by_names, by_config = gpt(), GPT(GPTConfig(**SMALL, kv_heads=2))
     assert by_names.config == by_config.config
@@ -275,6 +288,7 @@ def test_transformers_trainer_takes_a_model(name, tmp_path):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[],
         use_cpu=True, disable_tqdm=True, save_steps=2, logging_steps=1, log_level="error",
+        label_names=["labels"],  # BERT.forward takes other labels too
     )  # fmt: skip
     before = model.num_parameters(), model.norm.weight.clone()
     trainer = transformers.Trainer(

@@ -8,9 +8,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from .. import checks
 from ..attention import attention
@@ -22,15 +23,41 @@ IMPLEMENTATIONS = {"fastattn": (attention, KVCache), "torch": (torch_attention, 
 STD = 0.02  # of every matrix at the start (GPT-2's and BERT's)
 
 
-class ModelOutput(NamedTuple):
-    """What forward() gives; transformers' names. What a model or call does not have is None."""
+class ModelOutput(dict):
+    """What forward() gives: a dict of the tensors there are, also as attributes, None where there
+    is none, and by number; transformers' names.
 
-    loss: Tensor | None = None  # a scalar, float32, when labels are given
-    logits: Tensor | None = None
-    seq_relationship_logits: Tensor | None = None  # [B, 2]: follows, does not
-    start_logits: Tensor | None = None  # [B, S]
-    end_logits: Tensor | None = None  # [B, S]
-    last_hidden_state: Tensor | None = None  # [B, S, dim]
+    loss: a scalar, float32, when labels are given.
+    logits: the model's or its head's.
+    seq_relationship_logits: [B, 2]: follows, does not.
+    start_logits, end_logits: [B, S].
+    last_hidden_state: [B, S, dim].
+    """
+
+    NAMES = (
+        *("loss", "logits", "seq_relationship_logits", "start_logits", "end_logits"),
+        "last_hidden_state",
+    )
+
+    def __init__(self, **tensors: Tensor | None) -> None:
+        super().__init__({n: tensors[n] for n in self.NAMES if tensors.get(n) is not None})
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name not in self.NAMES:
+            raise AttributeError(f"a ModelOutput has no {name!r}; it has {', '.join(self.NAMES)}")
+        return self.get(name)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
+# Sharded training and torch.compile look for tensors inside what a model returns.
+register_pytree_node(
+    ModelOutput,
+    lambda output: (list(output.values()), list(output)),
+    lambda values, names: ModelOutput(**dict(zip(names, values))),
+    serialized_type_name="fastattn.models.ModelOutput",
+)
 
 
 @dataclass(kw_only=True)

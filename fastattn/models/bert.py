@@ -76,7 +76,9 @@ class PretrainingHead(nn.Module):
             label = labels_like("next_sentence_label", next_sentence_label, x.shape[:1], 2)
             losses.append(cross_entropy(follows, label))
         loss = sum(losses) if losses else None
-        return ModelOutput(loss, logits, follows, last_hidden_state=x)
+        return ModelOutput(
+            loss=loss, logits=logits, seq_relationship_logits=follows, last_hidden_state=x
+        )
 
     def _transformed(self, x: Tensor) -> Tensor:
         return self.norm(F.gelu(self.transform(x)))
@@ -94,7 +96,7 @@ class ClassificationHead(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None) -> ModelOutput:
         logits = self.classifier(self.drop(self.pooler(x[:, 0]).tanh()))  # [B, num_labels]
         loss = None if labels is None else label_loss(logits, labels)
-        return ModelOutput(loss, logits, last_hidden_state=x)
+        return ModelOutput(loss=loss, logits=logits, last_hidden_state=x)
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class QuestionAnsweringHead(nn.Module):
             starts = labels_like("start_positions", starts, x.shape[:1], x.shape[1])
             ends = labels_like("end_positions", ends, x.shape[:1], x.shape[1])
             loss = (cross_entropy(start, starts) + cross_entropy(end, ends)) / 2
-        return ModelOutput(loss, start_logits=start, end_logits=end, last_hidden_state=x)
+        return ModelOutput(loss=loss, start_logits=start, end_logits=end, last_hidden_state=x)
 
 
 HEADS = {  # name: (module, the labels that it takes)

@@ -103,7 +103,7 @@ class EncoderDecoder(Generates, Model):
             loss = head_loss(x, self.embed.weight, labels)
         elif labels is not None:
             loss = cross_entropy(logits, labels)
-        return ModelOutput(loss, logits, last_hidden_state=x)
+        return ModelOutput(loss=loss, logits=logits, last_hidden_state=x)
 
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None

@@ -105,7 +105,7 @@ class FusionEncoder(Model):
         x = self.norm(x)
         logits = None if self.head is None else self.head(self._mean(x, attention_mask))
         loss = None if labels is None else label_loss(logits, labels)
-        return ModelOutput(loss, logits, last_hidden_state=x)
+        return ModelOutput(loss=loss, logits=logits, last_hidden_state=x)
 
     @staticmethod
     def _mean(x: Tensor, attention_mask: Tensor | None) -> Tensor:
