@@ -322,12 +322,13 @@ def train(task: Task, options: Options) -> Result:
         say(f"going on from {path}")
     del found
     log = Log(out / "log.jsonl", done, options.tensorboard) if chief else None
-    peak = 0.0
-    if task.flops is not None and chief:
-        peak = stepper.world * peak_flops(torch.bfloat16 if options.bf16 else torch.float32)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    peak = 0.0  # FLOP/s, the best seen in any of its measurements
     evaluation: dict[str, float] = {}
     with _Display(console, options, done) as display:
         for step in range(done + 1, options.steps + 1):
+            if task.flops and chief and (not peak or step % options.eval_every == 1):
+                peak = max(peak, stepper.world * peak_flops(dtype))
             began = time.perf_counter()
             values = stepper.step(step - 1)
             seconds = time.perf_counter() - began

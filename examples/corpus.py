@@ -167,8 +167,8 @@ def pick(count: int, step: int, batch: int, seed: int) -> Tensor:
 class Packed:
     """Documents of any length, one after the other, in rows of `length` tokens.
 
-    An epoch shuffles the documents, joins them and cuts the line into rows; what a cut takes from a
-    document is a document of its own in the next row.
+    An epoch shuffles the documents, joins them, cuts the line into rows and shuffles those, so that
+    a batch is not one long document; what a cut takes from a document is a document of its own.
     """
 
     documents: list[Tensor]  # int64 [tokens of it]
@@ -192,7 +192,9 @@ class Packed:
             lengths = torch.tensor([len(self.documents[i]) for i in order])
             numbers = torch.arange(len(order), dtype=torch.int32).repeat_interleave(lengths)
             whole = self.rows * self.length
-            self._epochs = {epoch: tuple(x[:whole].view(-1, self.length) for x in (line, numbers))}
+            mixed = shuffled(self.rows, self.seed + 1, epoch)
+            cut = (x[:whole].view(-1, self.length)[mixed] for x in (line, numbers))
+            self._epochs = {epoch: tuple(cut)}
         return self._epochs[epoch]
 
     def batch(self, step: int, rows: int) -> Batch:
