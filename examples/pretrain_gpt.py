@@ -28,6 +28,7 @@ END = 0  # the token after each document, <|end|>
 @dataclass
 class GPTOptions(Options):
     out: str = option("runs/gpt", "folder of this run: checkpoints, log, model", free=True)
+    lr: float = option(2e-3, "highest learning rate, reached after --warmup")
     data: str = option("", "folder of text to learn; none: Python's standard library")
     megabytes: float = option(2.0, "how much of it")
     vocabulary: int = option(2048, "tokens")
