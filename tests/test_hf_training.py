@@ -112,7 +112,7 @@ def test_trainer(name, tmp_path, counter):
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_compiled_decoding_with_a_static_cache(name):
     """One graph for prefill and one for every later step, its position a tensor."""
     torch._dynamo.reset()
@@ -132,7 +132,8 @@ def test_compiled_decoding_with_a_static_cache(name):
 @pytest.mark.parametrize("name, padding", [("bert", "right"), ("llama", "left"), ("t5", "right")])
 def test_compiled_training_step(name, padding):
     torch._dynamo.reset()
-    model, inputs = fastattn.hf.enable(build(name)).train(), inputs_of(name, padding)
+    fewer = {"num_layers": 1, "num_decoder_layers": 1} if name == "t5" else {}
+    model, inputs = fastattn.hf.enable(build(name, **fewer)).train(), inputs_of(name, padding)
     want, want_grads = gradients(model, inputs)
     step = torch.compile(model, backend="aot_eager")
     step.zero_grad = model.zero_grad
