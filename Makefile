@@ -61,7 +61,7 @@ $(VENV)/.tools: $(VENV)/.torch
 
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py
 	@echo "== installing fastattn and what its tests and demo need (compiles C++: minutes the first time)"
-	@$(PIP) install -q -c $(VENV)/.torch --no-build-isolation -e ".[test,demo]"
+	@$(PIP) install -q -c $(VENV)/.torch --no-build-isolation -e ".[test,demo,train]"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

@@ -20,7 +20,7 @@ import fastattn
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TREE = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
-FOLDERS = ("fastattn", "kernels", "benchmarks", "csrc", "tests", "docs", ".ci")
+FOLDERS = ("fastattn", "kernels", "benchmarks", "csrc", "tests", "docs", ".ci", "examples")
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -33,13 +33,14 @@ def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.
 # ---- README -----------------------------------------------------------------------------------
 
 
-def test_readme_code_runs():
+@pytest.mark.parametrize("page", ["README.md", "docs/pipelines.md"])
+def test_the_pages_code_runs(page):
     """Every python block, in order, in one namespace, warnings of ours included as errors."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) >= 4
     run = python("-W", "error::UserWarning:fastattn", "-c", "\n".join(blocks), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip(), "explain() prints a table"
+    assert run.stdout.strip(), "there is something to see"
 
 
 @pytest.mark.native
@@ -51,8 +52,11 @@ def test_readme_tables_are_generated():
 
 
 def test_readme_names_files_that_exist():
-    text = README.read_text() + (ROOT / "docs/architecture.md").read_text()
-    paths = re.findall(r"`((?:fastattn|csrc|tests|benchmarks|kernels|docs)/[\w/.]+\.\w+)`", text)
+    pages = [README, *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text() for page in pages)
+    paths = re.findall(
+        r"`((?:fastattn|csrc|tests|benchmarks|kernels|docs|examples)/[\w/.]+\.\w+)`", text
+    )
     assert len(paths) > 8
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing

@@ -40,6 +40,8 @@ class Attention(nn.Module):
         eps: of the norms of qk_norm, default 1e-6.
     """
 
+    attend = staticmethod(attention)  # an instance may have another, with the same arguments
+
     def __init__(
         self,
         dim: int,
@@ -180,7 +182,7 @@ class Attention(nn.Module):
             out = out.transpose(0, 1)
         else:
             options |= {"kv_lens": kv_lens, "document_ids": document_ids, "align": "start"}
-            out = attention(q, k, v, **options)
+            out = self.attend(q, k, v, **options)
         return self._project(out)
 
     def make_cache(

@@ -1,0 +1,392 @@
+"""What the training examples share: options, the loop, checkpoints, the log, the cost of attention.
+
+An example brings a Task: a model, `batch(step)` and how to evaluate. Everything random in step n
+(its batch, its dropout) is a function of (seed, n, rank), so a run that was killed goes on from its
+last checkpoint exactly as if nothing had happened: run the same command again. One process needs
+nothing else; several come from `torchrun --nproc-per-node N examples/x.py --parallel ddp` (or
+fsdp), and read and write the same checkpoints.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+import torch.distributed as dist
+from cost import Clock
+from fastattn.benchmarks.timing import peak_flops
+from files import Checkpoints, Log
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from fastattn.models.checkpoint import match
+
+Batch = dict[str, Tensor]
+
+# ---- options: a dataclass is the command line --------------------------------------------------
+
+
+def option(default: Any, text: str, *, free: bool = False, choices: tuple = ()) -> Any:
+    """A field of Options. free: a resumed run may change it, because no number depends on it."""
+    return field(default=default, metadata={"help": text, "free": free, "choices": choices})
+
+
+@dataclass
+class Options:
+    """What every example takes; each adds its own."""
+
+    out: str = option("", "folder of this run: checkpoints, log, model", free=True)
+    fresh: bool = option(False, "delete the checkpoints in --out and start over", free=True)
+    steps: int = option(200, "optimizer steps")
+    batch: int = option(16, "rows of a step, over all processes and accumulation")
+    accumulate: int = option(1, "forward passes that a step's rows are cut into")
+    lr: float = option(1e-3, "highest learning rate, reached after --warmup")
+    warmup: int = option(20, "steps of linear warm-up; a cosine to a tenth follows")
+    weight_decay: float = option(0.1, "AdamW's, on matrices only")
+    clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    bf16: bool = option(False, "autocast to bfloat16")
+    compile: str = option("", "torch.compile backend, for example inductor", free=True)
+    attention: str = option("fastattn", "whose attention", choices=("fastattn", "torch"))
+    parallel: str = option("ddp", "under torchrun", choices=("ddp", "fsdp"), free=True)
+    seed: int = option(0, "of everything random")
+    threads: int = option(0, "CPU threads; 0 leaves torch's number", free=True)
+    save_every: int = option(50, "steps between checkpoints", free=True)
+    eval_every: int = option(100, "steps between evaluations", free=True)
+    log_every: int = option(10, "steps between printed lines", free=True)
+    tensorboard: bool = option(False, "also write out/tensorboard", free=True)
+    compare: int = option(10, "steps to compare the cost of attention on; 0: none", free=True)
+
+
+O = TypeVar("O", bound=Options)
+
+
+def parse(kind: type[O], text: str, argv: list[str] | None) -> O:
+    """The command line as an Options; `text` is the example's docstring."""
+    parser = ArgumentParser(description=text, formatter_class=ArgumentDefaultsHelpFormatter)
+    types = get_type_hints(kind)
+    for f in fields(kind):
+        name = "--" + f.name.replace("_", "-")
+        more: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
+        if types[f.name] is bool:
+            parser.add_argument(name, action=BooleanOptionalAction, **more)
+        else:
+            more |= {"choices": f.metadata["choices"] or None, "type": types[f.name]}
+            parser.add_argument(name, **more)
+    options = kind(**vars(parser.parse_args(argv)))
+    for name in ("steps", "batch", "accumulate", "save_every", "eval_every", "log_every"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, below 1")
+    if not options.out:
+        parser.error("--out is empty; accepted is a folder's name")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+# ---- a task, and one step of it ----------------------------------------------------------------
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch).loss
+
+
+def rows(batch: Batch) -> int:
+    """How many rows a batch has."""
+    return len(next(iter(batch.values())))
+
+
+@dataclass
+class Task:
+    """What an example brings.
+
+    batch(step) gives all rows of a step, over all processes: a pure function of the step. Every
+    tensor in it has the rows first. loss(model, rows) is a mean over weight(rows) things, so that
+    cutting a step into parts changes nothing. evaluate(model) gives numbers to log.
+    """
+
+    model: nn.Module
+    batch: Callable[[int], Batch]
+    loss: Callable[[nn.Module, Batch], Tensor] = _loss
+    weight: Callable[[Batch], float] = rows
+    tokens: Callable[[Batch], int] = lambda batch: batch["input_ids"].numel()
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    flops: Callable[[Batch], float] | None = None  # of a step, forward and backward: for MFU
+    data: str = ""  # a fingerprint: a checkpoint made with other data is refused
+    time_attention: Callable[[nn.Module, Clock], None] = lambda model, clock: clock.watch(model)
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """Linear warm-up, then a cosine to a tenth of the highest at the last step."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    done = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
+
+
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _world() -> tuple[int, int]:
+    """(rank, processes) of torchrun's group, joined at the first call; (0, 1) without torchrun."""
+    if processes() == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def first_process_first():
+    """Rank 0 runs the block alone (it may write files), then the others run it."""
+    rank, world = _world()
+    if rank > 0:
+        dist.barrier()
+    yield rank == 0
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+class Stepper:
+    """The model, wrapped as the options say, its optimizer, and one step of training."""
+
+    def __init__(self, task: Task, options: Options) -> None:
+        self.task, self.options = task, options
+        self.rank, self.world = _world()
+        if options.batch % (self.world * options.accumulate):
+            raise ValueError(
+                f"--batch is {options.batch}; it must be a multiple of processes x --accumulate = "
+                f"{self.world} x {options.accumulate}"
+            )
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        self.bare = self.model = task.model.to(self.device)
+        if options.compile:
+            self.bare.compile(backend=options.compile)
+        if self.world > 1:
+            self.model = self._shard() if options.parallel == "fsdp" else self._replicate()
+        groups = [
+            {"params": [p for p in self.model.parameters() if p.dim() > 1]},
+            {"params": [p for p in self.model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay
+        )
+
+    def _replicate(self) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(self.model)
+
+    def _shard(self) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for module in list(self.model.modules()):  # every layer of every stack is gathered apart
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    fully_shard(layer, mesh=mesh)
+        model = fully_shard(self.model, mesh=mesh)
+        if hasattr(model, "generate"):  # it too needs the weights whole
+            register_fsdp_forward_method(model, "generate")
+        return model
+
+    @contextmanager
+    def _synchronised(self, last: bool):
+        """Gradients travel between processes in a step's last part only."""
+        if self.world > 1 and self.options.parallel == "fsdp":
+            self.model.set_requires_gradient_sync(last)
+        elif self.world > 1 and not last:
+            with self.model.no_sync():
+                yield
+            return
+        yield
+
+    def step(self, index: int) -> dict[str, float]:
+        """Trains on step `index`; its loss over all processes, gradient norm and learning rate."""
+        options, task = self.options, self.task
+        self.model.train()
+        torch.manual_seed((options.seed * 1_000_003 + index) * 1009 + self.rank)
+        lr = learning_rate(index, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        whole = {name: x.to(self.device) for name, x in task.batch(index).items()}
+        share = self.world * options.accumulate
+        total = task.weight(whole)
+        loss = torch.zeros((), device=self.device)
+        for part in range(options.accumulate):
+            first = self.rank * options.accumulate + part
+            piece = {name: x[first::share] for name, x in whole.items()}
+            with self._synchronised(part == options.accumulate - 1):
+                with self._autocast():
+                    part_loss = task.loss(self.model, piece) * (task.weight(piece) / total)
+                (part_loss * self.world).backward()  # gradients are averaged over the processes
+            loss += part_loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.world > 1:
+            dist.all_reduce(loss)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        values = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+        values["tokens"] = task.tokens(whole)
+        values["flops"] = task.flops(whole) if task.flops else 0.0
+        return values
+
+    def _autocast(self):
+        return (
+            torch.autocast(self.device.type, torch.bfloat16) if self.options.bf16 else nullcontext()
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The task's numbers, in eval mode."""
+        self.model.eval()
+        with self._autocast():
+            return self.task.evaluate(self.model) if self.task.evaluate else {}
+
+    # ---- its state, the same whatever the number of processes -----------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the step; whole tensors on the CPU (rank 0's count)."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=whole)
+        return {"model": model, "optimizer": optimizer}
+
+    def load(self, state: dict[str, Any], what: str) -> None:
+        """Takes state()'s result, after checking that it fits."""
+        match(self.bare.state_dict(), state["model"], what)
+        whole = StateDictOptions(full_state_dict=True)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=whole,
+        )
+
+
+# ---- the loop ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """What train() hands back."""
+
+    losses: list[float]  # of every step, those before a resumption included; rank 0 only
+    evaluation: dict[str, float]
+    folder: Path  # out/model, for from_pretrained
+
+
+def train(task: Task, options: Options) -> Result:
+    """Trains from the last checkpoint in options.out to options.steps and saves out/model.
+
+    Raises CheckpointError where the folder holds another run's checkpoints or none that can be
+    read, and FloatingPointError at a loss that is not a number; neither touches a checkpoint.
+    """
+    stepper, out = Stepper(task, options), Path(options.out)
+    chief = stepper.rank == 0
+    console = Console(quiet=not chief, highlight=False, soft_wrap=True)
+    say = partial(console.print, markup=False)
+    identity = {f.name: getattr(options, f.name) for f in fields(options) if not f.metadata["free"]}
+    checkpoints = Checkpoints(out / "checkpoints", identity | {"data": task.data})
+    with first_process_first() as first:
+        if options.fresh and first:
+            checkpoints.clear()
+        found = checkpoints.latest(say)
+    done = 0
+    if found is not None:
+        content, path = found
+        stepper.load(content, path)
+        done = content["step"]
+        say(f"going on from {path}")
+    del found
+    log = Log(out / "log.jsonl", done, options.tensorboard) if chief else None
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    peak = 0.0  # FLOP/s, the best seen in any of its measurements
+    evaluation: dict[str, float] = {}
+    with _Display(console, options, done) as display:
+        for step in range(done + 1, options.steps + 1):
+            if task.flops and chief and (not peak or step % options.eval_every == 1):
+                peak = max(peak, stepper.world * peak_flops(dtype))
+            began = time.perf_counter()
+            values = stepper.step(step - 1)
+            seconds = time.perf_counter() - began
+            if not math.isfinite(values["loss"]):
+                last = checkpoints.paths()[-1:] or ["none"]
+                raise FloatingPointError(
+                    f"the loss is {values['loss']} at step {step}; the last checkpoint, {last[0]}, "
+                    "is untouched; try a lower --lr"
+                )
+            values["tokens_per_second"] = values.pop("tokens") / seconds
+            flops = values.pop("flops")
+            values |= {"mfu": flops / seconds / peak} if peak else {}
+            if chief:
+                log.write(step, values)
+            display.step(step, values)
+            if step % options.eval_every == 0 or step == options.steps:
+                evaluation = stepper.evaluate()
+                if chief and evaluation:
+                    log.write(step, {"eval": evaluation})
+                    say(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in evaluation.items()))
+            if step % options.save_every == 0 or step == options.steps:
+                state = stepper.state()
+                if chief:
+                    checkpoints.save(step, state)
+                del state
+    state = stepper.state()
+    if chief:
+        task.model.save_pretrained(out / "model", state_dict=state["model"])
+    if stepper.world > 1:
+        dist.barrier()
+    evaluation = evaluation or stepper.evaluate()
+    return Result(log.losses() if chief else [], evaluation, out / "model")
+
+
+class _Display:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, options: Options, done: int) -> None:
+        self.console, self.every, self.steps = console, options.log_every, options.steps
+        self.recent: deque[dict[str, float]] = deque(maxlen=options.log_every)
+        columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        self.bar.disable = console.quiet or not console.is_terminal
+        self.row = self.bar.add_task("", total=options.steps, completed=done)
+
+    def __enter__(self) -> _Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        self.recent.append(values)
+        speed = median(v["tokens_per_second"] for v in self.recent)
+        text = f"loss {values['loss']:.4f}  {speed:,.0f} tokens/s"
+        if "mfu" in values:
+            text += f"  MFU {median(v['mfu'] for v in self.recent):.0%}"
+        self.bar.update(self.row, completed=step, description=text)
+        if self.bar.disable and (step % self.every == 0 or step == self.steps):
+            self.console.print(f"step {step}/{self.steps}  {text}")

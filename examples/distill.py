@@ -1,0 +1,183 @@
+"""Distils a small classifier from a larger one: its outputs and its attention maps.
+
+    python examples/distill.py                             # minutes on two cores
+
+A teacher learns to tell docstrings from comments; then a student a fraction of its size learns from
+the teacher alone, never from a label: its probabilities at a temperature (Hinton et al.,
+arXiv:1503.02531) and the attention maps of its last layer (MiniLM, arXiv:2002.10957).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import Batch, Options, Result, Task, first_process_first, option, parse, train
+from corpus import (
+    CLS,
+    PAD,
+    SEP,
+    SPECIAL,
+    Labelled,
+    docstring_or_comment,
+    fingerprint,
+    pad,
+    pick,
+    read_labelled,
+    scores,
+    train_tokenizer,
+)
+from cost import Clock, Cost, report
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastattn.models import BERT
+
+
+@dataclass
+class DistillOptions(Options):
+    out: str = option("runs/distill", "folder of this run: checkpoints, log, model", free=True)
+    data: str = option("", ".csv or .jsonl with text and label; none: docstring or comment")
+    examples: int = option(4000, "labelled texts to take; 0: all")
+    steps: int = option(300, "optimizer steps of the student")
+    teacher_steps: int = option(200, "optimizer steps of the teacher")
+    teacher: str = option("", "folder of a trained teacher, as this example leaves it")
+    batch: int = option(32, "texts of a step, over all processes and accumulation")
+    length: int = option(48, "tokens of a text, at most")
+    layers: int = option(2, "the student's blocks; the teacher has twice as many")
+    dim: int = option(64, "the student's vectors; the teacher's are twice as long")
+    heads: int = option(4, "attention heads of both, whose maps are compared one by one")
+    temperature: float = option(2.0, "the outputs' temperature")
+    maps: float = option(1.0, "weight of the attention maps beside the outputs")
+
+
+class Data:
+    """Texts as token lists, and the tokenizer that made them."""
+
+    def __init__(self, options: DistillOptions) -> None:
+        pairs = read_labelled(Path(options.data)) if options.data else docstring_or_comment(6.0)
+        self.texts = Labelled.split(pairs, options.seed, options.examples)
+        with first_process_first():
+            path = Path(options.out) / "tokenizer.json"
+            texts = [text for text, _ in self.texts.train]
+            tokenizer = train_tokenizer(texts, 2048, path, SPECIAL, lower=True)
+        self.vocabulary = tokenizer.get_vocab_size()
+        self.train, self.test = (
+            [
+                ([CLS, *encoded.ids[: options.length - 2], SEP], label)
+                for encoded, (_, label) in zip(tokenizer.encode_batch([t for t, _ in rows]), rows)
+            ]
+            for rows in (self.texts.train, self.texts.test)
+        )
+        self.fingerprint = fingerprint(pairs)
+
+    @staticmethod
+    def batch(rows: list[tuple[list[int], int]]) -> Batch:
+        ids = pad([ids for ids, _ in rows])
+        labels = torch.tensor([label for _, label in rows])
+        return {"input_ids": ids, "attention_mask": ids != PAD, "labels": labels}
+
+
+class MapOfLastLayer:
+    """Keeps the attention weights [B, H, S, S] of a BERT's last layer, call after call.
+
+    The call itself goes on as it was; q and k give the weights once more, which costs O(S^2) memory
+    for one layer of short texts. Differentiable.
+    """
+
+    def __init__(self, model: BERT) -> None:
+        self.layer = model.blocks[-1].attn
+        self.attend, self.layer.attend = self.layer.attend, self
+        self.log_weights: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if options["kv_lens"] is not None:
+            keys = torch.arange(k.shape[2], device=k.device)
+            scores = scores.masked_fill(keys >= options["kv_lens"][:, None, None, None], -1e4)
+        self.log_weights = scores.log_softmax(-1)
+        return self.attend(q, k, v, **options)
+
+
+def bert(options: DistillOptions, data: Data, size: int) -> BERT:
+    """`size` times the student."""
+    torch.manual_seed(options.seed + size)
+    return BERT(
+        vocab_size=data.vocabulary, max_len=options.length, dim=options.dim * size,
+        heads=options.heads, layers=options.layers * size, head="classification",
+        num_labels=len(data.texts.names), attention=options.attention,
+    )  # fmt: skip
+
+
+def classifier(model: nn.Module, options: DistillOptions, data: Data) -> Task:
+    """Learning from labels."""
+
+    def batch(step: int) -> Batch:
+        rows = pick(len(data.train), step, options.batch, options.seed).tolist()
+        return data.batch([data.train[i] for i in rows])
+
+    def evaluate(model) -> dict[str, float]:
+        guesses, labels = [], []
+        for i in range(0, len(data.test), 64):
+            inputs = data.batch(data.test[i : i + 64])
+            labels.append(inputs.pop("labels"))
+            guesses.append(model(**inputs).logits.argmax(-1))
+        return scores(torch.cat(guesses), torch.cat(labels), len(data.texts.names))
+
+    return Task(model, batch=batch, evaluate=evaluate, data=data.fingerprint)
+
+
+def build(options: DistillOptions, data: Data, folder: Path) -> Task:
+    """Learning from the teacher in `folder`."""
+    teacher = BERT.from_pretrained(folder, attention=options.attention).requires_grad_(False)
+    student = bert(options, data, 1)
+    if teacher.config.heads != student.config.heads:
+        raise ValueError(f"the teacher has {teacher.config.heads} heads and the student "
+                         f"{student.config.heads}; their maps are compared one by one")  # fmt: skip
+    theirs, ours = MapOfLastLayer(teacher), MapOfLastLayer(student)
+    hot = options.temperature
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        with torch.no_grad():
+            wanted = (teacher(**inputs).logits / hot).log_softmax(-1)
+        found = (model(**inputs).logits / hot).log_softmax(-1)
+        outputs = F.kl_div(found, wanted, reduction="batchmean", log_target=True) * hot**2
+        apart = F.kl_div(ours.log_weights, theirs.log_weights, reduction="none", log_target=True)
+        real = batch["attention_mask"][:, None, :].expand(-1, options.heads, -1)
+        return outputs + options.maps * apart.sum(-1)[real].mean()
+
+    def time_attention(model: nn.Module, clock: Clock) -> None:  # the maps are no part of it
+        clock.watch(model)
+        ours.layer.attend, ours.attend = ours, clock.timed(ours.attend)
+
+    task = classifier(student, options, data)
+    task.loss, task.time_attention = loss, time_attention
+    return task
+
+
+def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
+    options = parse(DistillOptions, __doc__, argv)
+    console = Console(highlight=False)
+    data = Data(options)
+    folder = Path(options.teacher)
+    if not options.teacher:
+        own = replace(options, out=f"{options.out}/teacher", steps=options.teacher_steps)
+        learned = train(classifier(bert(own, data, 2), own, data), own)
+        folder = learned.folder
+    task = build(options, data, folder)
+    result = train(task, options)
+    if result.losses:
+        for name, model in (("teacher", BERT.from_pretrained(folder)), ("student", task.model)):
+            with torch.no_grad():
+                found = task.evaluate(model.eval())
+            shown = "  ".join(f"{key} {x:.3f}" for key, x in found.items())
+            console.print(f"{name}: {model.num_parameters():,} parameters  {shown}")
+    return result, report(lambda changed: build(changed, data, folder), options, console)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,132 @@
+"""Pretrains a GPT on code: Python's standard library, or any folder.
+
+    python examples/pretrain_gpt.py                        # minutes on two cores
+    python examples/pretrain_gpt.py --data src --steps 2000 --bf16
+    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --parallel fsdp
+
+A byte-pair tokenizer is trained on the spot. Files of any length are packed into rows without
+padding, and document_ids keep each file to itself. Killed? The same command goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import Batch, Options, Result, Task, first_process_first, option, parse, train
+from corpus import Packed, fingerprint, read_folder, train_tokenizer
+from cost import Cost, report
+from rich.console import Console
+
+from fastattn.models import GPT
+
+END = 0  # the token after each document, <|end|>
+
+
+@dataclass
+class GPTOptions(Options):
+    out: str = option("runs/gpt", "folder of this run: checkpoints, log, model", free=True)
+    lr: float = option(2e-3, "highest learning rate, reached after --warmup")
+    data: str = option("", "folder of text to learn; none: Python's standard library")
+    megabytes: float = option(2.0, "how much of it")
+    vocabulary: int = option(2048, "tokens")
+    length: int = option(256, "tokens of a row")
+    layers: int = option(4, "transformer blocks")
+    dim: int = option(128, "size of a token's vector")
+    heads: int = option(4, "attention heads")
+    kv_heads: int = option(2, "heads of keys and values")
+    dropout: float = option(0.0, "dropout")
+    prompt: str = option("def ", "what the sample at the end begins with", free=True)
+    sample: int = option(64, "tokens of the sample; 0: none", free=True)
+
+
+class Data:
+    """The tokenizer and the packed rows, a tenth of the documents kept for evaluation."""
+
+    def __init__(self, options: GPTOptions) -> None:
+        texts = read_folder(options.data, options.megabytes)
+        with first_process_first():
+            path = Path(options.out) / "tokenizer.json"
+            self.tokenizer = train_tokenizer(texts, options.vocabulary, path, ["<|end|>"])
+        documents = [torch.tensor([*e.ids, END]) for e in self.tokenizer.encode_batch(texts)]
+        held_out = max(1, len(documents) // 10)
+        if len(documents) == 1:
+            half = len(documents[0]) // 2
+            documents = [documents[0][:half], documents[0][half:]]
+        self.rows = Packed(documents[held_out:], options.length, options.seed)
+        self.held_out = Packed(documents[:held_out], options.length, options.seed)
+        self.fingerprint = fingerprint(texts)
+
+
+def predicted(batch: Batch) -> int:
+    """Tokens that the loss is a mean over: all but the first of each document in a row."""
+    ids = batch["document_ids"]
+    return int((ids[:, 1:] == ids[:, :-1]).sum())
+
+
+def flops(model: GPT, batch: Batch) -> float:
+    """Of forward and backward: 6 for each weight of a matrix and token, and 12 * dim for each
+    visible pair of tokens and layer (PaLM, arXiv:2204.02311, appendix B, with exact pairs)."""
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    ids = batch["document_ids"]
+    pairs = 0
+    for row in ids:
+        lengths = row.unique_consecutive(return_counts=True)[1]
+        pairs += int((lengths * (lengths + 1) // 2).sum())
+    return 6 * matrices * ids.numel() + 12 * model.config.dim * model.config.layers * pairs
+
+
+def build(options: GPTOptions, data: Data) -> Task:
+    torch.manual_seed(options.seed)
+    model = GPT(
+        vocab_size=data.tokenizer.get_vocab_size(), max_len=options.length, dim=options.dim,
+        heads=options.heads, kv_heads=options.kv_heads, layers=options.layers,
+        dropout=options.dropout, attention=options.attention, eos_token_id=END,
+    )  # fmt: skip
+
+    def evaluate(model) -> dict[str, float]:
+        batches = range(min(4, -(-data.held_out.rows // options.batch)))
+        total = weight = 0.0
+        for index in batches:
+            batch = data.held_out.batch(index, min(options.batch, data.held_out.rows))
+            part = predicted(batch)
+            total += model(**batch, skip_logits=True).loss.item() * part
+            weight += part
+        return {"eval_loss": total / weight}
+
+    return Task(
+        model,
+        batch=lambda step: data.rows.batch(step, options.batch),
+        loss=lambda model, batch: model(**batch, skip_logits=True).loss,
+        weight=predicted,
+        evaluate=evaluate,
+        flops=lambda batch: flops(model, batch),
+        data=data.fingerprint,
+    )
+
+
+def write(folder: Path, data: Data, options: GPTOptions) -> str:
+    """What the trained model makes of the prompt."""
+    model = GPT.from_pretrained(folder)
+    ids = torch.tensor([data.tokenizer.encode(options.prompt).ids or [END]])
+    room = min(options.sample, options.length - ids.shape[1])
+    generator = torch.Generator().manual_seed(options.seed)
+    new = model.generate(ids, room, temperature=0.8, top_k=50, top_p=0.95, generator=generator)
+    return data.tokenizer.decode(new[0].tolist())
+
+
+def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
+    options = parse(GPTOptions, __doc__, argv)
+    data = Data(options)
+    task = build(options, data)
+    console = Console(highlight=False)
+    result = train(task, options)
+    if options.sample and result.losses:
+        console.print(write(result.folder, data, options), markup=False)
+    return result, report(lambda changed: build(changed, data), options, console)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

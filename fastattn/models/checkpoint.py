@@ -1,0 +1,138 @@
+"""Weights in a folder: model.safetensors with its configuration inside, config.json for readers.
+
+model.safetensors alone is the model: it carries the configuration and a checksum, and it arrives in
+one rename, so an interrupted save leaves the last good one. config.json is a copy for people and
+tools; the weights' own configuration wins, and a difference is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SHOWN = 4  # names in an error message
+
+
+class CheckpointError(ValueError):
+    """A folder does not hold what was asked for: missing, corrupted, or another model's."""
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """write(temporary) and then one rename, so that `path` is the old file or the whole new one.
+
+    The temporary file is beside `path`, is flushed to the disk before the rename, and is removed
+    when anything fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(folder: str | os.PathLike, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    """Writes `state` and `config` into `folder`, which is made if it is missing.
+
+    Args:
+        state: name to tensor; tensors are copied to the CPU, and must not share memory.
+        config: what JSON can hold.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; accepted is a folder, or a name for a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    about = {"format": "pt", "config": text, "crc32": checksum(tensors)}
+    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, about))
+    replace_file(folder / CONFIG, lambda path: path.write_text(text))
+
+
+def load(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state, config) of a folder that save() wrote, checked; raises CheckpointError.
+
+    A model.safetensors from elsewhere, without configuration, takes config.json's, which must then
+    be there; without checksum, its bytes are believed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}; accepted is what save_pretrained wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is corrupted or cut short: {error}") from error
+    if "crc32" in about and checksum(state) != about["crc32"]:
+        raise CheckpointError(f"{path} is corrupted: its bytes do not match its checksum")
+    return state, _config(path.with_name(CONFIG), about.get("config"))
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 over the bytes of all tensors in the order of their names; 8 hexadecimal digits."""
+    crc = 0
+    for name in sorted(tensors):
+        flat = tensors[name].contiguous().reshape(-1)
+        crc = zlib.crc32(flat.view(torch.uint8).numpy() if flat.numel() else b"", crc)
+    return f"{crc:08x}"
+
+
+def _config(path: Path, saved: str | None) -> dict[str, Any]:
+    """The weights' own configuration; config.json's where they carry none."""
+    try:
+        edited = json.loads(path.read_text()) if path.exists() else None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if saved is None:
+            raise CheckpointError(f"{path} is not JSON: {error}") from error
+        edited = None
+    if saved is None:
+        if not isinstance(edited, dict):
+            raise CheckpointError(f"{path} is missing, and {WEIGHTS} carries no configuration")
+        return edited
+    config = json.loads(saved)
+    if isinstance(edited, dict) and edited != config:
+        names = sorted(n for n in edited.keys() | config.keys() if edited.get(n) != config.get(n))
+        changes = ", ".join(f"{n} = {edited.get(n)!r}, saved {config.get(n)!r}" for n in names)
+        warnings.warn(
+            f"{path} differs from what {WEIGHTS} was saved with ({changes}); the saved values are "
+            "used; give others to from_pretrained by name",
+            stacklevel=4,
+        )
+    return config
+
+
+def match(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Raises CheckpointError, naming names and shapes, unless `state` fits `expected` exactly.
+
+    Called before anything is copied, so that a model which refuses a state is as it was.
+    """
+    problems = []
+    missing = [name for name in expected if name not in state]
+    surplus = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} is {list(state[name].shape)} and the model's {list(x.shape)}"
+        for name, x in expected.items()
+        if name in state and state[name].shape != x.shape
+    ]
+    for names, say in ((missing, "lacks"), (surplus, "has besides"), (shapes, "has other shapes:")):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            problems.append(f"{say} {', '.join(names[:SHOWN])}{more}")
+    if problems:
+        raise CheckpointError(f"{what} does not fit the model: it {'; it '.join(problems)}")

@@ -1,0 +1,145 @@
+"""GPT: a decoder-only language model. Next hop: nn.TransformerBlock; generation.py for generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import KVCache, RotaryEmbedding, TransformerBlock
+from .base import Config, Model, ModelOutput
+from .generation import Decoding, Generates, prompts
+from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, tokens
+
+
+@dataclass(kw_only=True)
+class GPTConfig(Config):
+    """Config's fields, and
+
+    Args:
+        norm, mlp: TransformerBlock's, "rms" and "swiglu".
+        qk_norm: RMSNorm of queries and keys, default False.
+        window: how many tokens a token sees before itself; None: all.
+        rotary_base: of the rotary position embedding.
+        tie_embeddings: the head's matrix is the embedding's, default True.
+        eos_token_id: the token that ends what generate() writes; None: none does.
+        pad_token_id: what follows it.
+    """
+
+    norm: str = "rms"
+    mlp: str = "swiglu"
+    qk_norm: bool = False
+    window: int | None = None
+    rotary_base: float = 10000.0
+    tie_embeddings: bool = True
+    eos_token_id: int | None = None
+    pad_token_id: int = 0
+
+
+class GPT(Generates, Model):
+    """Tokens to the logits of the next: pre-norm blocks with rotary positions (Llama's layout).
+
+    GPT(GPTConfig(vocab_size=...)) or GPT(vocab_size=..., dim=..., ...).
+    """
+
+    config_class = GPTConfig
+    config: GPTConfig
+
+    def build(self, config: GPTConfig) -> None:
+        c = config
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.drop = nn.Dropout(c.dropout)
+        rotary = RotaryEmbedding(c.dim // c.heads, c.rotary_base)
+        window = None if c.window is None else (c.window, 0)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                *(c.dim, c.heads, c.kv_heads), causal=True, window=window, rotary=rotary,
+                qk_norm=c.qk_norm, hidden=c.hidden, mlp=c.mlp, norm=c.norm, dropout=c.dropout,
+            )
+            for _ in range(c.layers)
+        )  # fmt: skip
+        self.norm = type(self.blocks[0].attn_norm)(c.dim)
+        self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: list[KVCache] | None = None,
+        skip_logits: bool = False,
+    ) -> ModelOutput:
+        """ModelOutput with loss, logits and last_hidden_state.
+
+        Args:
+            input_ids: integers [B, S].
+            attention_mask: [B, S], 1 for a real token, 0 for padding.
+            labels: integers [B, S], input_ids themselves: token i is predicted from those before
+                it. -100 is ignored, and with document_ids each document's first token.
+            document_ids: [B, S] or [S] int32, non-decreasing: documents packed into a row see
+                their own tokens only.
+            cache: from make_caches(): input_ids go on where it ends.
+            skip_logits: gives loss without logits, whose [B, S, vocab_size] are then never in
+                memory. For training.
+        """
+        c = self.config
+        input_ids = tokens("input_ids", input_ids, c.vocab_size, c.max_len)
+        options = padding("attention_mask", attention_mask, input_ids)
+        if cache is not None and (labels is not None or "mask" in options):
+            what = "labels" if labels is not None else "an attention_mask with padding on the left"
+            raise ValueError(f"{what} came with a cache; accepted is padding on the right, and no "
+                             "labels")  # fmt: skip
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits came without labels, so that nothing is left to compute")
+        x = self.drop(self.embed(input_ids))
+        for i, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache[i]
+            x = block(x, document_ids=document_ids, cache=layer_cache, **options)
+        x = self.norm(x)  # [B, S, dim]
+        weight = self.embed.weight if self.head is None else self.head.weight
+        loss = None
+        logits = None if skip_logits else F.linear(x, weight)
+        if labels is not None:
+            targets = self._targets(labels, input_ids, document_ids)
+            if skip_logits:
+                loss = head_loss(x, weight, targets)
+            else:
+                loss = cross_entropy(logits, targets)
+        return ModelOutput(loss=loss, logits=logits, last_hidden_state=x)
+
+    def _targets(self, labels, input_ids, document_ids):
+        """Row i's target is token i + 1, unless that begins another document."""
+        labels = labels_like("labels", labels, input_ids.shape, self.config.vocab_size)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if document_ids is None:
+            return targets
+        ends = F.pad(document_ids[..., 1:] != document_ids[..., :-1], (0, 1), value=True)
+        return targets.masked_fill(ends, IGNORED)
+
+    # ---- generating ---------------------------------------------------------------------------
+
+    def make_caches(self, batch: int, max_len: int | None = None) -> list[KVCache]:
+        """Empty caches for `cache=`, one a layer, with room for max_len tokens (config's)."""
+        layers = [block.attn for block in self.blocks]
+        return self.new_caches(layers, batch, max_len or self.config.max_len)
+
+    def start(self, input_ids: Tensor, attention_mask: Tensor | None, room: int) -> Decoding:
+        """The prompts in caches with `room` for new tokens, for Generates.generate."""
+        input_ids = tokens("input_ids", input_ids, self.config.vocab_size, self.config.max_len)
+        ids, lens = prompts(input_ids, attention_mask)
+        total = ids.shape[1] + room
+        if total > self.config.max_len:
+            raise ValueError(f"prompts of {ids.shape[1]} tokens and {room} new ones make {total}; "
+                             f"accepted is at most max_len = {self.config.max_len}")  # fmt: skip
+        caches = self.make_caches(ids.shape[0], total)
+        real = torch.arange(ids.shape[1], device=ids.device) < lens[:, None]
+        logits = self(ids, real, cache=caches).logits
+        last = logits[torch.arange(ids.shape[0], device=ids.device), lens.long() - 1]
+
+        def step(new: Tensor) -> Tensor:
+            return self(new, cache=caches).logits[:, -1]
+
+        return Decoding(input_ids, last, step, caches)

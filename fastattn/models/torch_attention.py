@@ -1,0 +1,111 @@
+"""Attention by torch's scaled_dot_product_attention, with the arguments that the blocks give.
+
+For comparison: attention="torch" runs a model of fastattn.models on it. What SDPA has no argument
+for becomes a mask, as a user of SDPA would write it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn import KVCache
+
+
+def torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    kv_lens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    dropout_p: float = 0.0,
+    align: str = "start",
+    offset: Tensor | None = None,
+) -> Tensor:
+    """fastattn.attention's arguments; q, k, v and the result are [B, H, S, D].
+
+    offset: [B]; row i of entry b is at position i + offset[b] (a cache's); None: at i, which is
+    align="start". softcap and sinks are refused: SDPA has neither.
+    """
+    for name, refused in (("sinks", sinks is not None), ("softcap", bool(softcap))):
+        if refused:
+            raise NotImplementedError(f'{name} came with attention="torch"; SDPA has no such thing')
+    if align != "start":
+        raise ValueError(f'align is {align!r}; accepted with attention="torch" is "start"')
+    extra = [x for x in (window, mask, bias, kv_lens, document_ids, offset) if x is not None]
+    seen = None
+    if extra:
+        seen, causal = _seen(q, k, causal, window, mask, kv_lens, document_ids, offset), False
+        seen = seen if bias is None else bias.masked_fill(~seen, -torch.inf)
+        seen = seen.expand(*seen.shape[:2], q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(
+        *(q, k, v, seen, dropout_p, causal), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _seen(q, k, causal, window, mask, kv_lens, document_ids, offset) -> Tensor:
+    """bool, broadcastable to [B, H, Sq, Skv]: which keys each row sees."""
+    device = q.device
+    row = torch.arange(q.shape[2], device=device)[:, None]
+    key = torch.arange(k.shape[2], device=device)
+    if offset is not None:
+        row = row + offset[:, None, None, None]
+    left, right = (None, None) if window is None else window
+    right = 0 if causal else right
+    seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    if right is not None and right >= 0:
+        seen = seen & (key <= row + right)
+    if left is not None and left >= 0:
+        seen = seen & (key >= row - left)
+    if kv_lens is not None:
+        seen = seen & (key < kv_lens[:, None, None, None])
+    if document_ids is not None:
+        ids = document_ids.view(-1, 1, document_ids.shape[-1])
+        seen = seen & (ids[..., :, None] == ids[..., None, :])
+    return seen if mask is None else seen & mask
+
+
+class TorchCache(KVCache):
+    """A KVCache whose attend() is torch's attention over all that is held."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        new_lens: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        """KVCache.attend's arguments and result."""
+        if k is not None:
+            rows = torch.arange(self.batch, device=k.device)[:, None]
+            slots = self.positions(k.shape[2])
+            if slots.numel() and int(slots.max()) >= self.max_len:
+                raise ValueError(f"{k.shape[2]} new keys overrun the cache's {self.max_len} slots")
+            self.k[rows, :, slots] = k.transpose(1, 2).to(self.k.dtype)
+            self.v[rows, :, slots] = v.transpose(1, 2).to(self.v.dtype)
+        before = self.lens
+        after = before + (0 if k is None else k.shape[2])
+        held = int(after.max())  # a user of SDPA cuts the cache to what is filled
+        mask = options.pop("mask", None)
+        if mask is not None and mask.shape[-1] > held:
+            mask = mask[..., :held]
+        offset = before if k is not None else after - q.shape[2]
+        out = torch_attention(
+            q.to(self.k.dtype),
+            *(self.k[:, :, :held], self.v[:, :, :held]),
+            **options, mask=mask, kv_lens=after, offset=offset,
+        )  # fmt: skip
+        self.lens = after if new_lens is None else before + new_lens.to(before.dtype)
+        self.filled = self.filled or k is not None
+        return out
