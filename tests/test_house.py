@@ -33,11 +33,17 @@ def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.
 # ---- README -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/pipelines.md"])
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda p: p.stem)
 def test_the_pages_code_runs(page):
     """Every python block, in order, in one namespace, warnings of ours included as errors."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert len(blocks) >= 4
+    blocks = code_of(page)
     run = python("-W", "error::UserWarning:fastattn", "-c", "\n".join(blocks), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip(), "there is something to see"
@@ -52,8 +58,7 @@ def test_readme_tables_are_generated():
 
 
 def test_readme_names_files_that_exist():
-    pages = [README, *(ROOT / "docs").glob("*.md")]
-    text = "".join(page.read_text() for page in pages)
+    text = "".join(page.read_text() for page in PAGES)
     paths = re.findall(
         r"`((?:fastattn|csrc|tests|benchmarks|kernels|docs|examples)/[\w/.]+\.\w+)`", text
     )
