@@ -1,7 +1,7 @@
 """Rewrites the generated tables of README.md: python -m fastattn.benchmarks.readme_table [--check]
 
     support  what each backend can run, asked of the backends (fastattn/info.py)
-    speed    the newest report in benchmarks/results/ (python -m fastattn bench --json FILE)
+    speed    the reports in benchmarks/results/ (python -m fastattn bench --json FILE)
 
 A table lives between <!-- NAME:begin --> and <!-- NAME:end -->; what is between is replaced.
 --check writes nothing and exits with 1 when a table is not what it should be.
@@ -41,33 +41,31 @@ def replace(text: str, name: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
-def newest_report(folder: Path = RESULTS) -> dict | None:
-    """The report with the latest date, None where there is none of this schema."""
+def stored_reports(folder: Path = RESULTS) -> list[dict]:
+    """The reports of this schema, newest first."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     reports = [report for report in reports if report.get("schema") == SCHEMA]
-    return max(reports, key=lambda report: report["machine"]["date"], default=None)
+    return sorted(reports, key=lambda report: report["machine"]["date"], reverse=True)
 
 
-def speed_markdown(report: dict | None) -> str:
-    """A short table of ranges, then every row with its interval."""
-    if report is None:
+def speed_markdown(reports: list[dict]) -> str:
+    """For each report a short table of ranges, then every row with its interval."""
+    if not reports:
         return "No measured results in benchmarks/results/ yet: `make bench` on your machine."
-    facts = report["machine"]
-    return "\n".join(
-        [
-            f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}; torch {facts['torch']} "
-            f"({facts['torch_isa']}); {facts['date'][:10]}. Ratio: the time of "
-            "`F.scaled_dot_product_attention` / fastattn's, medians of interleaved runs.",
-            "",
-            *_summary(report["rows"]),
-            "",
-            "<details><summary>Every row, with 95 % intervals</summary>",
-            "",
-            *_every_row(report["rows"]),
-            "",
-            "</details>",
-        ]
-    )
+    lines = [
+        "Ratio: the time of `F.scaled_dot_product_attention` / fastattn's, medians of interleaved "
+        "runs in one process."
+    ]
+    for report in reports:
+        facts = report["machine"]
+        title = (
+            f"{facts['cpu']}, {facts['threads']} threads, fastattn on {facts['isa']}, torch "
+            f"{facts['torch']} on {facts['torch_isa']}; {facts['date'][:10]}"
+        )
+        lines += ["", f"**{title}**", "", *_summary(report["rows"]), ""]
+        lines += ["<details><summary>Every row, with 95 % intervals</summary>", ""]
+        lines += [*_every_row(report["rows"]), "", "</details>"]
+    return "\n".join(lines)
 
 
 def _summary(rows: list[dict]) -> list[str]:
@@ -117,7 +115,7 @@ def generated(text: str) -> str:
     from fastattn.info import support_markdown  # imports torch, which speed_markdown does not need
 
     text = replace(text, "support", support_markdown())
-    return replace(text, "speed", speed_markdown(newest_report()))
+    return replace(text, "speed", speed_markdown(stored_reports()))
 
 
 def main(argv: list[str] | None = None) -> int:

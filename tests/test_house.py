@@ -77,7 +77,7 @@ def test_speed_table_says_red_and_no_difference():
     bad = {"name": "b", "row": row, "torch_backend": "flash", "red": "error too large"}
     machine = {"cpu": "CPU", "threads": 2, "isa": "avx2", "torch": "2", "torch_isa": "AVX2"}
     machine["date"] = "2030-01-02T03:04:05"
-    table = speed_markdown({"machine": machine, "rows": [good, bad]})
+    table = speed_markdown([{"machine": machine, "rows": [good, bad]}])
     assert "| dense, D 64, full | fp32 | forward | RED | flash |" in table
     assert "| a | flash | 2.000 | 1.980 | no difference | 0.98 to 1.03 | 70 |" in table
     assert "| b | flash | | | RED | | |" in table
