@@ -1,5 +1,8 @@
 // The CPU operators: the parallel loops over work items, and what is registered with torch.
 // next: cpu/call.h (checks), cpu/schedule.h (items), cpu/forward.inl, cpu/backward.inl
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -143,6 +146,20 @@ struct Gradients {
     Tensor dq, dk, dv, dbias, dsinks;
 };
 
+// A large result in fresh memory costs a page fault every 4 KB: a sixth of the time of a call with a
+// bias gradient at S 1024. Where the system leaves it to the program, ask for large pages.
+void prefer_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 4096, LARGE = uintptr_t(4) << 20;
+    uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+    uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+    begin = (begin + PAGE - 1) / PAGE * PAGE;
+    end = end / PAGE * PAGE;
+    if (end > begin && end - begin >= LARGE)
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may say no
+#endif
+}
+
 // Do the tiles of every entry visit every pair of a row and a key?
 bool visits_all(const Call& call) {
     if (call.mask || call.entries == 0 || call.params.heads == 0) return false;
@@ -166,6 +183,7 @@ Tensor bias_sums(const Call& call, const Tensor& bias, BiasSharing& sharing, boo
                                   small ? call.q.size(1) : bias.size(1), bias.size(2),
                                   bias.size(3)};
     Tensor sums = new_tensor(call.q, sizes, accumulate_type(call.q));
+    prefer_huge_pages(sums);
     unset = !small && visits_all(call);
     if (!unset) fill(sums, 0);
     return sums;
