@@ -67,7 +67,7 @@ def dense_shapes(q, k, v) -> None:
     checks.head_dims(q, k, v)
 
 
-def cache_shapes(q, k_cache, v_cache, k, v) -> None:
+def cache_shapes(q, k_cache, v_cache, k, v, block_table) -> None:
     for name, x, accepted in (
         ("q", q, "[B, Sq, heads, D]"),
         ("k_cache", k_cache, "[B, Smax, kv_heads, D] or [blocks, block_size, kv_heads, D]"),
@@ -82,6 +82,8 @@ def cache_shapes(q, k_cache, v_cache, k, v) -> None:
         )
     checks.head_counts(q.shape[2], k_cache.shape[2], v_cache.shape[2])
     checks.head_dims(q, k_cache, v_cache)
+    if block_table is not None:
+        _ranked("block_table", block_table, "[B, max_blocks]")
     if k is None or v is None:
         return
     new = _ranked("k", k, "[B, Snew, kv_heads, D]").shape[1]

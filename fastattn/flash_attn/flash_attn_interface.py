@@ -280,7 +280,7 @@ def flash_attn_with_kvcache(
         TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
         NotImplementedError: an input wants a gradient.
     """
-    cache_shapes(q, k_cache, v_cache, k, v)
+    cache_shapes(q, k_cache, v_cache, k, v, block_table)
     checks.flag("return_softmax_lse", return_softmax_lse)
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError(f"{'rotary_sin' if rotary_cos is None else 'rotary_cos'} came alone; "
@@ -291,7 +291,7 @@ def flash_attn_with_kvcache(
                              "accepted are an int and an int32 tensor [B]")  # fmt: skip
         cache_seqlens = k_cache.shape[1]
         if block_table is not None:
-            cache_seqlens *= checks.tensor("block_table", block_table).shape[-1]
+            cache_seqlens *= block_table.shape[1]
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, False)
     q, k_cache, v_cache = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     k, v = (None if x is None else x.transpose(1, 2) for x in (k, v))
