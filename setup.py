@@ -39,7 +39,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SUBPACKAGES = ("nn", "models", "hf", "kernels", "benchmarks")
+SUBPACKAGES = ("nn", "models", "hf", "flash_attn", "kernels", "benchmarks")
 MODES = ("auto", "cpu", "cuda", "none", "asan")
 TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
 CUDA_ARCHS = "80;90a"

@@ -179,7 +179,7 @@ def varlen_attention(
     )  # fmt: skip
     row = backends.pick(backend, spec, q, k, v, operands)
     out, lse = run(q, k, v, spec, operands, row)
-    out, lse = out[0].transpose(0, 1), lse[0]
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # select's gradient is a copy
     return (out, lse) if return_lse else out
 
 

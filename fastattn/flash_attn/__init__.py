@@ -1,0 +1,31 @@
+"""FlashAttention 2's functions, served by fastattn on every device and dtype that it serves.
+
+from fastattn.flash_attn import flash_attn_func, flash_attn_varlen_func
+from fastattn.flash_attn.bert_padding import pad_input, unpad_input
+
+sys.modules["flash_attn"] = fastattn.flash_attn  # for a program that imports flash_attn
+"""
+
+from . import bert_padding
+from .flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+
+__version__ = "2.8.4"  # the release of flash_attn whose interface this is, for programs that ask
+
+__all__ = [
+    "bert_padding",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
