@@ -24,7 +24,7 @@ def ints(*values):
 @pytest.mark.parametrize("shape", [(), (5,), (2, 5)])
 def test_unpad_and_pad(dtype, shape):
     x = torch.randn(3, 4, *shape, requires_grad=True)
-    tokens, indices, cu_seqlens, longest, seqused = unpad_input(x, MASK.to(dtype))
+    tokens, indices, cu_seqlens, longest, seqused = unpad_input(x, (3 * MASK).to(dtype))
     assert torch.equal(tokens, x[MASK.bool()])
     assert indices.dtype == torch.int64 and indices.tolist() == [0, 1, 2, 9, 10]
     assert torch.equal(cu_seqlens, ints(0, 3, 3, 5)) and torch.equal(seqused, ints(3, 0, 2))

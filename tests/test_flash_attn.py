@@ -110,16 +110,16 @@ def test_varlen_options_and_their_pairs():
 
 @pytest.mark.parametrize("name", ["causal", "window, softcap", "alibi, dropout"])
 def test_varlen_in_blocks(name):
-    """block_table: keys scattered over blocks of 4, one of them shared, its spare table entries -1,
-    what is not used NaN; the same as the same keys packed, S_dmask included."""
+    """block_table: keys scattered over blocks of 4, one of them shared, its spare table entries no
+    blocks, what is not used NaN; the same as the same keys packed, S_dmask included."""
     options = {"dropout_p": 0.0} | PAIRS[name]
     lengths = (6, 4, 0, 9)
-    table = torch.tensor([[5, 2, -1], [5, -1, -1], [-1, -1, -1], [0, 7, 3]], dtype=torch.int32)
+    table = torch.tensor([[5, 2, 99], [5, -1, 99], [-1, -1, 99], [0, 7, 3]], dtype=torch.int32)
     blocks = torch.full((2, 9, 4, 2, DIM), torch.nan, dtype=F64)
     for block, used in ((5, 4), (2, 2), (0, 4), (7, 4), (3, 1)):
         blocks[:, block, :used] = torch.randn(2, used, 2, DIM, dtype=F64)
     k, v = (
-        torch.cat([x[row[row >= 0]].flatten(0, 1)[:n] for row, n in zip(table.long(), lengths)])
+        torch.cat([x[row[: -(-n // 4)]].flatten(0, 1)[:n] for row, n in zip(table.long(), lengths)])
         for x in blocks
     )
     q, cu_q, cu_k = torch.randn(8, HEADS, DIM, dtype=F64), ends((2, 1, 2, 3)), ends(lengths)
