@@ -146,8 +146,8 @@ struct Gradients {
     Tensor dq, dk, dv, dbias, dsinks;
 };
 
-// A large result in fresh memory costs a page fault every 4 KB: a sixth of the time of a call with a
-// bias gradient at S 1024. Where the system leaves it to the program, ask for large pages.
+// A large result in fresh memory costs a page fault every 4 KB: a sixth of the time of a call with
+// a bias gradient at S 1024. Where the system leaves it to the program, ask for large pages.
 void prefer_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = 4096, LARGE = uintptr_t(4) << 20;

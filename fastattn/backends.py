@@ -103,7 +103,7 @@ def _reference_why_not(spec, q, k, v, operands):
     return None
 
 
-CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/score.inl
+CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
     Backend("cuda", "NVIDIA sm_80, sm_90a", _cuda_why_not, _op_forward, _op_backward),
