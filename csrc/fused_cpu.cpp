@@ -1,8 +1,9 @@
-// The CPU operators around attention: norm, gate, rotate, cross_entropy. Checks, and the parallel
-// loops over rows.
+// The CPU operators around attention: norm, gate, activate, rotate, cross_entropy. Checks, and
+// the parallel loops over rows.
 // next: cpu/fused.inl
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -122,17 +123,62 @@ OptionalTensor arithmetic(const OptionalTensor& t, const RowOrder& order, const 
 
 void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
+// A call's dropout. It counts rows as they lie in memory, so x becomes contiguous, and copies of one
+// tensor in other orders drop the same elements.
+template <class C> void set_dropout(C& call, const OptionalTensor& seed, double p, Tensor& x) {
+    CHECK(p >= 0 && p < 1, "dropout_p must be in [0, 1), got ", p);
+    call.dropout = p > 0;
+    call.dropout_key = DropoutKey::make(0, 0, p);
+    if (p == 0) return;
+    CHECK(seed.has_value(), "dropout needs dropout_seed");
+    check_cpu(*seed, "dropout_seed");
+    CHECK(seed->scalar_type() == ScalarType::Long && seed->dim() == 1 && seed->size(0) == 2,
+          "dropout_seed must be int64 [2]: seed and offset");
+    const int64_t* key = static_cast<const int64_t*>(seed->data_ptr());
+    call.dropout_key = DropoutKey::make(key[0], key[seed->stride(0)], p);
+    x = torch::stable::contiguous(x);
+}
+
+// Sums over rows: each of at most MAX_PARTS runs of rows adds up its own, and the parts are added
+// in order. The number of parts depends on the shape alone, so the bits do not depend on threads.
+constexpr int64_t MAX_PARTS = 32;
+
+// run(begin, end, sums) on runs of rows; sums[k] is what to add results[k] up in, or null.
+template <class A, int N, class F>
+void run_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& run) {
+    const int64_t n = order.dim;
+    const bool wanted = std::any_of(results, results + N, [](auto* t) { return t != nullptr; });
+    const int64_t limit = wanted ? MAX_PARTS : int64_t(1) << 20;
+    int64_t parts = std::max<int64_t>(1, std::min(limit, order.rows * n / ITEM_VALUES));
+    std::unique_ptr<A[]> memory(new A[wanted ? N * parts * n + 1 : 1]());
+    for_each_item(static_cast<int>(parts), FLOPS_A_VALUE * order.rows * n, [&](int i) {
+        A* sums[N];
+        for (int k = 0; k < N; k++) sums[k] = results[k] ? &memory[(N * i + k) * n] : nullptr;
+        run(order.rows * i / parts, order.rows * (i + 1) / parts, sums);
+    });
+    for (int k = 0; k < N; k++) {
+        if (results[k] == nullptr) continue;
+        A* total = static_cast<A*>(results[k]->data_ptr());
+        for (int64_t j = 0; j < n; j++) total[j] = 0;
+        for (int64_t i = 0; i < parts; i++)
+            for (int64_t j = 0; j < n; j++) total[j] += memory[(N * i + k) * n + j];
+    }
+}
+
 // --- norm ---------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor residual,
                                                     OptionalTensor weight, OptionalTensor bias,
-                                                    double eps, bool center) {
+                                                    double eps, bool center,
+                                                    OptionalTensor dropout_seed, double dropout_p) {
+    NormCall call{};
+    set_dropout(call, dropout_seed, dropout_p, x);
+    CHECK(residual || !call.dropout, "dropout needs a residual");
     RowOrder order(x);
     Tensor y = order.new_like(), rstd = order.new_values(), mean = order.new_values(center);
     Tensor summed = residual ? order.new_like() : new_tensor(x, {0}, x.scalar_type());
     weight = arithmetic(weight, order, "weight");
     bias = arithmetic(bias, order, "bias");
-    NormCall call{};
     call.dtype = order.dtype;
     call.dim = order.dim;
     call.center = center;
@@ -150,37 +196,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor res
     return {y, summed, mean, rstd};
 }
 
-// Sums over rows: each of at most MAX_PARTS runs of rows adds up its own, and the parts are added
-// in order. The number of parts depends on the shape alone, so the bits do not depend on threads.
-constexpr int64_t MAX_PARTS = 32;
-
-template <class A> void backward_in_parts(const NormCall& call, const RowOrder& order,
-                                          Tensor& dweight, Tensor& dbias, bool need_dweight,
-                                          bool need_dbias) {
-    const int64_t n = order.dim, wanted = need_dweight || need_dbias;
-    const int64_t limit = wanted ? MAX_PARTS : int64_t(1) << 20;
-    int64_t parts = std::max<int64_t>(1, std::min(limit, order.rows * n / ITEM_VALUES));
-    std::unique_ptr<A[]> sums(new A[wanted ? 2 * parts * n + 1 : 1]());
-    const FusedKernels& kernels = kernels_for(order.dtype).fused;
-    for_each_item(static_cast<int>(parts), FLOPS_A_VALUE * order.rows * n, [&](int i) {
-        kernels.norm_backward(call, order.rows * i / parts, order.rows * (i + 1) / parts,
-                              need_dweight ? &sums[2 * i * n] : nullptr,
-                              need_dbias ? &sums[(2 * i + 1) * n] : nullptr);
-    });
-    auto reduce = [&](Tensor& to, int which) {
-        A* total = static_cast<A*>(to.data_ptr());
-        for (int64_t j = 0; j < n; j++) total[j] = 0;
-        for (int64_t i = 0; i < parts; i++)
-            for (int64_t j = 0; j < n; j++) total[j] += sums[(2 * i + which) * n + j];
-    };
-    if (need_dweight) reduce(dweight, 0);
-    if (need_dbias) reduce(dbias, 1);
-}
-
-std::tuple<Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor dsummed, Tensor x,
-                                            OptionalTensor weight, Tensor mean, Tensor rstd,
-                                            double eps, bool center, bool need_dweight,
-                                            bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor dsummed, Tensor x,
+                                                    OptionalTensor weight, Tensor mean, Tensor rstd,
+                                                    double eps, bool center, bool need_dweight,
+                                                    bool need_dbias, OptionalTensor dropout_seed,
+                                                    double dropout_p) {
+    NormCall call{};
+    set_dropout(call, dropout_seed, dropout_p, x);
     RowOrder order(x);
     ScalarType accumulate = accumulate_type(x);
     CHECK(rstd.scalar_type() == accumulate && rstd.dim() == 1 && rstd.size(0) == order.rows &&
@@ -188,12 +210,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor dsummed, T
               mean.size(0) == (center ? order.rows : 0),
           "mean and rstd must be those of the forward pass");
     Tensor dx = order.new_like();
+    Tensor dkept = call.dropout ? order.new_like() : new_tensor(x, {0}, x.scalar_type());
     Tensor dweight = new_tensor(x, {need_dweight ? order.dim : 0}, accumulate);
     Tensor dbias = new_tensor(x, {need_dbias ? order.dim : 0}, accumulate);
     weight = arithmetic(weight, order, "weight");
     mean = torch::stable::contiguous(mean);
     rstd = torch::stable::contiguous(rstd);
-    NormCall call{};
     call.dtype = order.dtype;
     call.dim = order.dim;
     call.center = center;
@@ -202,14 +224,20 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor dsummed, T
     call.dy = order.rows_of(dy, "dy");
     call.dsummed = order.rows_of(dsummed, "dsummed");
     call.dx = order.rows_of(dx, "dx");
+    if (call.dropout) call.dkept = order.rows_of(dkept, "dkept");
     call.weight = pointer(weight);
     call.mean = mean.data_ptr();
     call.rstd = rstd.data_ptr();
+    Tensor* const results[] = {need_dweight ? &dweight : nullptr, need_dbias ? &dbias : nullptr};
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    auto run = [&](int64_t begin, int64_t end, auto sums) {
+        kernels.norm_backward(call, begin, end, sums[0], sums[1]);
+    };
     if (order.dtype == Dtype::F64)
-        backward_in_parts<double>(call, order, dweight, dbias, need_dweight, need_dbias);
+        run_in_parts<double>(order, results, run);
     else
-        backward_in_parts<float>(call, order, dweight, dbias, need_dweight, need_dbias);
-    return {dx, dweight, dbias};
+        run_in_parts<float>(order, results, run);
+    return {dx, dweight, dbias, dkept};
 }
 
 // --- gate ---------------------------------------------------------------------------------------
@@ -251,6 +279,60 @@ std::tuple<Tensor, Tensor> gate_bwd(Tensor dout, Tensor gate, Tensor up, std::st
     const FusedKernels& kernels = kernels_for(order.dtype).fused;
     order.for_each([&](int64_t begin, int64_t end) { kernels.gate_backward(call, begin, end); });
     return {dgate, dup};
+}
+
+// --- activate -----------------------------------------------------------------------------------
+
+Activation any_activation_of(const std::string& name) {
+    if (name == "identity") return Activation::IDENTITY;
+    return name == "relu" ? Activation::RELU : activation_of(name);
+}
+
+Tensor activate_fwd(Tensor x, OptionalTensor bias, OptionalTensor dropout_seed, double dropout_p,
+                    std::string activation) {
+    ActivateCall call{};
+    call.activation = any_activation_of(activation);
+    set_dropout(call, dropout_seed, dropout_p, x);
+    RowOrder order(x);
+    Tensor out = order.new_like();
+    bias = arithmetic(bias, order, "bias");
+    call.dtype = order.dtype;
+    call.dim = order.dim;
+    call.bias = pointer(bias);
+    call.x = order.rows_of(x, "x");
+    call.out = order.rows_of(out, "out");
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    order.for_each([&](int64_t begin, int64_t end) { kernels.activate(call, begin, end); });
+    return out;
+}
+
+std::tuple<Tensor, Tensor> activate_bwd(Tensor dout, OptionalTensor saved, OptionalTensor bias,
+                                        OptionalTensor dropout_seed, double dropout_p,
+                                        std::string activation, bool need_dbias) {
+    ActivateCall call{};
+    call.activation = any_activation_of(activation);
+    CHECK(saved || call.activation == Activation::IDENTITY, activation, " needs what was saved");
+    set_dropout(call, dropout_seed, dropout_p, dout);
+    RowOrder order(dout);
+    Tensor dx = order.new_like();
+    Tensor dbias = new_tensor(dout, {need_dbias ? order.dim : 0}, accumulate_type(dout));
+    bias = arithmetic(bias, order, "bias");
+    call.dtype = order.dtype;
+    call.dim = order.dim;
+    call.bias = pointer(bias);
+    call.x = order.rows_of(saved, "saved");
+    call.dout = order.rows_of(dout, "dout");
+    call.dx = order.rows_of(dx, "dx");
+    Tensor* const results[] = {need_dbias ? &dbias : nullptr};
+    const FusedKernels& kernels = kernels_for(order.dtype).fused;
+    auto run = [&](int64_t begin, int64_t end, auto sums) {
+        kernels.activate_backward(call, begin, end, sums[0]);
+    };
+    if (order.dtype == Dtype::F64)
+        run_in_parts<double>(order, results, run);
+    else
+        run_in_parts<float>(order, results, run);
+    return {dx, dbias};
 }
 
 // --- rotate -------------------------------------------------------------------------------------
@@ -368,6 +450,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
     m.impl("norm_bwd", TORCH_BOX(&norm_bwd));
     m.impl("gate_fwd", TORCH_BOX(&gate_fwd));
     m.impl("gate_bwd", TORCH_BOX(&gate_bwd));
+    m.impl("activate_fwd", TORCH_BOX(&activate_fwd));
+    m.impl("activate_bwd", TORCH_BOX(&activate_bwd));
     m.impl("rotate", TORCH_BOX(&rotate));
     m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
 }

@@ -1,4 +1,5 @@
 """The operators around attention: norm, rotate and gate. Kernels: csrc/fused_cpu.cpp.
+fused_activate.py has the activation and dropout of a feed-forward block.
 
 Each has a reference in plain torch here, float64-exact. The kernels run where they pay: on CPU
 tensors in eager mode. Plain torch runs on other devices, under torch.func and forward-mode
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 from . import checks
 from .autograd import _KEYS, pull_back
 from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, _unit_stride, is_dense
+from .philox import keep_probability, keep_rows
 
 # ---- references ---------------------------------------------------------------------------------
 
@@ -34,6 +36,14 @@ def norm_reference(x, residual, weight, bias, eps, center):
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(summed.dtype), summed
+
+
+def drop_reference(x, seed, dropout_p):
+    """x [..., n] after dropout keyed by seed, as the kernels drop: rows count in logical order."""
+    if not dropout_p:
+        return x
+    kept = keep_rows(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p, device=x.device)
+    return x * (kept.view(x.shape).to(x.dtype) / keep_probability(dropout_p))
 
 
 def rotate_reference(x, cos, sin, positions, interleaved):
@@ -78,8 +88,12 @@ def norm(
     bias: Tensor | None,
     eps: float,
     center: bool,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(y, summed) as norm_reference says. Rows are the last dimension; strides are free."""
+    """(y, summed) as norm_reference says. Rows are the last dimension; strides are free.
+
+    With dropout_p, in [0, 1), x is dropped before the residual, which must be there, is added.
+    """
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and checks.tensor("x", x).shape[-1:] != vector.shape:
             raise ValueError(f"x has shape {checks.show(x)} and {name} {checks.show(vector)}; "
@@ -92,10 +106,13 @@ def norm(
         if residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-    small = center and x.numel() < SMALL_LAYER_NORM
+    elif dropout_p:
+        raise ValueError(f"dropout_p is {dropout_p} and residual None; accepted is 0 without one")
+    small = center and not dropout_p and x.numel() < SMALL_LAYER_NORM
     if small or not has_kernel(x, residual, weight, bias):
-        return _norm_in_torch(x, residual, weight, bias, eps, center)
-    y, summed, _, _ = _norm(x, residual, weight, bias, eps, center)
+        return _norm_in_torch(F.dropout(x, dropout_p), residual, weight, bias, eps, center)
+    seed = checks.dropout_key(None, x.device) if dropout_p else None
+    y, summed, _, _ = _norm(x, residual, weight, bias, eps, center, seed, dropout_p)
     return y, (x if residual is None else summed)
 
 
@@ -160,11 +177,12 @@ def has_kernel(*tensors) -> bool:
 # ---- schemas and fake kernels -------------------------------------------------------------------
 
 for _schema in (
-    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center)"
+    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center,"
+    " Tensor? dropout_seed=None, float dropout_p=0.0)"
     " -> (Tensor y, Tensor summed, Tensor mean, Tensor rstd)",
     "norm_bwd(Tensor dy, Tensor? dsummed, Tensor x, Tensor? weight, Tensor mean, Tensor rstd,"
-    " float eps, bool center, bool need_dweight, bool need_dbias)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    " float eps, bool center, bool need_dweight, bool need_dbias, Tensor? dropout_seed=None,"
+    " float dropout_p=0.0) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dkept)",
     "rotate(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse)"
     " -> Tensor",
     "gate_fwd(Tensor gate, Tensor up, str activation) -> Tensor",
@@ -180,16 +198,22 @@ def _like(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastattn::norm_fwd", lib=_LIBRARY)
-def _norm_fake(x, residual, weight, bias, eps, center):
+def _norm_fake(x, residual, weight, bias, eps, center, dropout_seed=None, dropout_p=0.0):
+    x = x.contiguous() if dropout_p else x
     rows, dtype = x.shape[:-1].numel(), _accumulate(x.dtype)
     mean, rstd = (x.new_empty(n, dtype=dtype) for n in (rows if center else 0, rows))
     return _like(x), x.new_empty(0) if residual is None else _like(x), mean, rstd
 
 
 @torch.library.register_fake("fastattn::norm_bwd", lib=_LIBRARY)
-def _norm_backward_fake(dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, need_dbias):
+def _norm_backward_fake(
+    dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, need_dbias,
+    dropout_seed=None, dropout_p=0.0,
+):  # fmt: skip
+    x = x.contiguous() if dropout_p else x
     sizes = (x.shape[-1] if need else 0 for need in (need_dweight, need_dbias))
-    return _like(x), *(x.new_empty(n, dtype=_accumulate(x.dtype)) for n in sizes)
+    sums = (x.new_empty(n, dtype=_accumulate(x.dtype)) for n in sizes)
+    return _like(x), *sums, _like(x) if dropout_p else x.new_empty(0)
 
 
 @torch.library.register_fake("fastattn::rotate", lib=_LIBRARY)
@@ -274,30 +298,36 @@ def through(function, primals):
 
 
 def _norm_setup(ctx, inputs, output):
-    x, residual, weight, bias, ctx.eps, ctx.center = inputs
+    x, residual, weight, bias, ctx.eps, ctx.center, seed, ctx.dropout_p = inputs
     _, summed, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     base = x if residual is None else summed
-    ctx.save_for_backward(base, weight, bias, mean, rstd)
+    ctx.save_for_backward(base, weight, bias, mean, rstd, seed)
     ctx.residual = residual is not None
     ctx.set_materialize_grads(False)
 
 
 def _norm_gradient(ctx, dy, dsummed, dmean, drstd):
-    base, weight, bias, mean, rstd = ctx.saved_tensors
+    base, weight, bias, mean, rstd, seed = ctx.saved_tensors
     dsummed = dsummed if ctx.residual else None
+    _, _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
     if dy is None:
-        return dsummed, dsummed, None, None, None, None
-    _, _, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
-    dx, dweight, dbias = _norm_backward(
-        dy, dsummed, base, weight, mean, rstd, ctx.eps, ctx.center, need_dweight, need_dbias
-    )
+        if dsummed is None or not ctx.dropout_p:
+            return dsummed, dsummed, *(None,) * 6
+        dy = torch.zeros_like(dsummed)
+    dx, dweight, dbias, dkept = _norm_backward(
+        dy, dsummed, base, weight, mean, rstd, ctx.eps, ctx.center, need_dweight, need_dbias,
+        seed, ctx.dropout_p,
+    )  # fmt: skip
     dweight = dweight.to(weight.dtype) if need_dweight else None
     dbias = dbias.to(bias.dtype) if need_dbias else None
-    return dx, dx if ctx.residual else None, dweight, dbias, None, None
+    kept = dkept if ctx.dropout_p else dx
+    return kept, dx if ctx.residual else None, dweight, dbias, *(None,) * 4
 
 
-def _norm_grads(dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, need_dbias):
+def _norm_grads(
+    dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, need_dbias, seed, dropout_p
+):
     """(dy, dsummed, x, weight) -> norm_bwd's results, by the reference. mean and rstd are x's."""
 
     def gradients(dy, dsummed, x, weight):
@@ -310,7 +340,8 @@ def _norm_grads(dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, n
         dx, dweight = pull_back(reference, (x, weight), (dy,))
         dx = dx if dsummed is None else dx + dsummed
         dbias = dy.to(dtype).flatten(0, -2).sum(0) if need_dbias else x.new_empty(0, dtype=dtype)
-        return dx, dweight if need_dweight else x.new_empty(0, dtype=dtype), dbias
+        dkept = drop_reference(dx, seed, dropout_p) if dropout_p else x.new_empty(0)
+        return dx, dweight if need_dweight else x.new_empty(0, dtype=dtype), dbias, dkept
 
     return gradients
 

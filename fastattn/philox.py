@@ -49,6 +49,23 @@ def keep_block(seed, bh: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
     return bits < keep_threshold(p)
 
 
+def keep_rows(seed, rows: int, columns: int, p: float, *, device=None) -> Tensor:
+    """Which elements the row kernels keep: bool [rows, columns]. csrc/cpu/rows.inl is the twin.
+
+    seed is the pair (seed, offset), as in keep_mask. One call serves eight elements of a block of
+    64 columns: column c is half (c >> 3) & 1 of word (c >> 4) & 3 of call (c >> 6) * 8 + (c & 7).
+    """
+    seed, offset = seed.tolist() if isinstance(seed, Tensor) else map(int, seed)
+    key = (seed & _LOW32, ((seed >> 32) ^ (offset >> 32)) & _LOW32)
+    blocks = -(-columns // 64)
+    call = torch.arange(8 * blocks, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    words = philox4x32((call, row & _LOW32, row >> 32, offset & _LOW32), key)
+    words = torch.stack(words, dim=-1).view(rows, blocks, 8, 4).transpose(2, 3)
+    bits = torch.stack((words & 0xFFFF, words >> 16), dim=3)  # [rows, blocks, 4, 2, 8]
+    return bits.flatten(1)[:, :columns] < keep_threshold(p)
+
+
 def philox4x32(counter, key):
     """Ten rounds of Philox on four 32-bit words; ints, or int64 tensors that broadcast."""
     c0, c1, c2, c3 = counter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastattn import checks
 from fastattn import nn as fnn
-from fastattn.nn.feedforward import ReluDropout
-from fastattn.philox import keep_probability
+from fastattn.fused import drop_reference
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(prototype stage|mismatched|enable_nested_tensor is True):UserWarning"
@@ -251,58 +252,126 @@ def test_a_subclass_keeps_its_blocks():
     assert torch.equal(quiet(src), quiet.norm2(quiet.norm1(src + quiet._sa_block(src, None, None))))
 
 
-# ---- the feed-forward block ---------------------------------------------------------------------
+# ---- fused steps --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_relu_dropout(dtype):
-    p, x = 0.3, torch.randn(40, 501, dtype=dtype, requires_grad=True)
-    out = ReluDropout.apply(x, p)
-    kept = out != 0
-    assert not (kept & (x <= 0)).any()
-    share = kept.sum() / (x > 0).sum()
-    assert abs(share - (1 - p)) < 0.02
-    want = torch.where(kept, x / keep_probability(p), 0.0)
-    grad = torch.randn_like(x)
-    torch.testing.assert_close(out, want.to(dtype))
-    (got,) = torch.autograd.grad(out, x, grad)
-    torch.testing.assert_close(got, torch.where(kept, grad / keep_probability(p), 0.0).to(dtype))
-    four = (ReluDropout.apply(torch.ones(20000, 4), p) != 0).float().T  # of one draw each
-    assert (four.mean(1) - (1 - p)).abs().max() < 0.02
-    assert (four.corrcoef() - torch.eye(4)).abs().max() < 0.04  # independent
+class Replayed(nn.Module):
+    """A dropout that drops what a recorded key dropped."""
+
+    def __init__(self, p, keys):
+        super().__init__()
+        self.p, self.keys = p, keys
+
+    def forward(self, x):
+        return drop_reference(x, self.keys.pop(0), self.p)
 
 
-def test_relu_dropout_has_second_derivatives():
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-
-    def seeded(x):
-        torch.manual_seed(4)
-        return ReluDropout.apply(x.sin(), 0.4)
-
-    assert torch.autograd.gradcheck(seeded, (x,)) and torch.autograd.gradgradcheck(seeded, (x,))
-
-
+@pytest.mark.native
 @pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
-def test_feed_forward_keeps_torchs_way_where_it_must(name, monkeypatch):
-    """Once for plain ReLU and dropout in training, and not for anything else."""
-    ran = []
-    original = ReluDropout.apply
-    monkeypatch.setattr(ReluDropout, "apply", lambda *a: ran.append(1) or original(*a))
-    inputs = call_of(name)
-    plain = make(fnn, name, dropout=0.2)
-    plain(*inputs)
-    assert ran == [1]
-    plain.eval()(*inputs)
-    hooked = make(fnn, name, dropout=0.2)
-    seen = []
-    hooked.dropout.register_forward_hook(lambda *_: seen.append(1))
-    hooked(*inputs)
-    make(fnn, name, dropout=0.2, activation="gelu")(*inputs)
-    make(fnn, name, dropout=0.0)(*inputs)
-    make(fnn, name, dropout=1.0)(*inputs)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_first": True, "activation": nn.GELU()}, {"bias": False}], ids=str
+)
+def test_fused_dropout_is_torchs_with_the_same_mask(name, options, monkeypatch):
+    keys, draw = [], checks.dropout_key
+
+    def record(seed, device):
+        keys.append(draw(seed, device))
+        return keys[-1]
+
+    ours = make(fnn, name, dropout=0.3, **options)
+    theirs = make(nn, name, dropout=0.3, **options)
+    for x in (*ours.modules(), *theirs.modules()):
+        if isinstance(x, nn.MultiheadAttention):
+            x.dropout = 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "dropout_key", record)
+        got = results(ours, call_of(name))
+    assert len(keys) == (3 if "Encoder" in name else 4)
+    for child, x in list(theirs.named_children()):
+        if isinstance(x, nn.Dropout):
+            setattr(theirs, child, Replayed(0.3, keys))
+    torch.testing.assert_close(got, results(theirs, call_of(name)), rtol=1e-4, atol=1e-5)
+    assert not keys
+
+
+def keys_drawn(module, monkeypatch):
+    """How many fused dropouts a forward pass of an encoder layer runs."""
+    drawn, draw = [], checks.dropout_key
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "dropout_key", lambda *a: drawn.append(1) or draw(*a))
+        module.self_attn.dropout = 0.0
+        module(*call_of("TransformerEncoderLayer"))
+    return len(drawn)
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.native
+def test_what_is_not_plainly_torchs_is_called(monkeypatch):
+    """Hooks of each kind, replacements, patched instances, other devices' ways."""
+    new = partial(make, fnn, "TransformerEncoderLayer", dropout=0.3)
+    assert keys_drawn(new(), monkeypatch) == 3
+    assert keys_drawn(new().eval(), monkeypatch) == 0
+    for name, fused_steps in (
+        ("dropout", 2), ("linear1", 2), ("dropout1", 2), ("norm1", 3), ("linear2", 3)
+    ):  # fmt: skip
+        for hook in ("register_forward_hook", "register_forward_pre_hook"):
+            ours, seen = new(), []
+            getattr(getattr(ours, name), hook)(lambda *_, to=seen: to.append(1))
+            assert (keys_drawn(ours, monkeypatch), seen) == (fused_steps, [1])
+        ours, seen = new(), []
+        getattr(ours, name).register_full_backward_hook(lambda *_, to=seen: to.append(1))
+        results(ours, call_of("TransformerEncoderLayer"))
+        assert seen == [1], name
+    ours, seen = new(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        assert keys_drawn(ours, monkeypatch) == 0
+    finally:
+        handle.remove()
+    assert ours.dropout in seen and ours.norm2 in seen and ours.linear1 in seen
+    ours = new()
+    ours.dropout, ours.dropout1 = nn.Identity(), nn.Dropout1d(0.3)
+    assert keys_drawn(ours, monkeypatch) == 1
+    ours = new()
+    ours.dropout.forward = lambda x: x * 0
+    assert keys_drawn(ours, monkeypatch) == 2
+    assert keys_drawn(new(dropout=1.0), monkeypatch) == 0
     with torch.autograd.forward_ad.dual_level():
-        make(fnn, name, dropout=0.2)(*inputs)
-    assert ran == [1] and seen == [1]
+        assert keys_drawn(new(), monkeypatch) == 0
+    ours = new()
+    ours.norm2 = Doubled(D)
+    want = new().eval()(*call_of("TransformerEncoderLayer")) * 2
+    torch.testing.assert_close(ours.eval()(*call_of("TransformerEncoderLayer")), want)
+
+
+def test_blocks_of_a_subclass_or_an_instance_are_called():
+    for name in ("_sa_block", "_mha_block", "_ff_block"):
+        ours = make(fnn, "TransformerDecoderLayer")
+        inputs = call_of("TransformerDecoderLayer")
+        before, original = ours(*inputs), getattr(ours, name)
+        setattr(ours, name, lambda *a, original=original: original(*a) * 0.5)
+        assert not torch.allclose(ours(*inputs), before)
+        setattr(ours, name, lambda *a, original=original: original(*a))
+        torch.testing.assert_close(ours(*inputs), before)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_means_are_those_without_dropout(p):
+    """In a layer that is linear in its dropouts: norms and activation replaced."""
+    ours = make(fnn, "TransformerEncoderLayer", dropout=p, activation=lambda x: x)
+    ours.norm1, ours.norm2, ours.self_attn.dropout = nn.Identity(), nn.Identity(), 0.0
+    x = call_of("TransformerEncoderLayer")[0][:1].expand(2000, -1, -1)
+    with torch.no_grad():
+        branch = ours.linear2(ours.linear1(x[:1]))
+        want = x[:1] + branch
+        ours.self_attn.out_proj.weight.zero_()
+        got = ours(x)
+    spread = got.std(0) / 2000**0.5
+    assert ((got.mean(0) - want[0]).abs() <= 5 * spread + 1e-6).all()
 
 
 # ---- dropout, checkpoints, autocast, compilation ------------------------------------------------

@@ -1,8 +1,10 @@
-// Where the row kernels around attention (norm, gate, rotate, cross entropy) find their operands.
-// next: fused.inl
+// Where the row kernels around attention (norm, gate, activate, rotate, cross entropy) find their
+// operands.
+// next: rows.inl, activate.inl, fused.inl
 #pragma once
 #include <cstdint>
 
+#include "../philox.h"
 #include "dtype.h"
 
 namespace fastattn::cpu {
@@ -23,10 +25,13 @@ struct NormCall {
     const void* bias;    // the same; null: 0
     void* mean;          // [rows]; null without center
     void* rstd;          // [rows]
+    bool dropout;        // of x, before the residual is added
+    DropoutKey dropout_key;
     Rows dy, dsummed, dx;
+    Rows dkept;  // with dropout: x's gradient; dx is then the residual's alone
 };
 
-enum class Activation { SILU, GELU, GELU_TANH };
+enum class Activation { IDENTITY, RELU, SILU, GELU, GELU_TANH };
 
 struct GateCall {
     Dtype dtype;
@@ -34,6 +39,17 @@ struct GateCall {
     Activation activation;
     Rows gate, up, out;
     Rows dout, dgate, dup;
+};
+
+struct ActivateCall {
+    Dtype dtype;
+    int dim;
+    Activation activation;
+    bool dropout;
+    DropoutKey dropout_key;
+    const void* bias;  // [dim] of the arithmetic type; null: 0
+    Rows x;            // backward: ReLU's result instead; absent for the identity
+    Rows out, dout, dx;
 };
 
 struct RotateCall {
@@ -68,6 +84,9 @@ struct FusedKernels {
     void (*norm_backward)(const NormCall&, int64_t begin, int64_t end, void* dweight, void* dbias);
     void (*gate)(const GateCall&, int64_t begin, int64_t end);
     void (*gate_backward)(const GateCall&, int64_t begin, int64_t end);
+    void (*activate)(const ActivateCall&, int64_t begin, int64_t end);
+    // adds to dbias, [dim] of the arithmetic type; null: not wanted
+    void (*activate_backward)(const ActivateCall&, int64_t begin, int64_t end, void* dbias);
     void (*rotate)(const RotateCall&, int64_t begin, int64_t end);  // rows of all heads and entries
     void (*cross_entropy)(const CrossEntropyCall&, int64_t begin, int64_t end);
 };

@@ -1,78 +1,12 @@
-// The row kernels around attention: norm, gate, rotate and cross entropy. A row is read into
-// vectors of the arithmetic type, and a result is rounded once.
+// The row kernels around attention: norm, rotate and cross entropy.
 // next: nothing; fused.h says where the operands are
-
-// --- whole and partial vectors ------------------------------------------------------------------
-
-template <class A> INLINE void store_as(A* p, Vec<A> x) { store<A>(p, x); }
-template <class A> INLINE void store_as(bf16* p, Vec<A> x) {
-    WordW bits = (WordW)x;
-    WordW rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    WordW nan = bits >> 16 | 0x40;
-    *reinterpret_cast<HalfW*>(p) = __builtin_convertvector(x == x ? rounded : nan, HalfW);
-}
-template <class A> INLINE void store_as(f16* p, Vec<A> x) {
-#if defined(FASTATTN_AVX2) && VECTOR_BYTES == 64
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, 0));
-#elif defined(FASTATTN_AVX2)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
-#else
-    for (int i = 0; i < LANES<A>; i++) p[i] = from_float<f16>(x[i]);
-#endif
-}
-
-// The next lanes of a row of which `left` values remain; lanes past them are `fill`.
-template <class A, class T> INLINE Vec<A> take(const T* p, int left, A fill = 0) {
-    if (left >= LANES<A>) return load_as<A>(p);
-    Vec<A> x = splat(fill);
-    for (int i = 0; i < left; i++) x[i] = to_float(p[i]);
-    return x;
-}
-template <class A, class T> INLINE void put(T* p, Vec<A> x, int left) {
-    if (left >= LANES<A>) return store_as<A>(p, x);
-    for (int i = 0; i < left; i++) {
-        if constexpr (sizeof(T) == sizeof(A))
-            p[i] = x[i];
-        else
-            p[i] = from_float<T>(x[i]);
-    }
-}
-
-// Calls f(i, left, k) for each vector of a row of n values: i is its first value, left as for take,
-// and k counts 0 to 3 over and over, to choose one of four sums that do not wait for each other.
-// All but i are constants where the row has whole vectors.
-template <class A, class F> INLINE void over(int n, const F& f) {
-    constexpr int L = LANES<A>;
-    int i = 0;
-    for (; i + 4 * L <= n; i += 4 * L) {
-        f(i, L, 0);
-        f(i + L, L, 1);
-        f(i + 2 * L, L, 2);
-        f(i + 3 * L, L, 3);
-    }
-    for (; i + L <= n; i += L) f(i, L, 0);
-    if (i < n) f(i, n - i, 1);
-}
-template <class A> struct Sums {
-    Vec<A> part[4] = {};
-    INLINE_MEMBER Vec<A>& operator[](int k) { return part[k]; }
-    INLINE_MEMBER A total() const {
-        return reduce_sum<A>((part[0] + part[1]) + (part[2] + part[3]));
-    }
-};
-
-template <class T> INLINE T* row_of(const Rows& rows, int64_t r) {
-    return rows.data == nullptr ? nullptr : reinterpret_cast<T*>(rows.data) + r * rows.stride;
-}
-
-INLINE float root(float x) { return __builtin_sqrtf(x); }
-INLINE double root(double x) { return __builtin_sqrt(x); }
 
 // --- norm: y = (x - mean) * rstd * weight + bias ------------------------------------------------
 
 template <class A, class T> static void norm_rows(const NormCall& c, int64_t begin, int64_t end) {
     const A* weight = static_cast<const A*>(c.weight);
     const A* bias = static_cast<const A*>(c.bias);
+    const RowDropout dropout(c.dropout_key);
     const int n = c.dim;
     for (int64_t r = begin; r < end; r++) {
         const T* x = row_of<T>(c.x, r);
@@ -80,9 +14,15 @@ template <class A, class T> static void norm_rows(const NormCall& c, int64_t beg
         if (c.residual.data != nullptr) {
             const T* residual = row_of<T>(c.residual, r);
             T* summed = row_of<T>(c.summed, r);
-            over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
-                put<A>(summed + i, take<A>(x + i, left) + take<A>(residual + i, left), left);
-            });
+            if (c.dropout)
+                over_dropped<A>(dropout, r, n, [&](int i, int left, Vec<A> z) INLINE_LAMBDA {
+                    Vec<A> kept = take<A>(x + i, left) * z;
+                    put<A>(summed + i, kept + take<A>(residual + i, left), left);
+                });
+            else
+                over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
+                    put<A>(summed + i, take<A>(x + i, left) + take<A>(residual + i, left), left);
+                });
             x = summed;
         }
         A mean = 0;
@@ -124,6 +64,7 @@ template <class A, class T> static void norm_rows(const NormCall& c, int64_t beg
 template <class A, class T> static void norm_rows_backward(const NormCall& c, int64_t begin,
                                                            int64_t end, A* dweight, A* dbias) {
     const A* weight = static_cast<const A*>(c.weight);
+    const RowDropout dropout(c.dropout_key);
     const int n = c.dim;
     for (int64_t r = begin; r < end; r++) {
         const T* x = row_of<T>(c.x, r);
@@ -145,14 +86,23 @@ template <class A, class T> static void norm_rows_backward(const NormCall& c, in
         const A slope = along.total() / n;
         const A shift = c.center ? sum.total() / n : 0;
         T* dx = row_of<T>(c.dx, r);
-        over<A>(n, [&](int i, int left, int) INLINE_LAMBDA {
+        auto gradient = [&](int i, int left) INLINE_LAMBDA {
             Vec<A> xhat = (take<A>(x + i, left) - mean) * rstd;
             Vec<A> d = take<A>(dy + i, left);
             if (weight != nullptr) d *= take<A>(weight + i, left);
             d = (d - xhat * slope - shift) * rstd;
             if (dsummed != nullptr) d += take<A>(dsummed + i, left);
             put<A>(dx + i, d, left);
-        });
+            return d;
+        };
+        if (c.dropout) {
+            T* dkept = row_of<T>(c.dkept, r);
+            over_dropped<A>(dropout, r, n, [&](int i, int left, Vec<A> z) INLINE_LAMBDA {
+                put<A>(dkept + i, gradient(i, left) * z, left);
+            });
+        } else {
+            over<A>(n, [&](int i, int left, int) INLINE_LAMBDA { gradient(i, left); });
+        }
     }
 }
 
@@ -166,104 +116,6 @@ template <class A> static void norm_backward(const NormCall& c, int64_t begin, i
     with_type<A>(c.dtype, [&](auto* type) {
         norm_rows_backward<A, std::remove_pointer_t<decltype(type)>>(
             c, begin, end, static_cast<A*>(dweight), static_cast<A*>(dbias));
-    });
-}
-
-// --- gate: activation(gate) * up ----------------------------------------------------------------
-
-// The normal distribution's cdf at -x, x >= 0, as exp(-x^2 / 2) * polynomial(1 / (1 + 0.4 x)):
-// minimax, 8e-8 relative.
-INLINE Vec<float> normal_tail(Vec<float> x, Vec<float> bell) {
-    Vec<float> t = 1.0f / (1.0f + 0.4f * x);
-    Vec<float> p = splat(-0.0396006107f);
-    p = p * t + 0.2005997f;
-    p = p * t - 0.373680562f;
-    p = p * t + 0.250970721f;
-    p = p * t - 0.0123841278f;
-    p = p * t + 0.158415943f;
-    p = p * t + 0.155786753f;
-    p = p * t + 0.159904167f;
-    return (p * t - 1.19867791e-5f) * bell;
-}
-INLINE Vec<double> normal_tail(Vec<double> x, Vec<double>) {
-    for (int i = 0; i < LANES<double>; i++) x[i] = 0.5 * __builtin_erfc(x[i] * 0.7071067811865476);
-    return x;
-}
-
-template <class A> struct Activated {
-    Vec<A> value, slope;
-};
-
-template <class A> INLINE Activated<A> silu(Vec<A> x) {
-    Vec<A> magnitude = x < A(0) ? -x : x;
-    Vec<A> e = vexp2<A>(magnitude * A(-LOG2E));  // in (0, 1]: never overflows
-    Vec<A> sigmoid = (x < A(0) ? e : splat(A(1))) / (A(1) + e);
-    return {x * sigmoid, sigmoid * (A(1) + x * (A(1) - sigmoid))};
-}
-
-template <class A> INLINE Activated<A> gelu(Vec<A> x) {
-    constexpr A INV_SQRT_2PI = A(0.3989422804014327);
-    Vec<A> magnitude = x < A(0) ? -x : x;
-    Vec<A> bell = vexp2<A>(x * x * A(-0.5 * LOG2E));
-    Vec<A> tail = normal_tail(magnitude, bell);
-    Vec<A> cdf = x < A(0) ? tail : A(1) - tail;
-    Vec<A> bump = magnitude > A(40) ? Vec<A>{} : x * bell;  // inf * 0 is no NaN here
-    return {x * cdf, cdf + bump * INV_SQRT_2PI};
-}
-
-template <class A> INLINE Activated<A> gelu_tanh(Vec<A> x) {
-    constexpr A ROOT = A(0.7978845608028654), CUBE = A(0.044715);  // sqrt(2 / pi)
-    Vec<A> t = vtanh(ROOT * (x + CUBE * x * x * x));
-    Vec<A> inner = ROOT * (A(1) + 3 * CUBE * x * x);
-    Vec<A> half = A(0.5) * (A(1) + t), sech = A(1) - t * t;
-    Vec<A> bump = sech == A(0) ? Vec<A>{} : A(0.5) * x * sech * inner;
-    return {x * half, half + bump};
-}
-
-// Calls f with the activation as a function of a vector.
-template <class A, class F> INLINE void with_activation(Activation activation, F f) {
-    switch (activation) {
-        case Activation::SILU:
-            return f([](Vec<A> x) INLINE_LAMBDA { return silu<A>(x); });
-        case Activation::GELU:
-            return f([](Vec<A> x) INLINE_LAMBDA { return gelu<A>(x); });
-        default:
-            return f([](Vec<A> x) INLINE_LAMBDA { return gelu_tanh<A>(x); });
-    }
-}
-
-template <class A> static void gate(const GateCall& c, int64_t begin, int64_t end) {
-    with_type<A>(c.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation<A>(c.activation, [&](auto activate) {
-            for (int64_t r = begin; r < end; r++) {
-                const T *g = row_of<T>(c.gate, r), *u = row_of<T>(c.up, r);
-                T* out = row_of<T>(c.out, r);
-                over<A>(c.dim, [&](int i, int left, int) INLINE_LAMBDA {
-                    Vec<A> value = activate(take<A>(g + i, left)).value;
-                    put<A>(out + i, value * take<A>(u + i, left), left);
-                });
-            }
-        });
-    });
-}
-
-template <class A> static void gate_backward(const GateCall& c, int64_t begin, int64_t end) {
-    with_type<A>(c.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation<A>(c.activation, [&](auto activate) {
-            for (int64_t r = begin; r < end; r++) {
-                const T *g = row_of<T>(c.gate, r), *u = row_of<T>(c.up, r);
-                const T* dout = row_of<T>(c.dout, r);
-                T *dgate = row_of<T>(c.dgate, r), *dup = row_of<T>(c.dup, r);
-                over<A>(c.dim, [&](int i, int left, int) INLINE_LAMBDA {
-                    Activated<A> a = activate(take<A>(g + i, left));
-                    Vec<A> d = take<A>(dout + i, left);
-                    put<A>(dgate + i, d * a.slope * take<A>(u + i, left), left);
-                    put<A>(dup + i, d * a.value, left);
-                });
-            }
-        });
     });
 }
 
@@ -404,4 +256,4 @@ static void cross_entropy(const CrossEntropyCall& c, int64_t begin, int64_t end)
 }
 
 template <class A> constexpr FusedKernels FUSED = {
-    norm<A>, norm_backward<A>, gate<A>, gate_backward<A>, rotate<A>, cross_entropy<A>};
+    norm<A>, norm_backward<A>, gate<A>, gate_backward<A>, activate<A>, activate_backward<A>, rotate<A>, cross_entropy<A>};

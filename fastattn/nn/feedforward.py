@@ -1,65 +1,124 @@
-"""The feed-forward block of torch's layers with ReLU and dropout in one step, in training on the
-CPU, where torch's dropout costs more than the attention that fastattn leaves.
+"""The steps of torch's layers, x + dropout(block(x)) and its norm, in few passes over memory.
+Next hops: ../fused.py (dropout, addition and norm), ../fused_activate.py (bias, activation,
+dropout).
+
+In eager mode on the CPU a module whose class is exactly torch's, with nothing attached, is computed
+as part of a fused operator; any other is called. So hooks run and replacements take effect.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..philox import keep_probability, keep_threshold
-
-
-class FeedForward:
-    """_ff_block of TransformerEncoderLayer and TransformerDecoderLayer; mixed in before them."""
-
-    def _ff_block(self, x: Tensor) -> Tensor:
-        drop = self.dropout
-        if not (
-            self.activation is F.relu
-            and type(drop) is nn.Dropout
-            and not drop._forward_hooks
-            and not drop._forward_pre_hooks
-            and drop.training
-            and 0 < drop.p < 1
-            and type(x) is Tensor
-            and x.is_cpu
-            and not x.is_nested
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-        ):
-            return super()._ff_block(x)
-        last = self.dropout3 if hasattr(self, "dropout3") else self.dropout2
-        return last(self.linear2(ReluDropout.apply(self.linear1(x), drop.p)))
+from .. import fused
+from ..fused_activate import activate
 
 
-class ReluDropout(torch.autograd.Function):
-    """F.dropout(F.relu(x), p). Its result says where the gradient goes: no mask is kept.
+class Steps:
+    """forward's parts of TransformerEncoderLayer and TransformerDecoderLayer."""
 
-    In ms for [2, 512, 2048] float32 on one AVX2 core, new memory included:
+    def _step(self, name: str, dropout: nn.Module, norm: nn.Module, *args, **kwargs):
+        """(block, dropout, norm) of torch's method `name`, whose dropout is then not the block's.
+        A subclass's own method does its own dropout, as torch's forward expects."""
+        method = getattr(self, name)
+        own = all(getattr(method, "__func__", None) is not theirs for theirs in _TORCHS[name])
+        block = method if own else partial(_BLOCKS[name], self)
+        return (lambda x: block(x, *args, **kwargs)), None if own else dropout, norm
 
-        F.dropout(F.relu(x)), forward and backward    20.6 and 6.1
-        this                                           6.4 and 3.1
+    def _run(self, x: Tensor, *steps) -> Tensor:
+        if not self.norm_first:
+            for block, dropout, norm in steps:
+                x, _ = join(x, block(x), dropout, norm)
+            return x
+        following = [norm for _, _, norm in steps[1:]]
+        y = steps[0][2](x)
+        for (block, dropout, _), norm in zip(steps, [*following, None]):
+            y, x = join(x, block(y), dropout, norm)
+        return x
 
-    torch draws a number for each element, on one thread; here a draw of 64 bits serves four, and an
-    element is kept with the probability keep_probability(p), as in attention. The draws are from
-    torch's generator: the same seed drops the same elements.
-    """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits < keep_threshold(p) - 2**15
-        ctx.scale = 1 / keep_probability(p)
-        out = x.relu().mul_(kept).mul_(ctx.scale)
-        ctx.save_for_backward(out)
-        return out
+def join(x: Tensor, branch: Tensor, dropout: nn.Module | None, norm: nn.Module | None):
+    """(norm(summed), summed) of summed = x + dropout(branch); None does nothing."""
+    eager = _fusable(x, branch)
+    p = _probability(dropout) if eager else None
+    if p is None:
+        branch, p = branch if dropout is None else dropout(branch), 0.0
+    if eager and _plain(norm, nn.LayerNorm) and norm.normalized_shape == branch.shape[-1:]:
+        return fused.norm(branch, x, norm.weight, norm.bias, norm.eps, True, p)
+    x = x + (activate(branch, dropout_p=p) if p else branch)
+    return x if norm is None else norm(x), x
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (out,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(grad, out, 0) * ctx.scale, None
+
+def _feed_forward(layer, x: Tensor) -> Tensor:
+    first, drop, activation = layer.linear1, layer.dropout, _name_of(layer.activation)
+    if _plain(first, nn.Linear) and _fusable(x, first.weight, first.bias):
+        p = _probability(drop)
+        if activation is not None and p is not None:
+            hidden = activate(F.linear(x, first.weight), first.bias, p, activation)
+            return layer.linear2(hidden)
+    return layer.linear2(drop(layer.activation(first(x))))
+
+
+def _attend(layer, x: Tensor, mask, padding, is_causal: bool = False) -> Tensor:
+    return layer.self_attn(
+        x, x, x, attn_mask=mask, key_padding_mask=padding, is_causal=is_causal, need_weights=False
+    )[0]
+
+
+def _attend_memory(layer, x: Tensor, memory, mask, padding, is_causal: bool = False) -> Tensor:
+    return layer.multihead_attn(
+        x, memory, memory, attn_mask=mask, key_padding_mask=padding, is_causal=is_causal,
+        need_weights=False,
+    )[0]  # fmt: skip
+
+
+_BLOCKS = {"_sa_block": _attend, "_mha_block": _attend_memory, "_ff_block": _feed_forward}
+_TORCHS = {
+    name: [vars(cls)[name] for cls in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+           if name in vars(cls)]
+    for name in _BLOCKS
+}  # fmt: skip
+
+
+# ---- what may be fused --------------------------------------------------------------------------
+
+
+def _fusable(*tensors: Tensor | None) -> bool:
+    return fused.has_kernel(*tensors) and not any(x is not None and x.is_nested for x in tensors)
+
+
+def _plain(module, cls: type) -> bool:
+    """Is it exactly a cls, and would calling it run nothing but its forward?"""
+    return (
+        type(module) is cls
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def _probability(dropout: nn.Module | None) -> float | None:
+    """The p of a plain nn.Dropout that a kernel can do, now; None: call the module."""
+    if not _plain(dropout, nn.Dropout):
+        return None
+    p = dropout.p if dropout.training else 0.0
+    return p if p < 1 else None
+
+
+_FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
+
+
+def _name_of(activation) -> str | None:
+    """activate()'s name for a layer's activation."""
+    if _plain(activation, nn.GELU):
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    for cls, name in ((nn.ReLU, "relu"), (nn.SiLU, "silu")):
+        if _plain(activation, cls):
+            return name
+    return next((name for function, name in _FUNCTIONS if activation is function), None)

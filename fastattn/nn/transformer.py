@@ -8,11 +8,11 @@ from functools import wraps
 
 from torch import Tensor, nn
 
-from .feedforward import FeedForward
+from .feedforward import Steps
 from .multihead import MultiheadAttention
 
 
-class TransformerEncoderLayer(FeedForward, nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(Steps, nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer: its constructor, parameters, initialisation, state_dict.
 
     forward(src, src_mask=None, src_key_padding_mask=None, is_causal=False) -> like src
@@ -35,14 +35,14 @@ class TransformerEncoderLayer(FeedForward, nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         masks = (src_mask, src_key_padding_mask)
-        if self.norm_first:
-            x = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
-        return self.norm2(x + self._ff_block(x))
+        return self._run(
+            src,
+            self._step("_sa_block", self.dropout1, self.norm1, *masks, is_causal=is_causal),
+            self._step("_ff_block", self.dropout2, self.norm2),
+        )
 
 
-class TransformerDecoderLayer(FeedForward, nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(Steps, nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer: its constructor, parameters, initialisation, state_dict.
 
     forward(tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None,
@@ -55,6 +55,26 @@ class TransformerDecoderLayer(FeedForward, nn.TransformerDecoderLayer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         adopt(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        others = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        return self._run(
+            tgt,
+            self._step("_sa_block", self.dropout1, self.norm1, *own),
+            self._step("_mha_block", self.dropout2, self.norm2, *others),
+            self._step("_ff_block", self.dropout3, self.norm3),
+        )
 
 
 class TransformerEncoder(nn.TransformerEncoder):
