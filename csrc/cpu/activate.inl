@@ -127,13 +127,13 @@ template <class A> static void activate(const ActivateCall& c, int64_t begin, in
                     return function(at).value;
                 };
                 if (c.dropout)
-                    over_dropped<A>(dropout, r, c.dim, [&](int i, int left, Vec<A> z) INLINE_LAMBDA {
-                        put<A>(out + i, value(i, left) * z, left);
-                    });
+                    over_dropped<A>(dropout, r, c.dim,
+                                    [&](int i, int left, Vec<A> z) INLINE_LAMBDA {
+                                        put<A>(out + i, value(i, left) * z, left);
+                                    });
                 else
-                    over<A>(c.dim, [&](int i, int left, int) INLINE_LAMBDA {
-                        put<A>(out + i, value(i, left), left);
-                    });
+                    over<A>(c.dim, [&](int i, int left, int)
+                                       INLINE_LAMBDA { put<A>(out + i, value(i, left), left); });
             }
         });
     });
@@ -171,9 +171,8 @@ static void activate_backward(const ActivateCall& c, int64_t begin, int64_t end,
                 if (c.dropout && !relu)
                     over_dropped<A>(dropout, r, c.dim, step);
                 else
-                    over<A>(c.dim, [&](int i, int left, int) INLINE_LAMBDA {
-                        step(i, left, splat(A(1)));
-                    });
+                    over<A>(c.dim, [&](int i, int left, int)
+                                       INLINE_LAMBDA { step(i, left, splat(A(1))); });
             }
         });
     });

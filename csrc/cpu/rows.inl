@@ -108,9 +108,8 @@ INLINE void over_dropped(const RowDropout& dropout, int64_t row, int n, const F&
     float kept[DROPOUT_BLOCK];
     for (int begin = 0; begin < n; begin += DROPOUT_BLOCK) {
         dropout.block(row, begin / DROPOUT_BLOCK, kept);
-        auto step = [&](int i, int left, int) INLINE_LAMBDA {
-            f(begin + i, left, load_dropout<A>(kept + i) * scale);
-        };
+        auto step = [&](int i, int left, int)
+                        INLINE_LAMBDA { f(begin + i, left, load_dropout<A>(kept + i) * scale); };
         if (n - begin >= DROPOUT_BLOCK)
             over<A>(DROPOUT_BLOCK, step);
         else
