@@ -123,8 +123,8 @@ OptionalTensor arithmetic(const OptionalTensor& t, const RowOrder& order, const 
 
 void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
-// A call's dropout. It counts rows as they lie in memory, so x becomes contiguous, and copies of one
-// tensor in other orders drop the same elements.
+// A call's dropout. It counts rows as they lie in memory, so x becomes contiguous, and copies of
+// one tensor in other orders drop the same elements.
 template <class C> void set_dropout(C& call, const OptionalTensor& seed, double p, Tensor& x) {
     CHECK(p >= 0 && p < 1, "dropout_p must be in [0, 1), got ", p);
     call.dropout = p > 0;
