@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/call.h"
@@ -143,9 +145,8 @@ template <class C> void set_dropout(C& call, const OptionalTensor& seed, double 
 // in order. The number of parts depends on the shape alone, so the bits do not depend on threads.
 constexpr int64_t MAX_PARTS = 32;
 
-// run(begin, end, sums) on runs of rows; sums[k] is what to add results[k] up in, or null.
 template <class A, int N, class F>
-void run_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& run) {
+void sum_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& run) {
     const int64_t n = order.dim;
     const bool wanted = std::any_of(results, results + N, [](auto* t) { return t != nullptr; });
     const int64_t limit = wanted ? MAX_PARTS : int64_t(1) << 20;
@@ -163,6 +164,15 @@ void run_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& r
         for (int64_t i = 0; i < parts; i++)
             for (int64_t j = 0; j < n; j++) total[j] += memory[(N * i + k) * n + j];
     }
+}
+
+// run(begin, end, sums) on runs of rows; sums[k] is what to add results[k] up in, or null.
+template <int N, class F>
+void run_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& run) {
+    if (order.dtype == Dtype::F64)
+        sum_in_parts<double>(order, results, run);
+    else
+        sum_in_parts<float>(order, results, run);
 }
 
 // --- norm ---------------------------------------------------------------------------------------
@@ -230,23 +240,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor ds
     call.rstd = rstd.data_ptr();
     Tensor* const results[] = {need_dweight ? &dweight : nullptr, need_dbias ? &dbias : nullptr};
     const FusedKernels& kernels = kernels_for(order.dtype).fused;
-    auto run = [&](int64_t begin, int64_t end, auto sums) {
+    run_in_parts(order, results, [&](int64_t begin, int64_t end, auto sums) {
         kernels.norm_backward(call, begin, end, sums[0], sums[1]);
-    };
-    if (order.dtype == Dtype::F64)
-        run_in_parts<double>(order, results, run);
-    else
-        run_in_parts<float>(order, results, run);
+    });
     return {dx, dweight, dbias, dkept};
 }
 
 // --- gate ---------------------------------------------------------------------------------------
 
-Activation activation_of(const std::string& name) {
-    if (name == "silu") return Activation::SILU;
-    if (name == "gelu") return Activation::GELU;
-    CHECK(name == "gelu_tanh", "activation is '", name, "'; accepted are silu, gelu, gelu_tanh");
-    return Activation::GELU_TANH;
+// The first two are activate's alone.
+constexpr std::pair<const char*, Activation> ACTIVATIONS[] = {
+    {"identity", Activation::IDENTITY},   {"relu", Activation::RELU},
+    {"silu", Activation::SILU},           {"gelu", Activation::GELU},
+    {"gelu_tanh", Activation::GELU_TANH},
+};
+constexpr int GATES_BEGIN = 2;
+
+Activation activation_of(const std::string& name, int begin) {
+    std::string accepted;
+    for (int i = begin; i < static_cast<int>(std::size(ACTIVATIONS)); i++) {
+        if (name == ACTIVATIONS[i].first) return ACTIVATIONS[i].second;
+        accepted += (accepted.empty() ? "" : ", ") + std::string(ACTIVATIONS[i].first);
+    }
+    fail("activation is '", name, "'; accepted are ", accepted);
 }
 
 Tensor gate_fwd(Tensor gate, Tensor up, std::string activation) {
@@ -255,7 +271,7 @@ Tensor gate_fwd(Tensor gate, Tensor up, std::string activation) {
     GateCall call{};
     call.dtype = order.dtype;
     call.dim = order.dim;
-    call.activation = activation_of(activation);
+    call.activation = activation_of(activation, GATES_BEGIN);
     call.gate = order.rows_of(gate, "gate");
     call.up = order.rows_of(up, "up");
     call.out = order.rows_of(out, "out");
@@ -270,7 +286,7 @@ std::tuple<Tensor, Tensor> gate_bwd(Tensor dout, Tensor gate, Tensor up, std::st
     GateCall call{};
     call.dtype = order.dtype;
     call.dim = order.dim;
-    call.activation = activation_of(activation);
+    call.activation = activation_of(activation, GATES_BEGIN);
     call.gate = order.rows_of(gate, "gate");
     call.up = order.rows_of(up, "up");
     call.dout = order.rows_of(dout, "dout");
@@ -283,15 +299,10 @@ std::tuple<Tensor, Tensor> gate_bwd(Tensor dout, Tensor gate, Tensor up, std::st
 
 // --- activate -----------------------------------------------------------------------------------
 
-Activation any_activation_of(const std::string& name) {
-    if (name == "identity") return Activation::IDENTITY;
-    return name == "relu" ? Activation::RELU : activation_of(name);
-}
-
 Tensor activate_fwd(Tensor x, OptionalTensor bias, OptionalTensor dropout_seed, double dropout_p,
                     std::string activation) {
     ActivateCall call{};
-    call.activation = any_activation_of(activation);
+    call.activation = activation_of(activation, 0);
     set_dropout(call, dropout_seed, dropout_p, x);
     RowOrder order(x);
     Tensor out = order.new_like();
@@ -310,7 +321,7 @@ std::tuple<Tensor, Tensor> activate_bwd(Tensor dout, OptionalTensor saved, Optio
                                         OptionalTensor dropout_seed, double dropout_p,
                                         std::string activation, bool need_dbias) {
     ActivateCall call{};
-    call.activation = any_activation_of(activation);
+    call.activation = activation_of(activation, 0);
     CHECK(saved || call.activation == Activation::IDENTITY, activation, " needs what was saved");
     set_dropout(call, dropout_seed, dropout_p, dout);
     RowOrder order(dout);
@@ -325,13 +336,9 @@ std::tuple<Tensor, Tensor> activate_bwd(Tensor dout, OptionalTensor saved, Optio
     call.dx = order.rows_of(dx, "dx");
     Tensor* const results[] = {need_dbias ? &dbias : nullptr};
     const FusedKernels& kernels = kernels_for(order.dtype).fused;
-    auto run = [&](int64_t begin, int64_t end, auto sums) {
+    run_in_parts(order, results, [&](int64_t begin, int64_t end, auto sums) {
         kernels.activate_backward(call, begin, end, sums[0]);
-    };
-    if (order.dtype == Dtype::F64)
-        run_in_parts<double>(order, results, run);
-    else
-        run_in_parts<float>(order, results, run);
+    });
     return {dx, dbias};
 }
 

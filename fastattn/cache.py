@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .attention import run, score_operands
+from .fused import rotate_reference
 from .ops import autocast_dtype, autocast_to
 from .spec import Operands
 
@@ -235,21 +236,13 @@ def _rotary(rotary, interleaved, q, cache_lens, longest):
     positions = rotary[0].shape[0]
     checks.lengths("cache_lens", cache_lens, 0, positions - longest, "a position of rotary's in")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    half = rotary[0].shape[1]
 
     def turn(x, moving):
         position = cache_lens.long().unsqueeze(1)  # [B, 1] or [B, S]
         if moving:
             position = position + torch.arange(x.shape[2], device=x.device)
-        cos, sin = (table[position].unsqueeze(1).to(dtype) for table in rotary)  # [B, 1, S, half]
-        turned, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
-        if interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-        else:
-            a, b = turned[..., :half], turned[..., half:]
-            turned = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-        return torch.cat((turned.to(x.dtype), rest), dim=-1)
+        cos, sin = (table[position].to(dtype) for table in rotary)  # [B, 1 or S, half]
+        return rotate_reference(x, cos, sin, None, interleaved)
 
     return turn
 

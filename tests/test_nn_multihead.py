@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import nn as fnn
-from fastattn.nn import masks, weights
+from fastattn import weights
+from fastattn.nn import masks
 from fastattn.philox import keep_mask, keep_probability
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(prototype stage|mismatched):UserWarning")

@@ -13,8 +13,8 @@ from transformers.utils.output_capturing import _active_collector
 
 from .. import checks
 from ..attention import attention, varlen_attention
+from ..weights import attention_weights
 from .masks import CompactMask
-from .weights import attention_weights
 
 HARMLESS = frozenset(
     (

@@ -153,6 +153,8 @@ class Attention(nn.Module):
         """
         last_size("x", x, self.dim)
         self._check(x, context, cu_seqlens, document_ids, positions, cache)
+        packing = {"max_seqlen": max_seqlen, "context_cu_seqlens": context_cu_seqlens}
+        self._check_packing(cu_seqlens, packing | {"context_max_seqlen": context_max_seqlen})
         if mask is not None and checks.tensor("mask", mask).dim() == 2:
             mask = self._key_mask(mask, x, cache)[:, None, None, :]
         options = {"mask": mask, "bias": bias, "sinks": self.sinks, "softcap": self.softcap}
@@ -248,6 +250,10 @@ class Attention(nn.Module):
         if positions is not None and self.rotary is None:
             raise ValueError("positions came to an Attention without rotary, which has no use for "
                              "them")  # fmt: skip
+        if cu_seqlens is not None and document_ids is not None:
+            raise ValueError(
+                "document_ids came with cu_seqlens, which keep documents apart already"
+            )
         if cache is None:
             return
         for name, given in (("cu_seqlens", cu_seqlens), ("document_ids", document_ids)):
@@ -259,6 +265,15 @@ class Attention(nn.Module):
         if cache.batch != x.shape[0]:
             raise ValueError(f"the cache has {cache.batch} entries and x {x.shape[0]}; they must "
                              "be equal")  # fmt: skip
+
+    def _check_packing(self, cu_seqlens, others):
+        for name in (name for name, x in others.items() if x is not None):
+            if cu_seqlens is None:
+                raise ValueError(f"{name} came without cu_seqlens; it is for packed sequences")
+            if name.startswith("context") and self.context_dim is None:
+                raise ValueError(f"{name} came to self-attention, whose keys are cu_seqlens'")
+        if others["context_max_seqlen"] is not None and others["context_cu_seqlens"] is None:
+            raise ValueError("context_max_seqlen came without context_cu_seqlens")
 
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fused_activate import activate
 from ._arguments import choice, probability
 from .attention import Attention
 from .cache import KVCache
@@ -123,27 +123,30 @@ class TransformerBlock(nn.Module):
                 and cache.
             the rest: the self-attention's, see Attention.
         """
-        if self.cross is None and (context is not None or context_cache is not None):
-            raise ValueError("context came to a block without cross-attention; "
-                             "TransformerBlock(context_dim=...) adds it")  # fmt: skip
+        if self.cross is None:
+            given = {"context": context, "context_mask": context_mask, "context_lens": context_lens,
+                     "context_cu_seqlens": context_cu_seqlens, "context_cache": context_cache,
+                     "context_max_seqlen": context_max_seqlen}  # fmt: skip
+            for name in (name for name, x in given.items() if x is not None):
+                raise ValueError(f"{name} came to a block without cross-attention; "
+                                 "TransformerBlock(context_dim=...) adds it")  # fmt: skip
         packed = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        p = self.dropout if self.training else 0.0
         added = self.attn(
             self.attn_norm(x), mask=mask, bias=bias, kv_lens=kv_lens, document_ids=document_ids,
             positions=positions, cache=cache, **packed,
         )  # fmt: skip
         if self.cross is not None:
-            normed, x = self.cross_norm(self._drop(added), x)
+            normed, x = self.cross_norm(added, x, p)
             added = self.cross(
                 normed, context, mask=context_mask, kv_lens=context_lens, cache=context_cache,
                 context_cu_seqlens=context_cu_seqlens, context_max_seqlen=context_max_seqlen,
                 **packed,
             )  # fmt: skip
-        normed, x = self.mlp_norm(self._drop(added), x)
-        return x + self._drop(self.mlp(normed))
+        normed, x = self.mlp_norm(added, x, p)
+        added = self.mlp(normed)
+        return x + (activate(added, dropout_p=p) if p else added)
 
     def make_cache(self, batch: int, max_len: int, **place) -> KVCache:
         """An empty cache of the self-attention; Attention.make_cache's arguments."""
         return self.attn.make_cache(batch, max_len, **place)
-
-    def _drop(self, x):
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x

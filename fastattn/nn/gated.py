@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from .. import fused
 from ._arguments import choice, last_size, positive
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-}
+ACTIVATIONS = {**fused.GATES, "relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 
 
 class _FeedForward(nn.Module):

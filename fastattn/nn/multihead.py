@@ -1,6 +1,6 @@
 """MultiheadAttention: torch's module, computed by fastattn. Next hop: ../attention.py.
 
-masks.py says how its masks are given to attention(), weights.py where need_weights' come from.
+masks.py says how its masks are given to attention(), ../weights.py where the weights come from.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch.nn.init import xavier_normal_, xavier_uniform_
 
 from .. import checks
 from ..attention import attention, varlen_attention
+from ..weights import attention_weights
 from . import masks
-from .weights import weights_of
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -135,7 +135,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             out, lse = out
             if torch.is_autocast_enabled(q.device.type):
                 q, k = (x.to(out.dtype) for x in (q, k))
-            weights = weights_of(q, k, lse, average=average, **operands).roll(-extra, -1)
+            weights = attention_weights(q, k, lse, align="start", average=average, **operands)
+            weights = weights.roll(-extra, -1)
         if everything:  # dropout of 1
             out, weights = (x if x is None else F.dropout(x, 1.0) for x in (out, weights))
         return out.transpose(1, 2).flatten(2), weights

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, fused
-from ._arguments import positive
+from ._arguments import positive, probability
 
 
 class _Norm(nn.Module):
@@ -34,18 +34,23 @@ class _Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """norm(x), or with a residual (norm(x + residual), x + residual), in one pass.
 
         Args:
             x: [..., dim], float32, bfloat16, float16 or float64; any strides.
             residual: x's shape. Another dtype than x's is promoted with it, as x + residual is.
+            dropout_p: probability in [0, 1) that an element of x is dropped before the residual,
+                which must be there, is added. It is applied in every mode.
 
         Returns:
             The normed values in x's dtype (the sum's, with a residual). Arithmetic is in float32
             (float64 for float64) and rounded once.
         """
-        normed, summed = fused.norm(x, residual, self.weight, self.bias, self.eps, self.center)
+        p = probability("dropout_p", dropout_p)
+        normed, summed = fused.norm(x, residual, self.weight, self.bias, self.eps, self.center, p)
         return normed if residual is None else (normed, summed)
 
     def extra_repr(self) -> str:
