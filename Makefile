@@ -79,7 +79,8 @@ asan: build
 	FASTATTN_CPU_LIBRARY=$(CURDIR)/build/asan/_cpu.abi3.so LD_PRELOAD="$(SANITIZERS)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
-	    tests/test_native.py tests/test_cpu.py $(ARGS)
+	    tests/test_native.py tests/test_cpu.py tests/test_fused.py tests/test_fused_dropout.py \
+	    tests/test_fused_native.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -388,7 +388,7 @@ def test_positions_compile():
 
 _X = torch.randn(2, 3, 8)
 _SELF, _CAUSAL = fnn.Attention(8, 2), fnn.Attention(8, 2, causal=True)
-_CROSS = fnn.Attention(8, 2, context_dim=4)
+_CROSS, _CU = fnn.Attention(8, 2, context_dim=4), torch.tensor([0, 3], dtype=torch.int32)
 ERRORS = {
     "dim": (lambda: fnn.Attention(10, 4), "dim is 10 and heads 4; dim must be a multiple"),
     "kv_heads": (lambda: fnn.Attention(8, 4, 3), "heads is 4 and kv_heads 3"),
@@ -418,6 +418,12 @@ ERRORS = {
     "mlp": (lambda: fnn.TransformerBlock(8, 2, mlp="tanh"), "mlp is 'tanh'; accepted are 'swiglu'"),
     "norm": (lambda: fnn.TransformerBlock(8, 2, norm="batch"), "norm is 'batch'"),
     "block context": (lambda: fnn.TransformerBlock(8, 2)(_X, _X), "context came to a block"),
+    "block lens": (lambda: fnn.TransformerBlock(8, 2)(_X, context_lens=_X), "context_lens came to"),
+    "documents": (lambda: _SELF(_X[0], cu_seqlens=_CU, document_ids=_CU), "document_ids came with"),
+    "max_seqlen": (lambda: _SELF(_X, max_seqlen=3), "max_seqlen came without cu_seqlens"),
+    "context_cu": (lambda: _SELF(_X[0], cu_seqlens=_CU, context_cu_seqlens=_CU), "self-attention"),
+    "context_max": (lambda: _CROSS(_X[0], _X[0, :, :4], cu_seqlens=_CU, context_max_seqlen=3),
+                    "context_max_seqlen came without context_cu_seqlens"),
     "new_lens": (lambda: _CAUSAL.make_cache(2, 4).attend(
         *(torch.zeros(2, 2, 1, 4),) * 3, new_lens=torch.tensor([2, 0])), r"new_lens\[0\] is 2"),
     "reorder": (lambda: _CAUSAL.make_cache(2, 4).reorder(torch.tensor([2])), r"index\[0\] is 2"),
