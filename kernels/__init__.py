@@ -1,2 +1,6 @@
-"""Triton kernels, installed as `fastattn.kernels`: spec, philox, forward, backward, decode, and one
-file for each fused operator. This version has none yet: the triton backend says so in `why_not`."""
+"""Triton kernels, installed as `fastattn.kernels`. Start at launch.py, which is what ops.py calls.
+
+Importing this package does not import Triton; importing any module of it does. Under
+TRITON_INTERPRET=1, set before that, the kernels run on CPU tensors, slowly: that is how the tests
+run them on machines without a GPU.
+"""

@@ -1,0 +1,47 @@
+"""Split-KV: partial results over parts of the keys, made one. Next: backward.py."""
+
+import triton
+import triton.language as tl
+
+from .forward import add_sinks
+from .score import LN2, LOG2E, NEG_INF
+from .tile import store_rows
+
+
+@triton.jit
+def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, parts,
+                   DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """out and lse from part_out [parts, B, heads, q_len, Dv] and part_lse [parts, B, heads, q_len],
+    both fp32: lse = log sum exp lse_part, out = sum exp(lse_part - lse) out_part. Programs: blocks
+    of rows = B * heads * q_len x chunks of Dv. `sinks` is a Params' with its sinks."""
+    chunks = tl.cdiv(DV, BLOCK_DV)
+    row = tl.program_id(0) // chunks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = tl.program_id(0) % chunks * BLOCK_DV
+    ok = row < rows
+    at = row.to(tl.int64)
+    row_max = tl.full([BLOCK_Q], NEG_INF, tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    d = first + tl.arange(0, BLOCK_DV)
+    for part in range(parts):
+        here = part * rows.to(tl.int64) + at
+        x = tl.load(part_lse + here, mask=ok, other=NEG_INF) * LOG2E
+        new_max = tl.maximum(row_max, x)
+        base = tl.where(new_max == NEG_INF, 0.0, new_max)
+        weight, rescale = tl.exp2(x - base), tl.exp2(row_max - base)
+        weight = tl.where(x == NEG_INF, 0.0, weight)
+        values = tl.load(part_out + here[:, None] * DV + d, mask=ok[:, None] & (d < DV), other=0.0)
+        row_sum = row_sum * rescale + weight
+        acc = acc * rescale[:, None] + weight[:, None] * values
+        row_max = new_max
+    head = row // q_len % heads
+    row_max, row_sum, rescale = add_sinks(sinks, head, row_max, row_sum)
+    dead = row_max == NEG_INF
+    row_sum = tl.where(dead, 1.0, row_sum)
+    acc = acc * (rescale / row_sum)[:, None]
+    i, batch = row % q_len, row // q_len // heads
+    out_at = batch.to(tl.int64) * out.batch + head.to(tl.int64) * out.head + i.to(tl.int64) * out.row
+    store_rows(out.ptr + out_at, acc, ok, first, DV, BLOCK_DV)
+    if first == 0:
+        total = tl.where(dead, NEG_INF, (row_max + tl.log2(row_sum)) * LN2)
+        tl.store(lse + at, total, mask=ok)

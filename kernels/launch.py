@@ -1,0 +1,217 @@
+"""From an operator's arguments to kernel launches. Called by ops.py. Next: params.py, forward.py.
+
+Nothing here looks at a value on the device: no call waits for the GPU, and all can be captured in a
+CUDA graph. Arguments are in the normal form of ops.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastattn.ops import is_dense
+from fastattn.philox import keep_probability, keep_threshold
+from fastattn.spec import Operands, Spec
+
+from . import config
+from .decode import combine_kernel
+from .forward import forward_kernel
+from .masks import tile_lists
+from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList
+from .score import LOG2E
+
+MAX_PARTS = 128
+MIN_PART_KEYS = 256  # a part of fewer keys costs more than it brings
+
+
+def device_guard(x: torch.Tensor):
+    """Makes x's GPU the current one, which is where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+# ---- params -------------------------------------------------------------------------------------
+
+
+def _rows4(x: torch.Tensor) -> Tensor4:
+    return Tensor4(x, *x.stride()[:3], 0)
+
+
+def _lse4(x: torch.Tensor) -> Tensor4:
+    return Tensor4(x, *x.stride()[:3], 0)
+
+
+def _operand4(x: torch.Tensor | None) -> Tensor4:
+    """A tensor that broadcasts to four dimensions."""
+    if x is None:
+        return Tensor4()
+    strides = (0 if n == 1 else stride for n, stride in zip(x.shape, x.stride()))
+    return Tensor4(x.view(torch.uint8) if x.dtype == torch.bool else x, *strides)
+
+
+def _heads4(x: torch.Tensor | None) -> Tensor4:
+    """[heads] or [entries, heads]."""
+    if x is None:
+        return Tensor4()
+    return Tensor4(x, x.stride(0) if x.dim() == 2 else 0, x.stride(-1))
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _lengths(q, k, x: Operands) -> Lengths:
+    begin = end = None
+    if x.document_ids is not None:
+        ids = x.document_ids.contiguous()
+        begin = torch.searchsorted(ids, ids, out_int32=True)
+        end = torch.searchsorted(ids, ids, right=True, out_int32=True)
+    vectors = (x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)
+    return Lengths(
+        x.cu_seqlens_q.shape[0] - 1 if x.packed else q.shape[0],
+        q.shape[2],
+        k.shape[2] * (x.page_table.shape[1] if x.paged else 1),
+        *(None if vector is None else vector.contiguous() for vector in vectors),
+        begin,
+        end,
+    )
+
+
+def _dropout(seed, p: float) -> Dropout:
+    if not p:
+        return Dropout()
+    return Dropout(seed.contiguous(), keep_threshold(p), 1 / keep_probability(p))
+
+
+def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:
+    capped, base2 = spec.softcap > 0, LOG2E.value
+    table = None if x.page_table is None else x.page_table.contiguous()
+    return Params(
+        q=_rows4(q),
+        k=_rows4(k),
+        v=_rows4(v),
+        out=_rows4(out),
+        lse=_lse4(lse),
+        mask=_operand4(x.mask),
+        bias=_operand4(x.bias),
+        slopes=_heads4(x.alibi_slopes),
+        sinks=_heads4(x.sinks),
+        lengths=_lengths(q, k, x),
+        pages=Pages() if table is None else Pages(table, table.stride(0), k.shape[2]),
+        dropout=_dropout(x.dropout_seed, spec.dropout_p),
+        descale=Descale(),
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        scale=float(spec.scale),
+        factor=spec.scale / spec.softcap if capped else spec.scale * base2,
+        cap=spec.softcap * base2 if capped else None,
+        left=None if spec.left < 0 else spec.left,
+        right=None if spec.right < 0 else spec.right,
+        align_end=1 if spec.align_end else None,
+    )
+
+
+def precision(q: torch.Tensor) -> str:
+    """How fp32 products are made: as torch's own flag says."""
+    tf32 = q.is_cuda and q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+# ---- forward ------------------------------------------------------------------------------------
+
+
+def row_tiles(p: Params, lanes: int, block: int) -> int:
+    """Tiles of rows of one entry; of all of them, at most, when packed."""
+    if p.lengths.cu_q is None:
+        return triton.cdiv(p.lengths.q_len * lanes, block)
+    return p.lengths.q_len * lanes // block + p.lengths.entries
+
+
+def new_results(q, v, packed: bool):
+    """out and lse, as the fake kernel says; rows in no sequence are 0 and -inf."""
+    same = q.shape[3] == v.shape[3] and is_dense(q)
+    out = torch.empty_like(q) if same else q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return (out.zero_(), lse.fill_(-math.inf)) if packed else (out, lse)
+
+
+def forward(q, k, v, *rest, row: config.Config | None = None):
+    """flash_attn_fwd: (out, lse). rest is the eleven operands, six numbers and num_splits; row
+    stands in for the table's Config."""
+    operands, spec, num_splits = Operands(*rest[:11]), Spec(*rest[11:17]), rest[17]
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    out, lse = new_results(q, v, operands.packed)
+    if lse.numel() == 0 or out.numel() == 0:
+        return out, lse
+    with device_guard(q):
+        _forward(q, k, v, out, lse, operands, spec, num_splits, row)
+    return out, lse
+
+
+def _forward(q, k, v, out, lse, operands, spec, num_splits, row) -> None:
+    batch, heads, q_len, head_dim = q.shape
+    v_dim = v.shape[3]
+    block_d, block_dv = config.block_of(head_dim), config.block_of(v_dim)
+    device = config.device_of(q)
+    row = row or config.find(config.FORWARD, device, q.element_size(), max(block_d, block_dv))
+    p = make_params(q, k, v, out, lse, operands, spec)
+
+    # The q heads of a kv head share a tile where that does not make more of them.
+    group = heads // k.shape[1]
+    if operands.packed or q_len * group > row.block_q:
+        group = 1
+    tiles = row_tiles(p, group, row.block_q)
+    programs = tiles * triton.cdiv(v_dim, block_dv) * (heads // group)
+    programs *= 1 if operands.packed else batch
+    visible = TileList()
+    if operands.mask is not None and group == 1:
+        lengths = (p.lengths.q_len, p.lengths.kv_len)
+        visible = tile_lists(operands.mask, p.mask, *lengths, row.block_q, row.block_kv)
+    parts = num_splits or _parts(p, programs, device)
+    parts = min(parts, MAX_PARTS, max(1, p.lengths.kv_len))
+    into = p
+    if parts > 1:
+        part_out = q.new_empty(parts, *out.shape, dtype=torch.float32)
+        part_lse = q.new_full((parts, *lse.shape), -math.inf, dtype=torch.float32)
+        into = p._replace(
+            out=Tensor4(part_out, *part_out.stride()[1:4], part_out.stride(0)),
+            lse=Tensor4(part_lse, *part_lse.stride()[1:4], part_lse.stride(0)),
+            sinks=Tensor4(),
+        )
+    forward_kernel[(programs * parts,)](
+        into, visible, tiles, *_descriptors(p, k, v, row, block_d, block_dv),
+        PARTS=parts, D=head_dim, DV=v_dim, BLOCK_Q=row.block_q, BLOCK_KV=row.block_kv,
+        BLOCK_D=block_d, BLOCK_DV=block_dv, GROUP=group, PRECISION=precision(q),
+        STAGES=row.stages, num_warps=row.warps,
+    )  # fmt: skip
+    if parts > 1:
+        rows, block = lse.numel(), 16
+        combine_kernel[(triton.cdiv(rows, block) * triton.cdiv(v_dim, block_dv),)](
+            p.out, lse, part_out, part_lse, p, rows, heads, q_len, parts,
+            DV=v_dim, BLOCK_Q=block, BLOCK_DV=block_dv,
+        )  # fmt: skip
+
+
+def _parts(p: Params, programs: int, device: config.Device) -> int:
+    """Into how many parts to cut the keys: as many as fill the GPU once, or 1 where tiles do."""
+    room = device.processors // programs
+    return max(1, min(room, p.lengths.kv_len // MIN_PART_KEYS))
+
+
+def _descriptors(p: Params, k, v, row: config.Config, block_d: int, block_dv: int):
+    """Tensor descriptors of k and v where the Config asks for them and they can describe them:
+    16-byte strides, and no key that does not exist, because it would be read."""
+    x = p.lengths
+    absent = (x.kv_lens, x.kv_starts, x.cu_k, x.doc_begin, p.pages.table)
+    if not row.tma or any(one is not None for one in absent) or k.shape[3] > block_d:
+        return None, None
+    for t in (k, v):
+        if t.data_ptr() % 16 or any(n * t.element_size() % 16 for n in t.stride()[:3]):
+            return None, None
+    return tuple(
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, row.block_kv, block])
+        for t, block in ((k, block_d), (v, block_dv))
+    )

@@ -1,0 +1,61 @@
+"""From a product q.k to a score in base 2: cap, bias, ALiBi, mask. Next: forward.py.
+
+`i`, `head`, `low` and `high` belong to rows and `j` to keys; they come with the shapes that make them
+broadcast, [rows, 1] and [keys] or, in tiles of keys, [rows] and [keys, 1].
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def tanh(x):
+    """Near 0 by its series: the other form would lose the digits of small x."""
+    size = tl.abs(x)
+    e = tl.exp2(size * (-2 * LOG2E))
+    large = (1 - e) / (1 + e)
+    square = x * x
+    small = size * (1 - square * (1.0 / 3 - square * (2.0 / 15)))  # next term: 5e-8 at 0.1
+    size = tl.where(size < 0.1, small, large)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def operand_at(x, n, head, i, j):
+    """Pointers into a mask or bias; 64 bits before any product."""
+    base = x.ptr + n.to(tl.int64) * x.batch
+    return base + (head * 1).to(tl.int64) * x.head + i.to(tl.int64) * x.row + j.to(tl.int64) * x.col
+
+
+@triton.jit
+def finish_scores(p, n, x, head, i, low, high, j, ok, offset, EDGE: tl.constexpr):
+    """(scores in base 2, d score / d (scale q.k)) from x = q.k; the slope is None without a cap.
+
+    ok says which rows exist. EDGE: not all keys of the tile are visible to all rows.
+    """
+    if EDGE:
+        seen = (j >= low) & (j < high) & ok
+    else:
+        seen = ok & (j >= 0)
+    slope = None
+    if p.cap is not None:
+        t = tanh(x * p.factor)
+        slope = 1 - t * t
+        x = t * p.cap
+    else:
+        x = x * p.factor
+    if p.bias.ptr is not None:
+        at = operand_at(p.bias, n, head, i, j)
+        x += tl.load(at, mask=seen, other=0.0).to(tl.float32) * LOG2E
+    if p.slopes.ptr is not None:
+        at = p.slopes.ptr + n * p.slopes.batch + head * p.slopes.head
+        x -= tl.load(at) * LOG2E * tl.abs(i + offset - j).to(tl.float32)
+    if p.mask.ptr is not None:
+        seen = seen & (tl.load(operand_at(p.mask, n, head, i, j), mask=seen, other=0) != 0)
+    if EDGE or p.mask.ptr is not None:
+        x = tl.where(seen, x, NEG_INF)
+    return x, slope

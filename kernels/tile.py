@@ -1,0 +1,91 @@
+"""What a tile loads: rows, keys and values of any layout, and products of them. Next: score.py."""
+
+import os
+
+import triton
+import triton.language as tl
+
+from .params import Lanes
+from .spec import hi, lo
+
+# The interpreter multiplies bf16 as if it were integers, so there products are in fp32.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
+
+
+@triton.jit
+def lanes_of(p, s, head, first, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """Lanes first.. of a tile whose first head is `head`."""
+    lane = first + tl.arange(0, BLOCK)
+    i = lane // GROUP
+    if GROUP == 1:
+        heads = head
+    else:
+        heads = head + lane % GROUP
+    ok = (i >= s.row_begin) & (i < s.row_end)
+    return Lanes(i, heads, ok, lo(p, s, i), hi(p, s, i))
+
+
+@triton.jit
+def rows_at(x, s, lanes):
+    """[lanes] pointers to rows of q, out and their likes."""
+    base = x.ptr + s.batch.to(tl.int64) * x.batch + s.row0.to(tl.int64) * x.row
+    return base + (lanes.head * 1).to(tl.int64) * x.head + lanes.i.to(tl.int64) * x.row
+
+
+@triton.jit
+def keys_at(p, x, s, kv_head, j, ok):
+    """[keys] pointers to keys of k, v and their likes; ok says which exist."""
+    head = kv_head.to(tl.int64) * x.head
+    if p.pages.table is not None:
+        table = p.pages.table + s.n.to(tl.int64) * p.pages.row
+        page = tl.load(table + j // p.pages.size, mask=ok, other=0).to(tl.int64)
+        return x.ptr + head + page * x.batch + (j % p.pages.size).to(tl.int64) * x.row
+    else:
+        base = x.ptr + s.batch.to(tl.int64) * x.batch + s.key0.to(tl.int64) * x.row
+        return base + head + j.to(tl.int64) * x.row
+
+
+@triton.jit
+def load_rows(at, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+    """[rows, BLOCK_D]: channels first.. of each row, 0 where there is none."""
+    d = first + tl.arange(0, BLOCK_D)
+    at = at[:, None] + d
+    if D % BLOCK_D == 0:
+        if EDGE:
+            return tl.load(at, mask=ok[:, None], other=0.0)
+        else:
+            return tl.load(at)
+    else:
+        if EDGE:
+            return tl.load(at, mask=ok[:, None] & (d < D), other=0.0)
+        else:
+            return tl.load(at, mask=d < D, other=0.0)
+
+
+@triton.jit
+def store_rows(at, x, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = first + tl.arange(0, BLOCK_D)
+    ok = ok[:, None]
+    if D % BLOCK_D != 0:
+        ok = ok & (d < D)
+    tl.store(at[:, None] + d, x.to(at.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b; acc may be None."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def long_dot(a_at, a_ok, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    """a b' [a rows, b rows] of rows too long for one tile: channels come in chunks of BLOCK_D."""
+    acc = tl.zeros([a_at.shape[0], b_at.shape[0]], tl.float32)
+    for first in tl.static_range(0, D, BLOCK_D):
+        a = load_rows(a_at, a_ok, first, D, BLOCK_D, True)
+        b = load_rows(b_at, b_ok, first, D, BLOCK_D, True)
+        acc = dot(a, tl.trans(b.to(a.dtype)), acc, PRECISION)
+    return acc
