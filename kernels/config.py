@@ -86,6 +86,8 @@ FORWARD = {
     "interpreter": {4: {256: Config(32, 64, 1, 1)}},
 }
 
+BACKWARD_ROWS = BACKWARD_KEYS = FORWARD  # to be tuned
+
 
 def device_of(x: torch.Tensor) -> Device:
     """The tables' name for x's device; RuntimeError says which GPUs have none."""

@@ -18,6 +18,7 @@ from fastattn.philox import keep_probability, keep_threshold
 from fastattn.spec import Operands, Spec
 
 from . import config
+from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
 from .decode import combine_kernel
 from .forward import forward_kernel
 from .masks import tile_lists
@@ -166,10 +167,7 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, row) -> None:
     tiles = row_tiles(p, group, row.block_q)
     programs = tiles * triton.cdiv(v_dim, block_dv) * (heads // group)
     programs *= 1 if operands.packed else batch
-    visible = TileList()
-    if operands.mask is not None and group == 1:
-        lengths = (p.lengths.q_len, p.lengths.kv_len)
-        visible = tile_lists(operands.mask, p.mask, *lengths, row.block_q, row.block_kv)
+    visible = _tile_list(operands, p, row) if group == 1 else TileList()
     parts = num_splits or _parts(p, programs, device)
     parts = min(parts, MAX_PARTS, max(1, p.lengths.kv_len))
     into = p
@@ -215,3 +213,120 @@ def _descriptors(p: Params, k, v, row: config.Config, block_d: int, block_dv: in
         TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, row.block_kv, block])
         for t, block in ((k, block_d), (v, block_dv))
     )
+
+
+# ---- backward -----------------------------------------------------------------------------------
+
+
+def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = None):
+    """flash_attn_bwd: (dq, dk, dv, dbias, dsinks), the last two fp32 and empty where not needed.
+    rest is the eleven operands, six numbers, need_dbias and need_dsinks."""
+    operands, spec = Operands(*rest[:11]), Spec(*rest[11:17])
+    need_dbias, need_dsinks = rest[17:]
+    if operands.paged:
+        raise NotImplementedError("fastattn: keys in pages have no gradient")
+    dout, out, q, k, v = (unit_stride(x) for x in (dout, out, q, k, v))
+    make = torch.zeros_like if operands.packed else torch.empty_like
+    dq, dk, dv = (make(x) for x in (q, k, v))
+    bias, sinks = operands.bias, operands.sinks
+    dbias = q.new_zeros(bias.shape if need_dbias else (0,), dtype=torch.float32)
+    dsinks = q.new_zeros(sinks.shape if need_dsinks else (0,), dtype=torch.float32)
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dsinks
+    with device_guard(q):
+        p = make_params(q, k, v, out, lse, operands, spec)
+        delta = torch.empty_like(lse)
+        g = Gradients(
+            *(_rows4(dout), _lse4(delta), _rows4(dq), _rows4(dk), _rows4(dv)),
+            *_bias_sums(p, q, dbias if need_dbias else None),
+        )
+        dlse4 = Tensor4() if dlse is None else _lse4(dlse)
+        _backward(q, v, dlse4, operands, p, g, row)
+        _reduce_bias(g, dbias)
+        if need_dsinks:
+            weight = (sinks.float()[:, None] - lse).exp()  # +inf where a row sees nothing
+            dsinks = torch.where(lse == -math.inf, 0.0, -weight * delta).sum((0, 2))
+    return dq, dk, dv, dbias, dsinks
+
+
+def _backward(q, v, dlse, operands, p: Params, g: Gradients, row) -> None:
+    batch, heads, q_len, head_dim = q.shape
+    v_dim = v.shape[3]
+    block_d, block_dv = config.block_of(head_dim), config.block_of(v_dim)
+    device = config.device_of(q)
+    programs = batch * heads * triton.cdiv(q_len, 32)
+    delta_kernel[(programs,)](
+        p.out, g.dout, dlse, g.delta.ptr, q_len, heads, DV=v_dim, BLOCK_Q=32, BLOCK_DV=block_dv
+    )
+    key = (device, q.element_size(), max(block_d, block_dv))
+    entries = p.lengths.entries
+    times = 1 if operands.packed else entries
+    sizes = {"D": head_dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
+    sizes["PRECISION"] = precision(q)
+
+    rows = row or config.find(config.BACKWARD_ROWS, *key)
+    tiles = row_tiles(p, 1, rows.block_q)
+    shared = g.dbias.ptr is not None and g.dbias.ptr.shape[:2] != (entries, heads)
+    own = g._replace(dbias=Tensor4()) if shared else g  # of these rows alone
+    rows_kernel[(tiles * triton.cdiv(head_dim, block_d) * times * heads,)](
+        p, own, _tile_list(operands, p, rows), tiles, **_blocks(rows), **sizes
+    )
+
+    keys = row or config.find(config.BACKWARD_KEYS, *key)
+    if operands.packed:
+        tiles = p.lengths.kv_len // keys.block_kv + entries
+    else:
+        tiles = triton.cdiv(p.lengths.kv_len, keys.block_kv)
+    chunks = max(triton.cdiv(head_dim, block_d), triton.cdiv(v_dim, block_dv))
+    keys_kernel[(tiles * chunks * times * p.kv_heads,)](
+        p, g, _tile_list(operands, p, keys, turned=True), chunks, **_blocks(keys), **sizes
+    )
+
+    if shared:
+        bias_batch, bias_heads, bias_rows, bias_columns = g.dbias.ptr.shape
+        blocks = _blocks(rows)
+        blocks.pop("STAGES")
+        programs = triton.cdiv(bias_rows, rows.block_q) * triton.cdiv(bias_columns, rows.block_kv)
+        bias_kernel[(programs * bias_batch * bias_heads,)](
+            p, g, bias_rows, bias_columns, entries // bias_batch, heads // bias_heads,
+            **blocks, **sizes,
+        )  # fmt: skip
+
+
+def _blocks(row: config.Config) -> dict:
+    return {
+        "BLOCK_Q": row.block_q,
+        "BLOCK_KV": row.block_kv,
+        "STAGES": row.stages,
+        "num_warps": row.warps,
+    }
+
+
+def _tile_list(operands, p: Params, row: config.Config, turned: bool = False) -> TileList:
+    if operands.mask is None:
+        return TileList()
+    lengths = (p.lengths.q_len, p.lengths.kv_len)
+    return tile_lists(operands.mask, p.mask, *lengths, row.block_q, row.block_kv, turned)
+
+
+def _bias_sums(p: Params, q, dbias):
+    """Gradients' dbias, bias_rows and bias_keys: one of them, by how the bias broadcasts."""
+    nothing = Tensor4()
+    if dbias is None:
+        return nothing, nothing, nothing
+    _, _, rows, columns = dbias.shape
+    if rows > 1 and columns > 1:
+        return _operand4(dbias), nothing, nothing
+    long = columns if columns > 1 else max(rows, p.lengths.q_len)
+    sums = q.new_zeros(p.lengths.entries, p.heads, long, dtype=torch.float32)
+    sums = _lse4(sums)
+    return (nothing, nothing, sums) if columns > 1 else (nothing, sums, nothing)
+
+
+def _reduce_bias(g: Gradients, dbias) -> None:
+    """dbias from the sums over rows or keys, where there are such."""
+    for sums, dim in ((g.bias_rows.ptr, 3), (g.bias_keys.ptr, 2)):
+        if sums is not None:
+            sums = sums.unsqueeze(dim)
+            shared = [n for n in range(4) if dbias.shape[n] == 1 and sums.shape[n] > 1]
+            dbias.copy_(sums.sum(shared, keepdim=True) if shared else sums)

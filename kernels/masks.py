@@ -37,7 +37,7 @@ def tile_lists(mask, tensor4, q_len, kv_len, block_q, block_kv, turned=False) ->
         any_kernel[(some.numel(),)](
             tensor4, some, heads, q_len, kv_len, q_tiles, kv_tiles, block_q, block_kv
         )
-    some = some.mT if turned else some
+    some = some.mT.contiguous() if turned else some
     tiles, others = some.shape[2:]
     rank = torch.zeros(batch, heads, tiles, others + 1, dtype=torch.int32, device=mask.device)
     rank[..., 1:] = torch.cumsum(some, -1)

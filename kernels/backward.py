@@ -1,0 +1,420 @@
+"""The backward kernels. Next: launch.py, which launches them.
+
+Two passes that share nothing but their inputs, so that nobody adds to what another wrote: the same
+bits every time, without atomics. `rows_kernel` walks the keys of a tile of rows for dq, `keys_kernel`
+the rows of a tile of keys for dk and dv. Both make the scores and dP again: seven products where one
+pass with atomics would need five. `bias_kernel` makes dbias where entries or heads share it.
+
+    P = exp(S - lse), dP = dO V', dS = P * (dP - delta), delta = rowsum(dO * O) - dlse
+    dV = P' dO, dQ = scale dS K, dK = scale dS' Q, dbias = dS
+
+Sections: load, one step, rows (dq), keys (dk, dv), bias.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .params import Lanes, Range, Tensor4
+from .philox import keep_tile
+from .score import LOG2E, NEG_INF, finish_scores
+from .spec import (
+    document_at,
+    edge_tile,
+    entry_of_tile,
+    kv_range,
+    q_range,
+    whole_entry,
+)
+from .tile import dot, keys_at, lanes_of, load_rows, long_dot, rows_at, store_rows
+
+
+class Gradients(NamedTuple):
+    dout: Tensor4
+    delta: Tensor4  # [B, heads, q_len] fp32
+    dq: Tensor4
+    dk: Tensor4
+    dv: Tensor4
+    dbias: Tensor4  # fp32, written as it is by rows_kernel, or summed by bias_kernel
+    bias_rows: Tensor4  # [entries, heads, rows] fp32: dS summed over keys
+    bias_keys: Tensor4  # [entries, heads, keys] fp32: dS summed over rows
+
+
+class Rows(NamedTuple):
+    """A tile's rows as the backward reads them."""
+
+    lanes: Any
+    q_at: Any  # [lanes] pointers
+    dout_at: Any
+    q: Any  # [lanes, BLOCK_D]; None where channels come in chunks
+    dout: Any
+    lse: Any  # [lanes], base 2; +inf where there is no row or it sees nothing: weights are 0
+    delta: Any
+
+
+class Keys(NamedTuple):
+    j: Any
+    exists: Any
+    k_at: Any
+    v_at: Any
+    k: Any  # [keys, BLOCK_D]; None where channels come in chunks
+    v: Any
+
+
+# ---- load ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_query(p, g, s, head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    lanes = lanes_of(p, s, head, start, BLOCK_Q, 1)
+    q_at, dout_at = rows_at(p.q, s, lanes), rows_at(g.dout, s, lanes)
+    q, dout = None, None
+    if D <= BLOCK_D:
+        q = load_rows(q_at, lanes.ok, 0, D, BLOCK_D, EDGE)
+    if DV <= BLOCK_DV:
+        dout = load_rows(dout_at, lanes.ok, 0, DV, BLOCK_DV, EDGE)
+    lse = tl.load(rows_at(p.lse, s, lanes), mask=lanes.ok, other=NEG_INF)
+    lse = tl.where(lse == NEG_INF, float("inf"), lse * LOG2E)
+    delta = tl.load(rows_at(g.delta, s, lanes), mask=lanes.ok, other=0.0)
+    return Rows(lanes, q_at, dout_at, q, dout, lse, delta)
+
+
+@triton.jit
+def load_keys(p, s, kv_head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_KV: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    j = start + tl.arange(0, BLOCK_KV)
+    exists = (j >= s.key_begin) & (j < s.key_end)
+    k_at, v_at = keys_at(p, p.k, s, kv_head, j, exists), keys_at(p, p.v, s, kv_head, j, exists)
+    k, v = None, None
+    if D <= BLOCK_D:
+        k = load_rows(k_at, exists, 0, D, BLOCK_D, EDGE)
+    if DV <= BLOCK_DV:
+        v = load_rows(v_at, exists, 0, DV, BLOCK_DV, EDGE)
+    return Keys(j, exists, k_at, v_at, k, v)
+
+
+@triton.jit
+def chunk_of(whole, at, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Channels first.. of rows: those at hand, or one chunk of them, 0 past the last."""
+    if whole is None:
+        return load_rows(at, ok & (first < D), first, D, BLOCK_D, True)
+    else:
+        return whole
+
+
+@triton.jit
+def product(a, a_at, a_ok, b, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """a b' of rows at hand, or in chunks of their channels."""
+    if a is None:
+        return long_dot(a_at, a_ok, b_at, b_ok, D, BLOCK_D, PRECISION)
+    else:
+        return dot(a, tl.trans(b), None, PRECISION)
+
+
+@triton.jit
+def delta_kernel(out, dout, dlse, delta, q_len, heads, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+                 BLOCK_DV: tl.constexpr):  # fmt: skip
+    """delta [B, heads, q_len] = rowsum(dout * out) - dlse; programs: B x heads x tiles of rows."""
+    tiles = tl.cdiv(q_len, BLOCK_Q)
+    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, batch = (rest % heads).to(tl.int64), (rest // heads).to(tl.int64)
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    ok, row = i < q_len, i.to(tl.int64)
+    out_at = out.ptr + batch * out.batch + head * out.head + row * out.row
+    dout_at = dout.ptr + batch * dout.batch + head * dout.head + row * dout.row
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for first in tl.static_range(0, DV, BLOCK_DV):
+        a = load_rows(out_at, ok, first, DV, BLOCK_DV, True).to(tl.float32)
+        total += tl.sum(a * load_rows(dout_at, ok, first, DV, BLOCK_DV, True).to(tl.float32), 1)
+    if dlse.ptr is not None:
+        at = dlse.ptr + batch * dlse.batch + head * dlse.head + row * dlse.row
+        total -= tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(delta + rest.to(tl.int64) * q_len + i, total, mask=ok)
+
+
+# ---- one step -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def gradient_of_scores(p, s, r, y, head, start_i, start_j, D: tl.constexpr, DV: tl.constexpr,
+                       BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+                       BLOCK_DV: tl.constexpr, TURN: tl.constexpr, EDGE: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
+    """(weights after dropout, but for its factor; dS; dS before the cap) of rows r and keys y:
+    [rows, keys], or [keys, rows] turned. dS is that of scale q.k."""
+    if TURN:
+        x = product(y.k, y.k_at, y.exists, r.q, r.q_at, r.lanes.ok, D, BLOCK_D, PRECISION)
+        dp = product(y.v, y.v_at, y.exists, r.dout, r.dout_at, r.lanes.ok, DV, BLOCK_DV, PRECISION)
+        i, low, high, ok = r.lanes.i[None, :], r.lanes.lo, r.lanes.hi, r.lanes.ok[None, :]
+        low, high, j = low[None, :], high[None, :], y.j[:, None]
+        lse, delta = r.lse[None, :], r.delta[None, :]
+    else:
+        x = product(r.q, r.q_at, r.lanes.ok, y.k, y.k_at, y.exists, D, BLOCK_D, PRECISION)
+        dp = product(r.dout, r.dout_at, r.lanes.ok, y.v, y.v_at, y.exists, DV, BLOCK_DV, PRECISION)
+        i, low, high, ok = r.lanes.i[:, None], r.lanes.lo, r.lanes.hi, r.lanes.ok[:, None]
+        low, high, j = low[:, None], high[:, None], y.j[None, :]
+        lse, delta = r.lse[:, None], r.delta[:, None]
+    x, slope = finish_scores(p, s.n, x, head, i, low, high, j, ok, s.offset, EDGE)
+    weights = tl.exp2(x - lse)
+    dropped = weights
+    if p.dropout.seed is not None:
+        bh = s.n * p.heads + head
+        kept = keep_tile(p, bh, start_i, start_j, BLOCK_Q, BLOCK_KV, TURN)
+        dp = tl.where(kept, dp * p.dropout.inverse_keep, 0.0)
+        dropped = tl.where(kept, weights, 0.0)
+    ds = weights * (dp - delta)
+    if EDGE or p.mask.ptr is not None:
+        ds = tl.where(weights == 0.0, 0.0, ds)  # not 0 * NaN where a hidden value is NaN
+    before_cap = ds
+    if slope is not None:
+        ds = tl.where(ds == 0.0, 0.0, ds * slope)
+    return dropped, ds, before_cap
+
+
+# ---- rows: dq -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def rows_step(p, g, s, r, kv_head, chunk, t, dq, sums, D: tl.constexpr, DV: tl.constexpr,
+              BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Key tile t, added to dq and to the sums of dS over keys."""
+    start = t * BLOCK_KV
+    y = load_keys(p, s, kv_head, start, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, EDGE)
+    head, lanes = r.lanes.head, r.lanes
+    _, ds, dbias = gradient_of_scores(p, s, r, y, head, tl.min(lanes.i, 0), start, D, DV, BLOCK_Q,
+                                      BLOCK_KV, BLOCK_D, BLOCK_DV, False, EDGE, PRECISION)  # fmt: skip
+    if g.bias_rows.ptr is not None:
+        sums += tl.sum(dbias, 1)
+    if g.dbias.ptr is not None:
+        if chunk == 0:
+            row = (lanes.head * 1).to(tl.int64) * g.dbias.head + lanes.i.to(tl.int64) * g.dbias.row
+            at = g.dbias.ptr + s.n.to(tl.int64) * g.dbias.batch + row[:, None] + y.j * g.dbias.col
+            tl.store(at, dbias, mask=lanes.ok[:, None] & y.exists)
+    k = chunk_of(y.k, y.k_at, y.exists, chunk * BLOCK_D, D, BLOCK_D)
+    return dot(ds.to(k.dtype), k, dq, PRECISION), sums
+
+
+@triton.jit
+def rows_tile(p, g, s, visible, start, head, chunk, D: tl.constexpr, DV: tl.constexpr,
+              BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    kv_head = head // (p.heads // p.kv_heads)
+    r = load_query(p, g, s, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, True)
+    top, bottom = tl.maximum(start, s.row_begin), tl.minimum(start + BLOCK_Q, s.row_end)
+    span = kv_range(p, s, top, bottom, BLOCK_KV)
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    sums = tl.zeros([BLOCK_Q], tl.float32)
+    if visible.rank is not None:
+        at = (s.n * visible.batch + head * visible.head + start // BLOCK_Q * visible.row).to(tl.int64)
+        rank, tiles = visible.rank + at * (visible.others + 1), visible.tile + at * visible.others
+        first, last = tl.load(rank + span.begin), tl.load(rank + span.end)
+        for e in tl.range(first, last, num_stages=STAGES):
+            dq, sums = rows_step(p, g, s, r, kv_head, chunk, tl.load(tiles + e), dq, sums, D, DV,
+                                 BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION)  # fmt: skip
+    else:
+        edges = span.end - span.begin - (span.full_end - span.full_begin)
+        for e in tl.range(0, edges, num_stages=STAGES):
+            dq, sums = rows_step(p, g, s, r, kv_head, chunk, edge_tile(span, e), dq, sums, D, DV,
+                                 BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION)  # fmt: skip
+        for t in tl.range(span.full_begin, span.full_end, num_stages=STAGES):
+            dq, sums = rows_step(p, g, s, r, kv_head, chunk, t, dq, sums, D, DV,
+                                 BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, False, PRECISION)  # fmt: skip
+    lanes = r.lanes
+    store_rows(rows_at(g.dq, s, lanes), dq * p.scale, lanes.ok, chunk * BLOCK_D, D, BLOCK_D)
+    if g.bias_rows.ptr is not None:
+        at = g.bias_rows.ptr + s.n.to(tl.int64) * g.bias_rows.batch + head * g.bias_rows.head
+        tl.store(at + lanes.i, sums, mask=lanes.ok)
+
+
+@triton.jit
+def rows_kernel(p, g, visible, tiles, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+                BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Programs: tiles x chunks of q x entries (one when packed) x heads."""
+    program = tl.program_id(0)
+    head, program = program % p.heads, program // p.heads
+    n = program * 0
+    if p.lengths.cu_q is None:
+        n, program = program % p.lengths.entries, program // p.lengths.entries
+    chunk, tile = program % tl.cdiv(D, BLOCK_D), program // tl.cdiv(D, BLOCK_D)
+    if p.right is not None:
+        tile = tiles - 1 - tile
+    if p.lengths.cu_q is not None:
+        n, first = entry_of_tile(p.lengths.cu_q, p.lengths.entries, tile, 1, BLOCK_Q)
+        tile -= first
+    s = whole_entry(p, n)
+    start = tile * BLOCK_Q
+    if start < s.row_end:
+        if p.lengths.doc_begin is None:
+            rows_tile(p, g, s, visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
+                      BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+        else:
+            row, end = start, tl.minimum(start + BLOCK_Q, s.row_end)
+            while row < end:
+                d = document_at(p, s, row)
+                rows_tile(p, g, d, visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
+                          BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+                row = d.row_end
+
+
+# ---- keys: dk, dv -------------------------------------------------------------------------------
+
+
+@triton.jit
+def keys_step(p, g, s, y, head, key, chunk, t, dk, dv, sums, D: tl.constexpr, DV: tl.constexpr,
+              BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Row tile t of one head, added to dk, dv and to the sums of dS over rows."""
+    start = t * BLOCK_Q
+    r = load_query(p, g, s, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, EDGE)
+    weights, ds, dbias = gradient_of_scores(p, s, r, y, head, start, key, D, DV, BLOCK_Q, BLOCK_KV,
+                                            BLOCK_D, BLOCK_DV, True, EDGE, PRECISION)  # fmt: skip
+    if g.bias_keys.ptr is not None:
+        sums += tl.sum(dbias, 1)
+    dout = chunk_of(r.dout, r.dout_at, r.lanes.ok, chunk * BLOCK_DV, DV, BLOCK_DV)
+    dv = dot(weights.to(dout.dtype), dout, dv, PRECISION)
+    q = chunk_of(r.q, r.q_at, r.lanes.ok, chunk * BLOCK_D, D, BLOCK_D)
+    dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+    return dk, dv, sums
+
+
+@triton.jit
+def keys_tile(p, g, s, visible, key, own_begin, own_end, kv_head, chunk, D: tl.constexpr,
+              DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+              STAGES: tl.constexpr):  # fmt: skip
+    """dk and dv of keys [own_begin, own_end) in the tile that begins with `key`."""
+    y = load_keys(p, s, kv_head, key, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, True)
+    left, right = tl.maximum(key, s.key_begin), tl.minimum(key + BLOCK_KV, s.key_end)
+    span = q_range(p, s, left, right, BLOCK_Q)
+    end = tl.where(left < right, span.end, span.begin)
+    full_begin = tl.minimum(span.full_begin, end)
+    full_end = tl.where(right - left == BLOCK_KV, tl.minimum(span.full_end, end), full_begin)
+    span = Range(span.begin, full_begin, full_end, end)
+    dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
+    group = p.heads // p.kv_heads
+    for h in range(0, group):
+        head = kv_head * group + h
+        sums = tl.zeros([BLOCK_KV], tl.float32)
+        if visible.rank is not None:
+            at = s.n * visible.batch + head * visible.head + key // BLOCK_KV * visible.row
+            rank = visible.rank + at.to(tl.int64) * (visible.others + 1)
+            tiles = visible.tile + at.to(tl.int64) * visible.others
+            for e in tl.range(tl.load(rank + span.begin), tl.load(rank + span.end),
+                              num_stages=STAGES):  # fmt: skip
+                dk, dv, sums = keys_step(
+                    p, g, s, y, head, key, chunk, tl.load(tiles + e), dk, dv, sums, D, DV, BLOCK_Q,
+                    BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION,
+                )  # fmt: skip
+        else:
+            edges = span.end - span.begin - (span.full_end - span.full_begin)
+            for e in tl.range(0, edges, num_stages=STAGES):
+                dk, dv, sums = keys_step(
+                    p, g, s, y, head, key, chunk, edge_tile(span, e), dk, dv, sums, D, DV, BLOCK_Q,
+                    BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION,
+                )  # fmt: skip
+            for t in tl.range(span.full_begin, span.full_end, num_stages=STAGES):
+                dk, dv, sums = keys_step(
+                    p, g, s, y, head, key, chunk, t, dk, dv, sums, D, DV, BLOCK_Q, BLOCK_KV,
+                    BLOCK_D, BLOCK_DV, False, PRECISION,
+                )  # fmt: skip
+        if g.bias_keys.ptr is not None:
+            at = g.bias_keys.ptr + s.n.to(tl.int64) * g.bias_keys.batch + head * g.bias_keys.head
+            tl.store(at + y.j, sums, mask=(y.j >= own_begin) & (y.j < own_end))
+    if p.dropout.seed is not None:
+        dv = dv * p.dropout.inverse_keep
+    own = (y.j >= own_begin) & (y.j < own_end)
+    dk_at, dv_at = keys_at(p, g.dk, s, kv_head, y.j, own), keys_at(p, g.dv, s, kv_head, y.j, own)
+    first, first_v = chunk * BLOCK_D, chunk * BLOCK_DV
+    store_rows(dk_at, dk * p.scale, own & (first < D), first, D, BLOCK_D)
+    store_rows(dv_at, dv, own & (first_v < DV), first_v, DV, BLOCK_DV)
+
+
+@triton.jit
+def keys_kernel(p, g, visible, chunks, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+                BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Programs: tiles of keys x chunks of q or v x entries (one when packed) x kv heads. Under a
+    causal mask the first tiles are seen by most rows, and come first."""
+    program = tl.program_id(0)
+    kv_head, program = program % p.kv_heads, program // p.kv_heads
+    n = program * 0
+    if p.lengths.cu_q is None:
+        n, program = program % p.lengths.entries, program // p.lengths.entries
+    chunk, tile = program % chunks, program // chunks
+    if p.lengths.cu_q is not None:
+        n, first = entry_of_tile(p.lengths.cu_k, p.lengths.entries, tile, 1, BLOCK_KV)
+        tile -= first
+    s = whole_entry(p, n)
+    own_end = n * 0 + p.lengths.kv_len  # keys that do not exist have a gradient too: 0
+    if p.lengths.cu_k is not None:
+        own_end = tl.load(p.lengths.cu_k + n + 1) - tl.load(p.lengths.cu_k + n)
+    key = tile * BLOCK_KV
+    if key < own_end:
+        if p.lengths.doc_begin is None:
+            keys_tile(p, g, s, visible, key, key, own_end, kv_head, chunk, D, DV, BLOCK_Q, BLOCK_KV,
+                      BLOCK_D, BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+        else:
+            row, end = key, tl.minimum(key + BLOCK_KV, own_end)
+            while row < end:
+                d = document_at(p, s, row)
+                keys_tile(p, g, d, visible, key, d.row_begin, d.row_end, kv_head, chunk, D, DV,
+                          BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+                row = d.row_end
+
+
+# ---- bias ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def bias_kernel(p, g, rows, keys, shared_entries, shared_heads, D: tl.constexpr, DV: tl.constexpr,
+                BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of dbias [batch, heads, rows, keys], summed over the entries and heads that share it.
+    Programs: batch x heads x tiles of rows x tiles of keys."""
+    columns = tl.cdiv(keys, BLOCK_KV)
+    program = tl.program_id(0)
+    key, program = program % columns * BLOCK_KV, program // columns
+    tiles = tl.cdiv(rows, BLOCK_Q)
+    start, program = program % tiles * BLOCK_Q, program // tiles
+    bias_heads = p.heads // shared_heads
+    bias_head, bias_n = program % bias_heads, program // bias_heads
+    acc = tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)
+    for entry in range(shared_entries):
+        n = bias_n * shared_entries + entry
+        s = whole_entry(p, n)
+        seen = kv_range(p, s, start, tl.minimum(start + BLOCK_Q, tl.maximum(s.row_end, 1)), BLOCK_KV)
+        tile = key // BLOCK_KV
+        if (start < s.row_end) & (tile >= seen.begin) & (tile < seen.end):
+            for h in range(shared_heads):
+                head = bias_head * shared_heads + h
+                kv_head = head // (p.heads // p.kv_heads)
+                r = load_query(p, g, s, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, True)
+                if p.lengths.doc_begin is not None:
+                    lanes = document_lanes(p, s, r.lanes)
+                    r = Rows(lanes, r.q_at, r.dout_at, r.q, r.dout, r.lse, r.delta)
+                y = load_keys(p, s, kv_head, key, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, True)
+                _, _, ds = gradient_of_scores(
+                    p, s, r, y, head, start, key, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV,
+                    False, True, PRECISION,
+                )  # fmt: skip
+                acc += ds
+    i, j = start + tl.arange(0, BLOCK_Q), key + tl.arange(0, BLOCK_KV)
+    at = g.dbias.ptr + bias_n.to(tl.int64) * g.dbias.batch + bias_head.to(tl.int64) * g.dbias.head
+    at = at + (i.to(tl.int64) * g.dbias.row)[:, None] + j * g.dbias.col
+    tl.store(at, acc, mask=(i < rows)[:, None] & (j < keys))
+
+
+@triton.jit
+def document_lanes(p, s, lanes):
+    """The lanes, seeing their own document only."""
+    at = s.n.to(tl.int64) * p.lengths.q_len + lanes.i
+    begin = tl.load(p.lengths.doc_begin + at, mask=lanes.ok, other=0)
+    end = tl.load(p.lengths.doc_end + at, mask=lanes.ok, other=0)
+    low, high = tl.maximum(lanes.lo, begin), tl.minimum(lanes.hi, end)
+    return Lanes(lanes.i, lanes.head, lanes.ok, low, high)
