@@ -33,7 +33,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "gpu-audit.json"
 CACHE = ROOT / "build" / "triton"  # Triton's own: a second audit compiles what changed
-MODULES = ("rotate",)
+MODULES = ("norm", "rotate")
 PROCESSES = 2
 
 
