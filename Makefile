@@ -5,6 +5,7 @@
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
+#   make gpu-audit  compile the Triton kernels for GPUs that are not here: registers, spills
 #   make clean   remove what was built (.venv stays) make distclean   and .venv
 #
 # A machine without a GPU gets the small CPU build of torch with
@@ -20,11 +21,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/*.cu*)
 
-.PHONY: demo test bench build asan lint fmt size gpu clean distclean help
+.PHONY: demo test bench build asan lint fmt size gpu gpu-audit clean distclean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,8s/^#   //p' Makefile
+	@sed -n '3,9s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
@@ -102,6 +103,9 @@ gpu: build
 	$(BIN)/python -m fastattn info
 	$(BIN)/python -m fastattn verify
 	$(BIN)/python -m pytest -q $(ARGS)
+
+gpu-audit: build
+	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.gpu_audit $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,302 @@
+"""`make gpu-audit`: every Triton kernel compiled for GPUs that are not here, and what came of it.
+
+    python -m fastattn.benchmarks.gpu_audit [--arch sm_90] [--only norm] [--write]
+
+A kernel module lists what a launch compiles with `audit_subjects(arch)`, which yields Subjects;
+`arch.launches(name, call)` makes them from a launch itself, on meta tensors, so that the audit
+sees the arguments, alignments and options a GPU would. Each is compiled for each of ARCHES, and the
+machine code is read: registers, stack, spills, shared memory, matrix instructions. Exits with 1
+where a hot subject spills, shared memory is over the architecture's, a matrix instruction that was
+asked for is missing, or a compiler fails. Differences from benchmarks/results/gpu-audit.json are
+shown; --write replaces that file.
+
+This process must not interpret (TRITON_INTERPRET unset): kernels are wrapped as they are imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+STORED = ROOT / "benchmarks" / "results" / "gpu-audit.json"
+CACHE = ROOT / "build" / "triton"  # Triton's own: a second audit compiles what changed
+MODULES = ("norm", "rotate")
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture: Triton's target, the shared memory a block may have, and what its fastest
+    matrix instructions are called in a disassembly (a regular expression)."""
+
+    name: str
+    target: tuple[str, int | str, int]
+    shared: int
+    matrix: str
+
+    def gpu_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*self.target)
+
+    def subject(self, name, fn, *arguments, hot=False, needs=None, **keywords) -> Subject:
+        """What fn[grid](*arguments, **keywords) compiles here; tensors may be meta tensors."""
+        from triton.compiler import make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        backend = make_backend(self.gpu_target())
+        bind = create_function_from_signature(fn.signature, fn.params, backend)
+        bound, special, options = bind(*arguments, **keywords)
+        keywords = {"debug": False, **keywords}
+        _, signature, constexprs, attrs = fn._pack_args(backend, keywords, bound, special, options)
+        return Subject(name, fn, signature, constexprs, options, hot, needs, attrs)
+
+    def launches(self, name: str, call: Callable, hot=False, needs=None) -> list[Subject]:
+        """A Subject for every kernel that call() launches, named `<kernel> <name>`. Nothing is
+        launched: call with meta tensors, whose addresses count as aligned."""
+        from triton.runtime.jit import JITFunction
+
+        found = []
+
+        def run(fn, *arguments, grid, warmup, **keywords):
+            kernel = f"{fn.__name__.strip('_')} {name}"
+            found.append(self.subject(kernel, fn, *arguments, hot=hot, needs=needs, **keywords))
+
+        with mock.patch.object(JITFunction, "run", run):
+            call()
+        if not found:
+            raise RuntimeError(f"{name} launched no kernel")
+        return found
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kernel in one configuration: what triton.compile needs, and what is asked of the code."""
+
+    name: str  # unique on its architecture
+    fn: object  # the @triton.jit function
+    signature: dict
+    constexprs: dict
+    options: dict  # num_warps, num_stages
+    hot: bool  # may not spill
+    needs: str | None = None  # "matrix": the architecture's own instruction; or a pattern
+    attrs: dict = field(default_factory=dict)  # what arguments are divisible by
+
+
+KB = 1024
+ARCHES = (
+    Arch("sm_80", ("cuda", 80, 32), 163 * KB, r"[HIQ]MMA"),
+    Arch("sm_90", ("cuda", 90, 32), 227 * KB, r"[HIQ]GMMA"),
+    Arch("sm_100", ("cuda", 100, 32), 227 * KB, r"UTC\w*MMA"),
+    Arch("gfx942", ("hip", "gfx942", 64), 64 * KB, r"v_mfma\w*"),
+)
+MATRIX = re.compile(rf"\b(?:DMMA|{'|'.join(arch.matrix for arch in ARCHES)})\b")
+
+
+# ---- reading machine code -----------------------------------------------------------------------
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the disassemblers in Triton's wheel prints."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def read_nvidia(asm) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return {
+        "registers": int(numbers["REG"]),
+        "stack": int(numbers["STACK"]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "matrix": _counted(code),
+    }
+
+
+def read_amd(asm) -> dict:
+    code = asm["amdgcn"]
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count"),
+        "matrix": _counted(code),
+    }
+
+
+def _counted(code: str) -> dict[str, int]:
+    """How often each matrix instruction is there."""
+    counts: dict[str, int] = {}
+    for name in MATRIX.findall(code):
+        counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+# ---- the audit ----------------------------------------------------------------------------------
+
+
+def subjects(arches=ARCHES, only: str = "") -> Iterator[tuple[Arch, Subject]]:
+    """Every subject whose name holds `only`, of each architecture."""
+    for arch in arches:
+        names = set()
+        for module in MODULES:
+            kernels = importlib.import_module(f"fastattn.kernels.{module}")
+            for subject in kernels.audit_subjects(arch):
+                if subject.name in names:
+                    raise ValueError(f"two subjects are called {subject.name}")
+                names.add(subject.name)
+                if only in subject.name:
+                    yield arch, subject
+
+
+def audited(arch: Arch, subject: Subject) -> dict:
+    """The row of one subject: what its code uses, and `problems`, sentences."""
+    import triton
+    from triton.compiler import ASTSource
+
+    row = {"arch": arch.name, "name": subject.name, "hot": subject.hot}
+    begin = time.perf_counter()
+    try:
+        source = ASTSource(subject.fn, subject.signature, subject.constexprs, subject.attrs)
+        kernel = triton.compile(source, target=arch.gpu_target(), options=subject.options)
+        read = read_amd if arch.target[0] == "hip" else read_nvidia
+        row |= {"shared": kernel.metadata.shared, **read(kernel.asm)}
+    except Exception as error:
+        lines = str(error.__cause__ or error).strip().splitlines() or [""]  # source, then reason
+        return row | {"problems": [f"does not compile: {type(error).__name__}: {lines[-1]}"]}
+    return row | {"problems": problems(arch, subject, row), "s": time.perf_counter() - begin}
+
+
+def problems(arch: Arch, subject: Subject, row: dict) -> list[str]:
+    """What is wrong with a row, one sentence each."""
+    found = []
+    if subject.hot and row["spills"]:
+        found.append(f"{row['spills']} spills in a hot kernel")
+    if row["shared"] > arch.shared:
+        found.append(f"{row['shared']} bytes of shared memory, {arch.name} has {arch.shared}")
+    needs = arch.matrix if subject.needs == "matrix" else subject.needs
+    if needs and not any(re.fullmatch(needs, name) for name in row["matrix"]):
+        found.append(f"no instruction {needs}")
+    return found
+
+
+def audit(pairs: list[tuple[Arch, Subject]], processes: int = PROCESSES) -> list[dict]:
+    """The rows of all, in order. Workers are forked: kernels do not travel between processes."""
+    global _PAIRS
+    _PAIRS = pairs
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_one, range(len(pairs)), chunksize=1)
+
+
+_PAIRS: list[tuple[Arch, Subject]] = []
+
+
+def _one(n: int) -> dict:
+    return audited(*_PAIRS[n])
+
+
+# ---- compared, and printed ----------------------------------------------------------------------
+
+FIELDS = ("registers", "stack", "spills", "shared", "matrix")
+
+
+def report(rows: list[dict]) -> dict:
+    """What is stored: no times, so that the file changes when the code does."""
+    import triton
+
+    kept = [{key: row[key] for key in row if key not in ("s", "problems")} for row in rows]
+    return {"triton": triton.__version__, "rows": kept}
+
+
+def changes(stored: dict, fresh: dict) -> dict[tuple[str, str], str]:
+    """What differs from the stored report, by (arch, name); {} where another Triton made it."""
+    if stored.get("triton") != fresh["triton"]:
+        return {}
+    before = {(row["arch"], row["name"]): row for row in stored["rows"]}
+    found = {}
+    for row in fresh["rows"]:
+        key = row["arch"], row["name"]
+        if key not in before:
+            found[key] = "new"
+            continue
+        differ = [f for f in FIELDS if before[key].get(f) != row.get(f)]
+        if differ:
+            found[key] = ", ".join(f"{f} was {before[key].get(f)}" for f in differ)
+    return found
+
+
+def show(rows: list[dict], changed: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="kernels compiled ahead of time (* hot: may not spill)")
+    table.add_column("arch")
+    table.add_column("kernel", overflow="fold")
+    for name in ("registers", "stack", "spills", "shared", "matrix"):
+        table.add_column(name, justify="right")
+    table.add_column("note", overflow="fold")
+    for row in rows:
+        matrix = " ".join(f"{n} {k}" for k, n in row.get("matrix", {}).items())
+        notes = [f"[red]{p}[/red]" for p in row["problems"]]
+        notes += [changed[key] for key in [(row["arch"], row["name"])] if key in changed]
+        numbers = (str(row.get(f, "")) for f in FIELDS[:4])
+        name = row["name"] + ("*" if row["hot"] else "")
+        table.add_row(row["arch"], name, *numbers, matrix, "; ".join(notes))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+
+
+def main(arguments=None) -> int:
+    """The command; its exit status is 1 where a row has a problem."""
+    parser = argparse.ArgumentParser(prog="gpu_audit", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=[arch.name for arch in ARCHES], help="this one alone")
+    parser.add_argument("--only", default="", help="subjects whose name holds this")
+    parser.add_argument("--write", action="store_true", help=f"replace {STORED.name}")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled")
+    if chosen.write and (chosen.arch or chosen.only):
+        parser.error("--write stores the whole audit; it does not go with --arch or --only")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
+    begin = time.perf_counter()
+    arches = [arch for arch in ARCHES if chosen.arch in (None, arch.name)]
+    rows = audit(list(subjects(arches, chosen.only)))
+    fresh = report(rows)
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {"triton": None}
+    show(rows, changes(stored, fresh))
+    if stored["triton"] != fresh["triton"]:
+        print(f"not compared: the stored report is of Triton {stored['triton']}, this is "
+              f"{fresh['triton']}")  # fmt: skip
+    bad = [row for row in rows if row["problems"]]
+    print(f"{len(rows)} kernels, {len(bad)} with problems, {time.perf_counter() - begin:.0f} s")
+    for row in bad:
+        print(f"{row['arch']} {row['name']}: {'; '.join(row['problems'])}", file=sys.stderr)
+    if chosen.write:
+        STORED.write_text(json.dumps(fresh, indent=1) + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
