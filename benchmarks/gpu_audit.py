@@ -33,7 +33,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "gpu-audit.json"
 CACHE = ROOT / "build" / "triton"  # Triton's own: a second audit compiles what changed
-MODULES = ("norm", "rotate")
+MODULES = ("audit", "norm", "rotate")
 PROCESSES = 2
 
 
@@ -73,6 +73,8 @@ class Arch:
 
         def run(fn, *arguments, grid, warmup, **keywords):
             kernel = f"{fn.__name__.strip('_')} {name}"
+            again = sum(x.name.startswith(kernel) for x in found)
+            kernel += f" ({again + 1})" if again else ""
             found.append(self.subject(kernel, fn, *arguments, hot=hot, needs=needs, **keywords))
 
         with mock.patch.object(JITFunction, "run", run):

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     lanes: Any
     q_at: Any  # [lanes] pointers
     dout_at: Any
-    q: Any  # [lanes, BLOCK_D]; None where channels come in chunks
+    q: Any  # [lanes, BLOCK_D]; unless channels come in chunks
     dout: Any
     lse: Any  # [lanes], base 2; +inf where there is no row or it sees nothing: weights are 0
     delta: Any
@@ -58,7 +58,7 @@ class Keys(NamedTuple):
     exists: Any
     k_at: Any
     v_at: Any
-    k: Any  # [keys, BLOCK_D]; None where channels come in chunks
+    k: Any  # [keys, BLOCK_D]; unless channels come in chunks
     v: Any
 
 
@@ -70,7 +70,7 @@ def load_query(p, g, s, head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q:
                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     lanes = lanes_of(p, s, head, start, BLOCK_Q, 1)
     q_at, dout_at = rows_at(p.q, s, lanes), rows_at(g.dout, s, lanes)
-    q, dout = None, None
+    q, dout = 0, 0
     if D <= BLOCK_D:
         q = load_rows(q_at, lanes.ok, 0, D, BLOCK_D, EDGE)
     if DV <= BLOCK_DV:
@@ -87,7 +87,7 @@ def load_keys(p, s, kv_head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_KV:
     j = start + tl.arange(0, BLOCK_KV)
     exists = (j >= s.key_begin) & (j < s.key_end)
     k_at, v_at = keys_at(p, p.k, s, kv_head, j, exists), keys_at(p, p.v, s, kv_head, j, exists)
-    k, v = None, None
+    k, v = 0, 0
     if D <= BLOCK_D:
         k = load_rows(k_at, exists, 0, D, BLOCK_D, EDGE)
     if DV <= BLOCK_DV:
@@ -98,7 +98,7 @@ def load_keys(p, s, kv_head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_KV:
 @triton.jit
 def chunk_of(whole, at, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Channels first.. of rows: those at hand, or one chunk of them, 0 past the last."""
-    if whole is None:
+    if D > BLOCK_D:
         return load_rows(at, ok & (first < D), first, D, BLOCK_D, True)
     else:
         return whole
@@ -108,7 +108,7 @@ def chunk_of(whole, at, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def product(a, a_at, a_ok, b, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """a b' of rows at hand, or in chunks of their channels."""
-    if a is None:
+    if D > BLOCK_D:
         return long_dot(a_at, a_ok, b_at, b_ok, D, BLOCK_D, PRECISION)
     else:
         return dot(a, tl.trans(b), None, PRECISION)
@@ -169,7 +169,7 @@ def gradient_of_scores(p, s, r, y, head, start_i, start_j, D: tl.constexpr, DV: 
     if EDGE or p.mask.ptr is not None:
         ds = tl.where(weights == 0.0, 0.0, ds)  # not 0 * NaN where a hidden value is NaN
     before_cap = ds
-    if slope is not None:
+    if p.cap is not None:
         ds = tl.where(ds == 0.0, 0.0, ds * slope)
     return dropped, ds, before_cap
 

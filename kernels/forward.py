@@ -22,7 +22,7 @@ class Query(NamedTuple):
     lanes: Any
     kv_head: Any
     at: Any  # [lanes] pointers
-    x: Any  # [lanes, BLOCK_D]; None: the head dimension is too long, read it again each time
+    x: Any  # [lanes, BLOCK_D]; where channels come in chunks, read again for each tile of keys
     first: Any  # of the columns of v and out that this program makes
     k_tma: Any  # tensor descriptors of k and v; None: plain loads
     v_tma: Any
@@ -64,7 +64,7 @@ def forward_step(p, s, q, t, row_max, row_sum, acc, score_scale, EDGE: tl.conste
     j = start + tl.arange(0, BLOCK_KV)
     exists = (j >= s.key_begin) & (j < s.key_end)
     lanes = q.lanes
-    if q.x is None:
+    if D > BLOCK_D:
         k_at = keys_at(p, p.k, s, q.kv_head, j, exists)
         x = long_dot(q.at, lanes.ok, k_at, exists, D, BLOCK_D, PRECISION)
     else:
@@ -121,7 +121,7 @@ def forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v
         r = Range(begin, full_begin, full_end, end)
 
     at = rows_at(p.q, s, lanes)
-    rows = None
+    rows = 0
     if D <= BLOCK_D:
         rows = load_rows(at, lanes.ok, 0, D, BLOCK_D, True)
     q = Query(lanes, kv_head, at, rows, chunk * BLOCK_DV, k_tma, v_tma)

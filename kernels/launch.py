@@ -139,24 +139,24 @@ def new_results(q, v, packed: bool):
     return (out.zero_(), lse.fill_(-math.inf)) if packed else (out, lse)
 
 
-def forward(q, k, v, *rest, row: config.Config | None = None):
+def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
     """flash_attn_fwd: (out, lse). rest is the eleven operands, six numbers and num_splits; row
-    stands in for the table's Config."""
+    stands in for the table's Config, device for q's (config.Device)."""
     operands, spec, num_splits = Operands(*rest[:11]), Spec(*rest[11:17]), rest[17]
     q, k, v = (unit_stride(x) for x in (q, k, v))
     out, lse = new_results(q, v, operands.packed)
     if lse.numel() == 0 or out.numel() == 0:
         return out, lse
     with device_guard(q):
-        _forward(q, k, v, out, lse, operands, spec, num_splits, row)
+        _forward(q, k, v, out, lse, operands, spec, num_splits, row, device)
     return out, lse
 
 
-def _forward(q, k, v, out, lse, operands, spec, num_splits, row) -> None:
+def _forward(q, k, v, out, lse, operands, spec, num_splits, row, device) -> None:
     batch, heads, q_len, head_dim = q.shape
     v_dim = v.shape[3]
     block_d, block_dv = config.block_of(head_dim), config.block_of(v_dim)
-    device = config.device_of(q)
+    device = device or config.device_of(q)
     row = row or config.find(config.FORWARD, device, q.element_size(), max(block_d, block_dv))
     p = make_params(q, k, v, out, lse, operands, spec)
 
@@ -218,7 +218,9 @@ def _descriptors(p: Params, k, v, row: config.Config, block_d: int, block_dv: in
 # ---- backward -----------------------------------------------------------------------------------
 
 
-def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = None):
+def backward(
+    dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = None, device=None
+):
     """flash_attn_bwd: (dq, dk, dv, dbias, dsinks), the last two fp32 and empty where not needed.
     rest is the eleven operands, six numbers, need_dbias and need_dsinks."""
     operands, spec = Operands(*rest[:11]), Spec(*rest[11:17])
@@ -241,7 +243,7 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = N
             *_bias_sums(p, q, dbias if need_dbias else None),
         )
         dlse4 = Tensor4() if dlse is None else _lse4(dlse)
-        _backward(q, v, dlse4, operands, p, g, row)
+        _backward(q, v, dlse4, operands, p, g, row, device)
         _reduce_bias(g, dbias)
         if need_dsinks:
             weight = (sinks.float()[:, None] - lse).exp()  # +inf where a row sees nothing
@@ -249,11 +251,11 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = N
     return dq, dk, dv, dbias, dsinks
 
 
-def _backward(q, v, dlse, operands, p: Params, g: Gradients, row) -> None:
+def _backward(q, v, dlse, operands, p: Params, g: Gradients, row, device) -> None:
     batch, heads, q_len, head_dim = q.shape
     v_dim = v.shape[3]
     block_d, block_dv = config.block_of(head_dim), config.block_of(v_dim)
-    device = config.device_of(q)
+    device = device or config.device_of(q)
     programs = batch * heads * triton.cdiv(q_len, 32)
     delta_kernel[(programs,)](
         p.out, g.dout, dlse, g.delta.ptr, q_len, heads, DV=v_dim, BLOCK_Q=32, BLOCK_DV=block_dv

@@ -33,7 +33,7 @@ def operand_at(x, n, head, i, j):
 
 @triton.jit
 def finish_scores(p, n, x, head, i, low, high, j, ok, offset, EDGE: tl.constexpr):
-    """(scores in base 2, d score / d (scale q.k)) from x = q.k; the slope is None without a cap.
+    """(scores in base 2, d score / d (scale q.k)) from x = q.k; the slope is 1 without a cap.
 
     ok says which rows exist. EDGE: not all keys of the tile are visible to all rows.
     """
@@ -41,7 +41,7 @@ def finish_scores(p, n, x, head, i, low, high, j, ok, offset, EDGE: tl.constexpr
         seen = (j >= low) & (j < high) & ok
     else:
         seen = ok & (j >= 0)
-    slope = None
+    slope = 1.0
     if p.cap is not None:
         t = tanh(x * p.factor)
         slope = 1 - t * t
