@@ -1,5 +1,5 @@
 """Which backend runs a call, and why the others do not. Next hop: the operator in ops.py, whose
-kernels are in csrc/ops_cpu.cpp, or reference.py.
+kernels are in csrc/ops_cpu.cpp or kernels/launch.py, or reference.py.
 
 BACKENDS is a list, best first. The first row whose why_not is None runs the call; backend= (or the
 environment's FASTATTN_BACKEND) names one, which then runs it or raises with its sentence. The
@@ -8,11 +8,13 @@ reference is never taken in silence. FASTATTN_LOG=1 prints each distinct decisio
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -66,6 +68,15 @@ def _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
     return ops.backward(dout, dlse, out, lse, q, k, v, *arguments, *needs)
 
 
+def _triton_forward(q, k, v, spec, operands, num_splits):
+    return ops.forward_triton(q, k, v, *_op_arguments(spec, operands), num_splits)
+
+
+def _triton_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    arguments = _op_arguments(spec, operands)
+    return ops.backward_triton(dout, dlse, out, lse, q, k, v, *arguments, *needs)
+
+
 def _reference_forward(q, k, v, spec, operands, num_splits):
     return reference(q, k, v, spec, operands)  # it has no splits: every number of them is one
 
@@ -80,8 +91,60 @@ def _cuda_why_not(spec, q, k, v, operands):
     return "this version of fastattn has no CUDA kernels"
 
 
+TRITON_FLOOR = (3, 5)  # NamedTuples as arguments and within kernels, host tensor descriptors
+MAX_TRITON_HEAD_DIM = 1024
+OLDEST_GPU = (8, 0)  # 99 KiB of shared memory a block, bf16 matrix instructions
+
+
+@cache
+def _triton_missing() -> str | None:
+    """Why Triton cannot be used at all in this process."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed (pip install triton)"
+    if tuple(int(n) for n in version.split(".")[:2]) < TRITON_FLOOR:
+        floor = ".".join(map(str, TRITON_FLOOR))
+        return f"Triton {version} is installed; the kernels need {floor} or newer"
+    return None
+
+
+@cache
+def _gpu_too_old(index: int | None) -> str | None:
+    if torch.version.hip:
+        return None
+    found = torch.cuda.get_device_capability(index)
+    if found >= OLDEST_GPU:
+        return None
+    return (
+        f"the GPU has compute capability {found[0]}.{found[1]}; the kernels need "
+        f"{OLDEST_GPU[0]}.{OLDEST_GPU[1]} or newer"
+    )
+
+
+def interpreting() -> bool:
+    """Does Triton interpret its kernels, on CPU tensors?"""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def _triton_why_not(spec, q, k, v, operands):
-    return "this version of fastattn has no Triton kernels"
+    if reason := _triton_missing():
+        return reason
+    if q.dtype not in DTYPES[:3]:
+        return f"q is {q.dtype}; the kernels take float32, bfloat16 and float16"
+    if max(q.shape[3], v.shape[3]) > MAX_TRITON_HEAD_DIM:
+        return (
+            f"head dimensions are {q.shape[3]} (q, k) and {v.shape[3]} (v); "
+            f"the kernels go to {MAX_TRITON_HEAD_DIM}"
+        )
+    if q.is_cuda:
+        return _gpu_too_old(q.device.index)
+    if not (q.is_cpu and interpreting()):
+        return (
+            f"q is on {q.device} and this backend runs on GPUs (or, very slowly, on the CPU in "
+            "Triton's interpreter: TRITON_INTERPRET=1)"
+        )
+    return None
 
 
 def _cpu_why_not(spec, q, k, v, operands):
@@ -107,7 +170,7 @@ CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
     Backend("cuda", "NVIDIA sm_80, sm_90a", _cuda_why_not, _op_forward, _op_backward),
-    Backend("triton", "any GPU Triton supports", _triton_why_not, _op_forward, _op_backward),
+    Backend("triton", "any GPU Triton supports", _triton_why_not, _triton_forward, _triton_backward),
     Backend("cpu", "C++ kernels on the CPU", _cpu_why_not, _op_forward, _op_backward, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",
             _reference_why_not, _reference_forward, _reference_backward),
@@ -148,7 +211,11 @@ def pick(name, spec, q, k, v, operands) -> Backend:
             source = "FASTATTN_BACKEND" if name is None else "backend"
             raise NotImplementedError(f"{source}={wanted!r} cannot run this call: {reason}")
     else:
-        row = next(row for row in BACKENDS if row.why_not(spec, q, k, v, operands) is None)
+        interpreter = "triton" if q.is_cpu else None  # runs when it is asked for
+        row = next(
+            row for row in BACKENDS
+            if row.name != interpreter and row.why_not(spec, q, k, v, operands) is None
+        )  # fmt: skip
         if row.name == "reference":
             _warn_reference(spec, q, k, v, operands)
     if not torch.compiler.is_compiling():

@@ -1,4 +1,5 @@
-"""The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd. Kernels: csrc/ops_cpu.cpp.
+"""The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd, and the same by Triton, with
+_triton after their names. Kernels: csrc/ops_cpu.cpp, kernels/launch.py.
 
 Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
 autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that attention.py
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import os
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,20 +40,26 @@ _OPERANDS = (
 )
 _SPEC = "float scale, float softcap, int left, int right, bool align_end, float dropout_p"
 
-_LIBRARY.define(
-    f"flash_attn_fwd(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, int num_splits)"
-    " -> (Tensor out, Tensor lse)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "flash_attn_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k,"
-    f" Tensor v, {_OPERANDS}, {_SPEC}, bool need_dbias, bool need_dsinks)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
-    tags=_TAGS,
-)
+FAMILIES = ("", "_triton")  # ends of the operators' names: each pair is made by other kernels
+
+for _end in FAMILIES:
+    _LIBRARY.define(
+        f"flash_attn_fwd{_end}(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, int num_splits)"
+        " -> (Tensor out, Tensor lse)",
+        tags=_TAGS,
+    )
+    _LIBRARY.define(
+        f"flash_attn_bwd{_end}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q,"
+        f" Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, bool need_dbias, bool need_dsinks)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        tags=_TAGS,
+    )
 
 forward = torch.ops.fastattn.flash_attn_fwd.default
 backward = torch.ops.fastattn.flash_attn_bwd.default
+forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
+backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
+PAIRS = {"": (forward, backward), "_triton": (forward_triton, backward_triton)}
 
 
 # ---- the native library ------------------------------------------------------------------------
@@ -109,7 +117,6 @@ def _one_device(q: Tensor, names, tensors) -> None:
                                "is accepted")  # fmt: skip
 
 
-@torch.library.register_fake("fastattn::flash_attn_fwd", lib=_LIBRARY)
 def _forward_fake(*args):
     _one_device(args[0], _FORWARD_TENSORS, args)
     q, _, v, *_ = args
@@ -119,7 +126,6 @@ def _forward_fake(*args):
     return out, q.new_empty(q.shape[:3], dtype=_accumulate(q.dtype))
 
 
-@torch.library.register_fake("fastattn::flash_attn_bwd", lib=_LIBRARY)
 def _backward_fake(*args):
     _one_device(args[4], _BACKWARD_TENSORS, args)
     _, _, _, _, q, k, v, _, bias, _, sinks, *_, need_dbias, need_dsinks = args
@@ -140,7 +146,7 @@ def _forward_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _forward_grad(ctx, dout, dlse):
+def _forward_grad(backward, ctx, dout, dlse):
     q, k, v, *operands, out, lse = ctx.saved_tensors
     nothing = (None,) * 21
     if dout is None and dlse is None:
@@ -173,27 +179,17 @@ def _backward_grad(ctx, *cotangents):
     return (dout, dlse, None, None, dq, dk, dv, None, dbias, None, dsinks, *(None,) * 15)
 
 
-torch.library.register_autograd(
-    "fastattn::flash_attn_fwd", _forward_grad, setup_context=_forward_setup, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "fastattn::flash_attn_bwd", _backward_grad, setup_context=_backward_setup, lib=_LIBRARY
-)
-
-
 # ---- vmap --------------------------------------------------------------------------------------
 
 
-@torch.library.register_vmap("fastattn::flash_attn_fwd", lib=_LIBRARY)
-def _forward_vmap(info, in_dims, *args):
+def _forward_vmap(forward, info, in_dims, *args):
     numbers = args[14:]
     return autograd.vmap_forward(
         info.batch_size, in_dims[:14], lambda *x: forward(*x, *numbers), args[:14], numbers[5]
     )
 
 
-@torch.library.register_vmap("fastattn::flash_attn_bwd", lib=_LIBRARY)
-def _backward_vmap(info, in_dims, *args):
+def _backward_vmap(backward, info, in_dims, *args):
     numbers = args[18:]
     return autograd.vmap_backward(
         info.batch_size, in_dims[:18], lambda *x: backward(*x, *numbers), args[:18], *numbers[5:]
@@ -203,7 +199,8 @@ def _backward_vmap(info, in_dims, *args):
 # ---- autocast: q, k and v go to the autocast dtype (fp64 stays); operands keep theirs -----------
 
 
-def _register_autocast(device_type: str, key: str) -> None:
+def _register_autocast(end: str, device_type: str, key: str) -> None:
+    forward, _ = PAIRS[end]
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def autocast_forward(q, k, v, *rest):
@@ -211,7 +208,7 @@ def _register_autocast(device_type: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return forward(*(autocast_to(x, dtype) for x in (q, k, v)), *rest)
 
-    _LIBRARY.impl("flash_attn_fwd", autocast_forward, key)
+    _LIBRARY.impl(f"flash_attn_fwd{end}", autocast_forward, key)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -225,8 +222,38 @@ def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+
+# ---- all of that, for each pair ----------------------------------------------------------------
+
+
+def _triton(name):
+    """The function of kernels/launch.py, which imports Triton."""
+
+    def run(*args):
+        from .kernels import launch
+
+        return getattr(launch, name)(*args)
+
+    return run
+
+
+for _end, (_fwd, _bwd) in PAIRS.items():
+    _forward_name, _backward_name = f"fastattn::flash_attn_fwd{_end}", f"fastattn::flash_attn_bwd{_end}"
+    torch.library.register_fake(_forward_name, _forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(_backward_name, _backward_fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        _forward_name, partial(_forward_grad, _bwd), setup_context=_forward_setup, lib=_LIBRARY
+    )
+    torch.library.register_autograd(
+        _backward_name, _backward_grad, setup_context=_backward_setup, lib=_LIBRARY
+    )
+    torch.library.register_vmap(_forward_name, partial(_forward_vmap, _fwd), lib=_LIBRARY)
+    torch.library.register_vmap(_backward_name, partial(_backward_vmap, _bwd), lib=_LIBRARY)
+    _register_autocast(_end, "cpu", "AutocastCPU")
+    _register_autocast(_end, "cuda", "AutocastCUDA")
+for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
+    _LIBRARY.impl("flash_attn_fwd_triton", _triton("forward"), _key)
+    _LIBRARY.impl("flash_attn_bwd_triton", _triton("backward"), _key)
 
 
 # ---- FLOPs: two multiplications and additions for each visible pair and channel ----------------
@@ -285,8 +312,9 @@ def backward_flops(dout, dlse, out, lse, q, k, v, *rest, out_val=None, **_) -> i
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(torch.ops.fastattn.flash_attn_fwd, get_raw=True)(forward_flops)
-    register_flop_formula(torch.ops.fastattn.flash_attn_bwd, get_raw=True)(backward_flops)
+    for fwd, bwd in PAIRS.values():
+        register_flop_formula(fwd.overloadpacket, get_raw=True)(forward_flops)
+        register_flop_formula(bwd.overloadpacket, get_raw=True)(backward_flops)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -27,18 +27,26 @@ from .spec import (
     q_range,
     whole_entry,
 )
-from .tile import dot, keys_at, lanes_of, load_rows, long_dot, rows_at, store_rows
+from .tile import dot, in_band, in_band_turned, keys_at, lanes_of, load_rows, long_dot, rows_at, store_rows
 
 
 class Gradients(NamedTuple):
     dout: Tensor4
     delta: Tensor4  # [B, heads, q_len] fp32
+    lse: Tensor4  # [B, heads, q_len] fp32, base 2; +inf where a row sees nothing: its weights are 0
     dq: Tensor4
     dk: Tensor4
     dv: Tensor4
     dbias: Tensor4  # fp32, written as it is by rows_kernel, or summed by bias_kernel
     bias_rows: Tensor4  # [entries, heads, rows] fp32: dS summed over keys
     bias_keys: Tensor4  # [entries, heads, keys] fp32: dS summed over rows
+
+
+class Tma(NamedTuple):
+    """Tensor descriptors of what the inner loop reads, k and v or q and dout; None: plain loads."""
+
+    x: Any = None
+    y: Any = None
 
 
 class Rows(NamedTuple):
@@ -49,7 +57,7 @@ class Rows(NamedTuple):
     dout_at: Any
     q: Any  # [lanes, BLOCK_D]; unless channels come in chunks
     dout: Any
-    lse: Any  # [lanes], base 2; +inf where there is no row or it sees nothing: weights are 0
+    lse: Any  # [lanes], as Gradients has it; +inf too where there is no row
     delta: Any
 
 
@@ -66,32 +74,44 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def load_query(p, g, s, head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+def load_query(p, g, s, tma, head, start, D: tl.constexpr, DV: tl.constexpr,
+               BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+               EDGE: tl.constexpr):  # fmt: skip
     lanes = lanes_of(p, s, head, start, BLOCK_Q, 1)
     q_at, dout_at = rows_at(p.q, s, lanes), rows_at(g.dout, s, lanes)
     q, dout = 0, 0
-    if D <= BLOCK_D:
-        q = load_rows(q_at, lanes.ok, 0, D, BLOCK_D, EDGE)
-    if DV <= BLOCK_DV:
-        dout = load_rows(dout_at, lanes.ok, 0, DV, BLOCK_DV, EDGE)
-    lse = tl.load(rows_at(p.lse, s, lanes), mask=lanes.ok, other=NEG_INF)
-    lse = tl.where(lse == NEG_INF, float("inf"), lse * LOG2E)
-    delta = tl.load(rows_at(g.delta, s, lanes), mask=lanes.ok, other=0.0)
+    if tma.x is not None:
+        q = tl.reshape(tma.x.load([s.batch, head, start, 0]), [BLOCK_Q, BLOCK_D])
+        dout = tl.reshape(tma.y.load([s.batch, head, start, 0]), [BLOCK_Q, BLOCK_DV])
+    else:
+        if D <= BLOCK_D:
+            q = load_rows(q_at, lanes.ok, 0, D, BLOCK_D, EDGE)
+        if DV <= BLOCK_DV:
+            dout = load_rows(dout_at, lanes.ok, 0, DV, BLOCK_DV, EDGE)
+    lse_at, delta_at = rows_at(g.lse, s, lanes), rows_at(g.delta, s, lanes)
+    if EDGE:
+        lse = tl.load(lse_at, mask=lanes.ok, other=float("inf"))
+        delta = tl.load(delta_at, mask=lanes.ok, other=0.0)
+    else:
+        lse, delta = tl.load(lse_at), tl.load(delta_at)
     return Rows(lanes, q_at, dout_at, q, dout, lse, delta)
 
 
 @triton.jit
-def load_keys(p, s, kv_head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_KV: tl.constexpr,
+def load_keys(p, s, tma, kv_head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_KV: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     j = start + tl.arange(0, BLOCK_KV)
     exists = (j >= s.key_begin) & (j < s.key_end)
     k_at, v_at = keys_at(p, p.k, s, kv_head, j, exists), keys_at(p, p.v, s, kv_head, j, exists)
     k, v = 0, 0
-    if D <= BLOCK_D:
-        k = load_rows(k_at, exists, 0, D, BLOCK_D, EDGE)
-    if DV <= BLOCK_DV:
-        v = load_rows(v_at, exists, 0, DV, BLOCK_DV, EDGE)
+    if tma.x is not None:
+        k = tl.reshape(tma.x.load([s.batch, kv_head, start, 0]), [BLOCK_KV, BLOCK_D])
+        v = tl.reshape(tma.y.load([s.batch, kv_head, start, 0]), [BLOCK_KV, BLOCK_DV])
+    else:
+        if D <= BLOCK_D:
+            k = load_rows(k_at, exists, 0, D, BLOCK_D, EDGE)
+        if DV <= BLOCK_DV:
+            v = load_rows(v_at, exists, 0, DV, BLOCK_DV, EDGE)
     return Keys(j, exists, k_at, v_at, k, v)
 
 
@@ -115,9 +135,10 @@ def product(a, a_at, a_ok, b, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def delta_kernel(out, dout, dlse, delta, q_len, heads, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-                 BLOCK_DV: tl.constexpr):  # fmt: skip
-    """delta [B, heads, q_len] = rowsum(dout * out) - dlse; programs: B x heads x tiles of rows."""
+def delta_kernel(out, dout, lse, dlse, delta, lse2, q_len, heads, DV: tl.constexpr,
+                 BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """delta [B, heads, q_len] = rowsum(dout * out) - dlse, and lse2, Gradients' lse.
+    Programs: B x heads x tiles of rows."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
     tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, batch = (rest % heads).to(tl.int64), (rest // heads).to(tl.int64)
@@ -132,7 +153,12 @@ def delta_kernel(out, dout, dlse, delta, q_len, heads, DV: tl.constexpr, BLOCK_Q
     if dlse.ptr is not None:
         at = dlse.ptr + batch * dlse.batch + head * dlse.head + row * dlse.row
         total -= tl.load(at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(delta + rest.to(tl.int64) * q_len + i, total, mask=ok)
+    at = lse.ptr + batch * lse.batch + head * lse.head + row * lse.row
+    base2 = tl.load(at, mask=ok, other=0.0)
+    base2 = tl.where(base2 == NEG_INF, float("inf"), base2 * LOG2E)
+    to = rest.to(tl.int64) * q_len + i
+    tl.store(delta + to, total, mask=ok)
+    tl.store(lse2 + to, base2, mask=ok)
 
 
 # ---- one step -----------------------------------------------------------------------------------
@@ -148,16 +174,16 @@ def gradient_of_scores(p, s, r, y, head, start_i, start_j, D: tl.constexpr, DV: 
     if TURN:
         x = product(y.k, y.k_at, y.exists, r.q, r.q_at, r.lanes.ok, D, BLOCK_D, PRECISION)
         dp = product(y.v, y.v_at, y.exists, r.dout, r.dout_at, r.lanes.ok, DV, BLOCK_DV, PRECISION)
-        i, low, high, ok = r.lanes.i[None, :], r.lanes.lo, r.lanes.hi, r.lanes.ok[None, :]
-        low, high, j = low[None, :], high[None, :], y.j[:, None]
+        i, j = r.lanes.i[None, :], y.j[:, None]
+        seen = in_band_turned(p, s, r.lanes.i, r.lanes.ok, y.j, EDGE)
         lse, delta = r.lse[None, :], r.delta[None, :]
     else:
         x = product(r.q, r.q_at, r.lanes.ok, y.k, y.k_at, y.exists, D, BLOCK_D, PRECISION)
         dp = product(r.dout, r.dout_at, r.lanes.ok, y.v, y.v_at, y.exists, DV, BLOCK_DV, PRECISION)
-        i, low, high, ok = r.lanes.i[:, None], r.lanes.lo, r.lanes.hi, r.lanes.ok[:, None]
-        low, high, j = low[:, None], high[:, None], y.j[None, :]
+        i, j = r.lanes.i[:, None], y.j[None, :]
+        seen = in_band(r.lanes, y.j, EDGE)
         lse, delta = r.lse[:, None], r.delta[:, None]
-    x, slope = finish_scores(p, s.n, x, head, i, low, high, j, ok, s.offset, EDGE)
+    x, slope = finish_scores(p, s.n, x, head, i, j, seen, s.offset, EDGE)
     weights = tl.exp2(x - lse)
     dropped = weights
     if p.dropout.seed is not None:
@@ -178,12 +204,12 @@ def gradient_of_scores(p, s, r, y, head, start_i, start_j, D: tl.constexpr, DV: 
 
 
 @triton.jit
-def rows_step(p, g, s, r, kv_head, chunk, t, dq, sums, D: tl.constexpr, DV: tl.constexpr,
+def rows_step(p, g, s, tma, r, kv_head, chunk, t, dq, sums, D: tl.constexpr, DV: tl.constexpr,
               BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Key tile t, added to dq and to the sums of dS over keys."""
     start = t * BLOCK_KV
-    y = load_keys(p, s, kv_head, start, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, EDGE)
+    y = load_keys(p, s, tma, kv_head, start, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, EDGE)
     head, lanes = r.lanes.head, r.lanes
     _, ds, dbias = gradient_of_scores(p, s, r, y, head, tl.min(lanes.i, 0), start, D, DV, BLOCK_Q,
                                       BLOCK_KV, BLOCK_D, BLOCK_DV, False, EDGE, PRECISION)  # fmt: skip
@@ -199,11 +225,11 @@ def rows_step(p, g, s, r, kv_head, chunk, t, dq, sums, D: tl.constexpr, DV: tl.c
 
 
 @triton.jit
-def rows_tile(p, g, s, visible, start, head, chunk, D: tl.constexpr, DV: tl.constexpr,
+def rows_tile(p, g, s, tma, visible, start, head, chunk, D: tl.constexpr, DV: tl.constexpr,
               BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     kv_head = head // (p.heads // p.kv_heads)
-    r = load_query(p, g, s, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, True)
+    r = load_query(p, g, s, Tma(None, None), head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, True)
     top, bottom = tl.maximum(start, s.row_begin), tl.minimum(start + BLOCK_Q, s.row_end)
     span = kv_range(p, s, top, bottom, BLOCK_KV)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -213,15 +239,15 @@ def rows_tile(p, g, s, visible, start, head, chunk, D: tl.constexpr, DV: tl.cons
         rank, tiles = visible.rank + at * (visible.others + 1), visible.tile + at * visible.others
         first, last = tl.load(rank + span.begin), tl.load(rank + span.end)
         for e in tl.range(first, last, num_stages=STAGES):
-            dq, sums = rows_step(p, g, s, r, kv_head, chunk, tl.load(tiles + e), dq, sums, D, DV,
+            dq, sums = rows_step(p, g, s, tma, r, kv_head, chunk, tl.load(tiles + e), dq, sums, D, DV,
                                  BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION)  # fmt: skip
     else:
         edges = span.end - span.begin - (span.full_end - span.full_begin)
         for e in tl.range(0, edges, num_stages=STAGES):
-            dq, sums = rows_step(p, g, s, r, kv_head, chunk, edge_tile(span, e), dq, sums, D, DV,
+            dq, sums = rows_step(p, g, s, tma, r, kv_head, chunk, edge_tile(span, e), dq, sums, D, DV,
                                  BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION)  # fmt: skip
         for t in tl.range(span.full_begin, span.full_end, num_stages=STAGES):
-            dq, sums = rows_step(p, g, s, r, kv_head, chunk, t, dq, sums, D, DV,
+            dq, sums = rows_step(p, g, s, tma, r, kv_head, chunk, t, dq, sums, D, DV,
                                  BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, False, PRECISION)  # fmt: skip
     lanes = r.lanes
     store_rows(rows_at(g.dq, s, lanes), dq * p.scale, lanes.ok, chunk * BLOCK_D, D, BLOCK_D)
@@ -231,7 +257,7 @@ def rows_tile(p, g, s, visible, start, head, chunk, D: tl.constexpr, DV: tl.cons
 
 
 @triton.jit
-def rows_kernel(p, g, visible, tiles, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+def rows_kernel(p, g, visible, tiles, k_tma, v_tma, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
                 BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                 PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Programs: tiles x chunks of q x entries (one when packed) x heads."""
@@ -250,13 +276,13 @@ def rows_kernel(p, g, visible, tiles, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q
     start = tile * BLOCK_Q
     if start < s.row_end:
         if p.lengths.doc_begin is None:
-            rows_tile(p, g, s, visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
+            rows_tile(p, g, s, Tma(k_tma, v_tma), visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
                       BLOCK_DV, PRECISION, STAGES)  # fmt: skip
         else:
             row, end = start, tl.minimum(start + BLOCK_Q, s.row_end)
             while row < end:
                 d = document_at(p, s, row)
-                rows_tile(p, g, d, visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
+                rows_tile(p, g, d, Tma(k_tma, v_tma), visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
                           BLOCK_DV, PRECISION, STAGES)  # fmt: skip
                 row = d.row_end
 
@@ -265,12 +291,12 @@ def rows_kernel(p, g, visible, tiles, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q
 
 
 @triton.jit
-def keys_step(p, g, s, y, head, key, chunk, t, dk, dv, sums, D: tl.constexpr, DV: tl.constexpr,
+def keys_step(p, g, s, tma, y, head, key, chunk, t, dk, dv, sums, D: tl.constexpr, DV: tl.constexpr,
               BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Row tile t of one head, added to dk, dv and to the sums of dS over rows."""
     start = t * BLOCK_Q
-    r = load_query(p, g, s, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, EDGE)
+    r = load_query(p, g, s, tma, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, EDGE)
     weights, ds, dbias = gradient_of_scores(p, s, r, y, head, start, key, D, DV, BLOCK_Q, BLOCK_KV,
                                             BLOCK_D, BLOCK_DV, True, EDGE, PRECISION)  # fmt: skip
     if g.bias_keys.ptr is not None:
@@ -283,12 +309,12 @@ def keys_step(p, g, s, y, head, key, chunk, t, dk, dv, sums, D: tl.constexpr, DV
 
 
 @triton.jit
-def keys_tile(p, g, s, visible, key, own_begin, own_end, kv_head, chunk, D: tl.constexpr,
+def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, D: tl.constexpr,
               DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
               STAGES: tl.constexpr):  # fmt: skip
     """dk and dv of keys [own_begin, own_end) in the tile that begins with `key`."""
-    y = load_keys(p, s, kv_head, key, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, True)
+    y = load_keys(p, s, Tma(None, None), kv_head, key, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, True)
     left, right = tl.maximum(key, s.key_begin), tl.minimum(key + BLOCK_KV, s.key_end)
     span = q_range(p, s, left, right, BLOCK_Q)
     end = tl.where(left < right, span.end, span.begin)
@@ -308,19 +334,19 @@ def keys_tile(p, g, s, visible, key, own_begin, own_end, kv_head, chunk, D: tl.c
             for e in tl.range(tl.load(rank + span.begin), tl.load(rank + span.end),
                               num_stages=STAGES):  # fmt: skip
                 dk, dv, sums = keys_step(
-                    p, g, s, y, head, key, chunk, tl.load(tiles + e), dk, dv, sums, D, DV, BLOCK_Q,
+                    p, g, s, tma, y, head, key, chunk, tl.load(tiles + e), dk, dv, sums, D, DV, BLOCK_Q,
                     BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
         else:
             edges = span.end - span.begin - (span.full_end - span.full_begin)
             for e in tl.range(0, edges, num_stages=STAGES):
                 dk, dv, sums = keys_step(
-                    p, g, s, y, head, key, chunk, edge_tile(span, e), dk, dv, sums, D, DV, BLOCK_Q,
+                    p, g, s, tma, y, head, key, chunk, edge_tile(span, e), dk, dv, sums, D, DV, BLOCK_Q,
                     BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION,
                 )  # fmt: skip
             for t in tl.range(span.full_begin, span.full_end, num_stages=STAGES):
                 dk, dv, sums = keys_step(
-                    p, g, s, y, head, key, chunk, t, dk, dv, sums, D, DV, BLOCK_Q, BLOCK_KV,
+                    p, g, s, tma, y, head, key, chunk, t, dk, dv, sums, D, DV, BLOCK_Q, BLOCK_KV,
                     BLOCK_D, BLOCK_DV, False, PRECISION,
                 )  # fmt: skip
         if g.bias_keys.ptr is not None:
@@ -336,7 +362,7 @@ def keys_tile(p, g, s, visible, key, own_begin, own_end, kv_head, chunk, D: tl.c
 
 
 @triton.jit
-def keys_kernel(p, g, visible, chunks, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+def keys_kernel(p, g, visible, chunks, q_tma, dout_tma, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
                 BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                 PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Programs: tiles of keys x chunks of q or v x entries (one when packed) x kv heads. Under a
@@ -357,13 +383,13 @@ def keys_kernel(p, g, visible, chunks, D: tl.constexpr, DV: tl.constexpr, BLOCK_
     key = tile * BLOCK_KV
     if key < own_end:
         if p.lengths.doc_begin is None:
-            keys_tile(p, g, s, visible, key, key, own_end, kv_head, chunk, D, DV, BLOCK_Q, BLOCK_KV,
+            keys_tile(p, g, s, Tma(q_tma, dout_tma), visible, key, key, own_end, kv_head, chunk, D, DV, BLOCK_Q, BLOCK_KV,
                       BLOCK_D, BLOCK_DV, PRECISION, STAGES)  # fmt: skip
         else:
             row, end = key, tl.minimum(key + BLOCK_KV, own_end)
             while row < end:
                 d = document_at(p, s, row)
-                keys_tile(p, g, d, visible, key, d.row_begin, d.row_end, kv_head, chunk, D, DV,
+                keys_tile(p, g, d, Tma(q_tma, dout_tma), visible, key, d.row_begin, d.row_end, kv_head, chunk, D, DV,
                           BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, PRECISION, STAGES)  # fmt: skip
                 row = d.row_end
 
@@ -394,11 +420,13 @@ def bias_kernel(p, g, rows, keys, shared_entries, shared_heads, D: tl.constexpr,
             for h in range(shared_heads):
                 head = bias_head * shared_heads + h
                 kv_head = head // (p.heads // p.kv_heads)
-                r = load_query(p, g, s, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, True)
+                r = load_query(p, g, s, Tma(None, None), head, start, D, DV, BLOCK_Q, BLOCK_D,
+                               BLOCK_DV, True)  # fmt: skip
                 if p.lengths.doc_begin is not None:
                     lanes = document_lanes(p, s, r.lanes)
                     r = Rows(lanes, r.q_at, r.dout_at, r.q, r.dout, r.lse, r.delta)
-                y = load_keys(p, s, kv_head, key, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, True)
+                y = load_keys(p, s, Tma(None, None), kv_head, key, D, DV, BLOCK_KV, BLOCK_D,
+                              BLOCK_DV, True)  # fmt: skip
                 _, _, ds = gradient_of_scores(
                     p, s, r, y, head, start, key, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV,
                     False, True, PRECISION,

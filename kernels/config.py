@@ -6,7 +6,6 @@ compiled ahead of time by `make gpu-audit`, which fails where one spills or does
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch

@@ -13,7 +13,7 @@ from .params import Range
 from .philox import keep_each, keep_tile
 from .score import LN2, LOG2E, NEG_INF, finish_scores
 from .spec import document_at, edge_tile, entry_of_tile, kv_range, whole_entry
-from .tile import dot, keys_at, lanes_of, load_rows, long_dot, rows_at, store_rows
+from .tile import dot, in_band, keys_at, lanes_of, load_rows, long_dot, rows_at, store_rows
 
 
 class Query(NamedTuple):
@@ -77,8 +77,8 @@ def forward_step(p, s, q, t, row_max, row_sum, acc, score_scale, EDGE: tl.conste
         head = lanes.head
     else:
         head = lanes.head[:, None]
-    x, _ = finish_scores(p, s.n, x, head, i, lanes.lo[:, None], lanes.hi[:, None], j,
-                         lanes.ok[:, None], s.offset, EDGE)  # fmt: skip
+    seen = in_band(lanes, j, EDGE)
+    x, _ = finish_scores(p, s.n, x, head, i, j[None, :], seen, s.offset, EDGE)
 
     new_max = tl.maximum(row_max, tl.max(x, 1))
     base = tl.where(new_max == NEG_INF, 0.0, new_max)  # a row that has seen nothing yet

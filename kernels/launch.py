@@ -180,7 +180,7 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, row, device) -> None
             sinks=Tensor4(),
         )
     forward_kernel[(programs * parts,)](
-        into, visible, tiles, *_descriptors(p, k, v, row, block_d, block_dv),
+        into, visible, tiles, *_descriptors(p, (k, v), row, row.block_kv, (block_d, block_dv)),
         PARTS=parts, D=head_dim, DV=v_dim, BLOCK_Q=row.block_q, BLOCK_KV=row.block_kv,
         BLOCK_D=block_d, BLOCK_DV=block_dv, GROUP=group, PRECISION=precision(q),
         STAGES=row.stages, num_warps=row.warps,
@@ -199,19 +199,21 @@ def _parts(p: Params, programs: int, device: config.Device) -> int:
     return max(1, min(room, p.lengths.kv_len // MIN_PART_KEYS))
 
 
-def _descriptors(p: Params, k, v, row: config.Config, block_d: int, block_dv: int):
-    """Tensor descriptors of k and v where the Config asks for them and they can describe them:
-    16-byte strides, and no key that does not exist, because it would be read."""
+def _descriptors(p: Params, tensors, row: config.Config, length: int, blocks):
+    """Tensor descriptors for tiles [length, block] of two tensors where the Config asks for them
+    and they can describe them: 16-byte strides, whole head dimensions, and no rows or keys that do
+    not exist, because those would be read."""
     x = p.lengths
     absent = (x.kv_lens, x.kv_starts, x.cu_k, x.doc_begin, p.pages.table)
-    if not row.tma or any(one is not None for one in absent) or k.shape[3] > block_d:
+    if not row.tma or any(one is not None for one in absent):
         return None, None
-    for t in (k, v):
-        if t.data_ptr() % 16 or any(n * t.element_size() % 16 for n in t.stride()[:3]):
+    for t, block in zip(tensors, blocks):
+        size = t.element_size()
+        if t.shape[3] > block or t.data_ptr() % 16 or any(n * size % 16 for n in t.stride()[:3]):
             return None, None
     return tuple(
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, row.block_kv, block])
-        for t, block in ((k, block_d), (v, block_dv))
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, length, block])
+        for t, block in zip(tensors, blocks)
     )
 
 
@@ -237,13 +239,13 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dsinks
     with device_guard(q):
         p = make_params(q, k, v, out, lse, operands, spec)
-        delta = torch.empty_like(lse)
+        delta, lse2 = (torch.empty(lse.shape, device=q.device) for _ in range(2))
         g = Gradients(
-            *(_rows4(dout), _lse4(delta), _rows4(dq), _rows4(dk), _rows4(dv)),
+            *(_rows4(dout), _lse4(delta), _lse4(lse2), _rows4(dq), _rows4(dk), _rows4(dv)),
             *_bias_sums(p, q, dbias if need_dbias else None),
         )
         dlse4 = Tensor4() if dlse is None else _lse4(dlse)
-        _backward(q, v, dlse4, operands, p, g, row, device)
+        _backward(q, k, v, dlse4, operands, p, g, row, device)
         _reduce_bias(g, dbias)
         if need_dsinks:
             weight = (sinks.float()[:, None] - lse).exp()  # +inf where a row sees nothing
@@ -251,15 +253,16 @@ def backward(
     return dq, dk, dv, dbias, dsinks
 
 
-def _backward(q, v, dlse, operands, p: Params, g: Gradients, row, device) -> None:
+def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, row, device) -> None:
     batch, heads, q_len, head_dim = q.shape
     v_dim = v.shape[3]
     block_d, block_dv = config.block_of(head_dim), config.block_of(v_dim)
     device = device or config.device_of(q)
     programs = batch * heads * triton.cdiv(q_len, 32)
     delta_kernel[(programs,)](
-        p.out, g.dout, dlse, g.delta.ptr, q_len, heads, DV=v_dim, BLOCK_Q=32, BLOCK_DV=block_dv
-    )
+        p.out, g.dout, p.lse, dlse, g.delta.ptr, g.lse.ptr, q_len, heads,
+        DV=v_dim, BLOCK_Q=32, BLOCK_DV=block_dv,
+    )  # fmt: skip
     key = (device, q.element_size(), max(block_d, block_dv))
     entries = p.lengths.entries
     times = 1 if operands.packed else entries
@@ -271,8 +274,9 @@ def _backward(q, v, dlse, operands, p: Params, g: Gradients, row, device) -> Non
     shared = g.dbias.ptr is not None and g.dbias.ptr.shape[:2] != (entries, heads)
     own = g._replace(dbias=Tensor4()) if shared else g  # of these rows alone
     rows_kernel[(tiles * triton.cdiv(head_dim, block_d) * times * heads,)](
-        p, own, _tile_list(operands, p, rows), tiles, **_blocks(rows), **sizes
-    )
+        p, own, _tile_list(operands, p, rows), tiles, *_descriptors(p, (k, v), rows, rows.block_kv, (block_d, block_dv)),
+        **_blocks(rows), **sizes,
+    )  # fmt: skip
 
     keys = row or config.find(config.BACKWARD_KEYS, *key)
     if operands.packed:
@@ -281,8 +285,10 @@ def _backward(q, v, dlse, operands, p: Params, g: Gradients, row, device) -> Non
         tiles = triton.cdiv(p.lengths.kv_len, keys.block_kv)
     chunks = max(triton.cdiv(head_dim, block_d), triton.cdiv(v_dim, block_dv))
     keys_kernel[(tiles * chunks * times * p.kv_heads,)](
-        p, g, _tile_list(operands, p, keys, turned=True), chunks, **_blocks(keys), **sizes
-    )
+        p, g, _tile_list(operands, p, keys, turned=True), chunks,
+        *_descriptors(p, (q, g.dout.ptr), keys, keys.block_q, (block_d, block_dv)),
+        **_blocks(keys), **sizes,
+    )  # fmt: skip
 
     if shared:
         bias_batch, bias_heads, bias_rows, bias_columns = g.dbias.ptr.shape

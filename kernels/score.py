@@ -1,7 +1,7 @@
 """From a product q.k to a score in base 2: cap, bias, ALiBi, mask. Next: forward.py.
 
-`i`, `head`, `low` and `high` belong to rows and `j` to keys; they come with the shapes that make them
-broadcast, [rows, 1] and [keys] or, in tiles of keys, [rows] and [keys, 1].
+`i` and `head` belong to rows and `j` to keys; they come with the shapes that make them broadcast,
+[rows, 1] and [1, keys] or, turned, [1, rows] and [keys, 1].
 """
 
 import triton
@@ -32,15 +32,12 @@ def operand_at(x, n, head, i, j):
 
 
 @triton.jit
-def finish_scores(p, n, x, head, i, low, high, j, ok, offset, EDGE: tl.constexpr):
+def finish_scores(p, n, x, head, i, j, seen, offset, EDGE: tl.constexpr):
     """(scores in base 2, d score / d (scale q.k)) from x = q.k; the slope is 1 without a cap.
 
-    ok says which rows exist. EDGE: not all keys of the tile are visible to all rows.
+    seen says which pairs exist and lie in the band; without EDGE that is all of them, but for rows
+    past the last.
     """
-    if EDGE:
-        seen = (j >= low) & (j < high) & ok
-    else:
-        seen = ok & (j >= 0)
     slope = 1.0
     if p.cap is not None:
         t = tanh(x * p.factor)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .params import Lanes
-from .spec import hi, lo
+from .spec import first_row, hi, last_row, lo
 
 # The interpreter multiplies bf16 as if it were integers, so there products are in fp32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
@@ -23,6 +23,27 @@ def lanes_of(p, s, head, first, BLOCK: tl.constexpr, GROUP: tl.constexpr):
         heads = head + lane % GROUP
     ok = (i >= s.row_begin) & (i < s.row_end)
     return Lanes(i, heads, ok, lo(p, s, i), hi(p, s, i))
+
+
+@triton.jit
+def in_band(lanes, j, EDGE: tl.constexpr):
+    """[lanes, keys]: which pairs exist and lie in the band."""
+    if EDGE:
+        low, high = lanes.lo[:, None], lanes.hi[:, None]
+        return (j[None, :] >= low) & (j[None, :] < high) & lanes.ok[:, None]
+    else:
+        return lanes.ok[:, None] & (j[None, :] >= 0)
+
+
+@triton.jit
+def in_band_turned(p, s, i, ok, j, EDGE: tl.constexpr):
+    """[keys, rows]: the same from the keys' side, whose bounds are few registers a thread there."""
+    if EDGE:
+        first, last = first_row(p, s, j)[:, None], last_row(p, s, j)[:, None]
+        exists = ((j >= s.key_begin) & (j < s.key_end))[:, None]
+        return (i[None, :] >= first) & (i[None, :] < last) & exists
+    else:
+        return ok[None, :] & (j[:, None] >= 0)
 
 
 @triton.jit
