@@ -33,7 +33,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "gpu-audit.json"
 CACHE = ROOT / "build" / "triton"  # Triton's own: a second audit compiles what changed
-MODULES = ("norm", "rotate")
+MODULES = ("norm", "rotate", "gate", "activate", "linear_cross_entropy")
 PROCESSES = 2
 
 
@@ -94,6 +94,12 @@ class Subject:
     hot: bool  # may not spill
     needs: str | None = None  # "matrix": the architecture's own instruction; or a pattern
     attrs: dict = field(default_factory=dict)  # what arguments are divisible by
+
+    @property
+    def code(self) -> str:
+        """Equal for subjects that compile to the same code."""
+        parts = self.fn, self.signature, self.constexprs, self.options, self.attrs
+        return repr(tuple(str(part) for part in parts))
 
 
 KB = 1024
@@ -158,15 +164,18 @@ def _counted(code: str) -> dict[str, int]:
 
 
 def subjects(arches=ARCHES, only: str = "") -> Iterator[tuple[Arch, Subject]]:
-    """Every subject whose name holds `only`, of each architecture."""
+    """Every subject whose name holds `only`, of each architecture; those alike are one."""
     for arch in arches:
-        names = set()
+        names, seen = set(), set()
         for module in MODULES:
             kernels = importlib.import_module(f"fastattn.kernels.{module}")
             for subject in kernels.audit_subjects(arch):
+                if subject.code in seen:
+                    continue
                 if subject.name in names:
-                    raise ValueError(f"two subjects are called {subject.name}")
+                    raise ValueError(f"two different subjects are called {subject.name}")
                 names.add(subject.name)
+                seen.add(subject.code)
                 if only in subject.name:
                     yield arch, subject
 

@@ -66,6 +66,17 @@ def accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def arithmetic(dtype: torch.dtype):
+    """accumulate(dtype) as Triton names it."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def tiles(order: RowOrder) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_N) of a kernel that needs no whole rows: 2048 values, 16 a thread."""
+    block_n = min(512, max(64, triton.next_power_of_2(order.n)))
+    return min(2048 // block_n, triton.next_power_of_2(order.rows)), block_n
+
+
 def stride(t) -> int:
     """Elements from one row of [rows, n] to the next."""
     return 0 if t is None else t.stride(0)
