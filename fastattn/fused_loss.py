@@ -19,7 +19,13 @@ from torch.autograd import forward_ad
 from . import checks
 from .autograd import pull_back
 from .fused import (
-    _floating, differentiable, gpu_missing, on_gpu, save_inputs, saved_inputs, through,
+    _floating,
+    differentiable,
+    gpu_missing,
+    on_gpu,
+    save_inputs,
+    saved_inputs,
+    through,
 )  # fmt: skip
 from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, autocast_to
 

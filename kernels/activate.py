@@ -14,8 +14,16 @@ import triton.language as tl
 
 from .gate import _tile
 from .rows import (
-    MAX_PARTS, RowOrder, accumulate, activated, arithmetic, dropout_arguments, dropped, stride,
-    sum_parts, tiles,
+    MAX_PARTS,
+    RowOrder,
+    accumulate,
+    activated,
+    arithmetic,
+    dropout_arguments,
+    dropped,
+    stride,
+    sum_parts,
+    tiles,
 )  # fmt: skip
 
 ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh")

@@ -65,25 +65,28 @@ def _cross_entropy(
         if SMOOTHING > 0:
             sum_all += tl.where(inside, x, 0.0).to(A)
     top = tl.max(largest, 0)
-    row_lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    row_total = tl.sum(total * tl.exp(largest - top), 0)
+    log_total = tl.log(row_total)
+    row_lse = top + log_total
     known = (label >= 0) & (label < n)
     at_label, _ = _capped(logits, label, known, A, SOFTCAP)
     at_label = tl.where(known, at_label, float("nan")).to(A)  # a label past the head shows
-    row_loss = row_lse - (1 - SMOOTHING) * at_label
+    # lse - at_label would cancel where the label has the largest logit
+    row_loss = log_total + (1 - SMOOTHING) * (top - at_label)
     if SMOOTHING > 0:
-        row_loss -= SMOOTHING * (tl.sum(sum_all, 0) / n)
+        row_loss += SMOOTHING * (top - tl.sum(sum_all, 0) / n)
     row_loss += Z_LOSS * row_lse * row_lse
     tl.store(loss + row, tl.where(kept, row_loss, 0.0).to(A))
     tl.store(lse + row, row_lse)
     if scale is not None:
         weight = tl.where(kept, tl.load(scale + row * scale_stride), 0.0).to(A)
-        at_softmax = 1 + 2 * Z_LOSS * row_lse
+        at_exp = (1 + 2 * Z_LOSS * row_lse) / row_total
         everywhere = tl.full([1], SMOOTHING, A) / n
         for begin in range(0, n, BLOCK):
             column = begin + tl.arange(0, BLOCK)
             inside = column < n
             x, slope = _capped(logits, column, inside, A, SOFTCAP)
-            g = tl.exp(x - row_lse) * at_softmax - everywhere
+            g = tl.exp(x - top) * at_exp - everywhere
             g -= (column == label).to(A) * (1 - SMOOTHING)
             g = tl.where(kept, g * slope * weight, 0.0)  # an ignored row's NaN stays behind
             tl.store(logits + column, g.to(logits.dtype.element_ty), inside)

@@ -13,7 +13,13 @@ import triton
 import triton.language as tl
 
 from .rows import (
-    MAX_PARTS, RowOrder, accumulate, dropout_arguments, dropped, stride, sum_parts,
+    MAX_PARTS,
+    RowOrder,
+    accumulate,
+    dropout_arguments,
+    dropped,
+    stride,
+    sum_parts,
 )  # fmt: skip
 
 MAX_FORWARD, MAX_BACKWARD = 16384, 8192  # 16 warps have 128 registers a thread, 16 values a row's
@@ -109,9 +115,7 @@ def _norm_fwd(
             else:
                 at = x + row * x_stride + first + column
             values = tl.load(at, inside, other=0.0).to(A) - middle
-            _finish(
-                values, inverse, weight, bias, y, row, first + column, y_stride, inside, n
-            )
+            _finish(values, inverse, weight, bias, y, row, first + column, y_stride, inside, n)
 
 
 def norm_fwd(x, residual, weight, bias, eps, center, dropout_seed=None, dropout_p=0.0):

@@ -143,6 +143,15 @@ def tanh(x):
 
 
 @triton.jit
+def _sigmoid(x):
+    """(sigmoid(x), 1 - sigmoid(x)), neither by a difference."""
+    e = tl.exp(-tl.abs(x))  # never overflows
+    large = 1 / (1 + e)
+    small = e * large
+    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
     """(activation(x), its slope)."""
     if ACTIVATION == "identity":
@@ -150,8 +159,8 @@ def activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":  # NaN stays
         return tl.where(x <= 0, 0.0, x).to(x.dtype), tl.where(x <= 0, 0.0, 1.0).to(x.dtype)
     elif ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        return x * s, s * (1 + x * (1 - s))
+        s, rest = _sigmoid(x)
+        return x * s, s * (1 + x * rest)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         bell = tl.exp(x * x * -0.5) * 0.3989422804014327
@@ -160,8 +169,8 @@ def activated(x, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         inner = 0.7978845608028654 * (1 + 0.134145 * x * x)  # sqrt(2 / pi) times u's slope
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u)) / 2
-        slope = s * (1 - s)
+        s, rest = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u)) / 2
+        slope = s * rest
         bump = tl.where(slope == 0, 0.0, 2 * x * slope * inner)
         return x * s, s + bump.to(x.dtype)
 

@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import fastattn  # noqa: E402, F401  defines the operators and loads the native library
+import fastattn  # noqa: F401  defines the operators and loads the native library
 
 
 def native_is_built() -> bool:
