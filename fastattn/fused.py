@@ -4,10 +4,10 @@ fused_activate.py has the activation and dropout of a feed-forward block.
 
 Each has a reference in plain torch here, float64-exact. The kernels run where they pay: in eager
 mode on CPU tensors, and on GPUs that Triton has code for. Plain torch runs on other devices, under
-torch.func and forward-mode derivatives, and under torch.compile: what inductor makes of it takes 0.8 to 1.6 times the kernels'
-time alone (rotate forward the least, RMSNorm with residual and gradients the most; 2048 x 768, two
-cores with AVX-512) and is joined to its neighbours' loops. Second derivatives are the references'.
-All keep their input's dtype under autocast.
+torch.func and forward-mode derivatives, and under torch.compile: what inductor makes of it takes
+0.8 to 1.6 times the CPU kernels' time alone (rotate forward the least, RMSNorm with residual and
+gradients the most; 2048 x 768, two cores with AVX-512) and is joined to its neighbours' loops.
+Second derivatives are the references'. All keep their input's dtype under autocast.
 """
 
 from __future__ import annotations

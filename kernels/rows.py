@@ -1,5 +1,5 @@
-"""What the row kernels share: rows of a tensor in memory order, dropout's bits, activations, and the
-sum of partial results. csrc/cpu/rows.inl is the CPU's.
+"""What the row kernels share: rows of a tensor in memory order, dropout's bits, activations, and
+the sum of partial results. csrc/cpu/rows.inl is the CPU's.
 
 A program works on a tile [BLOCK_R, BLOCK_N] of rows and columns. Arithmetic is fp32, or fp64 for
 fp64 tensors. Rows are counted in 64 bits.
@@ -25,8 +25,8 @@ class RowOrder:
 
     def __init__(self, x):
         if x.dim() == 0 or not x.is_floating_point():
-            raise RuntimeError(f"fastattn: a tensor is {x.dtype} {list(x.shape)}, expected floating "
-                               "with at least one dimension")  # fmt: skip
+            raise RuntimeError(f"fastattn: a tensor is {x.dtype} {list(x.shape)}, expected "
+                               "floating with at least one dimension")  # fmt: skip
         self.like, self.order = x, None
         self.n = x.shape[-1]
         self.rows = x.numel() // self.n if self.n else x.shape[:-1].numel()
@@ -52,8 +52,8 @@ class RowOrder:
         if t is None:
             return None
         if tuple(t.shape) != (self.n,) or t.device != self.like.device:
-            raise RuntimeError(f"fastattn: {name} has shape {list(t.shape)} on {t.device}, expected "
-                               f"[{self.n}] on {self.like.device}")  # fmt: skip
+            raise RuntimeError(f"fastattn: {name} has shape {list(t.shape)} on {t.device}, "
+                               f"expected [{self.n}] on {self.like.device}")  # fmt: skip
         return t.contiguous()
 
     def new_like(self):
