@@ -1,15 +1,20 @@
-"""The operators around attention: norm, rotate and gate. Kernels: csrc/fused_cpu.cpp.
+"""The operators around attention: norm, rotate and gate. Kernels: csrc/fused_cpu.cpp, and for GPUs
+kernels/norm.py, rotate.py and gate.py.
 fused_activate.py has the activation and dropout of a feed-forward block.
 
-Each has a reference in plain torch here, float64-exact. The kernels run where they pay: on CPU
-tensors in eager mode. Plain torch runs on other devices, under torch.func and forward-mode
-derivatives, and under torch.compile: what inductor makes of it takes 0.8 to 1.6 times the kernels'
-time alone (rotate forward the least, RMSNorm with residual and gradients the most; 2048 x 768, two
-cores with AVX-512) and is joined to its neighbours' loops. Second derivatives are the references'.
-All keep their input's dtype under autocast.
+Each has a reference in plain torch here, float64-exact. The kernels run where they pay: in eager
+mode on CPU tensors, and on GPUs that Triton has code for. Plain torch runs on other devices, under
+torch.func and forward-mode derivatives, and under torch.compile: what inductor makes of it takes
+0.8 to 1.6 times the CPU kernels' time alone (rotate forward the least, RMSNorm with residual and
+gradients the most; 2048 x 768, two cores with AVX-512) and is joined to its neighbours' loops.
+Second derivatives are the references'. All keep their input's dtype under autocast.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+import re
 
 import torch
 import torch.nn.functional as F
@@ -163,15 +168,57 @@ def _floating(name, x) -> Tensor:
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def has_kernel(*tensors) -> bool:
-    """Do the CPU kernels take these tensors, here and now?"""
+def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
+    """Do kernels take these tensors, here and now?"""
+    tensors = first, *others
+    if not all(type(x) in _PLAIN for x in tensors):
+        return False
+    if first.is_cpu:
+        here = NATIVE_MISSING is None and all(x is None or x.is_cpu for x in others)
+    else:
+        here = first.is_cuda and all(x is None or x.is_cuda for x in others)
+        here = here and gpu_missing(first.get_device()) is None
     return (
-        NATIVE_MISSING is None
+        here
         and not torch.compiler.is_compiling()
-        and all(type(x) in _PLAIN and (x is None or x.is_cpu) for x in tensors)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+# ---- kernels on GPUs ----------------------------------------------------------------------------
+
+TRITON = 3, 5  # the oldest that the kernels are tried with
+
+
+@functools.cache
+def gpu_missing(index: int) -> str | None:
+    """None, or the sentence that says why Triton's kernels do not run on GPU `index`."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    if tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:2]) < TRITON:
+        return f"Triton is {triton.__version__}; accepted is {TRITON[0]}.{TRITON[1]} or newer"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        name = torch.cuda.get_device_name(index)
+        return f"{name} is older than compute capability 8.0, the first with bfloat16"
+    return None
+
+
+def on_gpu(module: str, *names: str) -> None:
+    """Gives operators their kernels on GPUs, functions of kernels/<module>.py: imported by the
+    first call, so that fastattn imports without Triton."""
+
+    def launch(name, *arguments):
+        try:
+            kernels = importlib.import_module(f"{__package__}.kernels.{module}")
+        except ImportError as error:
+            raise RuntimeError(f"fastattn::{name} on a GPU needs Triton: {error}") from error
+        return getattr(kernels, name)(*arguments)
+
+    for name in names:
+        _LIBRARY.impl(name, functools.partial(launch, name), "CUDA")
 
 
 # ---- schemas and fake kernels -------------------------------------------------------------------
@@ -189,6 +236,9 @@ for _schema in (
     "gate_bwd(Tensor dout, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
+for _module, *_names in (("norm", "norm_fwd", "norm_bwd"), ("rotate", "rotate"),
+                         ("gate", "gate_fwd", "gate_bwd")):  # fmt: skip
+    on_gpu(_module, *_names)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Bias, activation and dropout in one pass: dropout(activation(x + bias)). Kernels:
-csrc/cpu/activate.inl. fused.py says when they run, and what runs elsewhere.
+csrc/cpu/activate.inl, and for GPUs kernels/activate.py. fused.py says when they run, and what runs
+elsewhere.
 
 The dropout is Philox's, 16 bits an element, keyed by a (seed, offset) from torch's generator: the
 backward pass makes the mask again instead of keeping it, every thread makes its own part, and the
@@ -59,6 +60,7 @@ for _schema in (
     " str activation, bool need_dbias) -> (Tensor dx, Tensor dbias)",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
+fused.on_gpu("activate", "activate_fwd", "activate_bwd")
 
 
 @torch.library.register_fake("fastattn::activate_fwd", lib=_LIBRARY)

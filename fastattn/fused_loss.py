@@ -1,10 +1,12 @@
 """Linear cross entropy: a language model's loss without its logits in memory.
-Next hop: cross_entropy_ in csrc/fused_cpu.cpp, for the rows of one chunk.
+Next hop: cross_entropy_ in csrc/fused_cpu.cpp, for the rows of one chunk, and for GPUs
+kernels/linear_cross_entropy.py.
 
 Rows are taken a chunk at a time. A chunk's logits are made by a matrix product, become their own
 gradients in place, and enter the gradients of hidden and weight by two more. For a scalar loss that
 happens in the forward pass, so that the logits are made once. Ignored rows are left out before
-anything else, so padding costs nothing.
+anything else, so padding costs nothing; on a GPU, where counting them would wait for the device,
+they are computed as rows of zeros.
 """
 
 from __future__ import annotations
@@ -16,12 +18,21 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .autograd import pull_back
-from .fused import _floating, differentiable, save_inputs, saved_inputs, through
+from .fused import (
+    _floating,
+    differentiable,
+    gpu_missing,
+    on_gpu,
+    save_inputs,
+    saved_inputs,
+    through,
+)  # fmt: skip
 from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, autocast_to
 
 # 32 MiB in fp32. The matrix products want rows: forward and backward of 1024 rows of 32000 logits
 # took 1011 ms by 64 rows, 811 by 128, 712 by 256, and torch with all the logits 864.
 CHUNK_LOGITS = 1 << 23
+CHUNK_LOGITS_GPU = 1 << 27  # 1024 rows of 128k, 256 MiB in bf16: products large enough for a GPU
 
 
 def reference(hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, softcap):
@@ -61,7 +72,8 @@ def linear_cross_entropy(
     """fastattn.nn.LinearCrossEntropy as a function; its docstring says what all of this is."""
     hidden, weight, bias, rows = _checked(hidden, weight, bias, labels, ignore_index)
     if chunk is None:
-        chunk = max(1, min(-(-rows.shape[0] // 4), CHUNK_LOGITS // max(1, weight.shape[0])))
+        logits = CHUNK_LOGITS_GPU if hidden.is_cuda else CHUNK_LOGITS
+        chunk = max(1, min(-(-rows.shape[0] // 4), logits // max(1, weight.shape[0])))
     numbers = (ignore_index, label_smoothing, z_loss, softcap)
     arguments = (hidden, weight, bias, rows, *numbers)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -125,8 +137,10 @@ def _checked(hidden, weight, bias, labels, ignore_index):
 def _chunked(hidden, weight, bias, labels, numbers, scale, chunk, needs):
     """(loss [N], dhidden, dweight, dbias): the gradients of sum(scale * loss), those in `needs`,
     the others empty. scale None: no gradients."""
-    kept = (labels != numbers[0]).nonzero().squeeze(1)
-    if kept.shape[0] < labels.shape[0]:
+    ignored = labels == numbers[0]
+    all_rows = not _can_count(hidden)
+    if not all_rows and ignored.any():
+        kept = (~ignored).nonzero().squeeze(1)
         inside = (hidden[kept], weight, bias, labels[kept], numbers)
         scale = None if scale is None else scale[kept]
         some, dsome, dweight, dbias = _chunked(*inside, scale, chunk, needs)
@@ -142,30 +156,41 @@ def _chunked(hidden, weight, bias, labels, numbers, scale, chunk, needs):
     dbias = weight.new_zeros(weight.shape[:1] if need_dbias else (0,), dtype=dtype)
     for begin in range(0, labels.shape[0], chunk):
         rows = slice(begin, begin + chunk)
-        logits = F.linear(hidden[rows], weight, bias)  # [chunk, V]
+        x = hidden[rows]
+        if all_rows:
+            x = x.masked_fill(ignored[rows, None], 0.0)
+        logits = F.linear(x, weight, bias)  # [chunk, V]
         loss[rows] = _loss_rows_(
             logits, labels[rows], numbers, None if scale is None else scale[rows]
         )
         if need_dhidden:
             torch.mm(logits, weight, out=dhidden[rows])
         if need_dweight and weight.dtype == dtype:
-            dweight.addmm_(logits.t(), hidden[rows])
+            dweight.addmm_(logits.t(), x)
         elif need_dweight:  # summed in fp32, not in the weight's own half precision
-            dweight += logits.t() @ hidden[rows]
+            dweight += logits.t() @ x
         if need_dbias:
             dbias += logits.sum(0, dtype=dtype)
     return loss, dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
+def _can_count(x) -> bool:
+    """Whether x's values may be looked at: on a GPU that waits, and ends a graph's capture."""
+    return not x.is_cuda
+
+
 def _loss_rows_(logits, labels, numbers, scale):
     """Each row's loss; with a scale, logits become the gradients of sum(scale * loss)."""
-    if logits.is_cpu and NATIVE_MISSING is None:
+    missing = gpu_missing(logits.get_device()) if logits.is_cuda else NATIVE_MISSING
+    if missing is None and (logits.is_cpu or logits.is_cuda):
         loss, _ = torch.ops.fastattn.cross_entropy_(logits, labels, scale, *numbers)
         return loss
-    _, label_smoothing, z_loss, softcap = numbers
+    ignore_index, label_smoothing, z_loss, softcap = numbers
     dtype = _accumulate(logits.dtype)
     loss, capped, lse = _losses(logits.to(dtype), labels, *numbers)
     if scale is not None:
+        kept = labels != ignore_index
+        scale, labels = torch.where(kept, scale, 0.0), torch.where(kept, labels, 0)
         grad = (capped - lse.unsqueeze(-1)).exp() * (1 + 2 * z_loss * lse).unsqueeze(-1)
         grad -= label_smoothing / logits.shape[-1]
         at_label = grad.new_full((labels.shape[0], 1), label_smoothing - 1)
@@ -193,6 +218,7 @@ for _schema in (
     f" -> (Tensor total, {_GRADS})",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
+on_gpu("linear_cross_entropy", "cross_entropy_")
 
 
 def _forward(hidden, weight, bias, labels, *rest):

@@ -1,5 +1,5 @@
-"""What the row kernels share: rows of a tensor in memory order, dropout's bits, activations, and the
-sum of partial results. csrc/cpu/rows.inl is the CPU's.
+"""What the row kernels share: rows of a tensor in memory order, dropout's bits, activations, and
+the sum of partial results. csrc/cpu/rows.inl is the CPU's.
 
 A program works on a tile [BLOCK_R, BLOCK_N] of rows and columns. Arithmetic is fp32, or fp64 for
 fp64 tensors. Rows are counted in 64 bits.
@@ -25,8 +25,8 @@ class RowOrder:
 
     def __init__(self, x):
         if x.dim() == 0 or not x.is_floating_point():
-            raise RuntimeError(f"fastattn: a tensor is {x.dtype} {list(x.shape)}, expected floating "
-                               "with at least one dimension")  # fmt: skip
+            raise RuntimeError(f"fastattn: a tensor is {x.dtype} {list(x.shape)}, expected "
+                               "floating with at least one dimension")  # fmt: skip
         self.like, self.order = x, None
         self.n = x.shape[-1]
         self.rows = x.numel() // self.n if self.n else x.shape[:-1].numel()
@@ -52,8 +52,8 @@ class RowOrder:
         if t is None:
             return None
         if tuple(t.shape) != (self.n,) or t.device != self.like.device:
-            raise RuntimeError(f"fastattn: {name} has shape {list(t.shape)} on {t.device}, expected "
-                               f"[{self.n}] on {self.like.device}")  # fmt: skip
+            raise RuntimeError(f"fastattn: {name} has shape {list(t.shape)} on {t.device}, "
+                               f"expected [{self.n}] on {self.like.device}")  # fmt: skip
         return t.contiguous()
 
     def new_like(self):
@@ -64,6 +64,17 @@ class RowOrder:
 
 def accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def arithmetic(dtype: torch.dtype):
+    """accumulate(dtype) as Triton names it."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def tiles(order: RowOrder) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_N) of a kernel that needs no whole rows: 2048 values, 16 a thread."""
+    block_n = min(512, max(64, triton.next_power_of_2(order.n)))
+    return min(2048 // block_n, triton.next_power_of_2(order.rows)), block_n
 
 
 def stride(t) -> int:
@@ -132,6 +143,15 @@ def tanh(x):
 
 
 @triton.jit
+def _sigmoid(x):
+    """(sigmoid(x), 1 - sigmoid(x)), neither by a difference."""
+    e = tl.exp(-tl.abs(x))  # never overflows
+    large = 1 / (1 + e)
+    small = e * large
+    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
     """(activation(x), its slope)."""
     if ACTIVATION == "identity":
@@ -139,8 +159,8 @@ def activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":  # NaN stays
         return tl.where(x <= 0, 0.0, x).to(x.dtype), tl.where(x <= 0, 0.0, 1.0).to(x.dtype)
     elif ACTIVATION == "silu":
-        s = tl.sigmoid(x)
-        return x * s, s * (1 + x * (1 - s))
+        s, rest = _sigmoid(x)
+        return x * s, s * (1 + x * rest)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         bell = tl.exp(x * x * -0.5) * 0.3989422804014327
@@ -149,8 +169,8 @@ def activated(x, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         inner = 0.7978845608028654 * (1 + 0.134145 * x * x)  # sqrt(2 / pi) times u's slope
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u)) / 2
-        slope = s * (1 - s)
+        s, rest = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(u)) / 2
+        slope = s * rest
         bump = tl.where(slope == 0, 0.0, 2 * x * slope * inner)
         return x * s, s + bump.to(x.dtype)
 

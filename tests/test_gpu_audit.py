@@ -1,0 +1,128 @@
+"""The Triton kernels compiled for GPUs that are not here: `make gpu-audit`, and its own tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.5")
+from fastattn.benchmarks import gpu_audit
+from fastattn.benchmarks.gpu_audit import ARCHES, Subject, changes, problems
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compiled(*arguments: str) -> subprocess.CompletedProcess:
+    """A process that does not interpret, as this one may."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "150"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def test_every_kernel_compiles_within_its_limits():
+    run = compiled("-m", "fastattn.benchmarks.gpu_audit")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert "0 with problems" in run.stdout
+    for arch in ARCHES:
+        assert arch.name in run.stdout
+
+
+def test_the_stored_report_has_every_architecture():
+    rows = json.loads(gpu_audit.STORED.read_text())["rows"]
+    assert {row["arch"] for row in rows} == {arch.name for arch in ARCHES}
+    assert not any(row["hot"] and row["spills"] for row in rows)
+
+
+KERNELS = """
+import json
+import torch, triton, triton.language as tl
+from fastattn.benchmarks.gpu_audit import ARCHES, audit
+
+@triton.jit
+def product(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a = tl.load(x + at)
+    tl.store(out + at, tl.dot(a, a))
+
+@triton.jit
+def spilling(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    a = tl.load(x + at)
+    for n in range(100):
+        a += tl.sum(a * n, 0)
+        tl.store(out + at, a)
+
+def launches(arch):
+    half = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+    out = torch.empty(64, 64, device="meta")
+    yield from arch.launches("", lambda: product[(1,)](half, out, 64), True, "matrix")
+    wide = torch.empty(1 << 17, device="meta")
+    warps = 2 if arch.name.startswith("gfx") else 8  # 512 values a thread, or 256
+    yield from arch.launches(
+        "", lambda: spilling[(1,)](wide, wide, 1 << 16, num_warps=warps), True
+    )
+    yield from arch.launches("f", lambda: product[(1,)](wide, wide, 7), True)
+
+print(json.dumps(audit([(arch, s) for arch in ARCHES for s in launches(arch)])))
+"""
+
+
+def test_what_it_sees(tmp_path):
+    """Matrix instructions, spills and compilers' errors, of kernels that have them."""
+    file = tmp_path / "kernels.py"
+    file.write_text(KERNELS)
+    run = compiled(str(file))
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout.splitlines()[-1])
+    assert len(rows) == 3 * len(ARCHES)
+    for row in rows:
+        if row["name"].startswith("product f"):
+            assert row["problems"][0].startswith("does not compile: "), row
+            assert "power of 2" in row["problems"][0], row
+        elif row["name"].startswith("product"):
+            assert row["problems"] == [] and row["matrix"], row
+            assert row["shared"] > 0 and 16 < row["registers"] < 256, row
+        else:
+            assert "spills in a hot kernel" in row["problems"][0], row
+
+
+def test_problems():
+    arch = ARCHES[1]
+    row = {"spills": 0, "shared": arch.shared, "matrix": {"HMMA": 4}}
+    subject = Subject("a", None, {}, {}, {}, True, "matrix")
+    assert problems(arch, subject, {**row, "matrix": {"HGMMA": 1}}) == []
+    assert problems(arch, subject, row) == ["no instruction [HIQ]GMMA"]
+    assert problems(ARCHES[0], subject, {**row, "shared": 0}) == []
+    plain = Subject("a", None, {}, {}, {}, True, "HMMA")
+    assert problems(arch, plain, row) == []
+    over = {**row, "shared": arch.shared + 1, "spills": 3}
+    assert problems(arch, plain, over) == [
+        "3 spills in a hot kernel", "232449 bytes of shared memory, sm_90 has 232448",
+    ]  # fmt: skip
+    cold = Subject("a", None, {}, {}, {}, False)
+    assert problems(arch, cold, {**row, "spills": 3}) == []
+
+
+def test_changes():
+    row = {"arch": "sm_90", "name": "a", "registers": 40, "shared": 64}
+    stored = {"triton": "3.7.1", "rows": [row]}
+    fresh = {"triton": "3.7.1", "rows": [{**row, "registers": 48}, {**row, "name": "b"}]}
+    assert changes(stored, fresh) == {
+        ("sm_90", "a"): "registers was 40", ("sm_90", "b"): "new"
+    }  # fmt: skip
+    assert changes(stored, stored) == {}
+    assert changes({**stored, "triton": "3.6.0"}, fresh) == {}
+
+
+def test_it_does_not_interpret():
+    command = [sys.executable, "-m", "fastattn.benchmarks.gpu_audit"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2 and "TRITON_INTERPRET is set" in run.stderr
