@@ -109,6 +109,7 @@ class Subject:
 KB = 1024
 ARCHES = (
     Arch("sm_80", ("cuda", 80, 32), 163 * KB, r"[HIQ]MMA"),
+    Arch("sm_86", ("cuda", 86, 32), 99 * KB, r"[HIQ]MMA"),
     Arch("sm_90", ("cuda", 90, 32), 227 * KB, r"[HIQ]GMMA"),
     Arch("sm_100", ("cuda", 100, 32), 227 * KB, r"UTC\w*MMA"),
     Arch("gfx942", ("hip", "gfx942", 64), 64 * KB, r"v_mfma\w*"),

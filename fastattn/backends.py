@@ -96,6 +96,7 @@ MAX_TRITON_HEAD_DIM = 1024
 OLDEST_GPU = (8, 0)  # 99 KiB of shared memory a block, bf16 matrix instructions
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _triton_missing() -> str | None:
     """Why Triton cannot be used at all in this process."""
@@ -109,6 +110,7 @@ def _triton_missing() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _gpu_too_old(index: int | None) -> str | None:
     if torch.version.hip:
@@ -201,6 +203,11 @@ def named(name: str | None) -> str | None:
     return name
 
 
+def unasked(q) -> list[Backend]:
+    """The rows that may run q's call without being named: Triton's interpreter is not one."""
+    return [row for row in BACKENDS if not (row.name == "triton" and q.is_cpu)]
+
+
 def pick(name, spec, q, k, v, operands) -> Backend:
     """The row that runs this call: `name`, or what FASTATTN_BACKEND names, or the first able."""
     wanted = named(name)
@@ -211,11 +218,7 @@ def pick(name, spec, q, k, v, operands) -> Backend:
             source = "FASTATTN_BACKEND" if name is None else "backend"
             raise NotImplementedError(f"{source}={wanted!r} cannot run this call: {reason}")
     else:
-        interpreter = "triton" if q.is_cpu else None  # runs when it is asked for
-        row = next(
-            row for row in BACKENDS
-            if row.name != interpreter and row.why_not(spec, q, k, v, operands) is None
-        )  # fmt: skip
+        row = next(row for row in unasked(q) if row.why_not(spec, q, k, v, operands) is None)
         if row.name == "reference":
             _warn_reference(spec, q, k, v, operands)
     if not torch.compiler.is_compiling():

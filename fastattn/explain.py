@@ -88,7 +88,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         q, spec, operands, (k, v), _ = cache.cached_form(**arguments)
 
     reasons = {row.name: row.why_not(spec, q, k, v, operands) for row in backends.BACKENDS}
-    able = [asked] if asked else list(reasons)
+    able = [asked] if asked else [row.name for row in backends.unasked(q)]
     chosen = next((x for x in able if reasons[x] is None), None)
     row = backends.BY_NAME.get(chosen)
     work = _Work(q, k, v, spec, operands)

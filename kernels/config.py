@@ -27,82 +27,124 @@ class Device(NamedTuple):
     processors: int
 
 
-# Largest block of head dimensions; longer ones are cut into chunks, at the price of reading q again
-# for every tile of keys.
-MAX_BLOCK_D = 256
+# Head dimensions above the first are cut into chunks, at the price of reading q again for every tile
+# of keys, and of making scores again for every chunk of v.
+MAX_BLOCK_D, CHUNK_D = 256, 128
 
 # ---- tables: {device: {bytes of an element: {block of head dimensions: Config}}} ------------------
+# sm90 has tensor descriptors and 227 KiB of shared memory a block, sm80 163, sm86 99, gfx9 64. On
+# AMD loads go straight to registers, one stage. 8 warps on sm90 are two warpgroups, each of which
+# has 64 rows (keys, in BACKWARD_KEYS) of the tile.
+
+_FP32 = {
+    64: Config(64, 32, 4, 2),
+    128: Config(32, 32, 4, 2),
+    256: Config(32, 16, 4, 1),
+}
+_FP32_AMD = {size: row._replace(stages=1) for size, row in _FP32.items()}
+_INTERPRETER = {4: {MAX_BLOCK_D: Config(32, 64, 1, 1)}}
+
+_SM80_FORWARD = {
+    64: Config(128, 64, 8, 2),
+    128: Config(64, 64, 4, 2),
+    256: Config(64, 64, 8, 2),
+}
+_SM80_ROWS = {
+    64: Config(128, 64, 8, 2),
+    128: Config(64, 64, 8, 2),
+    256: Config(64, 32, 8, 1),
+}
+_SM80_KEYS = {
+    64: Config(64, 128, 8, 2),
+    128: Config(32, 64, 8, 2),
+    256: Config(32, 64, 8, 1),
+}
 
 FORWARD = {
     "sm90": {
         2: {
-            16: Config(128, 128, 8, 2, True),
-            32: Config(128, 128, 8, 2, True),
-            64: Config(128, 128, 8, 2, True),
-            128: Config(128, 128, 8, 2, True),
-            256: Config(128, 64, 8, 2, True),
+            64: Config(128, 128, 8, 2, tma=True),
+            128: Config(128, 128, 8, 2, tma=True),
+            256: Config(128, 64, 8, 2, tma=True),
         },
-        4: {
-            16: Config(64, 64, 4, 2),
-            32: Config(64, 64, 4, 2),
-            64: Config(64, 64, 4, 2),
-            128: Config(64, 32, 4, 2),
-            256: Config(32, 32, 4, 2),
-        },
+        4: _FP32,
     },
-    "sm80": {
-        2: {
-            16: Config(128, 64, 4, 3),
-            32: Config(128, 64, 4, 3),
-            64: Config(128, 64, 4, 3),
-            128: Config(128, 64, 8, 2),
-            256: Config(64, 32, 4, 2),
-        },
-        4: {
-            16: Config(64, 64, 4, 2),
-            32: Config(64, 64, 4, 2),
-            64: Config(64, 32, 4, 2),
-            128: Config(32, 32, 4, 2),
-            256: Config(32, 16, 4, 2),
-        },
-    },
+    "sm80": {2: _SM80_FORWARD, 4: _FP32},
+    "sm86": {2: _SM80_FORWARD | {256: Config(64, 32, 4, 2)}, 4: _FP32},
     "gfx9": {
         2: {
-            16: Config(128, 64, 4, 1),
-            32: Config(128, 64, 4, 1),
             64: Config(128, 64, 4, 1),
-            128: Config(128, 64, 4, 1),
-            256: Config(64, 32, 4, 1),
+            128: Config(64, 64, 4, 1),
+            256: Config(32, 32, 4, 1),
         },
-        4: {
-            16: Config(64, 64, 4, 1),
-            32: Config(64, 64, 4, 1),
-            64: Config(64, 32, 4, 1),
-            128: Config(32, 32, 4, 1),
-            256: Config(32, 16, 4, 1),
-        },
+        4: _FP32_AMD,
     },
-    "interpreter": {4: {256: Config(32, 64, 1, 1)}},
+    "interpreter": _INTERPRETER,
 }
 
-BACKWARD_ROWS = BACKWARD_KEYS = FORWARD  # to be tuned
+BACKWARD_ROWS = {
+    "sm90": {
+        2: {
+            64: Config(128, 128, 8, 2, tma=True),
+            128: Config(128, 64, 8, 2, tma=True),
+            256: Config(128, 32, 8, 2, tma=True),
+        },
+        4: _FP32,
+    },
+    "sm80": {2: _SM80_ROWS, 4: _FP32},
+    "sm86": {2: _SM80_ROWS | {256: Config(32, 32, 4, 1)}, 4: _FP32},
+    "gfx9": {
+        2: {
+            64: Config(64, 64, 4, 1),
+            128: Config(64, 32, 4, 1),
+            256: Config(32, 32, 4, 1),
+        },
+        4: _FP32_AMD,
+    },
+    "interpreter": _INTERPRETER,
+}
+
+# dk and dv stay in registers: 64 rows instead of 32 at 128 would need 50 reloads a step on sm90.
+BACKWARD_KEYS = {
+    "sm90": {
+        2: {
+            64: Config(64, 128, 8, 2, tma=True),
+            128: Config(32, 128, 8, 2, tma=True),
+            256: Config(32, 64, 8, 2, tma=True),
+        },
+        4: _FP32,
+    },
+    "sm80": {2: _SM80_KEYS, 4: _FP32},
+    "sm86": {2: _SM80_KEYS | {256: Config(32, 32, 8, 1)}, 4: _FP32},
+    "gfx9": {
+        2: {
+            64: Config(32, 64, 4, 1),
+            128: Config(32, 64, 4, 1),
+            256: Config(16, 32, 4, 1),
+        },
+        4: _FP32_AMD,
+    },
+    "interpreter": _INTERPRETER,
+}
 
 
 def device_of(x: torch.Tensor) -> Device:
-    """The tables' name for x's device; RuntimeError says which GPUs have none."""
+    """The tables' name for x's device."""
     if x.is_cpu:
         return Device("interpreter", 1)
     properties = torch.cuda.get_device_properties(x.device)
     if torch.version.hip:
-        return Device("gfx9", properties.multi_processor_count)
-    generation = properties.major
-    name = "sm90" if generation >= 9 else "sm80"
+        name = "gfx9"
+    else:  # by the shared memory a block may have, which fell from sm_80 to sm_86
+        room = properties.shared_memory_per_block_optin
+        name = "sm80" if room >= 160 << 10 else "sm86"
+        name = "sm90" if properties.major >= 9 and room >= 220 << 10 else name
     return Device(name, properties.multi_processor_count)
 
 
 def block_of(size: int) -> int:
     """The block of channels that holds a head dimension, or a chunk of it."""
-    return min(MAX_BLOCK_D, max(16, triton.next_power_of_2(size)))
+    return max(16, triton.next_power_of_2(size)) if size <= MAX_BLOCK_D else CHUNK_D
 
 
 def find(table, device: Device, itemsize: int, block_d: int) -> Config:

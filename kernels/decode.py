@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .forward import add_sinks
+from .forward import add_sinks, is_dead
 from .score import LN2, LOG2E, NEG_INF
 from .tile import store_rows
 
@@ -36,7 +36,7 @@ def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, part
         row_max = new_max
     head = row // q_len % heads
     row_max, row_sum, rescale = add_sinks(sinks, head, row_max, row_sum)
-    dead = row_max == NEG_INF
+    dead = is_dead(row_max, row_sum)
     row_sum = tl.where(dead, 1.0, row_sum)
     acc = acc * (rescale / row_sum)[:, None]
     i, batch = row % q_len, row // q_len // heads

@@ -165,13 +165,19 @@ def forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v
 
 
 @triton.jit
+def is_dead(row_max, row_sum):
+    """Has the row seen no key? One that saw NaN alone has no maximum either, but a sum of NaN."""
+    return (row_max == NEG_INF) & (row_sum == 0.0)
+
+
+@triton.jit
 def add_sinks(p, head, row_max, row_sum):
     """(row_max, row_sum, rescale of acc) with the sink in the denominator of rows that see keys."""
     if p.sinks.ptr is None:
         return row_max, row_sum, row_sum * 0 + 1
     else:
         sink = tl.load(p.sinks.ptr + head * p.sinks.head).to(tl.float32) * LOG2E
-        sink = tl.where(row_max == NEG_INF, NEG_INF, sink)
+        sink = tl.where(is_dead(row_max, row_sum), NEG_INF, sink)
         top = tl.maximum(row_max, sink)
         base = tl.where(top == NEG_INF, 0.0, top)
         rescale = tl.exp2(row_max - base)
@@ -182,7 +188,7 @@ def add_sinks(p, head, row_max, row_sum):
 def finish(p, s, q, part, row_max, row_sum, acc, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     lanes = q.lanes
     row_max, row_sum, rescale = add_sinks(p, lanes.head, row_max, row_sum)
-    dead = row_max == NEG_INF
+    dead = is_dead(row_max, row_sum)
     row_sum = tl.where(dead, 1.0, row_sum)
     rescale = rescale / row_sum
     if p.dropout.seed is not None:

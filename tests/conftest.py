@@ -3,17 +3,31 @@ Triton's kernels are interpreted where there is no GPU, which is decided as they
 
 from __future__ import annotations
 
-import os
+import importlib
+import importlib.util
+import pkgutil
 import random
 
 import numpy
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+import fastattn
+import fastattn.kernels
 
-import fastattn  # noqa: F401  defines the operators and loads the native library
+
+def _import_interpreted_kernels() -> None:
+    """Where there is no GPU, Triton's kernels are interpreted: decided as they are imported, so they
+    are, now. Afterwards the variable is gone: only tests that set it see the backend on the CPU."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for module in pkgutil.iter_modules(fastattn.kernels.__path__):
+            importlib.import_module(f"fastattn.kernels.{module.name}")
+
+
+_import_interpreted_kernels()
 
 
 def native_is_built() -> bool:
@@ -25,8 +39,16 @@ def native_is_built() -> bool:
         return False
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long lists of cases too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "native: needs the C++ library, skipped without it")
+    config.addinivalue_line("markers", "long: takes minutes, run with --long")
+    if not config.getoption("--long") and "long" not in config.getoption("-m"):
+        chosen = config.getoption("-m")
+        config.option.markexpr = f"({chosen}) and not long" if chosen else "not long"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
