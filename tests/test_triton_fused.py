@@ -25,7 +25,8 @@ from fastattn.kernels import linear_cross_entropy as loss_kernels  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, interpreting
-    pytest.mark.filterwarnings("ignore:.*Overriding a previously registered:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
