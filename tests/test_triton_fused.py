@@ -197,6 +197,14 @@ def test_a_label_past_the_head_is_nan(calls):
     assert loss.isnan().tolist() == [True, False, True]
 
 
+def test_an_ignored_rows_nan_leaves_no_gradient(calls):
+    logits = torch.randn(2, 7)
+    logits[1] = float("nan")
+    labels = torch.tensor([3, -100])
+    loss, _ = OPS.cross_entropy_(logits, labels, torch.ones(2), -100, 0.1, 0.1, 2.0)
+    assert loss[1] == 0 and (logits[1] == 0).all() and logits[0].abs().min() > 0
+
+
 # ---- layouts, sizes, edges ----------------------------------------------------------------------
 
 
