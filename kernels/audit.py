@@ -57,37 +57,17 @@ CAUSAL = (0.0, -1, 0)
 
 
 def audit_subjects(arch):
+    """On every architecture what is fast, and the largest; on sm_90 one of each kind."""
     fast = [(d, name, spec) for d in (64, 128, 256) for name, spec in (("full", ()), ("causal", CAUSAL))]
-    for dim, name, spec in fast:
+    for dim, name, spec in fast if arch.name == "sm_90" else fast[1::2]:
         call = {"dims": (dim, dim), "spec": spec}
         name = f"bf16 {dim} {name}"
         yield from arch.launches(name, _call(arch, False, **call), hot=True, needs="matrix")
         yield from _backward(arch, name, dim <= 128, **call)
-    if arch.name == "sm_86":  # what differs from sm_80 is how much fits
-        return
-    for name, dtype, dims in (
-        ("fp16 128 causal", torch.float16, (128, 128)),
-        ("fp32 64 causal", torch.float32, (64, 64)),
-        ("bf16 192,128 causal", torch.bfloat16, (192, 128)),
-        ("bf16 80 causal", torch.bfloat16, (80, 80)),
-        ("bf16 512 causal", torch.bfloat16, (512, 512)),
-    ):
-        call = {"dims": dims, "dtype": dtype, "spec": CAUSAL}
+    for name, call in _variants() if arch.name == "sm_90" else _largest():
         yield from arch.launches(name, _call(arch, False, **call))
-        yield from _backward(arch, name, False, **call)
-    for name, call in _variants():
-        yield from arch.launches(name, _call(arch, False, **call))
-        yield from _backward(arch, name, False, **call)
-    paged = {
-        "lengths": (1, 64),
-        "heads": (32, 8),
-        "batch": 8,
-        "pages": 1000,
-        "spec": CAUSAL,
-        "kv_lens": _int32(8),
-        "page_table": _int32(8, 128),
-    }
-    yield from arch.launches("bf16 128 paged decoding", _call(arch, False, **paged))
+        if "page_table" not in call:
+            yield from _backward(arch, name, False, **call)
 
 
 def _backward(arch, name, hot, **call):
@@ -96,32 +76,52 @@ def _backward(arch, name, hot, **call):
         yield replace(x, needs=None) if "delta" in x.name else x
 
 
+def _largest():
+    """What needs most registers and shared memory."""
+    yield "fp32 256 causal", {"dims": (256, 256), "dtype": torch.float32, "spec": CAUSAL}
+    yield "bf16 512 causal", {"dims": (512, 512), "spec": CAUSAL}
+    yield (
+        "bf16 128 everything",
+        {
+            "spec": (30.0, 1024, 0, True, 0.1),
+            "mask": _empty(2, 1, 4096, 4096, dtype=torch.bool),
+            "bias": _empty(1, 16, 4096, 4096),
+            "alibi_slopes": _empty(16, dtype=torch.float32),
+            "sinks": _empty(16),
+            "kv_lens": _int32(2),
+            "dropout_seed": _empty(2, dtype=torch.int64),
+        },
+    )
+
+
 def _variants():
-    """One launch for each operand, and one of them all."""
-    seed, lens = _empty(2, dtype=torch.int64), _int32(2)
-    slopes = _empty(16, dtype=torch.float32)
-    mask = _empty(2, 1, 4096, 4096, dtype=torch.bool)
-    bias = _empty(1, 16, 4096, 4096)
+    """One launch for each operand, dtype and kind of head dimension."""
+    yield from _largest()
+    yield "fp16 128 causal", {"dtype": torch.float16, "spec": CAUSAL}
+    yield "fp32 64 causal", {"dims": (64, 64), "dtype": torch.float32, "spec": CAUSAL}
+    yield "bf16 192,128 causal", {"dims": (192, 128), "spec": CAUSAL}
+    yield "bf16 80 causal", {"dims": (80, 80), "spec": CAUSAL}
     yield "bf16 128 window", {"spec": (0.0, 1024, 0)}
-    yield "bf16 128 mask", {"mask": mask}
+    yield "bf16 128 mask", {"mask": _empty(2, 1, 4096, 4096, dtype=torch.bool)}
+    bias = _empty(1, 16, 4096, 4096)
     yield "bf16 128 bias", {"bias": bias}
     yield "bf16 64 bias", {"bias": bias, "dims": (64, 64)}
+    seed = _empty(2, dtype=torch.int64)
     yield "bf16 128 dropout", {"spec": (0.0, -1, 0, True, 0.1), "dropout_seed": seed}
     yield "bf16 128 softcap sinks", {"spec": (30.0, -1, 0), "sinks": _empty(16)}
-    yield "bf16 128 grouped kv_lens", {"heads": (16, 4), "spec": CAUSAL, "kv_lens": lens}
+    yield "bf16 128 grouped kv_lens", {"heads": (16, 4), "spec": CAUSAL, "kv_lens": _int32(2)}
     yield "bf16 128 documents", {"spec": CAUSAL, "document_ids": _int32(2, 4096)}
     cu = _int32(9)
     yield "bf16 128 packed", {"spec": CAUSAL, "batch": 1, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
     yield (
-        "bf16 64 everything",
+        "bf16 128 paged decoding",
         {
-            "dims": (64, 64),
-            "spec": (30.0, 1024, 0, True, 0.1),
-            "mask": mask,
-            "bias": bias,
-            "alibi_slopes": slopes,
-            "sinks": _empty(16),
-            "kv_lens": lens,
-            "dropout_seed": seed,
+            "lengths": (1, 64),
+            "heads": (32, 8),
+            "batch": 8,
+            "pages": 1000,
+            "spec": CAUSAL,
+            "kv_lens": _int32(8),
+            "page_table": _int32(8, 128),
         },
     )

@@ -134,7 +134,7 @@ def norm_fwd(x, residual, weight, bias, eps, center, dropout_seed=None, dropout_
     if x.numel() == 0:
         return y, summed, mean, rstd
     block_n = max(64, triton.next_power_of_2(order.n))
-    one = block_n <= MAX_FORWARD
+    one = block_n * kind.itemsize <= 4 * MAX_FORWARD
     block_n = block_n if one else WIDE
     block_r = max(1, 2048 // block_n)
     with torch.cuda.device_of(x):
@@ -305,10 +305,10 @@ def norm_bwd(
         return dx, *sums, dkept
     rows, n = order.rows, order.n
     block_n = max(64, triton.next_power_of_2(n))
-    wide = block_n > MAX_BACKWARD
-    # 4096 values a program hide the memory's latency; fewer where that leaves programs idle
+    wide = block_n * kind.itemsize > 4 * MAX_BACKWARD
+    # 8 KiB a program hide the memory's latency; less where that leaves programs idle
     spread = triton.next_power_of_2(triton.cdiv(rows, MAX_PARTS))
-    block_r = 8 if wide else max(1, min(4096 // block_n, spread))
+    block_r = 8 if wide else max(1, min(8192 // x.element_size() // block_n, spread))
     programs = triton.cdiv(rows, block_r)
     if any(needs):
         programs = min(programs, MAX_PARTS)

@@ -198,4 +198,4 @@ def sum_parts(parts, out) -> None:
     """out [n] = the sum of parts [count, n] over count."""
     count, n = parts.shape
     if n:
-        _sum_parts[(triton.cdiv(n, 64),)](parts, out, count, n, COUNT=16, BLOCK_N=64, num_warps=4)
+        _sum_parts[(triton.cdiv(n, 32),)](parts, out, count, n, COUNT=64, BLOCK_N=32, num_warps=4)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def compiled(*arguments: str) -> subprocess.CompletedProcess:
     """A process that does not interpret, as this one may."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "150"}
+    environment.setdefault("TRITON_CACHE_DIR", str(gpu_audit.CACHE))
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
@@ -91,6 +92,53 @@ def test_what_it_sees(tmp_path):
             assert row["shared"] > 0 and 16 < row["registers"] < 256, row
         else:
             assert "spills in a hot kernel" in row["problems"][0], row
+
+
+EDGES = """
+import json
+import torch
+from fastattn.benchmarks.gpu_audit import ARCHES, audit
+from fastattn.kernels import activate, gate, norm, rotate
+from fastattn.kernels.linear_cross_entropy import cross_entropy_
+
+def meta(*shape, dtype=torch.int64):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def calls(dtype, rows, n):
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    x, vector, stats = meta(rows, n, dtype=dtype), meta(n, dtype=dtype), meta(rows, dtype=kind)
+    seed, statistics = meta(2), (stats, stats, 1e-5, True, True, True)
+    yield lambda: norm.norm_fwd(x, x, vector, vector, 1e-5, True, seed, 0.5)
+    yield lambda: norm.norm_bwd(x, x, x, vector, *statistics, seed, 0.5)
+    for name in gate.ACTIVATIONS:
+        yield lambda: gate.gate_fwd(x, x, name)
+        yield lambda: gate.gate_bwd(x, x, x, name)
+    for name in activate.ACTIVATIONS:
+        yield lambda: activate.activate_fwd(x, vector, seed, 0.5, name)
+        yield lambda: activate.activate_bwd(x, x, vector, seed, 0.5, name, True)
+    table, heads = meta(rows, max(1, n // 2), dtype=kind), meta(1, rows, rows, 2 * n, dtype=dtype)
+    for interleaved in (False, True):
+        yield lambda: rotate.rotate(heads, table, table, meta(1, rows), interleaved, False)
+    yield lambda: cross_entropy_(x, meta(rows), stats, -100, 0.1, 0.1, 3.0)
+
+pairs = []
+for dtype, rows, n in ((torch.float64, 3, 65), (torch.float32, 1, 1), (torch.bfloat16, 1, 1)):
+    for number, call in enumerate(calls(dtype, rows, n)):
+        name = f"{number} {dtype} {rows} x {n}"
+        pairs += [(ARCHES[1], subject) for subject in ARCHES[1].launches(name, call)]
+print(json.dumps(audit(pairs)))
+"""
+
+
+def test_float64_and_the_smallest_shapes_compile(tmp_path):
+    """Lengths and strides of 1 are constants to Triton, and float64 calls other functions."""
+    file = tmp_path / "edges.py"
+    file.write_text(EDGES)
+    run = compiled(str(file))
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout.splitlines()[-1])
+    assert len(rows) > 60
+    assert [row for row in rows if row["problems"]] == []
 
 
 def test_problems():

@@ -25,7 +25,8 @@ from fastattn.kernels import linear_cross_entropy as loss_kernels  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy, interpreting
-    pytest.mark.filterwarnings("ignore:.*Overriding a previously registered:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -196,6 +197,14 @@ def test_a_label_past_the_head_is_nan(calls):
     assert loss.isnan().tolist() == [True, False, True]
 
 
+def test_an_ignored_rows_nan_leaves_no_gradient(calls):
+    logits = torch.randn(2, 7)
+    logits[1] = float("nan")
+    labels = torch.tensor([3, -100])
+    loss, _ = OPS.cross_entropy_(logits, labels, torch.ones(2), -100, 0.1, 0.1, 2.0)
+    assert loss[1] == 0 and (logits[1] == 0).all() and logits[0].abs().min() > 0
+
+
 # ---- layouts, sizes, edges ----------------------------------------------------------------------
 
 
@@ -329,23 +338,36 @@ def test_every_operator_has_a_gpu_kernel():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
-    """The calls reach the kernels there, without a synchronisation, and in a captured graph."""
+    """The calls reach the kernels there, wait for nothing, and can be captured in a graph."""
     assert fused.gpu_missing(0) is None
-    cpu = [torch.randn(64, 512), torch.randn(64, 512), torch.randn(512), torch.randn(300, 512)]
+    inputs = [torch.randn(64, 512), torch.randn(64, 512), torch.randn(512), torch.randn(300, 512)]
     labels = torch.randint(0, 300, (64,))
     labels[::3] = -100
 
-    def step(x, gate, weight, head, labels):
+    def step(x, gate, weight, head, labels, cos, sin):
         y, summed = fused.norm(x, gate, weight, None, 1e-5, False)
-        y = fused.rotate(fused.gate(y, summed, "silu"), *(t.to(x) for t in table(x)), None, False)
+        y = fused.rotate(fused.gate(y, summed, "silu"), cos, sin, None, False)
         loss = linear_cross_entropy(D.activate(y, weight, 0.0, "gelu"), head, labels)
         return loss, *torch.autograd.grad(loss, (x, gate, weight, head))
 
-    right = step(*(x.requires_grad_() for x in cpu), labels)
-    leaves = [x.detach().cuda().requires_grad_() for x in cpu]
-    step(*leaves, labels.cuda())  # compiles
-    for got, want in zip(step(*leaves, labels.cuda()), right):
+    rest = labels, *table(inputs[0])
+    right = step(*(x.requires_grad_() for x in inputs), *rest)
+    leaves = [x.detach().cuda().requires_grad_() for x in inputs]
+    rest = [x.cuda() for x in rest]
+    assert "norm_fwd" in fused.norm(*leaves[:3], None, 1e-5, False)[0].grad_fn.name()
+    step(*leaves, *rest)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step(*leaves, *rest)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*leaves, *rest)
+    graph.replay()
+    for got, again, want in zip(found, captured, right):
         torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again, got)
 
 
 # ---- bad input ----------------------------------------------------------------------------------
