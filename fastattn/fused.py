@@ -170,19 +170,18 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
     """Do kernels take these tensors, here and now?"""
-    tensors = first, *others
-    if not all(type(x) in _PLAIN for x in tensors):
+    if torch.compiler.is_compiling():  # asked first: nothing below is to be traced
         return False
-    if first.is_cpu:
-        here = NATIVE_MISSING is None and all(x is None or x.is_cpu for x in others)
-    else:
-        here = first.is_cuda and all(x is None or x.is_cuda for x in others)
-        here = here and gpu_missing(first.get_device()) is None
+    on_cpu = first.is_cpu
     return (
-        here
-        and not torch.compiler.is_compiling()
+        (on_cpu or first.is_cuda)
+        and all(
+            type(x) in _PLAIN and (x is None or (x.is_cpu if on_cpu else x.is_cuda))
+            for x in (first, *others)
+        )
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
+        and (NATIVE_MISSING if on_cpu else gpu_missing(first.get_device())) is None
     )
 
 

@@ -13,6 +13,7 @@ import test_fused as T
 import test_fused_dropout as D
 import torch
 from test_fused import LAYOUTS, LOSSES, OPS, check, exact_norm, randn, table
+from torch._subclasses import FakeTensorMode
 
 from fastattn import fused, fused_loss
 from fastattn.fused_loss import linear_cross_entropy
@@ -334,6 +335,18 @@ def test_why_a_gpu_has_no_kernels(monkeypatch):
 def test_every_operator_has_a_gpu_kernel():
     for name in KERNELS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CUDA")
+
+
+def test_fake_tensors_ask_no_gpu():
+    """As on a machine that traces for a GPU it does not have."""
+    with FakeTensorMode():
+        x, head = torch.empty(4, 8, device="cuda"), torch.empty(9, 8, device="cuda")
+        assert not fused.has_kernel(x, None)
+        outs = [*fused.norm(x, x, None, None, 1e-5, True), fused.gate(x, x, "silu")]
+        outs += [OPS.norm_fwd(x, x, None, None, 1e-5, False)[0], D.activate(x, None, 0.5)]
+        assert all(out.shape == x.shape and out.is_cuda for out in outs)
+        labels = torch.zeros(4, dtype=torch.long, device="cuda")
+        assert linear_cross_entropy(x, head, labels).is_cuda
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
