@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, descales
 from .autograd import NO_OPERANDS, attend
 from .ops import autocast_dtype, autocast_to
 from .reference import _in_memory_order_of
-from .spec import Operands
+from .spec import Descales, Operands
 
 is_compiling = torch.compiler.is_compiling
 
@@ -40,6 +40,9 @@ def attention(
     document_ids: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -55,7 +58,7 @@ def attention(
 
     Args:
         q: [B, Hq, Sq, D]; also [B, Sq, D] (one head) and [Sq, D], then k and v have that rank too.
-            float32, bfloat16, float16 or float64. Strides are free where the last is 1: memory of
+            float32, bfloat16, float16 or float64, or float8_e4m3fn (below). Strides are free where the last is 1: memory of
             [B, S, H, D] seen as [B, H, S, D] is not copied. Accumulation is in float32 (float64
             for float64), gradients included.
         k: [B, Hkv, Skv, D], Hq % Hkv == 0: query head h reads kv head h // (Hq // Hkv).
@@ -82,18 +85,25 @@ def attention(
         dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one key drops the
             same weights on every backend, device, dtype and D. None: drawn from the default
             generator of q's device. Without dropout it has no effect.
+        q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is what is
+            stored times the scale of its kv head. None: 1. No gradient; out is bfloat16. Triton
+            multiplies q.k in 8 bits on GPUs that can and weights with v in bfloat16; the other
+            backends widen q, k and v to float32.
+        k_descale: the same for k.
+        v_descale: the same for v.
         return_lse: also return lse.
         deterministic: accepted for every value: every backend here always gives the same bits.
         backend: "cuda", "triton", "cpu" or "reference". None: the environment's FASTATTN_BACKEND,
             or the fastest that can run the call. One that cannot run it raises and says why.
 
     Returns:
-        out [B, Hq, Sq, Dv] (q's rank) in q's dtype, in q's memory order where Dv = D and q is
+        out [B, Hq, Sq, Dv] (q's rank) in q's dtype (bfloat16 for float8), in q's memory order where Dv = D and q is
         dense, else contiguous. With return_lse=True, (out, lse): lse [B, Hq, Sq] float32 (float64
         for float64), the natural log of the softmax denominator, sink included; differentiable.
         A row that sees no key gives out = 0, lse = -inf and zero gradients.
 
-    Under torch.autocast q, k and v are cast to its dtype (float64 is not); the operands stay.
+    Under torch.autocast q, k and v are cast to its dtype (float64 and float8 are not); the operands
+    stay.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
@@ -106,7 +116,8 @@ def attention(
     """
     q, k, v, spec, operands, rank, row, key = normal_form(
         q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
-        document_ids, dropout_p, dropout_seed, return_lse, deterministic, backend,
+        document_ids, dropout_p, dropout_seed, q_descale, k_descale, v_descale, return_lse,
+        deterministic, backend,
     )  # fmt: skip
     if row is None:
         row = backends.pick(backend, spec, q, k, v, operands)
@@ -191,7 +202,8 @@ def run(q, k, v, spec, operands, row, num_splits=0):
         out, lse = attend(q, k, v, spec, operands, row, num_splits)
         return _in_memory_order_of(q, out), lse
     except RuntimeError:  # a layout, say, where a call alike but for it was remembered
-        checks.same_kind(q=q, k=k, v=v)
+        if operands.descales is None:
+            checks.same_kind(q=q, k=k, v=v)
         raise
 
 
@@ -200,7 +212,8 @@ def run(q, k, v, spec, operands, row, num_splits=0):
 
 def normal_form(
     q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
-    document_ids, dropout_p, dropout_seed, return_lse, deterministic, backend,
+    document_ids, dropout_p, dropout_seed, q_descale, k_descale, v_descale, return_lse,
+    deterministic, backend,
 ):  # fmt: skip
     """Checks attention()'s arguments; (q, k, v, spec, operands, rank, row, key).
 
@@ -210,7 +223,13 @@ def normal_form(
     if torch._C._is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
     key = plan = None
-    if type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not is_compiling():
+    float8 = (
+        getattr(q, "dtype", None) == descales.E4M3
+        or q_descale is not None
+        or k_descale is not None
+        or v_descale is not None
+    )
+    if not float8 and type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not is_compiling():
         try:
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
@@ -225,7 +244,7 @@ def normal_form(
         except (TypeError, ValueError, RuntimeError):  # a list in window, a tensor without shape,
             key = None  # and the like: the checks below say what is wrong
     if plan is None:
-        checks.same_kind(q=q, k=k, v=v)
+        checks.same_kind(q=q, k=k, v=v, accepted=(descales.E4M3,) if float8 else checks.DTYPES)
         rank, row = checks.dense_shapes(q, k, v), None
         spec = checks.spec_of(q.shape[-1], scale, causal, window, align, softcap, dropout_p)
         checks.flag("return_lse", return_lse)
@@ -235,7 +254,8 @@ def normal_form(
     if rank != 4:
         q, k, v = (x.unsqueeze(1) if rank == 3 else x[None, None] for x in (q, k, v))
     if (
-        mask is None
+        not float8
+        and mask is None
         and bias is None
         and alibi_slopes is None
         and sinks is None
@@ -248,6 +268,12 @@ def normal_form(
     batch, heads, q_len, _ = q.shape
     kv_len, device = k.shape[2], q.device
     full = (batch, heads, q_len, kv_len)
+    scales = None
+    if float8:
+        scales = Descales(q_descale, k_descale, v_descale)
+        checks.no_gradient("float8_e4m3fn", q, k, v, bias, sinks, *scales)
+        for name, x in zip(scales._fields, scales):
+            descales.check(f"{name}_descale", x, batch, k.shape[1], device)
     if kv_lens is not None:
         kv_lens = checks.int_vector("kv_lens", kv_lens, (batch,), device, "[B]")
         checks.lengths("kv_lens", kv_lens, 0, kv_len, "a number of keys in")
@@ -258,6 +284,7 @@ def normal_form(
         kv_lens=kv_lens,
         document_ids=document_ids,
         dropout_seed=checks.dropout_key(dropout_seed, device) if spec.dropout_p else None,
+        descales=scales,
     )
     return q, k, v, spec, operands, rank, row, key
 

@@ -34,6 +34,8 @@ def attend(q, k, v, spec, operands, row, num_splits=0):
     """(out, lse) of a checked call in normal form, by the backend `row`."""
     if torch.compiler.is_compiling():
         return row.forward(q, k, v, spec, operands, num_splits)  # autograd is the operator's own
+    if operands.descales is not None and torch._C._are_functorch_transforms_active():
+        return row.forward(q, k, v, spec, operands, num_splits)  # vmap is too; gradients are refused
     bias, sinks = operands.bias, operands.sinks
     wants_grad = torch.is_grad_enabled() and (
         q.requires_grad
@@ -273,7 +275,7 @@ _MASK, _BIAS, _SLOPES, _SINKS = range(4)
 def vmap_forward(size, dims, call, tensors, dropout_p):
     operands, operand_dims = tensors[3:], dims[3:]
     if dropout_p > 0 or operand_dims[_SINKS] is not None or not _foldable(operands):
-        return _one_by_one(size, dims, call, tensors)
+        return one_by_one(size, dims, call, tensors)
     batch = _sizes(tensors[0], dims[0])[0]
     folded = [_fold(x, d, size, batch) for x, d in zip(tensors[:3], dims[:3])]
     results = call(*folded, *_fold_operands(operands, operand_dims, size, batch))
@@ -284,7 +286,7 @@ def vmap_backward(size, dims, call, tensors, dropout_p, need_dbias, need_dsinks)
     operands, operand_dims = tensors[7:], dims[7:]
     own_sinks = need_dsinks or operand_dims[_SINKS] is not None
     if dropout_p > 0 or own_sinks or not _foldable(operands):
-        return _one_by_one(size, dims, call, tensors)
+        return one_by_one(size, dims, call, tensors)
     batch = _sizes(tensors[4], dims[4])[0]
     folded = [_fold(x, dim, size, batch) for x, dim in zip(tensors[:7], dims[:7])]
     bias = operands[_BIAS]
@@ -338,7 +340,7 @@ def _shared(n, x) -> bool:
     return n == _SINKS or (n == _SLOPES and x.dim() == 1)
 
 
-def _one_by_one(size, dims, call, tensors):
+def one_by_one(size, dims, call, tensors):
     results = [
         call(*(x if dim is None else x.select(dim, n) for x, dim in zip(tensors, dims)))
         for n in range(size)

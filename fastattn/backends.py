@@ -20,6 +20,7 @@ import torch
 
 from . import autograd, ops
 from .autograd import NO_OPERANDS
+from .descales import widened
 from .reference import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,6 +61,8 @@ def _op_arguments(spec, x):
 
 
 def _op_forward(q, k, v, spec, operands, num_splits):
+    if operands.descales is not None:
+        return widened(_op_forward, q, k, v, spec, operands, num_splits)
     return ops.forward(q, k, v, *_op_arguments(spec, operands), num_splits)
 
 
@@ -69,7 +72,8 @@ def _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 
 
 def _triton_forward(q, k, v, spec, operands, num_splits):
-    return ops.forward_triton(q, k, v, *_op_arguments(spec, operands), num_splits)
+    descales = operands.descales or ()
+    return ops.forward_triton(q, k, v, *_op_arguments(spec, operands), num_splits, *descales)
 
 
 def _triton_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
@@ -78,6 +82,8 @@ def _triton_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 
 
 def _reference_forward(q, k, v, spec, operands, num_splits):
+    if operands.descales is not None:
+        return widened(_reference_forward, q, k, v, spec, operands, num_splits)
     return reference(q, k, v, spec, operands)  # it has no splits: every number of them is one
 
 
@@ -132,7 +138,7 @@ def interpreting() -> bool:
 def _triton_why_not(spec, q, k, v, operands):
     if reason := _triton_missing():
         return reason
-    if q.dtype not in DTYPES[:3]:
+    if q.dtype not in DTYPES[:3] and operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16 and float16"
     if max(q.shape[3], v.shape[3]) > MAX_TRITON_HEAD_DIM:
         return (
@@ -154,7 +160,7 @@ def _cpu_why_not(spec, q, k, v, operands):
         return f"q is on {q.device} and this backend runs on the CPU"
     if ops.NATIVE_MISSING:
         return ops.NATIVE_MISSING
-    if q.dtype not in DTYPES:
+    if q.dtype not in DTYPES and operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return (

@@ -1,5 +1,5 @@
 """decode_attention(): attention over a key-value cache that grows. merge_states(): two partial
-results made one. Next hop: backends.py, through attention.run.
+results made one. Next hop: append.py, then backends.py, through attention.run.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, descales
+from .append import Append, check_rotary
 from .attention import run, score_operands
-from .fused import rotate_reference
-from .ops import autocast_dtype, autocast_to
-from .spec import Operands
+from .fused import has_kernel
+from .ops import autocast_dtype, autocast_to, is_8_bit
+from .spec import Descales, Operands
 
 
 def decode_attention(
@@ -29,6 +30,8 @@ def decode_attention(
     cache_batch_idx: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     rotary_interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     num_splits: int | None = None,
     scale: float | None = None,
     causal: bool = False,
@@ -73,12 +76,20 @@ def decode_attention(
             cache_lens[b] (FlashAttention's rule).
         rotary_interleaved: pairs are channels (2i, 2i + 1), as in GPT-J; False: (i, i +
             rotary_dim / 2), as in GPT-NeoX and Llama.
+        k_descale: fp32 [Hkv] or [B, Hkv] (with page_table or cache_batch_idx only [Hkv]: pages are
+            shared); then k_cache and v_cache are both int8 or both float8_e4m3fn, q, k and v
+            float32, bfloat16 or float16, and a key is what is stored times its head's scale. New
+            keys are divided by it and rounded to nearest, clamped to [-128, 127] or [-448, 448].
+            Triton reads 8 bits; the other backends widen the slots in use to q's dtype (an fp32
+            product, rounded once), which costs a copy of them.
+        v_descale: the same for values; the two come together.
         num_splits: how many parts of the keys are attended to separately and then merged. None or
             0: the backend chooses. 1: the same order of summation whatever the batch.
         kv_lens: refused: cache_lens says it.
         document_ids: refused: a cache row is one document.
 
-    Under torch.autocast q, k and v are cast to the cache's dtype.
+    Under torch.autocast q, k and v are cast to the cache's dtype, or, where that is 8-bit, to
+    autocast's.
     The other arguments are attention()'s; mask and bias broadcast to [B, Hq, Sq, Smax] (with pages,
     Smax is max_pages * page_size).
 
@@ -89,24 +100,26 @@ def decode_attention(
     """
     q, spec, operands, caches, append = cached_form(
         q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
-        rotary_interleaved, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks,
-        kv_lens, document_ids, dropout_p, dropout_seed, return_lse, deterministic,
+        rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,
+        alibi_slopes, softcap, sinks, kv_lens, document_ids, dropout_p, dropout_seed, return_lse,
+        deterministic,
     )  # fmt: skip
     if num_splits is not None:
         num_splits = checks.length("num_splits", num_splits, checks.MAX_SPLITS)
     row = backends.pick(backend, spec, q, *caches, operands)
     if append is not None:
-        append()
+        append.by_kernel() if row.name == "triton" else append.in_torch()
     out, lse = run(q, *caches, spec, operands, row, num_splits or 0)
     return (out, lse) if return_lse else out
 
 
 def cached_form(
     q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
-    rotary_interleaved, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks,
-    kv_lens, document_ids, dropout_p, dropout_seed, return_lse, deterministic,
+    rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,
+    alibi_slopes, softcap, sinks, kv_lens, document_ids, dropout_p, dropout_seed, return_lse,
+    deterministic,
 ):  # fmt: skip
-    """Checks decode_attention()'s arguments; (q, spec, operands, (k, v), append or None)."""
+    """Checks decode_attention()'s arguments; (q, spec, operands, (k, v), Append or None)."""
     checks.flag("return_lse", return_lse)
     checks.flag("deterministic", False if deterministic is None else deterministic)
     for name, x, instead in (
@@ -121,12 +134,23 @@ def cached_form(
     new = {} if k is None else {"k": k, "v": v}
     for name, x in (tensors | new).items():
         checks.tensor(name, x)
-    if autocast_dtype(q) is not None:  # the cache cannot be cast: what meets it is
-        tensors["q"] = q = autocast_to(q, k_cache.dtype)
-        new = {name: autocast_to(x, k_cache.dtype) for name, x in new.items()}
+    narrow = _is_narrow(k_cache, v_cache, k_descale, v_descale)
+    dtype = autocast_dtype(q)
+    if dtype is not None:  # the cache cannot be cast: what meets it is
+        dtype = dtype if narrow else k_cache.dtype
+        tensors["q"] = q = autocast_to(q, dtype)
+        new = {name: autocast_to(x, dtype) for name, x in new.items()}
         k, v = new.values() if new else (None, None)
-    checks.same_kind(**tensors, **new)
-    checks.no_gradient("a cache", *tensors.values(), k, v, bias, sinks)
+    if narrow:
+        checks.same_kind(q=q, **new)
+        if q.dtype == torch.float64:
+            raise TypeError("q is torch.float64 and the caches are 8-bit; accepted are float32, "
+                            "bfloat16 and float16")  # fmt: skip
+        for name in ("k_cache", "v_cache"):
+            checks.on_device(name, tensors[name], q.device)
+    else:
+        checks.same_kind(**tensors, **new)
+    checks.no_gradient("a cache", *tensors.values(), k, v, bias, sinks, k_descale, v_descale)
     for name, x in tensors.items():
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {checks.show(x)}; accepted are four dimensions")
@@ -173,22 +197,39 @@ def cached_form(
     if rotary is not None:
         moving = spec.left >= 0 or spec.right >= 0
         longest = max(new_len, q_len if moving else 1)
-        turn = _rotary(rotary, rotary_interleaved, q, cache_lens, longest)
-        q = turn(q, moving)
-        k = k if k is None else turn(k, True)
+        rotary = check_rotary(rotary, rotary_interleaved, q, cache_lens, longest)
+        q = rotary.turn(q, moving)
+    shared = page_table is not None or cache_batch_idx is not None
+    for name, x in (("k_descale", k_descale), ("v_descale", v_descale)):
+        descales.check(name, x, None if shared else batch, k_cache.shape[1], device)
     operands = Operands(
         *score_operands(mask, bias, alibi_slopes, sinks, (batch, heads, q_len, capacity), q),
         kv_lens=lens,
         kv_starts=cache_leftpad,
         page_table=table,
         dropout_seed=checks.dropout_key(dropout_seed, device) if spec.dropout_p else None,
+        descales=Descales(None, k_descale, v_descale) if narrow else None,
     )
+    caches, append = (k_cache, v_cache), None
+    if new_len:
+        append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale))
+    return q, spec, operands, caches, append
 
-    def append():
-        _write(k_cache, k, cache_lens, table)
-        _write(v_cache, v, cache_lens, table)
 
-    return q, spec, operands, (k_cache, v_cache), append if new_len else None
+def _is_narrow(k_cache, v_cache, k_descale, v_descale) -> bool:
+    """Are the caches 8-bit? Then both are, alike, and both scales are there; else neither."""
+    if not (is_8_bit(k_cache) or is_8_bit(v_cache) or k_descale is not None or v_descale is not None):
+        return False
+    if k_cache.dtype != v_cache.dtype or not is_8_bit(k_cache):
+        raise TypeError(
+            f"k_cache is {k_cache.dtype} and v_cache {v_cache.dtype}; accepted with k_descale and "
+            "v_descale are int8 for both and float8_e4m3fn for both"
+        )
+    for name, x in (("k_descale", k_descale), ("v_descale", v_descale)):
+        if x is None:
+            raise ValueError(f"{name} is None and the caches are {k_cache.dtype}; 8-bit caches come "
+                             "with k_descale and v_descale")  # fmt: skip
+    return True
 
 
 def _new_keys(k, v, k_cache, v_cache, batch) -> int:
@@ -202,49 +243,10 @@ def _new_keys(k, v, k_cache, v_cache, batch) -> int:
     return k.shape[2]
 
 
-def _write(cache, new, cache_lens, table) -> None:
-    """cache slots cache_lens[b] + i = new[b, :, i], in place."""
-    new_len, page_size = new.shape[2], cache.shape[2]
-    if table is None and checks.has_values(cache_lens):
-        lens = cache_lens.tolist()
-        if len(set(lens)) == 1:  # a plain slice: no index tensors
-            cache[:, :, lens[0] : lens[0] + new_len] = new
-            return
-    slot = cache_lens.long().unsqueeze(1) + torch.arange(new_len, device=cache.device)  # [B, Snew]
-    if table is None:
-        row = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
-    else:
-        row = table.long().gather(1, slot // page_size)
-        slot = slot % page_size
-    cache[row, :, slot] = new.transpose(1, 2)  # [B, Snew, Hkv, D]
-
-
-def _rotary(rotary, interleaved, q, cache_lens, longest):
-    """turn(x, moving): x [B, H, S, D] rotated at positions cache_lens[b] (+ i when moving)."""
-    checks.flag("rotary_interleaved", interleaved)
-    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
-        raise TypeError(f"rotary is of type {type(rotary).__name__}; accepted is a pair (cos, sin)")
-    for name, x in zip(("cos", "sin"), rotary):
-        checks.on_device(f"rotary's {name}", x, q.device)
-        if x.dim() != 2 or x.shape != rotary[0].shape or not 1 <= x.shape[1] <= q.shape[3] // 2:
-            raise ValueError(
-                f"rotary's {name} has shape {checks.show(x)}; accepted is [positions, rotary_dim / "
-                f"2], the same for cos and sin, with rotary_dim at most D = {q.shape[3]}"
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"rotary's {name} is {x.dtype}; accepted are floating dtypes")
-    positions = rotary[0].shape[0]
-    checks.lengths("cache_lens", cache_lens, 0, positions - longest, "a position of rotary's in")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-
-    def turn(x, moving):
-        position = cache_lens.long().unsqueeze(1)  # [B, 1] or [B, S]
-        if moving:
-            position = position + torch.arange(x.shape[2], device=x.device)
-        cos, sin = (table[position].to(dtype) for table in rotary)  # [B, 1 or S, half]
-        return rotate_reference(x, cos, sin, None, interleaved)
-
-    return turn
+def _merges_by_kernel(*tensors) -> bool:
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    narrow = all(x.dtype in checks.DTYPES[:3] for x in tensors)
+    return tensors[0].is_cuda and narrow and not wanted and has_kernel(*tensors)
 
 
 def merge_states(
@@ -278,6 +280,11 @@ def merge_states(
         if x.shape != out_a.shape[:-1]:
             raise ValueError(f"{name} has shape {checks.show(x)}; accepted is out_a's without its "
                              f"last size, {list(out_a.shape[:-1])}")  # fmt: skip
+    tensors = (out_a, lse_a, out_b, lse_b)
+    if _merges_by_kernel(*tensors):
+        from .kernels.decode import merge
+
+        return merge(*tensors)
     double = torch.float64 in (out_a.dtype, out_b.dtype, lse_a.dtype, lse_b.dtype)
     dtype = torch.float64 if double else torch.float32
     lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)

@@ -98,8 +98,8 @@ def tensor(name, x, accepted="a torch.Tensor") -> Tensor:
     return x
 
 
-def same_kind(**tensors) -> None:
-    """One floating dtype and one device for q, k and v (named in messages as given)."""
+def same_kind(accepted=DTYPES, **tensors) -> None:
+    """One accepted dtype and one device for q, k and v (named in messages as given)."""
     for name, x in tensors.items():
         tensor(name, x)
         if x.is_nested:
@@ -114,8 +114,11 @@ def same_kind(**tensors) -> None:
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} and {first} on {q.device}; one device is "
                              "accepted")  # fmt: skip
-    if q.dtype not in DTYPES:
-        raise TypeError(f"{first} is {q.dtype}; accepted are float32, bfloat16, float16, float64")
+    if q.dtype not in accepted:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        with_scales = "" if accepted is DTYPES else " with q_descale, k_descale or v_descale"
+        raise TypeError(f"{first} is {q.dtype}; accepted{with_scales} "
+                        f"{'are' if len(accepted) > 1 else 'is'} {names}")  # fmt: skip
 
 
 def dense_shapes(q, k, v) -> int:

@@ -40,6 +40,7 @@ class Explanation:
     k: tuple[int, ...]
     v: tuple[int, ...]
     dtype: torch.dtype
+    kv_dtype: torch.dtype  # of k and v: a cache may be 8-bit
     device: torch.device
     spec: Spec
     operands: tuple[str, ...]  # the optional tensors of the call
@@ -93,7 +94,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
     row = backends.BY_NAME.get(chosen)
     work = _Work(q, k, v, spec, operands)
     pairs, head_dim, v_dim = work.pairs(), q.shape[3], v.shape[3]
-    differentiable = not operands.paged and function is not cache.decode_attention
+    no_gradient = operands.paged or operands.descales or function is cache.decode_attention
     return Explanation(
         backend=chosen,
         asked=asked,
@@ -104,6 +105,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         k=tuple(k.shape),
         v=tuple(v.shape),
         dtype=q.dtype,
+        kv_dtype=k.dtype,
         device=q.device,
         spec=spec,
         operands=tuple(n for n in operands.__slots__ if getattr(operands, n) is not None),
@@ -111,7 +113,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         all_pairs=work.all_pairs(),
         tiles=work.tiles(*row.tile) if row and row.tile else None,
         flops_forward=2 * pairs * (head_dim + v_dim),
-        flops_backward=2 * pairs * (3 * head_dim + 2 * v_dim) if differentiable else None,
+        flops_backward=2 * pairs * (3 * head_dim + 2 * v_dim) if not no_gradient else None,
         bytes_forward=work.bytes_forward(),
         keep_probability=keep_probability(spec.dropout_p) if spec.dropout_p else None,
     )
@@ -173,7 +175,7 @@ class _Work:
 
     def bytes_forward(self) -> int:
         """Inputs that some row sees read once, outputs written once."""
-        size = self.q.element_size()
+        size, kv_size = self.q.element_size(), self.k.element_size()
         rows = self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
         keys = 0
         for piece in self.pieces:
@@ -182,8 +184,10 @@ class _Work:
                 _, end = self.band(piece, piece.i[-1])
                 keys += max(0, end - begin)
         keys *= self.copies * self.k.shape[1]
-        channels = self.q.shape[3] + self.v.shape[3]
-        moved = (rows + keys) * channels * size + rows * (8 if size == 8 else 4)
+        head_dim, v_dim = self.q.shape[3], self.v.shape[3]
+        moved = keys * (head_dim + v_dim) * kv_size
+        moved += rows * (head_dim * size + v_dim * max(2, size))  # out of 8 bits is bfloat16
+        moved += rows * (8 if size == 8 else 4)
         for x in (self.operands.mask, self.operands.bias):
             if x is not None:  # an expanded dimension is one element
                 once = (n for n, stride in zip(x.shape, x.stride()) if stride)
@@ -205,6 +209,7 @@ def _isa() -> str | None:
 
 def _table(x: Explanation) -> str:
     dtype = str(x.dtype).removeprefix("torch.")
+    kv_dtype = "" if x.kv_dtype == x.dtype else f" of {str(x.kv_dtype).removeprefix('torch.')}"
     spec = [f"scale {x.spec.scale:.6g}"]
     if x.spec.softcap:
         spec.append(f"softcap {x.spec.softcap:g}")
@@ -217,7 +222,7 @@ def _table(x: Explanation) -> str:
     rows = [
         ("call", f"{x.function} of {dtype} on {x.device}"),
         ("q", _shape(x.q)),
-        ("k, v", f"{_shape(x.k)}, {_shape(x.v)}"),
+        ("k, v", f"{_shape(x.k)}, {_shape(x.v)}{kv_dtype}"),
         ("computes", ", ".join(spec)),
         ("operands", ", ".join(x.operands) or "none"),
     ]

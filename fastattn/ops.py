@@ -4,12 +4,15 @@ _triton after their names. Kernels: csrc/ops_cpu.cpp, kernels/launch.py.
 Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
 autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that attention.py
 makes: q [B, heads, q_len, D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_len, v_dim], unit last
-stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order.
+stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order. Triton's
+forward operator also takes 8-bit tensors, with the three `Descales` at the end: q, k and v (out is
+then bfloat16), or k and v alone; it has no gradient of these.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.abc
 import importlib.util
 import json
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .spec import Operands, Spec
+from .spec import OPERANDS, Spec
 
 try:
     from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
@@ -42,10 +45,12 @@ _SPEC = "float scale, float softcap, int left, int right, bool align_end, float 
 
 FAMILIES = ("", "_triton")  # ends of the operators' names: each pair is made by other kernels
 
+_DESCALES = ", Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None"
+
 for _end in FAMILIES:
     _LIBRARY.define(
-        f"flash_attn_fwd{_end}(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, int num_splits)"
-        " -> (Tensor out, Tensor lse)",
+        f"flash_attn_fwd{_end}(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, int num_splits"
+        f"{_DESCALES if _end else ''}) -> (Tensor out, Tensor lse)",
         tags=_TAGS,
     )
     _LIBRARY.define(
@@ -105,7 +110,7 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-_FORWARD_TENSORS = ("q", "k", "v", *Operands.__slots__)
+_FORWARD_TENSORS = ("q", "k", "v", *OPERANDS)
 _BACKWARD_TENSORS = ("dout", "dlse", "out", "lse", *_FORWARD_TENSORS)
 
 
@@ -117,12 +122,19 @@ def _one_device(q: Tensor, names, tensors) -> None:
                                "is accepted")  # fmt: skip
 
 
+def is_8_bit(x: Tensor) -> bool:
+    return x.dtype in (torch.int8, torch.float8_e4m3fn)
+
+
 def _forward_fake(*args):
     _one_device(args[0], _FORWARD_TENSORS, args)
+    _one_device(args[0], ("q_descale", "k_descale", "v_descale"), args[21:])
     q, _, v, *_ = args
     q = _unit_stride(q)
     same = q.shape[3] == v.shape[3] and is_dense(q)
-    out = torch.empty_like(q) if same else q.new_empty((*q.shape[:3], v.shape[3]))
+    dtype = torch.bfloat16 if is_8_bit(q) else q.dtype
+    shape = (*q.shape[:3], v.shape[3])
+    out = torch.empty_like(q, dtype=dtype) if same else q.new_empty(shape, dtype=dtype)
     return out, q.new_empty(q.shape[:3], dtype=_accumulate(q.dtype))
 
 
@@ -141,6 +153,11 @@ def _backward_fake(*args):
 
 
 def _forward_setup(ctx, inputs, output):
+    if any(is_8_bit(x) for x in inputs[:3]):
+        raise NotImplementedError(
+            "fastattn: 8-bit q, k and v have no gradient, and an input requires grad"
+        )
+    ctx.arguments = len(inputs)
     ctx.save_for_backward(*inputs[:14], *output)
     ctx.spec = inputs[14:20]
     ctx.set_materialize_grads(False)
@@ -148,7 +165,7 @@ def _forward_setup(ctx, inputs, output):
 
 def _forward_grad(backward, ctx, dout, dlse):
     q, k, v, *operands, out, lse = ctx.saved_tensors
-    nothing = (None,) * 21
+    nothing = (None,) * ctx.arguments
     if dout is None and dlse is None:
         return nothing
     dout = torch.zeros_like(out) if dout is None else dout
@@ -183,7 +200,12 @@ def _backward_grad(ctx, *cotangents):
 
 
 def _forward_vmap(forward, info, in_dims, *args):
-    numbers = args[14:]
+    numbers = args[14:21]
+    if any(is_8_bit(x) for x in args[:3]):  # scales of each instance: one after the other
+        return autograd.one_by_one(
+            info.batch_size, (*in_dims[:14], *in_dims[21:]),
+            lambda *x: forward(*x[:14], *numbers, *x[14:]), (*args[:14], *args[21:]),
+        )  # fmt: skip
     return autograd.vmap_forward(
         info.batch_size, in_dims[:14], lambda *x: forward(*x, *numbers), args[:14], numbers[5]
     )
@@ -196,7 +218,7 @@ def _backward_vmap(backward, info, in_dims, *args):
     )
 
 
-# ---- autocast: q, k and v go to the autocast dtype (fp64 stays); operands keep theirs -----------
+# ---- autocast: q, k and v go to the autocast dtype (fp64 and 8 bits stay); operands keep theirs --
 
 
 def _register_autocast(end: str, device_type: str, key: str) -> None:
@@ -219,20 +241,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(dtype)
-
+    return x if x.dtype == torch.float64 or is_8_bit(x) else x.to(dtype)
 
 
 # ---- all of that, for each pair ----------------------------------------------------------------
 
 
-def _triton(name):
-    """The function of kernels/launch.py, which imports Triton."""
+def _triton(name, module="launch"):
+    """The function of kernels/<module>.py, which imports Triton."""
 
     def run(*args):
-        from .kernels import launch
-
-        return getattr(launch, name)(*args)
+        kernels = importlib.import_module(f"{__package__}.kernels.{module}")
+        return getattr(kernels, name)(*args)
 
     return run
 
@@ -298,7 +318,7 @@ def count_pairs(q, k, operands, left: int, right: int, align_end: bool) -> int:
 
 
 def forward_flops(q, k, v, *rest, out_val=None, **_) -> int:
-    *operands, _scale, _softcap, left, right, align_end, _dropout, _splits = rest
+    operands, (left, right, align_end) = rest[:11], rest[13:16]
     pairs = count_pairs(q, k, operands, left, right, align_end)
     return 2 * pairs * (q.shape[-1] + v.shape[-1])
 

@@ -7,6 +7,7 @@ csrc/spec.h holds the same few lines in C++; an exhaustive test keeps the two eq
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,15 @@ class Spec:
         return _clip(end, kv_len)
 
 
+class Descales(NamedTuple):
+    """Scales of 8-bit tensors, fp32 [kv_heads] or [B, kv_heads]: what is stored, times the scale, is
+    meant. None is 1."""
+
+    q: Tensor | None = None  # q's heads share that of their kv head
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
     """The optional tensors of a call, in the order in which the operators take them.
@@ -57,6 +67,7 @@ class Operands:
     cu_seqlens_k: Tensor | None = None  # int32 [N + 1]: the same for keys (lengths only, if paged)
     page_table: Tensor | None = None  # int32 [N, max_pages]: k and v are [pages, kv_heads, size, *]
     dropout_seed: Tensor | None = None  # int64 [2]: (seed, offset)
+    descales: Descales | None = None  # there where k and v (and perhaps q) are 8-bit; not a tensor
 
     @property
     def packed(self) -> bool:
@@ -70,7 +81,10 @@ class Operands:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The eleven operands, in the order of the operators' arguments."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple(getattr(self, name) for name in OPERANDS)
+
+
+OPERANDS = tuple(field.name for field in fields(Operands))[:-1]  # the names of the eleven
 
 
 def _clip(x, high):

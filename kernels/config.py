@@ -25,6 +25,7 @@ class Device(NamedTuple):
 
     name: str  # a key of the tables
     processors: int
+    fp8: bool = False  # has it float8_e4m3fn; elsewhere its bits are widened by arithmetic
 
 
 # Head dimensions above the first are cut into chunks, at the price of reading q again for every tile
@@ -133,13 +134,15 @@ def device_of(x: torch.Tensor) -> Device:
     if x.is_cpu:
         return Device("interpreter", 1)
     properties = torch.cuda.get_device_properties(x.device)
+    fp8 = False
     if torch.version.hip:
         name = "gfx9"
     else:  # by the shared memory a block may have, which fell from sm_80 to sm_86
         room = properties.shared_memory_per_block_optin
         name = "sm80" if room >= 160 << 10 else "sm86"
         name = "sm90" if properties.major >= 9 and room >= 220 << 10 else name
-    return Device(name, properties.multi_processor_count)
+        fp8 = (properties.major, properties.minor) >= (8, 9)
+    return Device(name, properties.multi_processor_count, fp8)
 
 
 def block_of(size: int) -> int:

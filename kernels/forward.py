@@ -13,7 +13,18 @@ from .params import Range
 from .philox import keep_each, keep_tile
 from .score import LN2, LOG2E, NEG_INF, finish_scores
 from .spec import document_at, edge_tile, entry_of_tile, kv_range, whole_entry
-from .tile import dot, in_band, keys_at, lanes_of, load_rows, long_dot, rows_at, store_rows
+from .tile import (
+    dot,
+    factor_of,
+    in_band,
+    keys_at,
+    lanes_of,
+    load_rows,
+    long_dot,
+    rows_at,
+    store_rows,
+    widen,
+)
 
 
 class Query(NamedTuple):
@@ -69,7 +80,7 @@ def forward_step(p, s, q, t, row_max, row_sum, acc, score_scale, EDGE: tl.conste
         x = long_dot(q.at, lanes.ok, k_at, exists, D, BLOCK_D, PRECISION)
     else:
         k = load_keys(p, s, q, p.k, q.k_tma, start, j, exists, 0, D, BLOCK_KV, BLOCK_D, EDGE)
-        x = dot(q.x, tl.trans(k.to(q.x.dtype)), None, PRECISION)
+        x = dot(q.x, tl.trans(widen(k, q.x.dtype)), None, PRECISION)
     if p.descale.q is not None or p.descale.k is not None:
         x = x * score_scale
     i = lanes.i[:, None]
@@ -93,8 +104,11 @@ def forward_step(p, s, q, t, row_max, row_sum, acc, score_scale, EDGE: tl.conste
             kept = keep_each(p, bh, i, j)
         weights = tl.where(kept, weights, 0.0)
     v = load_keys(p, s, q, p.v, q.v_tma, start, j, exists, q.first, DV, BLOCK_KV, BLOCK_DV, EDGE)
-    if v.dtype.primitive_bitwidth == 8:  # 8-bit values are multiplied in 16 bits
-        weights, v = weights.to(tl.bfloat16), v.to(tl.bfloat16)
+    if v.dtype.primitive_bitwidth == 8:  # weights would lose too much in 8 bits
+        if p.q.ptr.dtype.element_ty.primitive_bitwidth == 8:
+            v = widen(v, tl.bfloat16)
+        else:
+            v = widen(v, p.q.ptr.dtype.element_ty)
     acc = dot(weights.to(v.dtype), v, acc * rescale[:, None], PRECISION)
     return new_max, row_sum, acc
 
@@ -123,7 +137,7 @@ def forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v
     at = rows_at(p.q, s, lanes)
     rows = 0
     if D <= BLOCK_D:
-        rows = load_rows(at, lanes.ok, 0, D, BLOCK_D, True)
+        rows = factor_of(load_rows(at, lanes.ok, 0, D, BLOCK_D, True))
     q = Query(lanes, kv_head, at, rows, chunk * BLOCK_DV, k_tma, v_tma)
     score_scale = descale(p, s, kv_head, p.descale.q) * descale(p, s, kv_head, p.descale.k)
 

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.ops import is_dense
 from fastattn.philox import keep_probability, keep_threshold
-from fastattn.spec import Operands, Spec
+from fastattn.spec import Descales, Operands, Spec
 
 from . import config
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
@@ -25,6 +25,7 @@ from .masks import tile_lists
 from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList
 from .score import LOG2E
 
+E4M3 = torch.float8_e4m3fn
 MAX_PARTS = 128
 MIN_PART_KEYS = 256  # a part of fewer keys costs more than it brings
 
@@ -103,7 +104,7 @@ def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:
         lengths=_lengths(q, k, x),
         pages=Pages() if table is None else Pages(table, table.stride(0), k.shape[2]),
         dropout=_dropout(x.dropout_seed, spec.dropout_p),
-        descale=Descale(),
+        descale=_descale(x.descales or Descales(), q.shape[0], k.shape[1]),
         heads=q.shape[1],
         kv_heads=k.shape[1],
         scale=float(spec.scale),
@@ -113,6 +114,22 @@ def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:
         right=None if spec.right < 0 else spec.right,
         align_end=1 if spec.align_end else None,
     )
+
+
+def _descale(x: Descales, entries: int, kv_heads: int) -> Descale:
+    given = [one for one in x if one is not None]
+    if not given:
+        return Descale()
+    own = any(one.dim() == 2 for one in given)  # has each entry its own
+    if own:
+        x = (None if one is None else one.expand(entries, kv_heads) for one in x)
+    x = [None if one is None else one.contiguous() for one in x]
+    return Descale(*x, kv_heads if own else 0, 1)
+
+
+def _readable(x: torch.Tensor, device: config.Device) -> torch.Tensor:
+    """x; as bytes, where it is float8_e4m3fn and the GPU has no such numbers."""
+    return x.view(torch.uint8) if x.dtype == E4M3 and not device.fp8 else x
 
 
 def precision(q: torch.Tensor) -> str:
@@ -134,15 +151,17 @@ def row_tiles(p: Params, lanes: int, block: int) -> int:
 def new_results(q, v, packed: bool):
     """out and lse, as the fake kernel says; rows in no sequence are 0 and -inf."""
     same = q.shape[3] == v.shape[3] and is_dense(q)
-    out = torch.empty_like(q) if same else q.new_empty((*q.shape[:3], v.shape[3]))
+    dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
+    out = torch.empty_like(q, dtype=dtype) if same else q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return (out.zero_(), lse.fill_(-math.inf)) if packed else (out, lse)
 
 
 def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
-    """flash_attn_fwd: (out, lse). rest is the eleven operands, six numbers and num_splits; row
-    stands in for the table's Config, device for q's (config.Device)."""
-    operands, spec, num_splits = Operands(*rest[:11]), Spec(*rest[11:17]), rest[17]
+    """flash_attn_fwd: (out, lse). rest is the eleven operands, six numbers, num_splits and, perhaps,
+    three descales; row stands in for the table's Config, device for q's (config.Device)."""
+    operands = Operands(*rest[:11], Descales(*rest[18:]))
+    spec, num_splits = Spec(*rest[11:17]), rest[17]
     q, k, v = (unit_stride(x) for x in (q, k, v))
     out, lse = new_results(q, v, operands.packed)
     if lse.numel() == 0 or out.numel() == 0:
@@ -157,7 +176,11 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, row, device) -> None
     v_dim = v.shape[3]
     block_d, block_dv = config.block_of(head_dim), config.block_of(v_dim)
     device = device or config.device_of(q)
-    row = row or config.find(config.FORWARD, device, q.element_size(), max(block_d, block_dv))
+    itemsize = max(2, q.element_size())  # 8-bit tiles are at most as large as the 16-bit ones
+    row = row or config.find(config.FORWARD, device, itemsize, max(block_d, block_dv))
+    if q.dtype == E4M3:
+        block_d = max(32, block_d)  # of the shortest fp8 product
+    q, k, v = (_readable(x, device) for x in (q, k, v))
     p = make_params(q, k, v, out, lse, operands, spec)
 
     # The q heads of a kv head share a tile where that does not make more of them.

@@ -46,7 +46,8 @@ class Dropout(NamedTuple):
 
 
 class Descale(NamedTuple):
-    """Scales of fp8 and int8 tensors, [entries, kv_heads] each: what was stored times these."""
+    """Scales of fp8 and int8 tensors, [entries, kv_heads] each (batch 0: [kv_heads]): what is meant
+    is what is stored times these."""
 
     q: Any = None
     k: Any = None

@@ -93,6 +93,49 @@ def store_rows(at, x, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def widen(x, dtype: tl.constexpr):
+    """x in a wider dtype, exactly. Bytes are float8_e4m3fn where the GPU does not know these: their
+    seven lower bits, moved to a half's, are 2^-8 of the number, subnormal or not."""
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True) * 256
+        half = tl.where((bits & 0x7F) == 0x7F, float("nan"), half)
+        return half.to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def narrow_e4m3(x):
+    """x, fp32, as the bits of a float8_e4m3fn: to nearest, ties to even, clamped to +-448."""
+    size = tl.minimum(tl.abs(x), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) >> 20) - (120 << 3)  # 120 = 127 - 7, the biases
+    # Below 2^-6 numbers are 2^-9 apart, as those from 2^14 on are in fp32: the sum rounds.
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0.015625, small, normal)
+    code = tl.where(x != x, 0x7F, code)
+    return (code | (x.to(tl.int32, bitcast=True) >> 24 & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def narrow_int8(x):
+    """x, fp32, to nearest, ties to even, clamped to [-128, 127]: 1.5 * 2^23 is where fp32 holds
+    whole numbers only."""
+    x = tl.minimum(tl.maximum(x, -128.0), 127.0)
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
+def factor_of(x):
+    """x as matrix instructions take it."""
+    if x.dtype == tl.uint8:
+        return widen(x, tl.bfloat16)
+    else:
+        return x
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b; acc may be None."""
     if INTERPRETED:
@@ -106,7 +149,7 @@ def long_dot(a_at, a_ok, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr,
     """a b' [a rows, b rows] of rows too long for one tile: channels come in chunks of BLOCK_D."""
     acc = tl.zeros([a_at.shape[0], b_at.shape[0]], tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
-        a = load_rows(a_at, a_ok, first, D, BLOCK_D, True)
+        a = factor_of(load_rows(a_at, a_ok, first, D, BLOCK_D, True))
         b = load_rows(b_at, b_ok, first, D, BLOCK_D, True)
-        acc = dot(a, tl.trans(b.to(a.dtype)), acc, PRECISION)
+        acc = dot(a, tl.trans(widen(b, a.dtype)), acc, PRECISION)
     return acc
