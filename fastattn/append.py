@@ -13,7 +13,8 @@ from torch import Tensor
 from . import checks
 from .descales import quantize
 from .fused import rotate, rotate_reference
-from .ops import _LIBRARY, _triton
+from .gpu import launcher
+from .ops import _LIBRARY
 
 _LIBRARY.define(
     "cache_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, "
@@ -22,7 +23,7 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
-    _LIBRARY.impl("cache_append", _triton("append", "cache"), _key)
+    _LIBRARY.impl("cache_append", launcher("cache", "append"), _key)
 
 
 @torch.library.register_fake("fastattn::cache_append", lib=_LIBRARY)

@@ -8,19 +8,18 @@ reference is never taken in silence. FASTATTN_LOG=1 prints each distinct decisio
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from . import autograd, ops
 from .autograd import NO_OPERANDS
 from .descales import widened
+from .gpu import gpu_missing, interpreting, triton_missing
 from .reference import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -97,46 +96,11 @@ def _cuda_why_not(spec, q, k, v, operands):
     return "this version of fastattn has no CUDA kernels"
 
 
-TRITON_FLOOR = (3, 5)  # NamedTuples as arguments and within kernels, host tensor descriptors
 MAX_TRITON_HEAD_DIM = 1024
-OLDEST_GPU = (8, 0)  # 99 KiB of shared memory a block, bf16 matrix instructions
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _triton_missing() -> str | None:
-    """Why Triton cannot be used at all in this process."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "Triton is not installed (pip install triton)"
-    if tuple(int(n) for n in version.split(".")[:2]) < TRITON_FLOOR:
-        floor = ".".join(map(str, TRITON_FLOOR))
-        return f"Triton {version} is installed; the kernels need {floor} or newer"
-    return None
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _gpu_too_old(index: int | None) -> str | None:
-    if torch.version.hip:
-        return None
-    found = torch.cuda.get_device_capability(index)
-    if found >= OLDEST_GPU:
-        return None
-    return (
-        f"the GPU has compute capability {found[0]}.{found[1]}; the kernels need "
-        f"{OLDEST_GPU[0]}.{OLDEST_GPU[1]} or newer"
-    )
-
-
-def interpreting() -> bool:
-    """Does Triton interpret its kernels, on CPU tensors?"""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def _triton_why_not(spec, q, k, v, operands):
-    if reason := _triton_missing():
+    if reason := triton_missing():
         return reason
     if q.dtype not in DTYPES[:3] and operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16 and float16"
@@ -146,7 +110,7 @@ def _triton_why_not(spec, q, k, v, operands):
             f"the kernels go to {MAX_TRITON_HEAD_DIM}"
         )
     if q.is_cuda:
-        return _gpu_too_old(q.device.index)
+        return gpu_missing(q.get_device())
     if not (q.is_cpu and interpreting()):
         return (
             f"q is on {q.device} and this backend runs on GPUs (or, very slowly, on the CPU in "
@@ -178,7 +142,8 @@ CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
     Backend("cuda", "NVIDIA sm_80, sm_90a", _cuda_why_not, _op_forward, _op_backward),
-    Backend("triton", "any GPU Triton supports", _triton_why_not, _triton_forward, _triton_backward),
+    Backend("triton", "any GPU Triton supports",
+            _triton_why_not, _triton_forward, _triton_backward),
     Backend("cpu", "C++ kernels on the CPU", _cpu_why_not, _op_forward, _op_backward, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",
             _reference_why_not, _reference_forward, _reference_backward),

@@ -12,10 +12,6 @@ Second derivatives are the references'. All keep their input's dtype under autoc
 
 from __future__ import annotations
 
-import functools
-import importlib
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +19,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .autograd import _KEYS, pull_back
+from .gpu import gpu_missing, launcher
 from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, _unit_stride, is_dense
 from .philox import keep_probability, keep_rows
 
@@ -185,39 +182,10 @@ def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-# ---- kernels on GPUs ----------------------------------------------------------------------------
-
-TRITON = 3, 5  # the oldest that the kernels are tried with
-
-
-@functools.cache
-def gpu_missing(index: int) -> str | None:
-    """None, or the sentence that says why Triton's kernels do not run on GPU `index`."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    if tuple(int(n) for n in re.findall(r"\d+", triton.__version__)[:2]) < TRITON:
-        return f"Triton is {triton.__version__}; accepted is {TRITON[0]}.{TRITON[1]} or newer"
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
-        name = torch.cuda.get_device_name(index)
-        return f"{name} is older than compute capability 8.0, the first with bfloat16"
-    return None
-
-
 def on_gpu(module: str, *names: str) -> None:
-    """Gives operators their kernels on GPUs, functions of kernels/<module>.py: imported by the
-    first call, so that fastattn imports without Triton."""
-
-    def launch(name, *arguments):
-        try:
-            kernels = importlib.import_module(f"{__package__}.kernels.{module}")
-        except ImportError as error:
-            raise RuntimeError(f"fastattn::{name} on a GPU needs Triton: {error}") from error
-        return getattr(kernels, name)(*arguments)
-
+    """Gives operators their kernels on GPUs, functions of kernels/<module>.py."""
     for name in names:
-        _LIBRARY.impl(name, functools.partial(launch, name), "CUDA")
+        _LIBRARY.impl(name, launcher(module, name), "CUDA")
 
 
 # ---- schemas and fake kernels -------------------------------------------------------------------

@@ -21,12 +21,12 @@ from .autograd import pull_back
 from .fused import (
     _floating,
     differentiable,
-    gpu_missing,
     on_gpu,
     save_inputs,
     saved_inputs,
     through,
 )  # fmt: skip
+from .gpu import gpu_missing
 from .ops import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, autocast_to
 
 # 32 MiB in fp32. The matrix products want rows: forward and backward of 1024 rows of 32000 logits

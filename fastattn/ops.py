@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
+from .gpu import launcher
 from .spec import OPERANDS, Spec
 
 try:
@@ -243,22 +244,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 or is_8_bit(x) else x.to(dtype)
 
-
 # ---- all of that, for each pair ----------------------------------------------------------------
 
 
-def _triton(name, module="launch"):
-    """The function of kernels/<module>.py, which imports Triton."""
-
-    def run(*args):
-        kernels = importlib.import_module(f"{__package__}.kernels.{module}")
-        return getattr(kernels, name)(*args)
-
-    return run
-
-
 for _end, (_fwd, _bwd) in PAIRS.items():
-    _forward_name, _backward_name = f"fastattn::flash_attn_fwd{_end}", f"fastattn::flash_attn_bwd{_end}"
+    _forward_name, _backward_name = (
+        f"fastattn::flash_attn_fwd{_end}",
+        f"fastattn::flash_attn_bwd{_end}",
+    )
     torch.library.register_fake(_forward_name, _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(_backward_name, _backward_fake, lib=_LIBRARY)
     torch.library.register_autograd(
@@ -272,8 +265,8 @@ for _end, (_fwd, _bwd) in PAIRS.items():
     _register_autocast(_end, "cpu", "AutocastCPU")
     _register_autocast(_end, "cuda", "AutocastCUDA")
 for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
-    _LIBRARY.impl("flash_attn_fwd_triton", _triton("forward"), _key)
-    _LIBRARY.impl("flash_attn_bwd_triton", _triton("backward"), _key)
+    _LIBRARY.impl("flash_attn_fwd_triton", launcher("launch", "forward"), _key)
+    _LIBRARY.impl("flash_attn_bwd_triton", launcher("launch", "backward"), _key)
 
 
 # ---- FLOPs: two multiplications and additions for each visible pair and channel ----------------

@@ -1,4 +1,4 @@
-"""Triton kernels, installed as `fastattn.kernels`. Attention starts at launch.py, which ops.py calls;
+"""Triton kernels, installed as `fastattn.kernels`. Attention starts at launch.py, called by ops.py;
 norm, rotate, gate, activate and linear_cross_entropy are the fused operators around it, and rows is
 what these share.
 

@@ -30,8 +30,8 @@ def _int32(*shape):
     return _empty(*shape, dtype=torch.int32)
 
 
-def _call(arch, backward, dtype=torch.bfloat16, dims=(128, 128), lengths=(4096, 4096), heads=(16, 16),
-          batch=2, spec=(), **operands):  # fmt: skip
+def _call(arch, backward, dtype=torch.bfloat16, dims=(128, 128), lengths=(4096, 4096),
+          heads=(16, 16), batch=2, spec=(), **operands):  # fmt: skip
     """A function that launches what one call would."""
     (q_len, kv_len), (heads, kv_heads) = lengths, heads
     q = _empty(batch, heads, q_len, dims[0], dtype=dtype)
@@ -58,7 +58,8 @@ CAUSAL = (0.0, -1, 0)
 
 def audit_subjects(arch):
     """On every architecture what is fast, and the largest; on sm_90 one of each kind."""
-    fast = [(d, name, spec) for d in (64, 128, 256) for name, spec in (("full", ()), ("causal", CAUSAL))]
+    masks = (("full", ()), ("causal", CAUSAL))
+    fast = [(dim, name, spec) for dim in (64, 128, 256) for name, spec in masks]
     for dim, name, spec in fast if arch.name == "sm_90" else fast[1::2]:
         call = {"dims": (dim, dim), "spec": spec}
         name = f"bf16 {dim} {name}"

@@ -1,9 +1,10 @@
 """The backward kernels. Next: launch.py, which launches them.
 
 Two passes that share nothing but their inputs, so that nobody adds to what another wrote: the same
-bits every time, without atomics. `rows_kernel` walks the keys of a tile of rows for dq, `keys_kernel`
-the rows of a tile of keys for dk and dv. Both make the scores and dP again: seven products where one
-pass with atomics would need five. `bias_kernel` makes dbias where entries or heads share it.
+bits every time, without atomics. `rows_kernel` walks the keys of a tile of rows for dq,
+`keys_kernel` the rows of a tile of keys for dk and dv. Both make the scores and dP again: seven
+products where one pass with atomics would need five. `bias_kernel` makes dbias where entries or
+heads share it.
 
     P = exp(S - lse), dP = dO V', dS = P * (dP - delta), delta = rowsum(dO * O) - dlse
     dV = P' dO, dQ = scale dS K, dK = scale dS' Q, dbias = dS
@@ -27,7 +28,17 @@ from .spec import (
     q_range,
     whole_entry,
 )
-from .tile import dot, in_band, in_band_turned, keys_at, lanes_of, load_rows, long_dot, rows_at, store_rows
+from .tile import (
+    dot,
+    in_band,
+    in_band_turned,
+    keys_at,
+    lanes_of,
+    load_rows,
+    long_dot,
+    rows_at,
+    store_rows,
+)
 
 
 class Gradients(NamedTuple):
@@ -74,20 +85,18 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def load_query(p, g, s, tma, head, start, D: tl.constexpr, DV: tl.constexpr,
-               BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-               EDGE: tl.constexpr):  # fmt: skip
-    lanes = lanes_of(p, s, head, start, BLOCK_Q, 1)
+def load_query(p, g, s, tma, head, start, C: tl.constexpr, EDGE: tl.constexpr):
+    lanes = lanes_of(p, s, head, start, C.BLOCK_Q, 1)
     q_at, dout_at = rows_at(p.q, s, lanes), rows_at(g.dout, s, lanes)
     q, dout = 0, 0
     if tma.x is not None:
-        q = tl.reshape(tma.x.load([s.batch, head, start, 0]), [BLOCK_Q, BLOCK_D])
-        dout = tl.reshape(tma.y.load([s.batch, head, start, 0]), [BLOCK_Q, BLOCK_DV])
+        q = tl.reshape(tma.x.load([s.batch, head, start, 0]), [C.BLOCK_Q, C.BLOCK_D])
+        dout = tl.reshape(tma.y.load([s.batch, head, start, 0]), [C.BLOCK_Q, C.BLOCK_DV])
     else:
-        if D <= BLOCK_D:
-            q = load_rows(q_at, lanes.ok, 0, D, BLOCK_D, EDGE)
-        if DV <= BLOCK_DV:
-            dout = load_rows(dout_at, lanes.ok, 0, DV, BLOCK_DV, EDGE)
+        if C.D <= C.BLOCK_D:
+            q = load_rows(q_at, lanes.ok, 0, C.D, C.BLOCK_D, EDGE)
+        if C.DV <= C.BLOCK_DV:
+            dout = load_rows(dout_at, lanes.ok, 0, C.DV, C.BLOCK_DV, EDGE)
     lse_at, delta_at = rows_at(g.lse, s, lanes), rows_at(g.delta, s, lanes)
     if EDGE:
         lse = tl.load(lse_at, mask=lanes.ok, other=float("inf"))
@@ -98,20 +107,19 @@ def load_query(p, g, s, tma, head, start, D: tl.constexpr, DV: tl.constexpr,
 
 
 @triton.jit
-def load_keys(p, s, tma, kv_head, start, D: tl.constexpr, DV: tl.constexpr, BLOCK_KV: tl.constexpr,
-              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    j = start + tl.arange(0, BLOCK_KV)
+def load_keys(p, s, tma, kv_head, start, C: tl.constexpr, EDGE: tl.constexpr):
+    j = start + tl.arange(0, C.BLOCK_KV)
     exists = (j >= s.key_begin) & (j < s.key_end)
     k_at, v_at = keys_at(p, p.k, s, kv_head, j, exists), keys_at(p, p.v, s, kv_head, j, exists)
     k, v = 0, 0
     if tma.x is not None:
-        k = tl.reshape(tma.x.load([s.batch, kv_head, start, 0]), [BLOCK_KV, BLOCK_D])
-        v = tl.reshape(tma.y.load([s.batch, kv_head, start, 0]), [BLOCK_KV, BLOCK_DV])
+        k = tl.reshape(tma.x.load([s.batch, kv_head, start, 0]), [C.BLOCK_KV, C.BLOCK_D])
+        v = tl.reshape(tma.y.load([s.batch, kv_head, start, 0]), [C.BLOCK_KV, C.BLOCK_DV])
     else:
-        if D <= BLOCK_D:
-            k = load_rows(k_at, exists, 0, D, BLOCK_D, EDGE)
-        if DV <= BLOCK_DV:
-            v = load_rows(v_at, exists, 0, DV, BLOCK_DV, EDGE)
+        if C.D <= C.BLOCK_D:
+            k = load_rows(k_at, exists, 0, C.D, C.BLOCK_D, EDGE)
+        if C.DV <= C.BLOCK_DV:
+            v = load_rows(v_at, exists, 0, C.DV, C.BLOCK_DV, EDGE)
     return Keys(j, exists, k_at, v_at, k, v)
 
 
@@ -125,8 +133,9 @@ def chunk_of(whole, at, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def product(a, a_at, a_ok, b, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+def product(
+    a, a_at, a_ok, b, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):
     """a b' of rows at hand, or in chunks of their channels."""
     if D > BLOCK_D:
         return long_dot(a_at, a_ok, b_at, b_ok, D, BLOCK_D, PRECISION)
@@ -135,8 +144,19 @@ def product(a, a_at, a_ok, b, b_at, b_ok, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def delta_kernel(out, dout, lse, dlse, delta, lse2, q_len, heads, DV: tl.constexpr,
-                 BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+def delta_kernel(
+    out,
+    dout,
+    lse,
+    dlse,
+    delta,
+    lse2,
+    q_len,
+    heads,
+    DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
     """delta [B, heads, q_len] = rowsum(dout * out) - dlse, and lse2, Gradients' lse.
     Programs: B x heads x tiles of rows."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
@@ -165,21 +185,24 @@ def delta_kernel(out, dout, lse, dlse, delta, lse2, q_len, heads, DV: tl.constex
 
 
 @triton.jit
-def gradient_of_scores(p, s, r, y, head, start_i, start_j, D: tl.constexpr, DV: tl.constexpr,
-                       BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
-                       BLOCK_DV: tl.constexpr, TURN: tl.constexpr, EDGE: tl.constexpr,
-                       PRECISION: tl.constexpr):  # fmt: skip
+def gradient_of_scores(
+    p, s, r, y, head, start_i, start_j, C: tl.constexpr, TURN: tl.constexpr, EDGE: tl.constexpr
+):
     """(weights after dropout, but for its factor; dS; dS before the cap) of rows r and keys y:
     [rows, keys], or [keys, rows] turned. dS is that of scale q.k."""
     if TURN:
-        x = product(y.k, y.k_at, y.exists, r.q, r.q_at, r.lanes.ok, D, BLOCK_D, PRECISION)
-        dp = product(y.v, y.v_at, y.exists, r.dout, r.dout_at, r.lanes.ok, DV, BLOCK_DV, PRECISION)
+        x = product(y.k, y.k_at, y.exists, r.q, r.q_at, r.lanes.ok, C.D, C.BLOCK_D, C.PRECISION)
+        dp = product(
+            y.v, y.v_at, y.exists, r.dout, r.dout_at, r.lanes.ok, C.DV, C.BLOCK_DV, C.PRECISION
+        )
         i, j = r.lanes.i[None, :], y.j[:, None]
         seen = in_band_turned(p, s, r.lanes.i, r.lanes.ok, y.j, EDGE)
         lse, delta = r.lse[None, :], r.delta[None, :]
     else:
-        x = product(r.q, r.q_at, r.lanes.ok, y.k, y.k_at, y.exists, D, BLOCK_D, PRECISION)
-        dp = product(r.dout, r.dout_at, r.lanes.ok, y.v, y.v_at, y.exists, DV, BLOCK_DV, PRECISION)
+        x = product(r.q, r.q_at, r.lanes.ok, y.k, y.k_at, y.exists, C.D, C.BLOCK_D, C.PRECISION)
+        dp = product(
+            r.dout, r.dout_at, r.lanes.ok, y.v, y.v_at, y.exists, C.DV, C.BLOCK_DV, C.PRECISION
+        )
         i, j = r.lanes.i[:, None], y.j[None, :]
         seen = in_band(r.lanes, y.j, EDGE)
         lse, delta = r.lse[:, None], r.delta[:, None]
@@ -188,7 +211,7 @@ def gradient_of_scores(p, s, r, y, head, start_i, start_j, D: tl.constexpr, DV: 
     dropped = weights
     if p.dropout.seed is not None:
         bh = s.n * p.heads + head
-        kept = keep_tile(p, bh, start_i, start_j, BLOCK_Q, BLOCK_KV, TURN)
+        kept = keep_tile(p, bh, start_i, start_j, C.BLOCK_Q, C.BLOCK_KV, TURN)
         dp = tl.where(kept, dp * p.dropout.inverse_keep, 0.0)
         dropped = tl.where(kept, weights, 0.0)
     ds = weights * (dp - delta)
@@ -204,86 +227,80 @@ def gradient_of_scores(p, s, r, y, head, start_i, start_j, D: tl.constexpr, DV: 
 
 
 @triton.jit
-def rows_step(p, g, s, tma, r, kv_head, chunk, t, dq, sums, D: tl.constexpr, DV: tl.constexpr,
-              BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def rows_step(p, g, s, tma, r, kv_head, chunk, t, dq, sums, C: tl.constexpr, EDGE: tl.constexpr):
     """Key tile t, added to dq and to the sums of dS over keys."""
-    start = t * BLOCK_KV
-    y = load_keys(p, s, tma, kv_head, start, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, EDGE)
+    start = t * C.BLOCK_KV
+    y = load_keys(p, s, tma, kv_head, start, C, EDGE)
     head, lanes = r.lanes.head, r.lanes
-    _, ds, dbias = gradient_of_scores(p, s, r, y, head, tl.min(lanes.i, 0), start, D, DV, BLOCK_Q,
-                                      BLOCK_KV, BLOCK_D, BLOCK_DV, False, EDGE, PRECISION)  # fmt: skip
+    _, ds, dbias = gradient_of_scores(p, s, r, y, head, tl.min(lanes.i, 0), start, C, False, EDGE)
     if g.bias_rows.ptr is not None:
         sums += tl.sum(dbias, 1)
-    if g.dbias.ptr is not None:
+    if g.dbias.ptr is not None:  # noqa: SIM102  decided as it is compiled, unlike the next
         if chunk == 0:
             row = (lanes.head * 1).to(tl.int64) * g.dbias.head + lanes.i.to(tl.int64) * g.dbias.row
             at = g.dbias.ptr + s.n.to(tl.int64) * g.dbias.batch + row[:, None] + y.j * g.dbias.col
             tl.store(at, dbias, mask=lanes.ok[:, None] & y.exists)
-    k = chunk_of(y.k, y.k_at, y.exists, chunk * BLOCK_D, D, BLOCK_D)
-    return dot(ds.to(k.dtype), k, dq, PRECISION), sums
+    k = chunk_of(y.k, y.k_at, y.exists, chunk * C.BLOCK_D, C.D, C.BLOCK_D)
+    return dot(ds.to(k.dtype), k, dq, C.PRECISION), sums
 
 
 @triton.jit
-def rows_tile(p, g, s, tma, visible, start, head, chunk, D: tl.constexpr, DV: tl.constexpr,
-              BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def rows_tile(p, g, s, tma, visible, start, head, chunk, C: tl.constexpr):
     kv_head = head // (p.heads // p.kv_heads)
-    r = load_query(p, g, s, Tma(None, None), head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, True)
-    top, bottom = tl.maximum(start, s.row_begin), tl.minimum(start + BLOCK_Q, s.row_end)
-    span = kv_range(p, s, top, bottom, BLOCK_KV)
-    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    sums = tl.zeros([BLOCK_Q], tl.float32)
+    r = load_query(p, g, s, Tma(None, None), head, start, C, True)
+    top, bottom = tl.maximum(start, s.row_begin), tl.minimum(start + C.BLOCK_Q, s.row_end)
+    span = kv_range(p, s, top, bottom, C.BLOCK_KV)
+    dq = tl.zeros([C.BLOCK_Q, C.BLOCK_D], tl.float32)
+    sums = tl.zeros([C.BLOCK_Q], tl.float32)
     if visible.rank is not None:
-        at = (s.n * visible.batch + head * visible.head + start // BLOCK_Q * visible.row).to(tl.int64)
+        at = (s.n * visible.batch + head * visible.head + start // C.BLOCK_Q * visible.row).to(
+            tl.int64
+        )
         rank, tiles = visible.rank + at * (visible.others + 1), visible.tile + at * visible.others
         first, last = tl.load(rank + span.begin), tl.load(rank + span.end)
-        for e in tl.range(first, last, num_stages=STAGES):
-            dq, sums = rows_step(p, g, s, tma, r, kv_head, chunk, tl.load(tiles + e), dq, sums, D, DV,
-                                 BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION)  # fmt: skip
+        for e in tl.range(first, last, num_stages=C.STAGES):
+            dq, sums = rows_step(
+                p, g, s, tma, r, kv_head, chunk, tl.load(tiles + e), dq, sums, C, True
+            )
     else:
         edges = span.end - span.begin - (span.full_end - span.full_begin)
-        for e in tl.range(0, edges, num_stages=STAGES):
-            dq, sums = rows_step(p, g, s, tma, r, kv_head, chunk, edge_tile(span, e), dq, sums, D, DV,
-                                 BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION)  # fmt: skip
-        for t in tl.range(span.full_begin, span.full_end, num_stages=STAGES):
-            dq, sums = rows_step(p, g, s, tma, r, kv_head, chunk, t, dq, sums, D, DV,
-                                 BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, False, PRECISION)  # fmt: skip
+        for e in tl.range(0, edges, num_stages=C.STAGES):
+            dq, sums = rows_step(
+                p, g, s, tma, r, kv_head, chunk, edge_tile(span, e), dq, sums, C, True
+            )
+        for t in tl.range(span.full_begin, span.full_end, num_stages=C.STAGES):
+            dq, sums = rows_step(p, g, s, tma, r, kv_head, chunk, t, dq, sums, C, False)
     lanes = r.lanes
-    store_rows(rows_at(g.dq, s, lanes), dq * p.scale, lanes.ok, chunk * BLOCK_D, D, BLOCK_D)
+    store_rows(rows_at(g.dq, s, lanes), dq * p.scale, lanes.ok, chunk * C.BLOCK_D, C.D, C.BLOCK_D)
     if g.bias_rows.ptr is not None:
         at = g.bias_rows.ptr + s.n.to(tl.int64) * g.bias_rows.batch + head * g.bias_rows.head
         tl.store(at + lanes.i, sums, mask=lanes.ok)
 
 
 @triton.jit
-def rows_kernel(p, g, visible, tiles, k_tma, v_tma, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-                BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def rows_kernel(p, g, visible, tiles, k_tma, v_tma, C: tl.constexpr):
     """Programs: tiles x chunks of q x entries (one when packed) x heads."""
     program = tl.program_id(0)
     head, program = program % p.heads, program // p.heads
     n = program * 0
     if p.lengths.cu_q is None:
         n, program = program % p.lengths.entries, program // p.lengths.entries
-    chunk, tile = program % tl.cdiv(D, BLOCK_D), program // tl.cdiv(D, BLOCK_D)
+    chunk, tile = program % tl.cdiv(C.D, C.BLOCK_D), program // tl.cdiv(C.D, C.BLOCK_D)
     if p.right is not None:
         tile = tiles - 1 - tile
     if p.lengths.cu_q is not None:
-        n, first = entry_of_tile(p.lengths.cu_q, p.lengths.entries, tile, 1, BLOCK_Q)
+        n, first = entry_of_tile(p.lengths.cu_q, p.lengths.entries, tile, 1, C.BLOCK_Q)
         tile -= first
     s = whole_entry(p, n)
-    start = tile * BLOCK_Q
+    start = tile * C.BLOCK_Q
     if start < s.row_end:
         if p.lengths.doc_begin is None:
-            rows_tile(p, g, s, Tma(k_tma, v_tma), visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
-                      BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+            rows_tile(p, g, s, Tma(k_tma, v_tma), visible, start, head, chunk, C)
         else:
-            row, end = start, tl.minimum(start + BLOCK_Q, s.row_end)
+            row, end = start, tl.minimum(start + C.BLOCK_Q, s.row_end)
             while row < end:
                 d = document_at(p, s, row)
-                rows_tile(p, g, d, Tma(k_tma, v_tma), visible, start, head, chunk, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D,
-                          BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+                rows_tile(p, g, d, Tma(k_tma, v_tma), visible, start, head, chunk, C)
                 row = d.row_end
 
 
@@ -291,64 +308,58 @@ def rows_kernel(p, g, visible, tiles, k_tma, v_tma, D: tl.constexpr, DV: tl.cons
 
 
 @triton.jit
-def keys_step(p, g, s, tma, y, head, key, chunk, t, dk, dv, sums, D: tl.constexpr, DV: tl.constexpr,
-              BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_DV: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def keys_step(
+    p, g, s, tma, y, head, key, chunk, t, dk, dv, sums, C: tl.constexpr, EDGE: tl.constexpr
+):
     """Row tile t of one head, added to dk, dv and to the sums of dS over rows."""
-    start = t * BLOCK_Q
-    r = load_query(p, g, s, tma, head, start, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, EDGE)
-    weights, ds, dbias = gradient_of_scores(p, s, r, y, head, start, key, D, DV, BLOCK_Q, BLOCK_KV,
-                                            BLOCK_D, BLOCK_DV, True, EDGE, PRECISION)  # fmt: skip
+    start = t * C.BLOCK_Q
+    r = load_query(p, g, s, tma, head, start, C, EDGE)
+    weights, ds, dbias = gradient_of_scores(p, s, r, y, head, start, key, C, True, EDGE)
     if g.bias_keys.ptr is not None:
         sums += tl.sum(dbias, 1)
-    dout = chunk_of(r.dout, r.dout_at, r.lanes.ok, chunk * BLOCK_DV, DV, BLOCK_DV)
-    dv = dot(weights.to(dout.dtype), dout, dv, PRECISION)
-    q = chunk_of(r.q, r.q_at, r.lanes.ok, chunk * BLOCK_D, D, BLOCK_D)
-    dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+    dout = chunk_of(r.dout, r.dout_at, r.lanes.ok, chunk * C.BLOCK_DV, C.DV, C.BLOCK_DV)
+    dv = dot(weights.to(dout.dtype), dout, dv, C.PRECISION)
+    q = chunk_of(r.q, r.q_at, r.lanes.ok, chunk * C.BLOCK_D, C.D, C.BLOCK_D)
+    dk = dot(ds.to(q.dtype), q, dk, C.PRECISION)
     return dk, dv, sums
 
 
 @triton.jit
-def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, D: tl.constexpr,
-              DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-              STAGES: tl.constexpr):  # fmt: skip
+def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, C: tl.constexpr):
     """dk and dv of keys [own_begin, own_end) in the tile that begins with `key`."""
-    y = load_keys(p, s, Tma(None, None), kv_head, key, D, DV, BLOCK_KV, BLOCK_D, BLOCK_DV, True)
-    left, right = tl.maximum(key, s.key_begin), tl.minimum(key + BLOCK_KV, s.key_end)
-    span = q_range(p, s, left, right, BLOCK_Q)
+    y = load_keys(p, s, Tma(None, None), kv_head, key, C, True)
+    left, right = tl.maximum(key, s.key_begin), tl.minimum(key + C.BLOCK_KV, s.key_end)
+    span = q_range(p, s, left, right, C.BLOCK_Q)
     end = tl.where(left < right, span.end, span.begin)
     full_begin = tl.minimum(span.full_begin, end)
-    full_end = tl.where(right - left == BLOCK_KV, tl.minimum(span.full_end, end), full_begin)
+    full_end = tl.where(right - left == C.BLOCK_KV, tl.minimum(span.full_end, end), full_begin)
     span = Range(span.begin, full_begin, full_end, end)
-    dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
+    dk = tl.zeros([C.BLOCK_KV, C.BLOCK_D], tl.float32)
+    dv = tl.zeros([C.BLOCK_KV, C.BLOCK_DV], tl.float32)
     group = p.heads // p.kv_heads
     for h in range(0, group):
         head = kv_head * group + h
-        sums = tl.zeros([BLOCK_KV], tl.float32)
+        sums = tl.zeros([C.BLOCK_KV], tl.float32)
         if visible.rank is not None:
-            at = s.n * visible.batch + head * visible.head + key // BLOCK_KV * visible.row
+            at = s.n * visible.batch + head * visible.head + key // C.BLOCK_KV * visible.row
             rank = visible.rank + at.to(tl.int64) * (visible.others + 1)
             tiles = visible.tile + at.to(tl.int64) * visible.others
-            for e in tl.range(tl.load(rank + span.begin), tl.load(rank + span.end),
-                              num_stages=STAGES):  # fmt: skip
+            for e in tl.range(
+                tl.load(rank + span.begin), tl.load(rank + span.end), num_stages=C.STAGES
+            ):
                 dk, dv, sums = keys_step(
-                    p, g, s, tma, y, head, key, chunk, tl.load(tiles + e), dk, dv, sums, D, DV, BLOCK_Q,
-                    BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION,
-                )  # fmt: skip
+                    p, g, s, tma, y, head, key, chunk, tl.load(tiles + e), dk, dv, sums, C, True
+                )
         else:
             edges = span.end - span.begin - (span.full_end - span.full_begin)
-            for e in tl.range(0, edges, num_stages=STAGES):
+            for e in tl.range(0, edges, num_stages=C.STAGES):
                 dk, dv, sums = keys_step(
-                    p, g, s, tma, y, head, key, chunk, edge_tile(span, e), dk, dv, sums, D, DV, BLOCK_Q,
-                    BLOCK_KV, BLOCK_D, BLOCK_DV, True, PRECISION,
-                )  # fmt: skip
-            for t in tl.range(span.full_begin, span.full_end, num_stages=STAGES):
+                    p, g, s, tma, y, head, key, chunk, edge_tile(span, e), dk, dv, sums, C, True
+                )
+            for t in tl.range(span.full_begin, span.full_end, num_stages=C.STAGES):
                 dk, dv, sums = keys_step(
-                    p, g, s, tma, y, head, key, chunk, t, dk, dv, sums, D, DV, BLOCK_Q, BLOCK_KV,
-                    BLOCK_D, BLOCK_DV, False, PRECISION,
-                )  # fmt: skip
+                    p, g, s, tma, y, head, key, chunk, t, dk, dv, sums, C, False
+                )
         if g.bias_keys.ptr is not None:
             at = g.bias_keys.ptr + s.n.to(tl.int64) * g.bias_keys.batch + head * g.bias_keys.head
             tl.store(at + y.j, sums, mask=(y.j >= own_begin) & (y.j < own_end))
@@ -356,15 +367,13 @@ def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, D:
         dv = dv * p.dropout.inverse_keep
     own = (y.j >= own_begin) & (y.j < own_end)
     dk_at, dv_at = keys_at(p, g.dk, s, kv_head, y.j, own), keys_at(p, g.dv, s, kv_head, y.j, own)
-    first, first_v = chunk * BLOCK_D, chunk * BLOCK_DV
-    store_rows(dk_at, dk * p.scale, own & (first < D), first, D, BLOCK_D)
-    store_rows(dv_at, dv, own & (first_v < DV), first_v, DV, BLOCK_DV)
+    first, first_v = chunk * C.BLOCK_D, chunk * C.BLOCK_DV
+    store_rows(dk_at, dk * p.scale, own & (first < C.D), first, C.D, C.BLOCK_D)
+    store_rows(dv_at, dv, own & (first_v < C.DV), first_v, C.DV, C.BLOCK_DV)
 
 
 @triton.jit
-def keys_kernel(p, g, visible, chunks, q_tma, dout_tma, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-                BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def keys_kernel(p, g, visible, chunks, q_tma, dout_tma, C: tl.constexpr):
     """Programs: tiles of keys x chunks of q or v x entries (one when packed) x kv heads. Under a
     causal mask the first tiles are seen by most rows, and come first."""
     program = tl.program_id(0)
@@ -374,23 +383,33 @@ def keys_kernel(p, g, visible, chunks, q_tma, dout_tma, D: tl.constexpr, DV: tl.
         n, program = program % p.lengths.entries, program // p.lengths.entries
     chunk, tile = program % chunks, program // chunks
     if p.lengths.cu_q is not None:
-        n, first = entry_of_tile(p.lengths.cu_k, p.lengths.entries, tile, 1, BLOCK_KV)
+        n, first = entry_of_tile(p.lengths.cu_k, p.lengths.entries, tile, 1, C.BLOCK_KV)
         tile -= first
     s = whole_entry(p, n)
     own_end = n * 0 + p.lengths.kv_len  # keys that do not exist have a gradient too: 0
     if p.lengths.cu_k is not None:
         own_end = tl.load(p.lengths.cu_k + n + 1) - tl.load(p.lengths.cu_k + n)
-    key = tile * BLOCK_KV
+    key = tile * C.BLOCK_KV
     if key < own_end:
         if p.lengths.doc_begin is None:
-            keys_tile(p, g, s, Tma(q_tma, dout_tma), visible, key, key, own_end, kv_head, chunk, D, DV, BLOCK_Q, BLOCK_KV,
-                      BLOCK_D, BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+            keys_tile(p, g, s, Tma(q_tma, dout_tma), visible, key, key, own_end, kv_head, chunk, C)
         else:
-            row, end = key, tl.minimum(key + BLOCK_KV, own_end)
+            row, end = key, tl.minimum(key + C.BLOCK_KV, own_end)
             while row < end:
                 d = document_at(p, s, row)
-                keys_tile(p, g, d, Tma(q_tma, dout_tma), visible, key, d.row_begin, d.row_end, kv_head, chunk, D, DV,
-                          BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, PRECISION, STAGES)  # fmt: skip
+                keys_tile(
+                    p,
+                    g,
+                    d,
+                    Tma(q_tma, dout_tma),
+                    visible,
+                    key,
+                    d.row_begin,
+                    d.row_end,
+                    kv_head,
+                    chunk,
+                    C,
+                )
                 row = d.row_end
 
 
@@ -398,41 +417,36 @@ def keys_kernel(p, g, visible, chunks, q_tma, dout_tma, D: tl.constexpr, DV: tl.
 
 
 @triton.jit
-def bias_kernel(p, g, rows, keys, shared_entries, shared_heads, D: tl.constexpr, DV: tl.constexpr,
-                BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of dbias [batch, heads, rows, keys], summed over the entries and heads that share it.
+def bias_kernel(p, g, rows, keys, shared_entries, shared_heads, C: tl.constexpr):
+    """One tile of dbias [batch, heads, rows, keys], summed over entries and heads that share it.
     Programs: batch x heads x tiles of rows x tiles of keys."""
-    columns = tl.cdiv(keys, BLOCK_KV)
+    columns = tl.cdiv(keys, C.BLOCK_KV)
     program = tl.program_id(0)
-    key, program = program % columns * BLOCK_KV, program // columns
-    tiles = tl.cdiv(rows, BLOCK_Q)
-    start, program = program % tiles * BLOCK_Q, program // tiles
+    key, program = program % columns * C.BLOCK_KV, program // columns
+    tiles = tl.cdiv(rows, C.BLOCK_Q)
+    start, program = program % tiles * C.BLOCK_Q, program // tiles
     bias_heads = p.heads // shared_heads
     bias_head, bias_n = program % bias_heads, program // bias_heads
-    acc = tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)
+    acc = tl.zeros([C.BLOCK_Q, C.BLOCK_KV], tl.float32)
     for entry in range(shared_entries):
         n = bias_n * shared_entries + entry
         s = whole_entry(p, n)
-        seen = kv_range(p, s, start, tl.minimum(start + BLOCK_Q, tl.maximum(s.row_end, 1)), BLOCK_KV)
-        tile = key // BLOCK_KV
+        seen = kv_range(
+            p, s, start, tl.minimum(start + C.BLOCK_Q, tl.maximum(s.row_end, 1)), C.BLOCK_KV
+        )
+        tile = key // C.BLOCK_KV
         if (start < s.row_end) & (tile >= seen.begin) & (tile < seen.end):
             for h in range(shared_heads):
                 head = bias_head * shared_heads + h
                 kv_head = head // (p.heads // p.kv_heads)
-                r = load_query(p, g, s, Tma(None, None), head, start, D, DV, BLOCK_Q, BLOCK_D,
-                               BLOCK_DV, True)  # fmt: skip
+                r = load_query(p, g, s, Tma(None, None), head, start, C, True)
                 if p.lengths.doc_begin is not None:
                     lanes = document_lanes(p, s, r.lanes)
                     r = Rows(lanes, r.q_at, r.dout_at, r.q, r.dout, r.lse, r.delta)
-                y = load_keys(p, s, Tma(None, None), kv_head, key, D, DV, BLOCK_KV, BLOCK_D,
-                              BLOCK_DV, True)  # fmt: skip
-                _, _, ds = gradient_of_scores(
-                    p, s, r, y, head, start, key, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV,
-                    False, True, PRECISION,
-                )  # fmt: skip
+                y = load_keys(p, s, Tma(None, None), kv_head, key, C, True)
+                _, _, ds = gradient_of_scores(p, s, r, y, head, start, key, C, False, True)
                 acc += ds
-    i, j = start + tl.arange(0, BLOCK_Q), key + tl.arange(0, BLOCK_KV)
+    i, j = start + tl.arange(0, C.BLOCK_Q), key + tl.arange(0, C.BLOCK_KV)
     at = g.dbias.ptr + bias_n.to(tl.int64) * g.dbias.batch + bias_head.to(tl.int64) * g.dbias.head
     at = at + (i.to(tl.int64) * g.dbias.row)[:, None] + j * g.dbias.col
     tl.store(at, acc, mask=(i < rows)[:, None] & (j < keys))

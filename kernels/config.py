@@ -28,11 +28,11 @@ class Device(NamedTuple):
     fp8: bool = False  # has it float8_e4m3fn; elsewhere its bits are widened by arithmetic
 
 
-# Head dimensions above the first are cut into chunks, at the price of reading q again for every tile
-# of keys, and of making scores again for every chunk of v.
+# Head dimensions above the first are cut into chunks, at the price of reading q again for every
+# tile of keys, and of making scores again for every chunk of v.
 MAX_BLOCK_D, CHUNK_D = 256, 128
 
-# ---- tables: {device: {bytes of an element: {block of head dimensions: Config}}} ------------------
+# ---- tables: {device: {bytes of an element: {block of head dimensions: Config}}} ----------------
 # sm90 has tensor descriptors and 227 KiB of shared memory a block, sm80 163, sm86 99, gfx9 64. On
 # AMD loads go straight to registers, one stage. 8 warps on sm90 are two warpgroups, each of which
 # has 64 rows (keys, in BACKWARD_KEYS) of the tile.

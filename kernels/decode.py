@@ -41,7 +41,9 @@ def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, part
     row_sum = tl.where(dead, 1.0, row_sum)
     acc = acc * (rescale / row_sum)[:, None]
     i, batch = row % q_len, row // q_len // heads
-    out_at = batch.to(tl.int64) * out.batch + head.to(tl.int64) * out.head + i.to(tl.int64) * out.row
+    out_at = (
+        batch.to(tl.int64) * out.batch + head.to(tl.int64) * out.head + i.to(tl.int64) * out.row
+    )
     store_rows(out.ptr + out_at, acc, ok, first, DV, BLOCK_DV)
     if first == 0:
         total = tl.where(dead, NEG_INF, (row_max + tl.log2(row_sum)) * LN2)

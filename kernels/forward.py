@@ -43,14 +43,16 @@ class Query(NamedTuple):
 
 
 @triton.jit
-def load_keys(p, s, q, x, tma, start, j, ok, first, D: tl.constexpr, BLOCK_KV: tl.constexpr,
-              BLOCK_D: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """[BLOCK_KV, BLOCK_D] of k or v: keys start.., channels first.."""
+def load_keys(
+    p, s, q, x, tma, start, j, ok, first,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_KV, BLOCK_D] of k or v: keys j, from start on, channels first.."""
     if tma is None:
         return load_rows(keys_at(p, x, s, q.kv_head, j, ok), ok, first, D, BLOCK_D, EDGE)
     else:
         block = tma.load([s.batch, q.kv_head, start, first])
-        return tl.reshape(block, [BLOCK_KV, BLOCK_D])
+        return tl.reshape(block, [j.shape[0], BLOCK_D])
 
 
 @triton.jit
@@ -66,25 +68,24 @@ def descale(p, s, kv_head, pointer):
 
 
 @triton.jit
-def forward_step(p, s, q, t, row_max, row_sum, acc, score_scale, EDGE: tl.constexpr,
-                 D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def forward_step(
+    p, s, q, t, row_max, row_sum, acc, score_scale, C: tl.constexpr, EDGE: tl.constexpr
+):
     """Key tile t, added to the state of the rows."""
-    start = t * BLOCK_KV
-    j = start + tl.arange(0, BLOCK_KV)
+    start = t * C.BLOCK_KV
+    j = start + tl.arange(0, C.BLOCK_KV)
     exists = (j >= s.key_begin) & (j < s.key_end)
     lanes = q.lanes
-    if D > BLOCK_D:
+    if C.D > C.BLOCK_D:
         k_at = keys_at(p, p.k, s, q.kv_head, j, exists)
-        x = long_dot(q.at, lanes.ok, k_at, exists, D, BLOCK_D, PRECISION)
+        x = long_dot(q.at, lanes.ok, k_at, exists, C.D, C.BLOCK_D, C.PRECISION)
     else:
-        k = load_keys(p, s, q, p.k, q.k_tma, start, j, exists, 0, D, BLOCK_KV, BLOCK_D, EDGE)
-        x = dot(q.x, tl.trans(widen(k, q.x.dtype)), None, PRECISION)
+        k = load_keys(p, s, q, p.k, q.k_tma, start, j, exists, 0, C.D, C.BLOCK_D, EDGE)
+        x = dot(q.x, tl.trans(widen(k, q.x.dtype)), None, C.PRECISION)
     if p.descale.q is not None or p.descale.k is not None:
         x = x * score_scale
     i = lanes.i[:, None]
-    if GROUP == 1:
+    if C.GROUP == 1:
         head = lanes.head
     else:
         head = lanes.head[:, None]
@@ -98,18 +99,18 @@ def forward_step(p, s, q, t, row_max, row_sum, acc, score_scale, EDGE: tl.conste
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if p.dropout.seed is not None:
         bh = s.n * p.heads + head
-        if GROUP == 1:
-            kept = keep_tile(p, bh, tl.min(lanes.i, 0), start, BLOCK_Q, BLOCK_KV, False)
+        if C.GROUP == 1:
+            kept = keep_tile(p, bh, tl.min(lanes.i, 0), start, C.BLOCK_Q, C.BLOCK_KV, False)
         else:
             kept = keep_each(p, bh, i, j)
         weights = tl.where(kept, weights, 0.0)
-    v = load_keys(p, s, q, p.v, q.v_tma, start, j, exists, q.first, DV, BLOCK_KV, BLOCK_DV, EDGE)
+    v = load_keys(p, s, q, p.v, q.v_tma, start, j, exists, q.first, C.DV, C.BLOCK_DV, EDGE)
     if v.dtype.primitive_bitwidth == 8:  # weights would lose too much in 8 bits
         if p.q.ptr.dtype.element_ty.primitive_bitwidth == 8:
             v = widen(v, tl.bfloat16)
         else:
             v = widen(v, p.q.ptr.dtype.element_ty)
-    acc = dot(weights.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+    acc = dot(weights.to(v.dtype), v, acc * rescale[:, None], C.PRECISION)
     return new_max, row_sum, acc
 
 
@@ -117,17 +118,16 @@ def forward_step(p, s, q, t, row_max, row_sum, acc, score_scale, EDGE: tl.conste
 
 
 @triton.jit
-def forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma,
-                 PARTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-                 BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                 GROUP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def forward_tile(
+    p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma, C: tl.constexpr
+):
     """The rows of segment s among a tile's lanes: their out and lse, or those of one part."""
-    lanes = lanes_of(p, s, head, first_lane, BLOCK_Q, GROUP)
-    top = tl.maximum(first_lane // GROUP, s.row_begin)
-    bottom = tl.minimum((first_lane + BLOCK_Q - 1) // GROUP + 1, s.row_end)
-    r = kv_range(p, s, top, bottom, BLOCK_KV)
-    if PARTS > 1:
-        step = tl.cdiv(r.end - r.begin, PARTS)
+    lanes = lanes_of(p, s, head, first_lane, C.BLOCK_Q, C.GROUP)
+    top = tl.maximum(first_lane // C.GROUP, s.row_begin)
+    bottom = tl.minimum((first_lane + C.BLOCK_Q - 1) // C.GROUP + 1, s.row_end)
+    r = kv_range(p, s, top, bottom, C.BLOCK_KV)
+    if C.PARTS > 1:
+        step = tl.cdiv(r.end - r.begin, C.PARTS)
         begin = tl.minimum(r.begin + part * step, r.end)
         end = tl.minimum(begin + step, r.end)
         full_begin = tl.minimum(tl.maximum(r.full_begin, begin), end)
@@ -136,43 +136,39 @@ def forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v
 
     at = rows_at(p.q, s, lanes)
     rows = 0
-    if D <= BLOCK_D:
-        rows = factor_of(load_rows(at, lanes.ok, 0, D, BLOCK_D, True))
-    q = Query(lanes, kv_head, at, rows, chunk * BLOCK_DV, k_tma, v_tma)
+    if C.D <= C.BLOCK_D:
+        rows = factor_of(load_rows(at, lanes.ok, 0, C.D, C.BLOCK_D, True))
+    q = Query(lanes, kv_head, at, rows, chunk * C.BLOCK_DV, k_tma, v_tma)
     score_scale = descale(p, s, kv_head, p.descale.q) * descale(p, s, kv_head, p.descale.k)
 
-    row_max = tl.full([BLOCK_Q], NEG_INF, tl.float32)
-    row_sum = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    row_max = tl.full([C.BLOCK_Q], NEG_INF, tl.float32)
+    row_sum = tl.zeros([C.BLOCK_Q], tl.float32)
+    acc = tl.zeros([C.BLOCK_Q, C.BLOCK_DV], tl.float32)
     if p.mask.ptr is not None:
         if visible.rank is not None:  # the tiles with something to see, in order
-            at = s.n * visible.batch + head * visible.head + first_lane // BLOCK_Q * visible.row
+            at = s.n * visible.batch + head * visible.head + first_lane // C.BLOCK_Q * visible.row
             rank = visible.rank + at.to(tl.int64) * (visible.others + 1)
             tiles = visible.tile + at.to(tl.int64) * visible.others
-            for e in tl.range(tl.load(rank + r.begin), tl.load(rank + r.end), num_stages=STAGES):
+            for e in tl.range(tl.load(rank + r.begin), tl.load(rank + r.end), num_stages=C.STAGES):
                 row_max, row_sum, acc = forward_step(
-                    p, s, q, tl.load(tiles + e), row_max, row_sum, acc, score_scale, True, D, DV,
-                    BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, GROUP, PRECISION,
-                )  # fmt: skip
+                    p, s, q, tl.load(tiles + e), row_max, row_sum, acc, score_scale, C, True
+                )
         else:
-            for t in tl.range(r.begin, r.end, num_stages=STAGES):
+            for t in tl.range(r.begin, r.end, num_stages=C.STAGES):
                 row_max, row_sum, acc = forward_step(
-                    p, s, q, t, row_max, row_sum, acc, score_scale, True, D, DV, BLOCK_Q, BLOCK_KV,
-                    BLOCK_D, BLOCK_DV, GROUP, PRECISION,
-                )  # fmt: skip
+                    p, s, q, t, row_max, row_sum, acc, score_scale, C, True
+                )
     else:
         edges = r.end - r.begin - (r.full_end - r.full_begin)
-        for e in tl.range(0, edges, num_stages=STAGES):
+        for e in tl.range(0, edges, num_stages=C.STAGES):
             row_max, row_sum, acc = forward_step(
-                p, s, q, edge_tile(r, e), row_max, row_sum, acc, score_scale, True, D, DV, BLOCK_Q,
-                BLOCK_KV, BLOCK_D, BLOCK_DV, GROUP, PRECISION,
-            )  # fmt: skip
-        for t in tl.range(r.full_begin, r.full_end, num_stages=STAGES):
+                p, s, q, edge_tile(r, e), row_max, row_sum, acc, score_scale, C, True
+            )
+        for t in tl.range(r.full_begin, r.full_end, num_stages=C.STAGES):
             row_max, row_sum, acc = forward_step(
-                p, s, q, t, row_max, row_sum, acc, score_scale, False, D, DV, BLOCK_Q, BLOCK_KV,
-                BLOCK_D, BLOCK_DV, GROUP, PRECISION,
-            )  # fmt: skip
-    finish(p, s, q, part, row_max, row_sum, acc, DV, BLOCK_DV)
+                p, s, q, t, row_max, row_sum, acc, score_scale, C, False
+            )
+    finish(p, s, q, part, row_max, row_sum, acc, C)
 
 
 # ---- finish -------------------------------------------------------------------------------------
@@ -199,7 +195,7 @@ def add_sinks(p, head, row_max, row_sum):
 
 
 @triton.jit
-def finish(p, s, q, part, row_max, row_sum, acc, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+def finish(p, s, q, part, row_max, row_sum, acc, C: tl.constexpr):
     lanes = q.lanes
     row_max, row_sum, rescale = add_sinks(p, lanes.head, row_max, row_sum)
     dead = is_dead(row_max, row_sum)
@@ -213,7 +209,7 @@ def finish(p, s, q, part, row_max, row_sum, acc, DV: tl.constexpr, BLOCK_DV: tl.
     lse = tl.where(dead, NEG_INF, (row_max + tl.log2(row_sum)) * LN2)
     # parts lie one after the other, each a whole batch
     out_at = rows_at(p.out, s, lanes) + part.to(tl.int64) * p.out.col
-    store_rows(out_at, out, lanes.ok, q.first, DV, BLOCK_DV)
+    store_rows(out_at, out, lanes.ok, q.first, C.DV, C.BLOCK_DV)
     if q.first == 0:
         lse_at = rows_at(p.lse, s, lanes) + part.to(tl.int64) * p.lse.col
         tl.store(lse_at, lse, mask=lanes.ok)
@@ -223,42 +219,35 @@ def finish(p, s, q, part, row_max, row_sum, acc, DV: tl.constexpr, BLOCK_DV: tl.
 
 
 @triton.jit
-def forward_kernel(p, visible, tiles, k_tma, v_tma, PARTS: tl.constexpr, D: tl.constexpr,
-                   DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-                   PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def forward_kernel(p, visible, tiles, k_tma, v_tma, C: tl.constexpr):
     """Programs: tiles x parts x chunks of v x entries (one when packed) x heads / GROUP.
 
     Heads are innermost, so that those of one kv head run together and find its keys in L2; tiles
     outermost and, where the right side is bounded, from the last, which sees most keys.
     """
     program = tl.program_id(0)
-    heads = p.heads // GROUP
-    head, program = program % heads * GROUP, program // heads
+    heads = p.heads // C.GROUP
+    head, program = program % heads * C.GROUP, program // heads
     kv_head = head // (p.heads // p.kv_heads)
     n = program * 0
     if p.lengths.cu_q is None:
         n, program = program % p.lengths.entries, program // p.lengths.entries
-    chunk, program = program % tl.cdiv(DV, BLOCK_DV), program // tl.cdiv(DV, BLOCK_DV)
-    part, tile = program % PARTS, program // PARTS
+    chunk, program = program % tl.cdiv(C.DV, C.BLOCK_DV), program // tl.cdiv(C.DV, C.BLOCK_DV)
+    part, tile = program % C.PARTS, program // C.PARTS
     if p.right is not None:
         tile = tiles - 1 - tile
     if p.lengths.cu_q is not None:
-        n, first = entry_of_tile(p.lengths.cu_q, p.lengths.entries, tile, GROUP, BLOCK_Q)
+        n, first = entry_of_tile(p.lengths.cu_q, p.lengths.entries, tile, C.GROUP, C.BLOCK_Q)
         tile -= first
     s = whole_entry(p, n)
-    first_lane = tile * BLOCK_Q
-    if first_lane < s.row_end * GROUP:
+    first_lane = tile * C.BLOCK_Q
+    if first_lane < s.row_end * C.GROUP:
         if p.lengths.doc_begin is None:
-            forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma,
-                         PARTS, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, GROUP, PRECISION,
-                         STAGES)  # fmt: skip
+            forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma, C)
         else:  # one document after the other: what one holds, NaN too, does not reach another
-            row = first_lane // GROUP
-            end = tl.minimum((first_lane + BLOCK_Q - 1) // GROUP + 1, s.row_end)
+            row = first_lane // C.GROUP
+            end = tl.minimum((first_lane + C.BLOCK_Q - 1) // C.GROUP + 1, s.row_end)
             while row < end:
                 d = document_at(p, s, row)
-                forward_tile(p, d, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma,
-                             PARTS, D, DV, BLOCK_Q, BLOCK_KV, BLOCK_D, BLOCK_DV, GROUP, PRECISION,
-                             STAGES)  # fmt: skip
+                forward_tile(p, d, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma, C)
                 row = d.row_end

@@ -22,7 +22,7 @@ from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_ke
 from .decode import combine_kernel
 from .forward import forward_kernel
 from .masks import tile_lists
-from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList
+from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList, constants
 from .score import LOG2E
 
 E4M3 = torch.float8_e4m3fn
@@ -178,8 +178,6 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, row, device) -> None
     device = device or config.device_of(q)
     itemsize = max(2, q.element_size())  # 8-bit tiles are at most as large as the 16-bit ones
     row = row or config.find(config.FORWARD, device, itemsize, max(block_d, block_dv))
-    if q.dtype == E4M3:
-        block_d = max(32, block_d)  # of the shortest fp8 product
     q, k, v = (_readable(x, device) for x in (q, k, v))
     p = make_params(q, k, v, out, lse, operands, spec)
 
@@ -202,12 +200,12 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, row, device) -> None
             lse=Tensor4(part_lse, *part_lse.stride()[1:4], part_lse.stride(0)),
             sinks=Tensor4(),
         )
+    sizes = _sizes(q, v)
+    tma = _descriptors(p, (k, v), row, row.block_kv, (sizes["BLOCK_D"], sizes["BLOCK_DV"]))
+    compiled_for = constants(**sizes, **_blocks(row), GROUP=group, PARTS=parts)
     forward_kernel[(programs * parts,)](
-        into, visible, tiles, *_descriptors(p, (k, v), row, row.block_kv, (block_d, block_dv)),
-        PARTS=parts, D=head_dim, DV=v_dim, BLOCK_Q=row.block_q, BLOCK_KV=row.block_kv,
-        BLOCK_D=block_d, BLOCK_DV=block_dv, GROUP=group, PRECISION=precision(q),
-        STAGES=row.stages, num_warps=row.warps,
-    )  # fmt: skip
+        into, visible, tiles, *tma, compiled_for, num_warps=row.warps
+    )
     if parts > 1:
         rows, block = lse.numel(), 16
         combine_kernel[(triton.cdiv(rows, block) * triton.cdiv(v_dim, block_dv),)](
@@ -243,9 +241,7 @@ def _descriptors(p: Params, tensors, row: config.Config, length: int, blocks):
 # ---- backward -----------------------------------------------------------------------------------
 
 
-def backward(
-    dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = None, device=None
-):
+def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = None, device=None):
     """flash_attn_bwd: (dq, dk, dv, dbias, dsinks), the last two fp32 and empty where not needed.
     rest is the eleven operands, six numbers, need_dbias and need_dsinks."""
     operands, spec = Operands(*rest[:11]), Spec(*rest[11:17])
@@ -289,48 +285,49 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, row, device) -> 
     key = (device, q.element_size(), max(block_d, block_dv))
     entries = p.lengths.entries
     times = 1 if operands.packed else entries
-    sizes = {"D": head_dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
-    sizes["PRECISION"] = precision(q)
+    sizes, blocks = _sizes(q, v), (block_d, block_dv)
 
-    rows = row or config.find(config.BACKWARD_ROWS, *key)
-    tiles = row_tiles(p, 1, rows.block_q)
+    row_of = row or config.find(config.BACKWARD_ROWS, *key)
+    tiles = row_tiles(p, 1, row_of.block_q)
+    visible = _tile_list(operands, p, row_of)
+    tma = _descriptors(p, (k, v), row_of, row_of.block_kv, blocks)
+    compiled_for = constants(**sizes, **_blocks(row_of))
     shared = g.dbias.ptr is not None and g.dbias.ptr.shape[:2] != (entries, heads)
     own = g._replace(dbias=Tensor4()) if shared else g  # of these rows alone
     rows_kernel[(tiles * triton.cdiv(head_dim, block_d) * times * heads,)](
-        p, own, _tile_list(operands, p, rows), tiles, *_descriptors(p, (k, v), rows, rows.block_kv, (block_d, block_dv)),
-        **_blocks(rows), **sizes,
-    )  # fmt: skip
+        p, own, visible, tiles, *tma, compiled_for, num_warps=row_of.warps
+    )
+    if shared:
+        bias_batch, bias_heads, rows, columns = g.dbias.ptr.shape
+        programs = triton.cdiv(rows, row_of.block_q) * triton.cdiv(columns, row_of.block_kv)
+        bias_kernel[(programs * bias_batch * bias_heads,)](
+            p, g, rows, columns, entries // bias_batch, heads // bias_heads, compiled_for,
+            num_warps=row_of.warps,
+        )  # fmt: skip
 
-    keys = row or config.find(config.BACKWARD_KEYS, *key)
+    row_of = row or config.find(config.BACKWARD_KEYS, *key)
     if operands.packed:
-        tiles = p.lengths.kv_len // keys.block_kv + entries
+        tiles = p.lengths.kv_len // row_of.block_kv + entries
     else:
-        tiles = triton.cdiv(p.lengths.kv_len, keys.block_kv)
+        tiles = triton.cdiv(p.lengths.kv_len, row_of.block_kv)
+    visible = _tile_list(operands, p, row_of, turned=True)
+    tma = _descriptors(p, (q, g.dout.ptr), row_of, row_of.block_q, blocks)
     chunks = max(triton.cdiv(head_dim, block_d), triton.cdiv(v_dim, block_dv))
     keys_kernel[(tiles * chunks * times * p.kv_heads,)](
-        p, g, _tile_list(operands, p, keys, turned=True), chunks,
-        *_descriptors(p, (q, g.dout.ptr), keys, keys.block_q, (block_d, block_dv)),
-        **_blocks(keys), **sizes,
-    )  # fmt: skip
+        p, g, visible, chunks, *tma, constants(**sizes, **_blocks(row_of)), num_warps=row_of.warps
+    )
 
-    if shared:
-        bias_batch, bias_heads, bias_rows, bias_columns = g.dbias.ptr.shape
-        blocks = _blocks(rows)
-        blocks.pop("STAGES")
-        programs = triton.cdiv(bias_rows, rows.block_q) * triton.cdiv(bias_columns, rows.block_kv)
-        bias_kernel[(programs * bias_batch * bias_heads,)](
-            p, g, bias_rows, bias_columns, entries // bias_batch, heads // bias_heads,
-            **blocks, **sizes,
-        )  # fmt: skip
+
+def _sizes(q, v) -> dict:
+    dims = {"D": q.shape[3], "DV": v.shape[3]}
+    blocks = {f"BLOCK_{name}": config.block_of(size) for name, size in dims.items()}
+    if q.dtype == E4M3:
+        blocks["BLOCK_D"] = max(32, blocks["BLOCK_D"])  # the shortest fp8 product
+    return dims | blocks | {"PRECISION": precision(q)}
 
 
 def _blocks(row: config.Config) -> dict:
-    return {
-        "BLOCK_Q": row.block_q,
-        "BLOCK_KV": row.block_kv,
-        "STAGES": row.stages,
-        "num_warps": row.warps,
-    }
+    return {"BLOCK_Q": row.block_q, "BLOCK_KV": row.block_kv, "STAGES": row.stages}
 
 
 def _tile_list(operands, p: Params, row: config.Config, turned: bool = False) -> TileList:

@@ -1,4 +1,4 @@
-"""Which tiles of a bool mask hold a True, so that the others are never visited. Next: forward.py."""
+"""Which tiles of a bool mask hold a True: the others are never visited. Next: forward.py."""
 
 import torch
 import triton

@@ -6,7 +6,10 @@ Triton takes NamedTuples as arguments. A field that is None is absent at compile
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import triton.language as tl
 
 
 class Tensor4(NamedTuple):
@@ -78,6 +81,27 @@ class Params(NamedTuple):
     left: int | None  # keys visible behind the diagonal; None: unbounded
     right: int | None
     align_end: int | None  # 1: the diagonal ends at the last key; None: it starts at the first
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a kernel is compiled for. Fields are constexprs (constants()): Triton wants them so."""
+
+    D: Any  # head dimensions, of q and k, of v
+    DV: Any
+    BLOCK_D: Any  # channels of a tile: all of them, or a chunk
+    BLOCK_DV: Any
+    BLOCK_Q: Any
+    BLOCK_KV: Any
+    STAGES: Any
+    PRECISION: Any  # of fp32 products: "tf32" or "ieee"
+    GROUP: Any  # q heads that share a tile
+    PARTS: Any  # of the keys
+
+
+def constants(GROUP=1, PARTS=1, **values) -> Constants:
+    values |= {"GROUP": GROUP, "PARTS": PARTS}
+    return Constants(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
 class Segment(NamedTuple):

@@ -405,9 +405,7 @@ def _combine(name: str, *options: dict) -> Case | None:
 def _pairwise(size: int = 5):
     """A few cases of `size` options each, among which every pair that _combine takes appears."""
     names = list(OPTIONS)[1:]
-    missing = {
-        pair for pair in combinations(names, 2) if _combine("", *(OPTIONS[n] for n in pair))
-    }
+    missing = {pair for pair in combinations(names, 2) if _combine("", *(OPTIONS[n] for n in pair))}
     while missing:
         chosen = list(min(missing))
         while len(chosen) < size:

@@ -8,17 +8,17 @@ import importlib.util
 import pkgutil
 import random
 
+import fastattn.kernels
 import numpy
 import pytest
 import torch
 
 import fastattn
-import fastattn.kernels
 
 
 def _import_interpreted_kernels() -> None:
-    """Where there is no GPU, Triton's kernels are interpreted: decided as they are imported, so they
-    are, now. Afterwards the variable is gone: only tests that set it see the backend on the CPU."""
+    """Where there is no GPU, Triton's kernels are interpreted, which is decided as they are
+    imported. Afterwards the variable is gone: tests that set it see the backend on the CPU."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
     with pytest.MonkeyPatch.context() as patch:

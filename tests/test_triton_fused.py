@@ -4,6 +4,7 @@ test_fused.py and test_fused_dropout.py, with the operators' CPU kernels replace
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from test_fused import LAYOUTS, LOSSES, OPS, check, exact_norm, randn, table
 from torch._subclasses import FakeTensorMode
 
-from fastattn import fused, fused_loss
+from fastattn import fused, fused_loss, gpu
 from fastattn.fused_loss import linear_cross_entropy
 from fastattn.philox import keep_probability, keep_rows, keep_threshold, philox4x32
 
@@ -320,16 +321,25 @@ def test_fastattn_imports_without_triton():
 
 
 def test_why_a_gpu_has_no_kernels(monkeypatch):
-    found = fused.gpu_missing.__wrapped__
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert found(0) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    missing = gpu.triton_missing.__wrapped__
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.0")
+    assert missing() == "Triton is 3.4.0; accepted is 3.5 or newer"
+
+    def none(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    assert missing() == "Triton is not installed (pip install triton)"
+
+
+@pytest.mark.parametrize("found, sentence", [
+    ((9, 0), None), ((7, 5), "a T4 is older than compute capability 8.0"),
+])  # fmt: skip
+def test_why_not_this_gpu(found, sentence, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a T4")
-    assert found(0).startswith("a T4 is older than compute capability 8.0")
-    monkeypatch.setattr(triton, "__version__", "3.4.0")
-    assert found(0) == "Triton is 3.4.0; accepted is 3.5 or newer"
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert found(0).startswith("Triton does not import:")
+    assert gpu.gpu_missing.__wrapped__(0) == sentence
 
 
 def test_every_operator_has_a_gpu_kernel():
@@ -352,7 +362,7 @@ def test_fake_tensors_ask_no_gpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     """The calls reach the kernels there, wait for nothing, and can be captured in a graph."""
-    assert fused.gpu_missing(0) is None
+    assert gpu.gpu_missing(0) is None
     inputs = [torch.randn(64, 512), torch.randn(64, 512), torch.randn(512), torch.randn(300, 512)]
     labels = torch.randint(0, 300, (64,))
     labels[::3] = -100
