@@ -271,9 +271,9 @@ def normal_form(
     scales = None
     if float8:
         scales = Descales(q_descale, k_descale, v_descale)
-        checks.no_gradient("float8_e4m3fn", q, k, v, bias, sinks, *scales)
         for name, x in zip(scales._fields, scales):
             descales.check(f"{name}_descale", x, batch, k.shape[1], device)
+        checks.no_gradient("float8_e4m3fn", q, k, v, bias, sinks, *scales)
     if kv_lens is not None:
         kv_lens = checks.int_vector("kv_lens", kv_lens, (batch,), device, "[B]")
         checks.lengths("kv_lens", kv_lens, 0, kv_len, "a number of keys in")

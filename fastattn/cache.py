@@ -150,7 +150,7 @@ def cached_form(
             checks.on_device(name, tensors[name], q.device)
     else:
         checks.same_kind(**tensors, **new)
-    checks.no_gradient("a cache", *tensors.values(), k, v, bias, sinks, k_descale, v_descale)
+    checks.no_gradient("a cache", *tensors.values(), k, v, bias, sinks)
     for name, x in tensors.items():
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {checks.show(x)}; accepted are four dimensions")
@@ -202,6 +202,7 @@ def cached_form(
     shared = page_table is not None or cache_batch_idx is not None
     for name, x in (("k_descale", k_descale), ("v_descale", v_descale)):
         descales.check(name, x, None if shared else batch, k_cache.shape[1], device)
+        checks.no_gradient(name, x)
     operands = Operands(
         *score_operands(mask, bias, alibi_slopes, sinks, (batch, heads, q_len, capacity), q),
         kv_lens=lens,

@@ -5,19 +5,20 @@ kind. benchmarks/gpu_audit.py reads the machine code.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from fastattn.spec import Operands, Spec
 
-from . import config, launch
+from . import cache, config, decode, launch
 
 # Triton's targets in the words of config.py, with the processors of a typical one.
 DEVICES = {
     "sm_80": config.Device("sm80", 108),
     "sm_86": config.Device("sm86", 84),
-    "sm_90": config.Device("sm90", 132),
-    "sm_100": config.Device("sm90", 148),
+    "sm_90": config.Device("sm90", 132, fp8=True),
+    "sm_100": config.Device("sm90", 148, fp8=True),
     "gfx942": config.Device("gfx9", 304),
 }
 
@@ -31,12 +32,12 @@ def _int32(*shape):
 
 
 def _call(arch, backward, dtype=torch.bfloat16, dims=(128, 128), lengths=(4096, 4096),
-          heads=(16, 16), batch=2, spec=(), **operands):  # fmt: skip
+          heads=(16, 16), batch=2, spec=(), kv_dtype=None, descales=(), **operands):  # fmt: skip
     """A function that launches what one call would."""
     (q_len, kv_len), (heads, kv_heads) = lengths, heads
     q = _empty(batch, heads, q_len, dims[0], dtype=dtype)
     pages = operands.pop("pages", batch)
-    k, v = (_empty(pages, kv_heads, kv_len, dim, dtype=dtype) for dim in dims)
+    k, v = (_empty(pages, kv_heads, kv_len, dim, dtype=kv_dtype or dtype) for dim in dims)
     spec = Spec(dims[0] ** -0.5, *spec)
     numbers = tuple(getattr(spec, name) for name in Spec.__slots__)
     x = Operands(**operands)
@@ -44,7 +45,8 @@ def _call(arch, backward, dtype=torch.bfloat16, dims=(128, 128), lengths=(4096, 
 
     def run():
         if not backward:
-            return launch.forward(q, k, v, *x.tensors(), *numbers, 0, device=device)
+            tensors = (q, k, v, *x.tensors())
+            return launch.forward(*tensors, *numbers, 0, *descales, device=device)
         out, lse = _empty(*q.shape[:3], dims[1], dtype=dtype), _empty(*q.shape[:3]).float()
         needs = (x.bias is not None, False)
         tensors = (out, None, out, lse, q, k, v)
@@ -54,6 +56,7 @@ def _call(arch, backward, dtype=torch.bfloat16, dims=(128, 128), lengths=(4096, 
 
 
 CAUSAL = (0.0, -1, 0)
+FP8 = {"sm_90": "QGMMA", "sm_100": "UTCQMMA"}  # the instruction of fp8 products
 
 
 def audit_subjects(arch):
@@ -65,6 +68,7 @@ def audit_subjects(arch):
         name = f"bf16 {dim} {name}"
         yield from arch.launches(name, _call(arch, False, **call), hot=True, needs="matrix")
         yield from _backward(arch, name, dim <= 128, **call)
+    yield from _eight(arch)
     for name, call in _variants() if arch.name == "sm_90" else _largest():
         yield from arch.launches(name, _call(arch, False, **call))
         if "page_table" not in call:
@@ -95,6 +99,45 @@ def _largest():
     )
 
 
+PAGED = {
+    "lengths": (1, 64),
+    "heads": (32, 8),
+    "batch": 8,
+    "pages": 1000,
+    "spec": CAUSAL,
+    "kv_lens": _int32(8),
+    "page_table": _int32(8, 128),
+}
+E4M3 = torch.float8_e4m3fn
+
+
+def _eight(arch):
+    """8-bit tensors, which older GPUs read as bytes; what appends to a cache, and what merges."""
+    device, all_kinds = DEVICES[arch.name], arch.name == "sm_90"
+    scale = _empty(16, dtype=torch.float32)
+    call = {"dtype": E4M3, "spec": CAUSAL, "descales": (scale,) * 3}
+    for dim in (64, 128, 256) if all_kinds else (128,):
+        run = _call(arch, False, dims=(dim, dim), **call)
+        needs = FP8.get(arch.name, "matrix")
+        yield from arch.launches(f"fp8 {dim} causal", run, hot=device.fp8, needs=needs)
+    scale = _empty(8, dtype=torch.float32)
+    for name, dtype in (("fp8", E4M3), ("int8", torch.int8))[: 2 if all_kinds else 1]:
+        run = _call(arch, False, **PAGED, kv_dtype=dtype, descales=(None, scale, scale))
+        yield from arch.launches(f"{name} cache 128 paged decoding", run)
+        yield from arch.launches(f"{name} cache", partial(_append, dtype, scale), hot=True)
+    if all_kinds:
+        yield from arch.launches("bf16 cache", partial(_append, torch.bfloat16, None), hot=True)
+        out, lse = _empty(8, 32, 1, 128), _empty(8, 32, 1, dtype=torch.float32)
+        yield from arch.launches("bf16", lambda: decode.merge(out, lse, out, lse), hot=True)
+
+
+def _append(dtype, scale):
+    new, pages = _empty(8, 8, 1, 128), _empty(1000, 8, 64, 128, dtype=dtype)
+    angles = _empty(8192, 64, dtype=torch.float32)
+    places = (_int32(8), _int32(8, 128))
+    cache.append(new, new, pages, pages, *places, angles, angles, False, scale, scale)
+
+
 def _variants():
     """One launch for each operand, dtype and kind of head dimension."""
     yield from _largest()
@@ -114,15 +157,4 @@ def _variants():
     yield "bf16 128 documents", {"spec": CAUSAL, "document_ids": _int32(2, 4096)}
     cu = _int32(9)
     yield "bf16 128 packed", {"spec": CAUSAL, "batch": 1, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
-    yield (
-        "bf16 128 paged decoding",
-        {
-            "lengths": (1, 64),
-            "heads": (32, 8),
-            "batch": 8,
-            "pages": 1000,
-            "spec": CAUSAL,
-            "kv_lens": _int32(8),
-            "page_table": _int32(8, 128),
-        },
-    )
+    yield "bf16 128 paged decoding", PAGED

@@ -70,7 +70,7 @@ def append_one(new, t, pages, b, head, i, start, length, capacity, rows,
         y = turned(t, y, at, ok, d, start + i, PAIRS, INTERLEAVED)
     if KIND != "plain":  # the key that is stored is the one that x's dtype holds
         y = y.to(x.dtype).to(tl.float32)
-        y = tl.div_rn(y, y * 0 + tl.load(new.descale + b * new.entry + head * new.head))
+        y = tl.div_rn(y, tl.load(new.descale + b * new.entry + head * new.head))
     if KIND == "int8":
         y = narrow_int8(y)
     if KIND == "e4m3":

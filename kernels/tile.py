@@ -101,6 +101,8 @@ def widen(x, dtype: tl.constexpr):
         half = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True) * 256
         half = tl.where((bits & 0x7F) == 0x7F, float("nan"), half)
         return half.to(dtype)
+    elif x.dtype == tl.int8:
+        return x.to(tl.float32).to(dtype)
     else:
         return x.to(dtype)
 
