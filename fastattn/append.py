@@ -28,7 +28,8 @@ for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
 
 @torch.library.register_fake("fastattn::cache_append", lib=_LIBRARY)
 def _append_fake(k, v, k_cache, v_cache, cache_lens, *rest):
-    for name, x in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache), ("cache_lens", cache_lens)):
+    others = {"v": v, "k_cache": k_cache, "v_cache": v_cache, "cache_lens": cache_lens}
+    for name, x in others.items():
         if x.device != k.device:
             raise RuntimeError(f"fastattn: {name} is on {x.device} and k on {k.device}; one device "
                                "is accepted")  # fmt: skip
@@ -98,7 +99,7 @@ def _write(cache, new, cache_lens, table) -> None:
 
 
 def check_rotary(rotary, interleaved, q, cache_lens, longest) -> Rotary:
-    """decode_attention()'s rotary, checked; the last token turned is at cache_lens[b] + longest - 1."""
+    """decode_attention()'s rotary, checked; each entry turns at most `longest` tokens."""
     checks.flag("rotary_interleaved", interleaved)
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise TypeError(f"rotary is of type {type(rotary).__name__}; accepted is a pair (cos, sin)")

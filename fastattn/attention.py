@@ -58,9 +58,9 @@ def attention(
 
     Args:
         q: [B, Hq, Sq, D]; also [B, Sq, D] (one head) and [Sq, D], then k and v have that rank too.
-            float32, bfloat16, float16 or float64, or float8_e4m3fn (below). Strides are free where the last is 1: memory of
-            [B, S, H, D] seen as [B, H, S, D] is not copied. Accumulation is in float32 (float64
-            for float64), gradients included.
+            float32, bfloat16, float16 or float64; or float8_e4m3fn, see q_descale. Strides are
+            free where the last is 1: memory of [B, S, H, D] seen as [B, H, S, D] is not copied.
+            Accumulation is in float32 (float64 for float64), gradients included.
         k: [B, Hkv, Skv, D], Hq % Hkv == 0: query head h reads kv head h // (Hq // Hkv).
         v: [B, Hkv, Skv, Dv].
         scale: multiplies q.k; any finite number. None: 1 / sqrt(D).
@@ -97,9 +97,10 @@ def attention(
             or the fastest that can run the call. One that cannot run it raises and says why.
 
     Returns:
-        out [B, Hq, Sq, Dv] (q's rank) in q's dtype (bfloat16 for float8), in q's memory order where Dv = D and q is
-        dense, else contiguous. With return_lse=True, (out, lse): lse [B, Hq, Sq] float32 (float64
-        for float64), the natural log of the softmax denominator, sink included; differentiable.
+        out [B, Hq, Sq, Dv] (q's rank) in q's dtype (bfloat16 for float8), in q's memory order where
+        Dv = D and q is dense, else contiguous. With return_lse=True, (out, lse): lse [B, Hq, Sq]
+        float32 (float64 for float64), the natural log of the softmax denominator, sink included;
+        differentiable.
         A row that sees no key gives out = 0, lse = -inf and zero gradients.
 
     Under torch.autocast q, k and v are cast to its dtype (float64 and float8 are not); the operands
@@ -229,7 +230,8 @@ def normal_form(
         or k_descale is not None
         or v_descale is not None
     )
-    if not float8 and type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not is_compiling():
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
+    if plain and not float8 and not is_compiling():
         try:
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,

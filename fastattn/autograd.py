@@ -35,7 +35,7 @@ def attend(q, k, v, spec, operands, row, num_splits=0):
     if torch.compiler.is_compiling():
         return row.forward(q, k, v, spec, operands, num_splits)  # autograd is the operator's own
     if operands.descales is not None and torch._C._are_functorch_transforms_active():
-        return row.forward(q, k, v, spec, operands, num_splits)  # vmap is too; gradients are refused
+        return row.forward(q, k, v, spec, operands, num_splits)  # and vmap; there is no gradient
     bias, sinks = operands.bias, operands.sinks
     wants_grad = torch.is_grad_enabled() and (
         q.requires_grad

@@ -219,7 +219,8 @@ def cached_form(
 
 def _is_narrow(k_cache, v_cache, k_descale, v_descale) -> bool:
     """Are the caches 8-bit? Then both are, alike, and both scales are there; else neither."""
-    if not (is_8_bit(k_cache) or is_8_bit(v_cache) or k_descale is not None or v_descale is not None):
+    scaled = k_descale is not None or v_descale is not None
+    if not (scaled or is_8_bit(k_cache) or is_8_bit(v_cache)):
         return False
     if k_cache.dtype != v_cache.dtype or not is_8_bit(k_cache):
         raise TypeError(
@@ -228,8 +229,8 @@ def _is_narrow(k_cache, v_cache, k_descale, v_descale) -> bool:
         )
     for name, x in (("k_descale", k_descale), ("v_descale", v_descale)):
         if x is None:
-            raise ValueError(f"{name} is None and the caches are {k_cache.dtype}; 8-bit caches come "
-                             "with k_descale and v_descale")  # fmt: skip
+            raise ValueError(f"{name} is None and the caches are {k_cache.dtype}; 8-bit caches "
+                             "come with k_descale and v_descale")  # fmt: skip
     return True
 
 

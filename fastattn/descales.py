@@ -17,7 +17,7 @@ RANGES = {INT8: (-128.0, 127.0), E4M3: (-448.0, 448.0)}
 
 
 def check(name: str, x: Tensor | None, entries: int | None, kv_heads: int, device) -> None:
-    """Refuses a scale that is not fp32 [kv_heads], or [entries, kv_heads] where entries is given."""
+    """Refuses a scale that is not fp32 [kv_heads], or [entries, kv_heads] if entries is given."""
     if x is None:
         return
     checks.on_device(name, x, device)

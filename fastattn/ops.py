@@ -4,9 +4,10 @@ _triton after their names. Kernels: csrc/ops_cpu.cpp, kernels/launch.py.
 Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
 autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that attention.py
 makes: q [B, heads, q_len, D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_len, v_dim], unit last
-stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order. Triton's
-forward operator also takes 8-bit tensors, with the three `Descales` at the end: q, k and v (out is
-then bfloat16), or k and v alone; it has no gradient of these.
+stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order.
+
+Triton's forward operator also takes 8-bit tensors, with the three `Descales` at the end: q, k and v
+(out is then bfloat16), or k and v alone; it has no gradient of these.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 or is_8_bit(x) else x.to(dtype)
+
 
 # ---- all of that, for each pair ----------------------------------------------------------------
 

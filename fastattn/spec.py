@@ -40,8 +40,8 @@ class Spec:
 
 
 class Descales(NamedTuple):
-    """Scales of 8-bit tensors, fp32 [kv_heads] or [B, kv_heads]: what is stored, times the scale, is
-    meant. None is 1."""
+    """Scales of 8-bit tensors, fp32 [kv_heads] or [B, kv_heads]: what is stored times its scale is
+    what is meant. None is 1."""
 
     q: Tensor | None = None  # q's heads share that of their kv head
     k: Tensor | None = None

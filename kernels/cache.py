@@ -1,5 +1,5 @@
-"""fastattn::cache_append: new keys and values into a cache, rotated and quantised on the way. What it
-computes is fastattn/append.py's Append.in_torch. Next: launch.py.
+"""fastattn::cache_append: new keys and values go into a cache, rotated and quantised on the way.
+What it computes is fastattn/append.py's Append.in_torch. Next: launch.py.
 
 One launch, and nothing waits for the GPU. Nobody has looked at the lengths there: what does not fit
 into the cache is not written, and a position that the rotary tables do not have gives NaN.
@@ -86,7 +86,8 @@ def append_one(new, t, pages, b, head, i, start, length, capacity, rows,
         fits = fits & (place >= 0) & (place < rows)
     to = new.cache.ptr + place * new.cache.batch + head.to(tl.int64) * new.cache.head
     to += slot.to(tl.int64) * new.cache.row
-    tl.store(to[:, None] + d[None, :] * new.cache.col, y.to(to.dtype.element_ty), mask=ok & fits[:, None])
+    to = to[:, None] + d[None, :] * new.cache.col
+    tl.store(to, y.to(to.dtype.element_ty), mask=ok & fits[:, None])
 
 
 @triton.jit
@@ -114,10 +115,10 @@ KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 def append(k, v, k_cache, v_cache, cache_lens, page_table, cos, sin, interleaved,
            k_descale, v_descale):  # fmt: skip
-    """fastattn::cache_append: writes k [B, kv_heads, Snew, D] and v to slots cache_lens[b] + i of the
-    caches, in place, through page_table [B, max_pages] or not; with cos and sin [positions, pairs]
-    k is rotated at positions cache_lens[b] + i; 8-bit caches come with descales [kv_heads] or
-    [B, kv_heads]."""
+    """fastattn::cache_append: writes k [B, kv_heads, Snew, D] and v to slots cache_lens[b] + i of
+    the caches, in place, through page_table [B, max_pages] or not; with cos and sin
+    [positions, pairs] k is rotated at positions cache_lens[b] + i; 8-bit caches come with descales
+    [kv_heads] or [B, kv_heads]."""
     batch, kv_heads, length, head_dim = k.shape
     v_dim, (rows, _, size, _) = v.shape[3], k_cache.shape
     if k.numel() == 0:

@@ -152,13 +152,14 @@ def new_results(q, v, packed: bool):
     """out and lse, as the fake kernel says; rows in no sequence are 0 and -inf."""
     same = q.shape[3] == v.shape[3] and is_dense(q)
     dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
-    out = torch.empty_like(q, dtype=dtype) if same else q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
+    shape = (*q.shape[:3], v.shape[3])
+    out = torch.empty_like(q, dtype=dtype) if same else q.new_empty(shape, dtype=dtype)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return (out.zero_(), lse.fill_(-math.inf)) if packed else (out, lse)
 
 
 def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
-    """flash_attn_fwd: (out, lse). rest is the eleven operands, six numbers, num_splits and, perhaps,
+    """flash_attn_fwd: (out, lse). rest is the eleven operands, six numbers, num_splits and, or not,
     three descales; row stands in for the table's Config, device for q's (config.Device)."""
     operands = Operands(*rest[:11], Descales(*rest[18:]))
     spec, num_splits = Spec(*rest[11:17]), rest[17]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastattn
 from fastattn import ops
 from fastattn.reference import reference
-from fastattn.spec import Operands, Spec
+from fastattn.spec import OPERANDS, Operands, Spec
 
 FORWARD = torch.ops.fastattn.flash_attn_fwd
 BACKWARD = torch.ops.fastattn.flash_attn_bwd
@@ -111,7 +111,7 @@ def test_schemas_and_tags():
         assert torch.Tag.pt2_compliant_tag in op.tags
         assert not op._schema.is_mutable
     arguments = [a.name for a in FORWARD.default._schema.arguments]
-    operands = list(Operands.__slots__)
+    operands = list(OPERANDS)
     assert arguments == ["q", "k", "v", *operands, *Spec.__slots__, "num_splits"]
 
 
