@@ -1,11 +1,16 @@
-"""F.linear in float32 by oneDNN instead of MKL, on AMD's CPUs, where MKL leaves speed behind.
+"""F.linear in float32 past MKL, on AMD's CPUs, where MKL leaves speed behind: the product and the
+input's gradient by oneDNN, which torch has too, the others by csrc/linear_cpu.cpp.
 
-torch has both and asks MKL. In ms on two Zen 4 cores, 1024 rows, 768 to 2304 channels:
+In ms on two Zen 4 cores, 1024 rows, where the cores' peak would be 15.6, 5.2, 13.8 and 13.8:
 
-                  MKL   oneDNN
-    product      22.5     17.9
-    dx           19.0     17.6
-    dweight      19.0     20.9   which MKL keeps
+    channels             768 -> 2304   768 -> 768   768 -> 2048   2048 -> 768
+    product, MKL             TBD
+    product, oneDNN
+    dx, MKL
+    dx, oneDNN
+    dweight, MKL
+    dweight, oneDNN
+    dweight, ours
 
 On Intel's CPUs nothing was measured, and MKL stays.
 """
@@ -18,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..fused import has_kernel
+from .. import fused
+from ..ops import _LIBRARY, _TAGS
 
 
 def _on_amd() -> bool:
@@ -37,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] weight [out, in]' + bias [out], with all derivatives: F.linear."""
     if (
         _ONEDNN is None
-        or not has_kernel(x, weight, bias)
+        or not fused.has_kernel(x, weight, bias)
         or x.is_nested
         or x.numel() * weight.shape[0] < SMALL_PRODUCT
         or any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias))
@@ -60,10 +66,41 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         x, weight = ctx.saved_tensors
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad
-        rows = dout.reshape(-1, dout.shape[-1])
         dx = linear(dout, weight.t(), None) if need_dx else None
-        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if need_dweight else None
-        return dx, dweight, rows.sum(0) if need_dbias else None
+        if not (need_dweight or need_dbias):
+            return dx, None, None
+        rows, x = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
+        if need_dweight and fused.has_kernel(rows, x):
+            dweight, dbias = _weight_gradients(rows, x, need_dbias)
+        else:
+            dweight, dbias = _weight_reference(rows, x, need_dbias)
+        return dx, dweight if need_dweight else None, dbias if need_dbias else None
+
+
+# ---- the operator of the weight's and the bias's gradients -------------------------------------
+
+_LIBRARY.define(
+    "linear_bwd_weight(Tensor dout, Tensor x, bool need_dbias) -> (Tensor dweight, Tensor dbias)",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("fastattn::linear_bwd_weight", lib=_LIBRARY)
+def _weight_fake(dout, x, need_dbias):
+    dweight = x.new_empty(dout.shape[1], x.shape[1])
+    return dweight, x.new_empty(dout.shape[1] if need_dbias else 0)
+
+
+def _weight_reference(dout, x, need_dbias):
+    """(dweight [out, in], dbias [out], or [0] if not needed) of dout [rows, out], x [rows, in]."""
+    return dout.t() @ x, dout.sum(0) if need_dbias else dout.new_empty(0)
+
+
+_weight_gradients = fused.differentiable(
+    "linear_bwd_weight",
+    fused.save_inputs,
+    fused.through(lambda *inputs: lambda dout, x: _weight_reference(dout, x, inputs[2]), 2),
+)
 
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
