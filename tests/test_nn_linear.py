@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastattn import _C
 from fastattn.nn import linear as module
 from fastattn.nn.linear import call_linear, linear
 
@@ -52,6 +53,77 @@ def test_values_and_gradients(view, with_bias, calls):
         found.append([out, *flat, *torch.autograd.grad(out, inputs, cotangent)])
     assert len(calls) == 3
     torch.testing.assert_close(found[0], [t.float() for t in found[1]])
+
+
+WEIGHT = torch.ops.fastattn.linear_bwd_weight
+ISAS = [name for name, supported in _C.isas() if supported]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 255, 258, 4100])  # 4100: packed in two parts
+def test_weight_gradients(isa, dtype, rows, monkeypatch):
+    monkeypatch.setenv("FASTATTN_ISA", isa)
+    for n_out, n_in in ((1, 1), (6, 32), (97, 257), (203, 31)):
+        dout = torch.randn(rows, 2 * n_out, dtype=dtype)[:, n_out:]
+        x = torch.randn(n_in, rows, dtype=dtype).t()
+        dweight, dbias = WEIGHT(dout, x, True)
+        tolerance = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype] * rows**0.5
+        for found, expected, size in (
+            (dweight, dout.double().t() @ x.double(), 30),
+            (dbias, dout.double().sum(0), 30),
+        ):
+            assert found.dtype == dtype
+            assert (found - expected).abs().max() < size * tolerance
+        alone, nothing = WEIGHT(dout, x, False)
+        assert torch.equal(alone, dweight) and nothing.numel() == 0
+
+
+def test_weight_gradients_of_no_rows():
+    dweight, dbias = WEIGHT(torch.randn(0, 5), torch.randn(0, 7), True)
+    assert torch.equal(dweight, torch.zeros(5, 7)) and torch.equal(dbias, torch.zeros(5))
+
+
+def test_weight_gradients_have_the_same_bits_with_any_number_of_threads():
+    dout, x = torch.randn(700, 200), torch.randn(700, 300)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(WEIGHT(dout, x, True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_weight_gradients_as_an_operator():
+    for need_dbias in (False, True):
+        dout, x = torch.randn(9, 5, requires_grad=True), torch.randn(9, 7, requires_grad=True)
+        torch.library.opcheck(WEIGHT.default, (dout, x, need_dbias))
+    for dout, x in (
+        (torch.randn(9, 5), torch.randn(8, 7)),
+        (torch.randn(9, 5), torch.randn(9, 7).double()),
+        (torch.randn(9, 5, 1), torch.randn(9, 7, 1)),
+        (torch.randn(9, 5).half(), torch.randn(9, 7).half()),
+    ):
+        with pytest.raises(RuntimeError, match="fastattn: "):
+            WEIGHT(dout, x, True)
+
+
+def test_batched_gradients(calls):
+    x, weight = torch.randn(4, 8), torch.randn(7, 8, requires_grad=True)
+    out, cotangents = linear(x, weight, None), torch.randn(3, 4, 7)
+    (found,) = torch.autograd.grad(out, weight, cotangents, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.einsum("bro,ri->boi", cotangents, x))
+    assert len(calls) == 1
+
+
+def test_frozen_weight():
+    x, weight, bias = torch.randn(4, 8), torch.randn(7, 8), torch.randn(7, requires_grad=True)
+    (dbias,) = torch.autograd.grad(linear(x, weight, bias).sum(), bias)
+    assert torch.equal(dbias, torch.full((7,), 4.0))
 
 
 def test_second_derivatives():
