@@ -1,5 +1,5 @@
-// Where the kernels around attention (norm, gate, activate, rotate, cross entropy, a Linear's weight
-// gradient) find their operands.
+// Where the kernels around attention (norm, gate, activate, rotate, cross entropy, a Linear's
+// weight gradient) find their operands.
 // next: rows.inl, activate.inl, linear.inl, fused.inl
 #pragma once
 #include <cstdint>
