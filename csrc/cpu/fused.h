@@ -77,8 +77,8 @@ struct CrossEntropyCall {
     void *loss, *lse;   // [rows]
 };
 
-// A Linear's weight gradient is made in blocks of WEIGHT_ROWS x WEIGHT_COLUMNS, WEIGHT_DEPTH rows of
-// dout and x at a time.
+// A Linear's weight gradient is made in blocks of WEIGHT_ROWS x WEIGHT_COLUMNS, from WEIGHT_DEPTH
+// rows of dout and x at a time.
 constexpr int WEIGHT_ROWS = 96, WEIGHT_COLUMNS = 256, WEIGHT_DEPTH = 256;
 
 struct WeightCall {
@@ -86,7 +86,7 @@ struct WeightCall {
     Rows dout, x;   // [depth, out], [depth, in]
     void* dweight;  // [out, in]
     bool add;       // to what dweight holds
-    void* sums;     // [depth / WEIGHT_DEPTH rounded up][out]: column sums of dout; null: not wanted
+    void* sums;     // column sums of dout for every WEIGHT_DEPTH rows, [.., out]; null: not wanted
     void *strips, *panels;  // [depth, out] and [depth, in], columns rounded up to whole blocks
 };
 
