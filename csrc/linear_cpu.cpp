@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cpu/arena.h"
 #include "cpu/call.h"
 #include "cpu/run.h"
 
@@ -57,16 +58,17 @@ std::tuple<Tensor, Tensor> linear_bwd_weight(Tensor dout, Tensor x, bool need_db
               column_blocks = blocks(call.in, WEIGHT_COLUMNS);
     const int deepest = static_cast<int>(std::min<int64_t>(rows, MAX_DEPTH));
     const int64_t depths = blocks(deepest, WEIGHT_DEPTH);
-    Tensor strips = new_tensor(x, {deepest, row_blocks * WEIGHT_ROWS}, dtype);
-    Tensor panels = new_tensor(x, {deepest, column_blocks * WEIGHT_COLUMNS}, dtype);
+    const int64_t size = size_of(arithmetic);
+    // From the thread's own memory: the allocator gives blocks of this size back to the system, and
+    // then every call pays a page fault for each 4 KB of them.
+    Arena& arena = Arena::fresh();
+    call.strips = arena.take<char>(size * deepest * row_blocks * WEIGHT_ROWS);
+    call.panels = arena.take<char>(size * deepest * column_blocks * WEIGHT_COLUMNS);
     Tensor sums = new_tensor(x, {need_dbias ? depths : 0, call.out}, dtype);
     const Rows from_dout = rows2(dout), from_x = rows2(x);
-    call.strips = strips.data_ptr();
-    call.panels = panels.data_ptr();
     call.dweight = dweight.data_ptr();
     call.sums = need_dbias ? sums.data_ptr() : nullptr;
     const FusedKernels& kernels = kernels_for(arithmetic).fused;
-    const int64_t size = size_of(arithmetic);
     for (int64_t first = 0; first < rows; first += MAX_DEPTH) {
         call.add = first > 0;
         call.depth = static_cast<int>(std::min<int64_t>(rows - first, MAX_DEPTH));
