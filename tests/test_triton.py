@@ -11,7 +11,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import CASES, PAIRWISE, Case, select
+from cases import CASES, Case, select
+from pairwise import PAIRWISE
 from test_cpu import cotangents_of, name_of, numbers, run_reference
 
 import fastattn
