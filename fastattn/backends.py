@@ -40,6 +40,7 @@ class Backend:
     forward: Callable  # (q, k, v, spec, operands, num_splits) -> (out, lse)
     backward: Callable  # (dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
+    refuses: Callable | None = None  # the part of why_not that looks at the call alone
 
 
 # ---- the rows' functions -----------------------------------------------------------------------
@@ -99,9 +100,7 @@ def _cuda_why_not(spec, q, k, v, operands):
 MAX_TRITON_HEAD_DIM = 1024
 
 
-def _triton_why_not(spec, q, k, v, operands):
-    if reason := triton_missing():
-        return reason
+def _triton_refuses(spec, q, k, v, operands):
     if q.dtype not in DTYPES[:3] and operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16 and float16"
     if max(q.shape[3], v.shape[3]) > MAX_TRITON_HEAD_DIM:
@@ -109,14 +108,20 @@ def _triton_why_not(spec, q, k, v, operands):
             f"head dimensions are {q.shape[3]} (q, k) and {v.shape[3]} (v); "
             f"the kernels go to {MAX_TRITON_HEAD_DIM}"
         )
+    return None
+
+
+def _triton_why_not(spec, q, k, v, operands):
     if q.is_cuda:
-        return gpu_missing(q.get_device())
-    if not (q.is_cpu and interpreting()):
-        return (
+        missing = gpu_missing(q.get_device())
+    elif q.is_cpu and interpreting():
+        missing = triton_missing()
+    else:
+        missing = (
             f"q is on {q.device} and this backend runs on GPUs (or, very slowly, on the CPU in "
             "Triton's interpreter: TRITON_INTERPRET=1)"
         )
-    return None
+    return missing or _triton_refuses(spec, q, k, v, operands)
 
 
 def _cpu_why_not(spec, q, k, v, operands):
@@ -143,7 +148,7 @@ CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 BACKENDS = [
     Backend("cuda", "NVIDIA sm_80, sm_90a", _cuda_why_not, _op_forward, _op_backward),
     Backend("triton", "any GPU Triton supports",
-            _triton_why_not, _triton_forward, _triton_backward),
+            _triton_why_not, _triton_forward, _triton_backward, refuses=_triton_refuses),
     Backend("cpu", "C++ kernels on the CPU", _cpu_why_not, _op_forward, _op_backward, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",
             _reference_why_not, _reference_forward, _reference_backward),

@@ -384,7 +384,7 @@ EVERYTHING = {
 }
 
 
-def _combine(name: str, *options: dict) -> Case | None:
+def combine(name: str, *options: dict) -> Case | None:
     """The case with all those options; None where they contradict each other."""
     settings = {key: value for option in options for key, value in option.items()}
     packed = settings.get("packed")
@@ -402,31 +402,11 @@ def _combine(name: str, *options: dict) -> Case | None:
     return Case(name, **settings)
 
 
-def _pairwise(size: int = 5):
-    """A few cases of `size` options each, among which every pair that _combine takes appears."""
-    names = list(OPTIONS)[1:]
-    missing = {pair for pair in combinations(names, 2) if _combine("", *(OPTIONS[n] for n in pair))}
-    while missing:
-        chosen = list(min(missing))
-        while len(chosen) < size:
-            gains = []
-            for name in names:
-                together = sorted((*chosen, name), key=names.index)
-                if name not in chosen and _combine("", *(OPTIONS[n] for n in together)):
-                    gains.append((len(missing & set(combinations(together, 2))), name))
-            if not gains:
-                break
-            chosen.append(max(gains)[1])
-        chosen.sort(key=names.index)
-        missing -= set(combinations(chosen, 2))
-        yield _combine(f"pairwise/{'+'.join(chosen)}", *(OPTIONS[n] for n in chosen))
-
-
 def _cases():
     for name, option in OPTIONS.items():
-        yield _combine(f"alone/{name}", option)
+        yield combine(f"alone/{name}", option)
     for (a, first), (b, second) in combinations(list(OPTIONS.items())[1:], 2):
-        yield _combine(f"pair/{a}+{b}", first, second)
+        yield combine(f"pair/{a}+{b}", first, second)
     for mask in MASKS:
         yield Case(f"mask/{mask}", mask=mask)
     for bias in BIASES:
@@ -505,7 +485,6 @@ def _long():
 
 
 CASES = [case for case in _cases() if case is not None]
-PAIRWISE = list(_pairwise())  # the pairs of CASES in fewer cases, for backends that take long
 
 
 def select(*groups: str) -> list[Case]:

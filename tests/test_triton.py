@@ -11,7 +11,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import CASES, PAIRWISE, Case, select
+from cases import CASES, Case, select
+from pairwise import PAIRWISE
 from test_cpu import cotangents_of, name_of, numbers, run_reference
 
 import fastattn
@@ -21,6 +22,9 @@ from fastattn.verify import Judge
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
+# Weights and dS are rounded to halves before they meet v, k and q, as in every kernel for matrix
+# units: another rounding of each term beside that of the result, which is all that Judge allows.
+ROUNDINGS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 2}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -68,7 +72,7 @@ def check(case: Case, dtype: torch.dtype, num_splits: int = 0, config=None) -> N
     for name, result in got.items():
         result = result.cpu()
         comparison = judge.compare(name, result, want[name], plain[name])
-        assert comparison.passed, f"{name}: {comparison}"
+        assert comparison.ratio <= ROUNDINGS[dtype], f"{name}: {comparison}"
         expected = dtype if name in ("out", "dq", "dk", "dv") else torch.float32
         assert result.dtype == expected, f"{name} is {result.dtype}, not {expected}"
     dead = want["lse"] == -torch.inf
