@@ -7,6 +7,7 @@ Triton takes NamedTuples as arguments. A field that is None is absent at compile
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton.language as tl
@@ -99,6 +100,7 @@ class Constants:
     PARTS: Any  # of the keys
 
 
+@cache
 def constants(GROUP=1, PARTS=1, **values) -> Constants:
     values |= {"GROUP": GROUP, "PARTS": PARTS}
     return Constants(**{name: tl.constexpr(value) for name, value in values.items()})
