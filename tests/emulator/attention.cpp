@@ -1,0 +1,63 @@
+// The attention kernels as C functions, for ctypes. next: ../../csrc/cuda/forward_sm90.cuh
+#include "forward_sm90.cuh"
+#include "launch.h"
+
+using namespace fastattn;
+using namespace fastattn::cuda;
+
+namespace {
+
+std::string encode(TensorMap& map, void* data, const uint64_t* sizes, const uint64_t* strides,
+                   const uint32_t* box) {
+    return emulator::encode_tiled(map, data, 4, 2, sizes, strides, box, emulator::Swizzle::B128);
+}
+
+const char* keep(std::string text) {
+    static std::string kept;
+    kept = std::move(text);
+    return kept.c_str();
+}
+
+template <class F> std::string forward(const ForwardCall& call, int grid, uint64_t seed) {
+    ForwardParams p;
+    std::string error = forward_params<F>(p, call, encode);
+    if (!error.empty()) return error;
+    grid = std::min(grid, p.tiles);
+    return emulator::launch({grid, F::THREADS, F::SHARED_BYTES, seed},
+                            [&] { forward_sm90<F>(p); });
+}
+
+template <class Element>
+std::string forward_of(const ForwardCall& call, int grid, uint64_t seed) {
+    switch (call.q.head_dim) {
+        case 64:
+            return forward<Forward<Element, 64>>(call, grid, seed);
+        case 128:
+            return forward<Forward<Element, 128>>(call, grid, seed);
+        case 256:
+            return forward<Forward<Element, 256>>(call, grid, seed);
+        default:
+            return "no kernel of this head dimension";
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulated_register(const void* data, int64_t bytes, const char* name) {
+    emulator::register_memory(data, bytes, name);
+    return "";
+}
+void emulated_forget() { emulator::forget_memory(); }
+
+// "" or the report of what went wrong. The grid is what the device would have room for.
+const char* emulated_forward_sm90(const ForwardCall* call, bool bf16, int grid, uint64_t seed) {
+    for (auto [operand, name] : {std::pair{&call->q, "q"}, std::pair{&call->k, "k"},
+                                 std::pair{&call->v, "v"}, std::pair{&call->out, "out"}}) {
+        std::string why = why_not_tma(*operand, name);
+        if (!why.empty()) return keep(why);
+    }
+    return keep(bf16 ? forward_of<Bf16>(*call, grid, seed) : forward_of<Fp16>(*call, grid, seed));
+}
+}
