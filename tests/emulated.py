@@ -106,7 +106,7 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _register(**tensors: Tensor | None) -> None:
+def register(**tensors: Tensor | None) -> None:
     """Exactly these tensors may be read and written."""
     library().emulated_forget()
     for name, x in tensors.items():
@@ -121,7 +121,7 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
     q, k, v, spec, x = problem
     out = torch.full_like(q, torch.nan)
     lse = torch.full(q.shape[:3], torch.nan)
-    _register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
+    register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
               sinks=x.sinks)  # fmt: skip
     call = ForwardCall(
         *map(Operand.of, (q, k, v, out)),

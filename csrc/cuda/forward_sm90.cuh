@@ -82,9 +82,9 @@ template <class F> struct Producer {
     typename F::KVRing k_ring, v_ring;
     typename F::QRing q_ring;
 
-    template <class T>
-    FASTATTN_DEVICE void load(SharedAddress at, const TensorMap* map, SharedAddress bar, int row,
-                              int head, int batch, uint64_t hint) {
+    template <class T> FASTATTN_DEVICE void load(SharedAddress at, const TensorMap* map,
+                                                 SharedAddress bar, int row, int head, int batch,
+                                                 uint64_t hint) {
 #pragma unroll
         for (int i = 0; i < T::PANELS; i++)
             tma_load(T{at}.panel(i), map, bar, PANEL * i, row, head, batch, hint);
@@ -164,6 +164,7 @@ template <class F> struct Consumer {
     // Rows of v past the entry's last key, from `row` on, become zeros: their weights are 0, but
     // what is there may be NaN.
     FASTATTN_DEVICE void clear_values(int row) const {
+        v_ring.wait();
         typename F::KVTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
         constexpr int CHUNKS = F::D / 8, CONSUMING = 128 * Config::CONSUMERS;
         for (int i = row * CHUNKS + thread_index() - 128; i < F::BLOCK_KV * CHUNKS; i += CONSUMING)
@@ -272,15 +273,15 @@ template <class F> struct Consumer {
 
             // Scores of tile n and the output of tile n + 1 are in flight together.
             auto step = [&](auto masked) {
+                if (clear < F::BLOCK_KV) {  // before a turn, in which nobody else can come here
+                    clear_values(clear);
+                    clear = F::BLOCK_KV;
+                }
                 k_ring.wait();
                 take_turn();
                 wgmma_fence();
                 issue_scores(s);
                 v_ring.wait();
-                if (clear < F::BLOCK_KV) {
-                    clear_values(clear);
-                    clear = F::BLOCK_KV;
-                }
                 wgmma_fence();
                 issue_output(acc, weights);
                 pass_turn();
@@ -298,8 +299,8 @@ template <class F> struct Consumer {
             for (; n >= imax(own.full_begin, all.begin); n--) step(Unmasked{});
             for (; n >= all.begin; n--) step(Masked{});
 
-            v_ring.wait();
             if (clear < F::BLOCK_KV) clear_values(clear);
+            v_ring.wait();
             wgmma_fence();
             issue_output(acc, weights);
             wgmma_wait<0>();
@@ -328,8 +329,7 @@ template <class F> struct Consumer {
 
 // --- the kernel ---------------------------------------------------------------------------------
 
-template <class F>
-__global__ void __launch_bounds__(F::THREADS, 1)
+template <class F> __global__ void __launch_bounds__(F::THREADS, 1)
     forward_sm90(const __grid_constant__ ForwardParams p) {
     SharedAddress shared = dynamic_shared();
     typename F::KVRing k_ring{shared + F::BARRIERS_AT};

@@ -81,10 +81,9 @@ inline int heads_per_section(const ForwardCall& c) {
 template <class F, class Encode>
 std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode) {
     p = {};
-    for (std::string error : {tensor_map(p.q, c.q, F::BLOCK_Q, encode),
-                              tensor_map(p.k, c.k, F::BLOCK_KV, encode),
-                              tensor_map(p.v, c.v, F::BLOCK_KV, encode),
-                              tensor_map(p.out, c.out, 64, encode)})
+    for (std::string error :
+         {tensor_map(p.q, c.q, F::BLOCK_Q, encode), tensor_map(p.k, c.k, F::BLOCK_KV, encode),
+          tensor_map(p.v, c.v, F::BLOCK_KV, encode), tensor_map(p.out, c.out, 64, encode)})
         if (!error.empty()) return error;
     p.lse = c.lse;
     p.kv_lens = c.kv_lens;

@@ -9,8 +9,8 @@ namespace fastattn::cuda {
 enum class SinkType { NONE, F32, BF16, F16 };
 
 struct ForwardParams {
-    TensorMap q, k, v, out;  // dimensions (D, rows, heads, batch), boxes of 64 columns
-    float* lse;              // [batch, heads, q_len]
+    TensorMap q, k, v, out;          // dimensions (D, rows, heads, batch), boxes of 64 columns
+    float* lse;                      // [batch, heads, q_len]
     const int *kv_lens, *kv_starts;  // [batch] or null
     const void* sinks;               // [heads]
     SinkType sink_type;

@@ -27,8 +27,8 @@ struct Transform {
 
 struct OnlineSoftmax {
     float row_max[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // of scores before `multiplier`
-    float row_sum[2] = {0, 0};  // this thread's columns only
-    float multiplier;           // takes scores to base-2 exponents
+    float row_sum[2] = {0, 0};                                  // this thread's columns only
+    float multiplier;                                           // takes scores to base-2 exponents
 
     // Scores become weights; returns in `rescale` what the weights so far have to be multiplied by.
     // MASKED: some rows may have seen no key yet.
@@ -64,14 +64,13 @@ struct OnlineSoftmax {
             float sum = row_sum[r];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
-            float top = row_max[r] == NEGATIVE_INFINITY ? NEGATIVE_INFINITY : row_max[r] * multiplier;
-            float sink2 = sink * static_cast<float>(LOG2E);
-            float m = fmaxf(top, sink2);
-            if (m == NEGATIVE_INFINITY) {
+            if (row_max[r] == NEGATIVE_INFINITY) {
                 out_scale[r] = 0;
                 lse[r] = NEGATIVE_INFINITY;
                 continue;
             }
+            float top = row_max[r] * multiplier, sink2 = sink * static_cast<float>(LOG2E);
+            float m = fmaxf(top, sink2);
             float weight = exp2_approx(top - m);
             sum = sum * weight + exp2_approx(sink2 - m);
             out_scale[r] = weight / sum;
@@ -90,8 +89,7 @@ FASTATTN_DEVICE void mask_scores(float (&s)[SIZE], const int (&low)[2], const in
             s[i] = NEGATIVE_INFINITY;
 }
 
-template <int SIZE>
-FASTATTN_DEVICE void scale_rows(float (&acc)[SIZE], const float (&by)[2]) {
+template <int SIZE> FASTATTN_DEVICE void scale_rows(float (&acc)[SIZE], const float (&by)[2]) {
 #pragma unroll
     for (int i = 0; i < SIZE; i++) acc[i] *= by[row_of(i)];
 }

@@ -9,8 +9,8 @@
 
 namespace fastattn::cuda {
 
-constexpr int PANEL = 64;        // columns
-constexpr int ROW_BYTES = 128;   // of a panel
+constexpr int PANEL = 64;          // columns
+constexpr int ROW_BYTES = 128;     // of a panel
 constexpr int GROUP_BYTES = 1024;  // eight rows: the period of the swizzle
 
 // Bits 0-13 address, 16-29 leading and 32-45 stride offset, all / 16; 62: 128-byte swizzle.
@@ -68,8 +68,7 @@ FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / 16][4], const float (&d)[N /
 #pragma unroll
     for (int i = 0; i < N / 16; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            a[i][j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
+        for (int j = 0; j < 4; j++) a[i][j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
 }
 
 // Writes 64 rows of an accumulator, rounded to 16 bits, to rows `row` and on of a tile.
@@ -82,8 +81,7 @@ FASTATTN_DEVICE void store_accumulator(T tile, int row, const float (&d)[N / 2])
     for (int i = 0; i < N / 16; i++) {
         uint32_t r[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            r[j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
+        for (int j = 0; j < 4; j++) r[j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
         stmatrix<false>(tile.chunk(at, 2 * i + lane / 16), r);
     }
 }

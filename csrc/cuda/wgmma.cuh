@@ -20,15 +20,14 @@ template <int N> FASTATTN_DEVICE void pin(float (&d)[N]) {
 }
 
 // The operands of d, and their places in the template of the instruction, by their number.
-#define D8(i)                                                                             \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]),           \
-        "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D8(i)                                                                                   \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
 #define D32 D8(0), D8(8), D8(16), D8(24)
 #define D40 D32, D8(32)
 #define D64 D40, D8(40), D8(48), D8(56)
 #define D128 D64, D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
-#define TEN(t) \
-    "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9,"
+#define TEN(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9,"
 #define P30 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN("1") TEN("2")
 #define P60 P30 TEN("3") TEN("4") TEN("5")
 #define P120 P60 TEN("6") TEN("7") TEN("8") TEN("9") TEN("10") TEN("11")
@@ -37,7 +36,7 @@ template <int N> FASTATTN_DEVICE void pin(float (&d)[N]) {
 #define P64 P60 "%60,%61,%62,%63"
 #define P128 P120 "%120,%121,%122,%123,%124,%125,%126,%127"
 
-#define WGMMA(N, TYPE, P, OPERANDS, FLAG) \
+#define WGMMA(N, TYPE, P, OPERANDS, FLAG)                                                      \
     "{\n.reg .pred keep;\nsetp.ne.b32 keep, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64n" N \
     "k16.f32." TYPE "." TYPE " {" P "}, " OPERANDS ";\n}"
 
@@ -47,22 +46,22 @@ template <int N, class Element, bool A_MN, bool B_MN> struct Wgmma;
 
 #define DEFINE_WGMMA(N, HALF, ELEMENT, TYPE, I0, I1, I2, I3, I4, I5, I6)                           \
     template <bool A_MN, bool B_MN> struct Wgmma<N, ELEMENT, A_MN, B_MN> {                         \
-        static FASTATTN_DEVICE void ss(float(&d)[HALF], uint64_t a, uint64_t b, int accumulate) {  \
-            asm volatile(WGMMA(#N, TYPE, P##HALF, I0 ", " I1 ", keep, 1, 1, " I3 ", " I4, I2)       \
+        static FASTATTN_DEVICE void ss(float (&d)[HALF], uint64_t a, uint64_t b, int accumulate) { \
+            asm volatile(WGMMA(#N, TYPE, P##HALF, I0 ", " I1 ", keep, 1, 1, " I3 ", " I4, I2)      \
                          : D##HALF                                                                 \
                          : "l"(a), "l"(b), "r"(accumulate), "n"(A_MN), "n"(B_MN));                 \
         }                                                                                          \
-        static FASTATTN_DEVICE void rs(float(&d)[HALF], const uint32_t (&a)[4], uint64_t b,        \
+        static FASTATTN_DEVICE void rs(float (&d)[HALF], const uint32_t (&a)[4], uint64_t b,       \
                                        int accumulate) {                                           \
             asm volatile(WGMMA(#N, TYPE, P##HALF,                                                  \
-                               "{" I0 "," I1 "," I2 "," I3 "}, " I4 ", keep, 1, 1, " I6, I5)        \
+                               "{" I0 "," I1 "," I2 "," I3 "}, " I4 ", keep, 1, 1, " I6, I5)       \
                          : D##HALF                                                                 \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),    \
                            "n"(B_MN));                                                             \
         }                                                                                          \
     };
-#define DEFINE_WGMMA_BOTH(N, HALF, ...)                   \
-    DEFINE_WGMMA(N, HALF, Bf16, "bf16", __VA_ARGS__)      \
+#define DEFINE_WGMMA_BOTH(N, HALF, ...)              \
+    DEFINE_WGMMA(N, HALF, Bf16, "bf16", __VA_ARGS__) \
     DEFINE_WGMMA(N, HALF, Fp16, "f16", __VA_ARGS__)
 
 DEFINE_WGMMA_BOTH(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")

@@ -23,12 +23,10 @@ template <class F> std::string forward(const ForwardCall& call, int grid, uint64
     std::string error = forward_params<F>(p, call, encode);
     if (!error.empty()) return error;
     grid = std::min(grid, p.tiles);
-    return emulator::launch({grid, F::THREADS, F::SHARED_BYTES, seed},
-                            [&] { forward_sm90<F>(p); });
+    return emulator::launch({grid, F::THREADS, F::SHARED_BYTES, seed}, [&] { forward_sm90<F>(p); });
 }
 
-template <class Element>
-std::string forward_of(const ForwardCall& call, int grid, uint64_t seed) {
+template <class Element> std::string forward_of(const ForwardCall& call, int grid, uint64_t seed) {
     switch (call.q.head_dim) {
         case 64:
             return forward<Forward<Element, 64>>(call, grid, seed);

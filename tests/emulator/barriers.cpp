@@ -11,8 +11,7 @@ Meeting& my_warp() { return cta->warps[cta->current->index / 32]; }
 Mbarrier& mbarrier_at(uint32_t bar, uint32_t site) {
     check_range(bar, 8, 8, site, "an mbarrier");
     auto found = cta->mbarriers.find(bar);
-    if (found == cta->mbarriers.end())
-        fail(site, "there is no mbarrier at " + std::to_string(bar));
+    if (found == cta->mbarriers.end()) fail(site, "there is no mbarrier at " + std::to_string(bar));
     Mbarrier& b = found->second;
     const Thread& t = *cta->current;
     if (b.owner != t.index && t.clock->at[b.owner] < b.init_epoch)
@@ -63,8 +62,7 @@ void sync_warp() {
 void barrier(int id, int threads, bool wait) {
     uint32_t site = SITE;
     if (id == 0 && threads == 0) threads = cta->how.threads;
-    if (id < 0 || id > 15)
-        fail(site, "named barriers are 0 to 15, this is " + std::to_string(id));
+    if (id < 0 || id > 15) fail(site, "named barriers are 0 to 15, this is " + std::to_string(id));
     if (threads % 32 || threads <= 0 || threads > cta->how.threads)
         fail(site, "a named barrier cannot have " + std::to_string(threads) + " threads");
     NamedBarrier& b = cta->named[id];
@@ -79,8 +77,9 @@ void barrier(int id, int threads, bool wait) {
     if (wait) b.waiting.push_back(&me);
     if (++b.arrived < threads) {
         if (wait)
-            block("bar.sync", site, " of barrier " + std::to_string(id) + ", " +
-                                        std::to_string(threads) + " threads");
+            block(
+                "bar.sync", site,
+                " of barrier " + std::to_string(id) + ", " + std::to_string(threads) + " threads");
         return;
     }
     Clock clock = b.release.take();
@@ -151,8 +150,9 @@ void complete_bytes(uint32_t bar, int bytes, const Async& a) {
 
 void check_async_use(uint32_t bar, uint32_t site) {
     if (!mbarrier_at(bar, site).fenced)
-        fail(site, "no fence.mbarrier_init between the mbarrier's initialisation and its use by a "
-                   "copy");
+        fail(site,
+             "no fence.mbarrier_init between the mbarrier's initialisation and its use by a "
+             "copy");
 }
 
 void fence_proxy_async() {
@@ -175,8 +175,9 @@ void set_registers(int count, bool increase) {
         int more = (count - w.registers) * 128;
         while (more > cta->register_pool) {  // the others of the warpgroup wait in meet
             cta->register_waiters.push_back({cta->current, more});
-            block("setmaxnreg.inc", site, ": " + std::to_string(more) + " registers wanted, " +
-                                              std::to_string(cta->register_pool) + " free");
+            block("setmaxnreg.inc", site,
+                  ": " + std::to_string(more) + " registers wanted, " +
+                      std::to_string(cta->register_pool) + " free");
         }
         cta->register_pool -= more;
         w.registers = count;

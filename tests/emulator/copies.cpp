@@ -58,8 +58,9 @@ void check_map(const TensorMap* map, uint32_t address, uint32_t site) {
     if (map->rank != 4)
         fail(site, "the map has " + std::to_string(map->rank) + " dimensions, the instruction 4");
     int alignment = map->swizzle == Swizzle::NONE ? 128 : 8 * span_of(map->swizzle);
-    check_range(address, static_cast<int>(map->box[0] * map->box[1] * map->box[2] * map->box[3]) *
-                             map->element_bytes,
+    check_range(address,
+                static_cast<int>(map->box[0] * map->box[1] * map->box[2] * map->box[3]) *
+                    map->element_bytes,
                 alignment, site, "a tensor copy");
 }
 

@@ -58,7 +58,18 @@ std::string launch(const Launch& how, const std::function<void()>& kernel);
 
 // ---- the instructions, out of line -------------------------------------------------------------
 
-enum class Op { SHUFFLE, SYNC_WARP, LDMATRIX, STMATRIX, MMA, FENCE, COMMIT, WAIT, WGMMA, SETMAXNREG };
+enum class Op {
+    SHUFFLE,
+    SYNC_WARP,
+    LDMATRIX,
+    STMATRIX,
+    MMA,
+    FENCE,
+    COMMIT,
+    WAIT,
+    WGMMA,
+    SETMAXNREG
+};
 
 int thread_index();
 int block_index();
@@ -204,8 +215,7 @@ template <int N> FASTATTN_DEVICE void copy_wait() { emulator::copy_wait(N); }
 template <bool TRANSPOSE> FASTATTN_DEVICE void ldmatrix(uint32_t (&r)[4], SharedAddress row) {
     emulator::ldmatrix(r, row, TRANSPOSE);
 }
-template <bool TRANSPOSE>
-FASTATTN_DEVICE void stmatrix(SharedAddress row, const uint32_t (&r)[4]) {
+template <bool TRANSPOSE> FASTATTN_DEVICE void stmatrix(SharedAddress row, const uint32_t (&r)[4]) {
     emulator::stmatrix(row, r, TRANSPOSE);
 }
 template <class E>
@@ -221,9 +231,9 @@ template <int N, class E, bool A_MN, bool B_MN>
 FASTATTN_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     emulator::wgmma({d, nullptr, a, b, N, accumulate, IS_BF16<E>, A_MN, B_MN});
 }
-template <int N, class E, bool B_MN>
-FASTATTN_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
-                              bool accumulate) {
+template <int N, class E, bool B_MN> FASTATTN_DEVICE void wgmma_rs(float (&d)[N / 2],
+                                                                   const uint32_t (&a)[4],
+                                                                   uint64_t b, bool accumulate) {
     emulator::wgmma({d, a, 0, b, N, accumulate, IS_BF16<E>, false, B_MN});
 }
 

@@ -8,8 +8,9 @@ namespace fastattn::emulator {
 
 namespace {
 
+// A signalling NaN: whoever computes with it changes its bits.
 float poison() {
-    uint32_t bits = 0x7fc0dead;
+    uint32_t bits = 0x7fa0dead;
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
@@ -17,7 +18,7 @@ float poison() {
 bool is_poison(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    return bits == 0x7fc0dead;
+    return bits == 0x7fa0dead;
 }
 
 float half_at(const uint8_t* p, bool bf16) {
@@ -114,7 +115,8 @@ struct Descriptor {
     Swizzle swizzle;
 
     explicit Descriptor(uint64_t bits, uint32_t site)
-        : start((bits & 0x3fff) << 4), lead(((bits >> 16) & 0x3fff) << 4),
+        : start((bits & 0x3fff) << 4),
+          lead(((bits >> 16) & 0x3fff) << 4),
           stride(((bits >> 32) & 0x3fff) << 4) {
         static const Swizzle modes[] = {Swizzle::NONE, Swizzle::B128, Swizzle::B64, Swizzle::B32};
         swizzle = modes[bits >> 62];
@@ -206,8 +208,9 @@ void issue(const Wgmma& w, Meeting& meeting, uint32_t site) {
     int first = cta->current->index / 128 * 128;
     Warpgroup& group = cta->matrix[first / 128];
     if (!group.fenced)
-        fail(site, "no wgmma.fence between the last wgmma.wait_group, after which registers may "
-                   "change, and this wgmma");
+        fail(site,
+             "no wgmma.fence between the last wgmma.wait_group, after which registers may "
+             "change, and this wgmma");
     Multiply m;
     m.call = w;
     Release all;

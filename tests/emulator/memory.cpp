@@ -22,8 +22,8 @@ bool ordered(const Access& before, const Accessor& now) {
 [[noreturn]] void race(uint32_t address, const Access& before, const char* did, const Accessor& now,
                        const char* does) {
     fail(now.site, "race on shared memory at " + std::to_string(address) + ": " +
-                       name_of(now.slot, 0) + " " + does + " what " + name_of(before.slot, 0) +
-                       " " + did + " with nothing between that orders the two; that was\n" +
+                       name_of(now.slot) + " " + does + " what " + name_of(before.slot) + " " +
+                       did + " with nothing between that orders the two; that was\n" +
                        lines_of(before.site) + "\n    and this is");
 }
 
@@ -33,9 +33,10 @@ void check_proxy(uint32_t address, const Access& write, const Accessor& now) {
     const std::vector<uint32_t>& fences = cta->threads[write.slot].fences;
     auto fence = std::lower_bound(fences.begin(), fences.end(), write.epoch);
     if (fence == fences.end() || now.clock->at[write.slot] < *fence)
-        fail(now.site, "no fence.proxy.async between this asynchronous access to shared memory at " +
-                           std::to_string(address) + " and thread " + std::to_string(write.slot) +
-                           "'s write\n" + lines_of(write.site));
+        fail(now.site,
+             "no fence.proxy.async between this asynchronous access to shared memory at " +
+                 std::to_string(address) + " and thread " + std::to_string(write.slot) +
+                 "'s write\n" + lines_of(write.site));
 }
 
 void note_read(Cell& cell, const Accessor& who, int at) {
@@ -70,8 +71,8 @@ void check_range(uint32_t address, int bytes, int alignment, uint32_t site, cons
                        std::to_string(address) + " is outside of shared memory, [1024, " +
                        std::to_string(SHARED_BASE + cta->how.shared_bytes) + ")");
     if (address % alignment)
-        fail(site, std::string(what) + " at " + std::to_string(address) + " must be a multiple of " +
-                       std::to_string(alignment));
+        fail(site, std::string(what) + " at " + std::to_string(address) +
+                       " must be a multiple of " + std::to_string(alignment));
 }
 
 uint8_t* read_cells(uint32_t address, int bytes, const Accessor& who) {
@@ -80,8 +81,8 @@ uint8_t* read_cells(uint32_t address, int bytes, const Accessor& who) {
         Cell& cell = cta->cells[i];
         uint32_t at = SHARED_BASE + 4 * i;
         if (cell.write.epoch == 0)
-            fail(who.site, "shared memory at " + std::to_string(at) +
-                               " is read and nobody has written it");
+            fail(who.site,
+                 "shared memory at " + std::to_string(at) + " is read and nobody has written it");
         if (!ordered(cell.write, who)) race(at, cell.write, "wrote", who, "reads");
         check_proxy(at, cell.write, who);
         note_read(cell, who, who.slot);

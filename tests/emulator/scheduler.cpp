@@ -184,7 +184,9 @@ std::string lines_of(uint32_t site) {
     if (FILE* pipe = popen(command, "r")) {
         char line[256];
         while (std::fgets(line, sizeof line, pipe))
-            if (!std::strstr(line, "emulator.h:")) text += std::string("      at ") + line;
+            if (!std::strstr(line, "emulator.h:") && !std::strstr(line, "invoke.h:") &&
+                !std::strstr(line, "std_function.h:"))
+                text += std::string("      at ") + line;
         pclose(pipe);
     }
     if (!text.empty()) text.pop_back();
@@ -201,8 +203,9 @@ void fail(uint32_t site, const std::string& what) {
     throw cta->error;  // an asynchronous operation, run by the scheduler
 }
 
-std::string name_of(int slot, int) {
-    return slot < MAX_THREADS ? "thread " + std::to_string(slot) : "an asynchronous operation";
+std::string name_of(int slot) {
+    return slot < MAX_THREADS ? "thread " + std::to_string(slot)
+                              : std::string("a ") + cta->agents[slot - MAX_THREADS];
 }
 
 // ---- clocks ------------------------------------------------------------------------------------
@@ -274,9 +277,9 @@ void yield() {
 
 void meet(Meeting& m, int size, Op op, uint64_t key, uint32_t site,
           const std::function<void()>& action) {
-    static const char* const names[] = {"shuffle",    "syncwarp",     "ldmatrix",
-                                        "stmatrix",   "mma",          "wgmma.fence",
-                                        "wgmma.commit", "wgmma.wait", "wgmma", "setmaxnreg"};
+    static const char* const names[] = {"shuffle", "syncwarp",    "ldmatrix",     "stmatrix",
+                                        "mma",     "wgmma.fence", "wgmma.commit", "wgmma.wait",
+                                        "wgmma",   "setmaxnreg"};
     const char* name = names[static_cast<int>(op)];
     if (m.arrived == 0) {
         m.op = op;
@@ -309,6 +312,7 @@ AsyncPtr start(const char* what, uint32_t site, const Clock& clock, int count) {
     int agent = cta->next_agent++ % AGENTS;
     a->slot = MAX_THREADS + agent;
     a->epoch = ++cta->agent_epochs[agent];
+    cta->agents[agent] = what;
     a->clock = clock;
     a->count = count;
     return a;

@@ -56,11 +56,11 @@ struct Accessor {
 
 struct Async {
     const char* what;
-    int thread;            // the issuer
+    int thread;  // the issuer
     uint32_t site;
-    int slot;              // agent
+    int slot;  // agent
     uint32_t epoch;
-    Clock clock;           // of the issue, the issuer's own epoch included
+    Clock clock;                           // of the issue, the issuer's own epoch included
     std::function<void(Async&)> steps[2];  // to be run in order, each at a moment of its own
     int next = 0, count = 1;
     bool done() const { return next == count; }
@@ -77,7 +77,7 @@ struct Multiply {  // one wgmma in flight
     Wgmma call;
     float* d[128];
     const uint32_t* a[128];
-    std::vector<uint32_t> a_values;  // at issue: must be the same at completion
+    std::vector<uint32_t> a_values;           // at issue: must be the same at completion
     std::shared_ptr<std::vector<float>> sum;  // [64 x n], shared along a chain on one accumulator
     AsyncPtr async;
     int group = -1;  // number of its commit group, -1 until committed
@@ -100,7 +100,7 @@ struct Thread {
     const char* waiting = nullptr;  // what it is blocked in
     uint32_t site = 0;              // and where
     std::string detail;
-    Group bulk, copies;             // not committed yet
+    Group bulk, copies;  // not committed yet
     std::deque<Group> bulk_groups, copy_groups;
 };
 
@@ -136,7 +136,7 @@ struct Mbarrier {
 
 struct Warpgroup {
     std::deque<Multiply> queue;
-    int committed = 0;   // groups so far
+    int committed = 0;    // groups so far
     bool fenced = false;  // wgmma.fence since the last wait
     int registers = 0;
 };
@@ -157,6 +157,7 @@ struct Cta {
     std::vector<std::vector<Thread*>> ready;  // of each warp
     int ready_count = 0, alive = 0;
     uint32_t agent_epochs[AGENTS] = {};
+    const char* agents[AGENTS] = {};  // what each was last
     int next_agent = 0;
     int register_pool = 0;
     std::vector<std::pair<Thread*, int>> register_waiters;
@@ -187,7 +188,7 @@ Clock clock_of(const Thread& t);
 // The last to arrive runs action; all leave together.
 void meet(Meeting& m, int size, Op op, uint64_t key, uint32_t site,
           const std::function<void()>& action);
-std::string name_of(int first, int last);
+std::string name_of(int slot);
 
 // ---- memory.cpp --------------------------------------------------------------------------------
 

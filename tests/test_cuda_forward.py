@@ -1,0 +1,125 @@
+"""The CUDA forward kernels, on the emulator, against float64: masks, shapes, layouts, schedules.
+
+Each case runs with one of the emulator's three ways to time asynchronous work, and with one or two
+multiprocessors, so that CTAs take one tile or many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import emulated
+import pytest
+import torch
+from cases import Case
+
+from fastattn.reference import reference
+
+pytestmark = pytest.mark.skipif(
+    emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
+)
+
+DIMS = (64, 128, 256)
+# Tiles are 192 or 128 rows (64 a warpgroup) by 128 or 80 keys.
+SHAPES = {
+    "one": {"q_len": 1, "kv_len": 1},
+    "row": {"q_len": 1, "kv_len": 300},
+    "key": {"q_len": 200, "kv_len": 1},
+    "tile": {"q_len": 192, "kv_len": 128},
+    "odd": {"q_len": 131, "kv_len": 257},
+    "long": {"q_len": 449, "kv_len": 449, "batch": 1, "heads": 1},
+}
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "causal-start": {"causal": True, "align": "start"},
+    "window": {"window": (37, 11)},
+    "left": {"window": (90, None)},
+    "right": {"window": (None, 3)},
+    "sliding": {"window": (100, 0)},
+    "diagonal": {"window": (0, 0)},
+}
+OPTIONS = {
+    "gqa": {"heads": 6, "kv_heads": 2, "q_len": 70, "kv_len": 150, "causal": True},
+    "kv_lens": {"batch": 4, "q_len": 90, "kv_len": 300, "kv_lens": (0, 1, 128, 255)},
+    "kv_lens-causal": {
+        "batch": 4, "q_len": 90, "kv_len": 300, "kv_lens": (0, 45, 300, 257), "causal": True,
+    },
+    "kv_starts": {
+        "batch": 3, "q_len": 90, "kv_len": 300, "kv_lens": (20, 300, 280), "kv_starts": (20, 0, 131),
+    },
+    "kv_starts-window": {
+        "batch": 3, "q_len": 130, "kv_len": 300, "kv_lens": (290, 300, 280),
+        "kv_starts": (7, 0, 131), "window": (64, 0),
+    },
+    "softcap": {"q_len": 150, "kv_len": 300, "softcap": 3.0},
+    "softcap-causal": {"q_len": 150, "kv_len": 300, "softcap": 20.0, "causal": True, "scale": 0.7},
+    "sinks": {"q_len": 150, "kv_len": 300, "sinks": True, "causal": True},
+    "sinks-dead": {"batch": 3, "q_len": 70, "kv_len": 90, "sinks": True, "kv_lens": (0, 1, 90)},
+    "scale-negative": {"q_len": 70, "kv_len": 150, "scale": -0.4, "causal": True},
+    "scale-zero": {"q_len": 70, "kv_len": 150, "scale": 0.0, "window": (30, 30)},
+    "scale-large": {"q_len": 70, "kv_len": 150, "scale": 3.0},
+    "dead-rows": {"q_len": 400, "kv_len": 100, "causal": True, "batch": 1},
+    "bshd": {"q_len": 100, "kv_len": 200, "layout": "bshd", "causal": True},
+    "qkv": {"q_len": 150, "kv_len": 150, "layout": "qkv"},
+    "one_kv_head": {"q_len": 150, "kv_len": 150, "heads": 4, "kv_heads": 1, "layout": "one_kv_head"},
+}  # fmt: skip
+
+
+def check(case: Case, dtype: torch.dtype, seed: int, grid: int = 2) -> None:
+    """Within twice the error of plain attention in dtype, and a rounding of the result."""
+    problem = case.make(dtype, seed)
+    out, lse = emulated.forward(problem, seed, grid)
+    expected, expected_lse = reference(*problem.to(torch.float64))
+    plain, _ = reference(*problem)
+    floor = torch.finfo(dtype).eps * expected.abs().max()
+    limit = 2 * (plain.double() - expected).abs().max() + floor
+    assert (out.double() - expected).abs().max() <= limit
+    dead = expected_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, dead)
+    assert out[dead].eq(0).all()
+    torch.testing.assert_close(lse[~dead].double(), expected_lse[~dead], atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_masks(dim, shape, mask):
+    seed = DIMS.index(dim) + list(SHAPES).index(shape) + list(MASKS).index(mask)
+    case = Case(f"cuda/{shape}-{mask}", head_dim=dim, **SHAPES[shape], **MASKS[mask])
+    check(case, torch.bfloat16 if seed % 2 else torch.float16, seed, grid=1 + seed % 2)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dim", DIMS)
+def test_options(dim, option):
+    seed = DIMS.index(dim) + list(OPTIONS).index(option)
+    case = Case(f"cuda/{option}", head_dim=dim, **OPTIONS[option])
+    check(case, torch.float16 if seed % 2 else torch.bfloat16, seed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("dim", DIMS)
+def test_moments_of_asynchronous_work(dim, seed):
+    case = Case("cuda/seeds", batch=1, q_len=260, kv_len=390, head_dim=dim, causal=True)
+    check(replace(case, window=(200, 0) if seed % 2 else None), torch.bfloat16, seed, grid=1)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_every_schedule_gives_the_same_bits(dim):
+    """Neither the moments of asynchronous work nor the number of CTAs change a bit."""
+    problem = Case("cuda/bits", q_len=200, kv_len=300, head_dim=dim, causal=True).make(torch.float16)
+    results = [emulated.forward(problem, seed, grid) for seed, grid in ((0, 1), (1, 3), (2, 99))]
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+def test_what_tma_cannot_describe_is_named():
+    q = torch.randn(1, 1, 64, 72).half()[..., :64]
+    k = torch.randn(1, 1, 64, 68).half()[..., :64]
+    problem = Case("cuda/strides", q_len=64, kv_len=64, head_dim=64).make(torch.float16)
+    with pytest.raises(emulated.Fault, match="k has a stride of 68 elements"):
+        emulated.forward(problem._replace(q=q, k=k, v=q))
+    odd = torch.randn(64 * 64 + 8).half()[1 : 64 * 64 + 1].view(1, 1, 64, 64)
+    with pytest.raises(emulated.Fault, match="v does not start at a multiple of 16 bytes"):
+        emulated.forward(problem._replace(q=q, k=q, v=odd))
