@@ -18,9 +18,10 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
-CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/*.cu*)
+CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
+    tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test bench build asan lint fmt size gpu clean distclean help
+.PHONY: demo test bench build asan lint fmt size gpu cuda-audit clean distclean help
 .DELETE_ON_ERROR:
 
 help:
@@ -102,6 +103,10 @@ gpu: build
 	$(BIN)/python -m fastattn info
 	$(BIN)/python -m fastattn verify
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# What nvcc makes of csrc/cuda: registers, spills, shared memory, instructions. Needs no GPU.
+cuda-audit: build
+	$(BIN)/python -m fastattn.benchmarks.cuda_audit $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -46,7 +46,8 @@ OPTIONS = {
         "batch": 4, "q_len": 90, "kv_len": 300, "kv_lens": (0, 45, 300, 257), "causal": True,
     },
     "kv_starts": {
-        "batch": 3, "q_len": 90, "kv_len": 300, "kv_lens": (20, 300, 280), "kv_starts": (20, 0, 131),
+        "batch": 3, "q_len": 90, "kv_len": 300, "kv_lens": (20, 300, 280),
+        "kv_starts": (20, 0, 131),
     },
     "kv_starts-window": {
         "batch": 3, "q_len": 130, "kv_len": 300, "kv_lens": (290, 300, 280),
@@ -62,7 +63,9 @@ OPTIONS = {
     "dead-rows": {"q_len": 400, "kv_len": 100, "causal": True, "batch": 1},
     "bshd": {"q_len": 100, "kv_len": 200, "layout": "bshd", "causal": True},
     "qkv": {"q_len": 150, "kv_len": 150, "layout": "qkv"},
-    "one_kv_head": {"q_len": 150, "kv_len": 150, "heads": 4, "kv_heads": 1, "layout": "one_kv_head"},
+    "one_kv_head": {
+        "q_len": 150, "kv_len": 150, "heads": 4, "kv_heads": 1, "layout": "one_kv_head",
+    },
 }  # fmt: skip
 
 
@@ -108,7 +111,8 @@ def test_moments_of_asynchronous_work(dim, seed):
 @pytest.mark.parametrize("dim", DIMS)
 def test_every_schedule_gives_the_same_bits(dim):
     """Neither the moments of asynchronous work nor the number of CTAs change a bit."""
-    problem = Case("cuda/bits", q_len=200, kv_len=300, head_dim=dim, causal=True).make(torch.float16)
+    case = Case("cuda/bits", q_len=200, kv_len=300, head_dim=dim, causal=True)
+    problem = case.make(torch.float16)
     results = [emulated.forward(problem, seed, grid) for seed, grid in ((0, 1), (1, 3), (2, 99))]
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])

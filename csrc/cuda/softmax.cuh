@@ -1,5 +1,6 @@
 // Softmax over rows that arrive tile by tile, on accumulators [64 x N] of a warpgroup. A thread
-// holds two rows, 8 apart, of which four neighbouring lanes share the columns. next: forward_sm90.cuh
+// holds two rows, 8 apart, of which four neighbouring lanes share the columns.
+// next: forward_sm90.cuh
 #pragma once
 #include "../spec.h"
 #include "ptx.cuh"

@@ -43,7 +43,8 @@ template <int ROWS_, int COLUMNS_> struct Tile {
     }
 };
 
-// acc[64 x N] = a[64 rows from a_row, K] * b[N, K]^T. Issues only: the caller fences, commits, waits.
+// acc[64 x N] = a[64 rows from a_row, K] * b[N, K]^T. Issues only: the caller fences, commits and
+// waits.
 template <class Element, int N, class A, class B>
 FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b) {
     static_assert(A::COLUMNS == B::COLUMNS && B::ROWS == N);

@@ -203,7 +203,7 @@ void bulk_commit() {
     t.bulk = {};
 }
 
-// A group of which only the reads were waited for stays in the list, for a later wait on its writes.
+// A group of which only the reads were waited for stays in the list, for a wait on its writes.
 void bulk_wait(int groups, bool read_only) {
     Thread& t = *cta->current;
     Release done;
