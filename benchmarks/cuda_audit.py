@@ -62,6 +62,10 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+def nvcc_version() -> str:
+    return re.search(r"release [^\n]+", _run(find_tool("nvcc"), "--version")).group()
+
+
 # ---- compiling ---------------------------------------------------------------------------------
 
 
@@ -75,7 +79,7 @@ def compiled(source: Path) -> tuple[Path, str]:
     if arch is None:
         raise ValueError(f"{source.name} names no architecture of {', '.join(ARCHS)}")
     nvcc = find_tool("nvcc")
-    digest = hashlib.sha256(_run(nvcc, "--version").encode() + repr((FLAGS, arch)).encode())
+    digest = hashlib.sha256(repr((nvcc_version(), FLAGS, arch)).encode())
     for path in [source, *sorted((ROOT / "csrc").glob("*.h"))]:
         digest.update(path.read_bytes())
     for path in sorted((ROOT / "csrc/cuda").glob("*.[ch]*")):
@@ -201,9 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = audit()
     print(table(rows))
     if options.write:
-        STORED.write_text(json.dumps(rows, indent=1) + "\n")
+        STORED.write_text(json.dumps({"nvcc": nvcc_version(), "rows": rows}, indent=1) + "\n")
     elif STORED.exists():
-        for change in differences(rows, json.loads(STORED.read_text())):
+        for change in differences(rows, json.loads(STORED.read_text())["rows"]):
             print(f"differs from {STORED.name}: {change}")
     found = [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
     for problem in found:

@@ -57,8 +57,8 @@ struct OnlineSoftmax {
         }
     }
 
-    // After the last tile. out_scale: for the accumulator; lse: natural, -inf for rows without keys.
-    // A sink is a logit that joins the denominator only; -inf where there is none.
+    // After the last tile. out_scale: for the accumulator; lse: natural, -inf for rows without
+    // keys. A sink is a logit that joins the denominator only; -inf where there is none.
     FASTATTN_DEVICE void finish(float sink, float (&out_scale)[2], float (&lse)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
