@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL:
         Path(f"{target}.part").rename(target)
     loaded = ctypes.CDLL(str(target))
     loaded.emulated_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p]
-    for name in ("emulated_forward_sm90", "emulated_self_test"):
+    for name in ("emulated_forward_sm90", "emulated_backward_sm90"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -99,6 +99,18 @@ class ForwardCall(ctypes.Structure):
         ("sink_type", ctypes.c_int),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
+    ]
+
+
+class BackwardCall(ctypes.Structure):
+    """csrc/cuda/launch.h; working memory is the emulator's."""
+
+    _fields_ = [
+        *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("lse", "dlse", "kv_lens", "kv_starts")),
+        *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
+        *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
+        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns")),
     ]
 
 
@@ -136,3 +148,23 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
     if fault:
         raise Fault(fault.decode())
     return out, lse
+
+
+def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2):
+    """(dq, dk, dv), which start as NaN."""
+    q, k, v, spec, x = problem
+    dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
+    register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,
+             kv_lens=x.kv_lens, kv_starts=x.kv_starts)  # fmt: skip
+    call = BackwardCall(
+        *map(Operand.of, (q, k, v, out, dout, dq, dk, dv)),
+        *map(_address, (lse, dlse, x.kv_lens, x.kv_starts)),
+        *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
+    )
+    bf16 = q.dtype == torch.bfloat16
+    fault = library().emulated_backward_sm90(
+        ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed)
+    )
+    if fault:
+        raise Fault(fault.decode())
+    return dq, dk, dv

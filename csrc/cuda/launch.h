@@ -28,6 +28,28 @@ struct ForwardCall {
     bool align_end;
 };
 
+struct BackwardCall {
+    Operand q, k, v, out, dout, dq, dk, dv;
+    const float *lse, *dlse;  // [batch, heads, q_len], contiguous; dlse may be null
+    const int *kv_lens, *kv_starts;
+    double scale, softcap;
+    int64_t left, right;
+    bool align_end;
+    // Working memory, see BackwardSizes; sums and turns are zeros.
+    float *lse2, *delta, *dq_sums;
+    int* turns;
+};
+
+// Numbers of elements of a BackwardCall's working memory.
+struct BackwardSizes {
+    int64_t rows, sums, turns;
+
+    template <class F> static BackwardSizes of(const Operand& q) {
+        int64_t tiles = q.batch * q.heads * ((q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
+        return {tiles * F::BLOCK_Q, tiles * F::CONSUMERS * F::PART, tiles * F::CONSUMERS};
+    }
+};
+
 // "" or why TMA cannot describe this tensor, in a sentence.
 inline std::string why_not_tma(const Operand& x, const char* name) {
     std::string who = std::string(name);
@@ -60,13 +82,28 @@ std::string tensor_map(TensorMap& map, const Operand& x, int box_rows, Encode en
 }
 
 // Scores are multiplier * (q k), or multiplier * transform(q k); exponents are base 2.
-inline void set_scale(ForwardParams& p, double scale, double softcap) {
+template <class Params> void set_scale(Params& p, double scale, double softcap) {
     p.softcap = softcap > 0;
     p.transform = p.softcap || scale <= 0;
     double base2 = scale * LOG2E;
     p.multiplier = static_cast<float>(p.transform ? 1 : base2);
     p.before = static_cast<float>(p.softcap ? 2 * base2 / softcap : 0);
     p.after = static_cast<float>(p.softcap ? softcap * LOG2E : base2);
+}
+
+template <class Params, class Call> void set_shape(Params& p, const Call& c) {
+    constexpr int64_t FAR = int64_t(1) << 30;
+    p.kv_lens = c.kv_lens;
+    p.kv_starts = c.kv_starts;
+    p.batch = static_cast<int>(c.q.batch);
+    p.heads = static_cast<int>(c.q.heads);
+    p.kv_heads = static_cast<int>(c.k.heads);
+    p.q_len = static_cast<int>(c.q.rows);
+    p.kv_len = static_cast<int>(c.k.rows);
+    p.left = static_cast<int>(std::min(c.left, FAR));
+    p.right = static_cast<int>(std::min(c.right, FAR));
+    p.align_end = c.align_end;
+    set_scale(p, c.scale, c.softcap);
 }
 
 // The largest power of two of heads whose keys and values fit in 32 of an H100's 50 MB of L2.
@@ -86,24 +123,44 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
           tensor_map(p.v, c.v, F::BLOCK_KV, encode), tensor_map(p.out, c.out, 64, encode)})
         if (!error.empty()) return error;
     p.lse = c.lse;
-    p.kv_lens = c.kv_lens;
-    p.kv_starts = c.kv_starts;
     p.sinks = c.sinks;
     p.sink_type = c.sink_type;
-    p.batch = static_cast<int>(c.q.batch);
-    p.heads = static_cast<int>(c.q.heads);
-    p.kv_heads = static_cast<int>(c.k.heads);
-    p.q_len = static_cast<int>(c.q.rows);
-    p.kv_len = static_cast<int>(c.k.rows);
-    constexpr int64_t FAR = int64_t(1) << 30;
-    p.left = static_cast<int>(std::min(c.left, FAR));
-    p.right = static_cast<int>(std::min(c.right, FAR));
-    p.align_end = c.align_end;
-    set_scale(p, c.scale, c.softcap);
+    set_shape(p, c);
     p.q_tiles = (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
     p.tiles = p.q_tiles * p.heads * p.batch;
     p.heads_per_section = heads_per_section(c);
     return "";
+}
+
+template <class F, class Encode>
+std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode encode) {
+    p = {};
+    for (std::string error : {tensor_map(p.q, c.q, F::BLOCK_Q, encode),
+                              tensor_map(p.dout, c.dout, F::BLOCK_Q, encode),
+                              tensor_map(p.k, c.k, F::BLOCK_KV, encode),
+                              tensor_map(p.v, c.v, F::BLOCK_KV, encode),
+                              tensor_map(p.dk, c.dk, 64, encode),
+                              tensor_map(p.dv, c.dv, 64, encode)})
+        if (!error.empty()) return error;
+    p.lse = c.lse2;
+    p.delta = c.delta;
+    p.dq_sums = c.dq_sums;
+    p.turns = c.turns;
+    p.scale = static_cast<float>(c.scale);
+    set_shape(p, c);
+    p.q_tiles = (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
+    p.kv_tiles = (p.kv_len + F::BLOCK_KV - 1) / F::BLOCK_KV;
+    return "";
+}
+
+template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c) {
+    auto rows = [](const Operand& x) {
+        return Rows{static_cast<uint16_t*>(x.data), x.batch_stride, x.head_stride, x.row_stride};
+    };
+    int tiles = static_cast<int>((c.q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
+    return {rows(c.out), rows(c.dout), rows(c.dq), c.lse, c.dlse, c.lse2, c.delta, c.dq_sums,
+            static_cast<int>(c.q.batch), static_cast<int>(c.q.heads), static_cast<int>(c.q.rows),
+            tiles * F::BLOCK_Q, static_cast<float>(c.scale)};
 }
 
 }  // namespace fastattn::cuda

@@ -24,6 +24,36 @@ struct ForwardParams {
     int heads_per_section;  // heads that run side by side, so that L2 holds their keys and values
 };
 
+// Rows of a 16-bit tensor [batch, heads, rows, D]; strides in elements.
+struct Rows {
+    uint16_t* data;
+    int64_t batch, head, row;
+};
+
+struct BackwardParams {
+    TensorMap q, k, v, dout, dk, dv;
+    const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_rows.cuh
+    float* dq_sums;                  // [batch, heads, q_tiles, 2, PART], zeros at first
+    int* turns;                      // [batch, heads, q_tiles, 2], zeros; null: any order will do
+    const int *kv_lens, *kv_starts;  // [batch] or null
+    int batch, heads, kv_heads, q_len, kv_len;
+    int left, right;
+    bool align_end;
+    bool transform, softcap;
+    float multiplier, before, after, scale;
+    int q_tiles, kv_tiles;
+};
+
+// Before: lse in base 2, and delta. After: dq of its sums.
+struct BackwardRowsParams {
+    Rows out, dout, dq;
+    const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
+    float *lse2, *delta;      // [batch, heads, rows], rows beyond q_len are written too
+    const float* dq_sums;
+    int batch, heads, q_len, rows;
+    float scale;
+};
+
 enum class Schedule {
     OVERLAP,  // the products of a step are issued before the softmax of the step before
     PINGPONG  // and warpgroups take turns at issuing
@@ -49,6 +79,17 @@ template <> struct ForwardConfig<256> {
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static constexpr bool OUT_IN_Q = true;  // 224 of 227 KB are q, k and v
     static constexpr Schedule SCHEDULE = Schedule::OVERLAP;
+};
+
+template <int D> struct BackwardConfig;
+
+// 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores, 64 + 64
+// of dk and dv, 32 of dq.
+template <> struct BackwardConfig<64> {
+    static constexpr int BLOCK_Q = 128;
+};
+template <> struct BackwardConfig<128> {
+    static constexpr int BLOCK_Q = 64;
 };
 
 }  // namespace fastattn::cuda

@@ -252,6 +252,7 @@ FASTATTN_DEVICE float reciprocal_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+FASTATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 // Two values in 32 bits, `low` in the low half.
 template <class Element> FASTATTN_DEVICE uint32_t pack(float low, float high);
 template <> FASTATTN_DEVICE uint32_t pack<Bf16>(float low, float high) {

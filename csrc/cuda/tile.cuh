@@ -72,19 +72,21 @@ FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / 16][4], const float (&d)[N /
         for (int j = 0; j < 4; j++) a[i][j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
 }
 
-// Writes 64 rows of an accumulator, rounded to 16 bits, to rows `row` and on of a tile.
-template <class Element, int N, class T>
-FASTATTN_DEVICE void store_accumulator(T tile, int row, const float (&d)[N / 2]) {
+// Writes the fragments of a [64 x N] accumulator to rows `row` and on of a tile.
+template <int N, class T>
+FASTATTN_DEVICE void store_fragments(T tile, int row, const uint32_t (&a)[N / 16][4]) {
     static_assert(T::COLUMNS == N);
     int lane = lane_index(), warp = thread_index() / 32 % 4;
     int at = row + 16 * warp + lane % 16;  // matrices 0, 1: rows 0-7, 8-15; 2, 3: eight columns on
 #pragma unroll
-    for (int i = 0; i < N / 16; i++) {
-        uint32_t r[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) r[j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
-        stmatrix<false>(tile.chunk(at, 2 * i + lane / 16), r);
-    }
+    for (int i = 0; i < N / 16; i++) stmatrix<false>(tile.chunk(at, 2 * i + lane / 16), a[i]);
+}
+
+template <class Element, int N, class T>
+FASTATTN_DEVICE void store_accumulator(T tile, int row, const float (&d)[N / 2]) {
+    uint32_t a[N / 16][4];
+    to_fragments<Element, N>(a, d);
+    store_fragments<N>(tile, row, a);
 }
 
 }  // namespace fastattn::cuda

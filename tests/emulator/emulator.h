@@ -240,6 +240,11 @@ template <int N, class E, bool B_MN> FASTATTN_DEVICE void wgmma_rs(float (&d)[N 
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
 inline float reciprocal_approx(float x) { return 1 / x; }
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
 uint16_t narrow_bf16(float x);
 uint16_t narrow_fp16(float x);
 template <class E> uint32_t pack(float low, float high) {
