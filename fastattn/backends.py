@@ -80,6 +80,7 @@ def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (64, 128, 256)
 CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts")
+CUDA_MAX_BACKWARD_DIM = 128
 CUDA_MIN_ROWS = 64  # a warpgroup's; with fewer, splitting the keys is what counts
 
 
@@ -108,9 +109,17 @@ def _cuda_refuses(spec, q, k, v, operands):
         return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
     if q.shape[2] < CUDA_MIN_ROWS:
         return f"q has {q.shape[2]} rows; the kernels are for {CUDA_MIN_ROWS} and more"
-    if torch.compiler.is_compiling():
-        return "torch.compile needs the backward as well, and there is no CUDA kernel of it"
+    if torch.compiler.is_compiling() and (
+        reason := _cuda_backward_refuses(q, operands.sinks is not None)
+    ):
+        return f"torch.compile may want the backward, and {reason}"
     return None
+
+
+def _cuda_backward_refuses(q, dsinks):
+    if q.shape[3] > CUDA_MAX_BACKWARD_DIM:
+        return f"q's head dimension is {q.shape[3]}; the backward kernels have 64 and 128"
+    return "there is no kernel of the gradient of sinks" if dsinks else None
 
 
 def _after_cuda(spec, q, k, v, operands) -> Backend:
@@ -126,9 +135,10 @@ def _cuda_forward(q, k, v, spec, operands, num_splits):
     return _op_forward(q, k, v, spec, operands, num_splits)
 
 
-def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-    row = _after_cuda(spec, q, k, v, operands)
-    return row.backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks):
+    refused = _cuda_backward_refuses(q, need_dsinks)
+    backward = _after_cuda(spec, q, k, v, operands).backward if refused else _op_backward
+    return backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
 
 
 def _triton_why_not(spec, q, k, v, operands):

@@ -113,6 +113,8 @@ def test_gradients_and_splits_go_to_the_next_row(monkeypatch):
     rows = [backends.BY_NAME["cuda"], unable, able]
     monkeypatch.setattr(backends, "BACKENDS", rows)
     q = torch.zeros(1, 1, 64, 64)
-    rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), Operands(), False, False)
+    wide = torch.zeros(1, 1, 64, 256)
+    rows[0].backward(wide, None, wide, q, wide, q, q, Spec(1.0), Operands(), False, False)
+    rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), Operands(), False, True)
     rows[0].forward(q, q, q, Spec(1.0), Operands(), 4)
-    assert calls == ["backward", "forward"]
+    assert calls == ["backward", "backward", "forward"]

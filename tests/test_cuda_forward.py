@@ -12,6 +12,7 @@ import emulated
 import pytest
 import torch
 from cases import Case
+from cuda_cases import DIMS, MASKS, OPTIONS, SHAPES, plain_attention
 
 from fastattn.reference import reference
 
@@ -19,62 +20,13 @@ pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
 
-DIMS = (64, 128, 256)
-# Tiles are 192 or 128 rows (64 a warpgroup) by 128 or 80 keys.
-SHAPES = {
-    "one": {"q_len": 1, "kv_len": 1},
-    "row": {"q_len": 1, "kv_len": 300},
-    "key": {"q_len": 200, "kv_len": 1},
-    "tile": {"q_len": 192, "kv_len": 128},
-    "odd": {"q_len": 131, "kv_len": 257},
-    "long": {"q_len": 449, "kv_len": 449, "batch": 1, "heads": 1},
-}
-MASKS = {
-    "full": {},
-    "causal": {"causal": True},
-    "causal-start": {"causal": True, "align": "start"},
-    "window": {"window": (37, 11)},
-    "left": {"window": (90, None)},
-    "right": {"window": (None, 3)},
-    "sliding": {"window": (100, 0)},
-    "diagonal": {"window": (0, 0)},
-}
-OPTIONS = {
-    "gqa": {"heads": 6, "kv_heads": 2, "q_len": 70, "kv_len": 150, "causal": True},
-    "kv_lens": {"batch": 4, "q_len": 90, "kv_len": 300, "kv_lens": (0, 1, 128, 255)},
-    "kv_lens-causal": {
-        "batch": 4, "q_len": 90, "kv_len": 300, "kv_lens": (0, 45, 300, 257), "causal": True,
-    },
-    "kv_starts": {
-        "batch": 3, "q_len": 90, "kv_len": 300, "kv_lens": (20, 300, 280),
-        "kv_starts": (20, 0, 131),
-    },
-    "kv_starts-window": {
-        "batch": 3, "q_len": 130, "kv_len": 300, "kv_lens": (290, 300, 280),
-        "kv_starts": (7, 0, 131), "window": (64, 0),
-    },
-    "softcap": {"q_len": 150, "kv_len": 300, "softcap": 3.0},
-    "softcap-causal": {"q_len": 150, "kv_len": 300, "softcap": 20.0, "causal": True, "scale": 0.7},
-    "sinks": {"q_len": 150, "kv_len": 300, "sinks": True, "causal": True},
-    "sinks-dead": {"batch": 3, "q_len": 70, "kv_len": 90, "sinks": True, "kv_lens": (0, 1, 90)},
-    "scale-negative": {"q_len": 70, "kv_len": 150, "scale": -0.4, "causal": True},
-    "scale-zero": {"q_len": 70, "kv_len": 150, "scale": 0.0, "window": (30, 30)},
-    "scale-large": {"q_len": 70, "kv_len": 150, "scale": 3.0},
-    "dead-rows": {"q_len": 400, "kv_len": 100, "causal": True, "batch": 1},
-    "bshd": {"q_len": 100, "kv_len": 200, "layout": "bshd", "causal": True},
-    "qkv": {"q_len": 150, "kv_len": 150, "layout": "qkv"},
-    "one_kv_head": {
-        "q_len": 150, "kv_len": 150, "heads": 4, "kv_heads": 1, "layout": "one_kv_head",
-    },
-}  # fmt: skip
-
 
 def check(case: Case, dtype: torch.dtype, seed: int, grid: int = 2) -> None:
     """Within twice the error of plain attention in dtype, and a rounding of the result."""
     problem = case.make(dtype, seed)
     out, lse = emulated.forward(problem, seed, grid)
     expected, expected_lse = reference(*problem.to(torch.float64))
-    plain, _ = reference(*problem)
+    plain, _ = plain_attention(problem)
     floor = torch.finfo(dtype).eps * expected.abs().max()
     limit = 2 * (plain.double() - expected).abs().max() + floor
     assert (out.double() - expected).abs().max() <= limit

@@ -22,10 +22,10 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
         int64_t which = line / p.rows, batch = which / p.heads, head = which % p.heads;
         float sum = 0, lse = NEGATIVE_INFINITY;
         if (row < p.q_len) {
-            const uint16_t* out = p.out.data + batch * p.out.batch + head * p.out.head +
-                                  row * p.out.row;
-            const uint16_t* dout = p.dout.data + batch * p.dout.batch + head * p.dout.head +
-                                   row * p.dout.row;
+            const uint16_t* out =
+                p.out.data + batch * p.out.batch + head * p.out.head + row * p.out.row;
+            const uint16_t* dout =
+                p.dout.data + batch * p.dout.batch + head * p.dout.head + row * p.dout.row;
 #pragma unroll
             for (int i = 2 * lane_index(); i < F::D; i += 64) {
                 float2 a = widen_pair<typename F::Element>(
@@ -62,8 +62,8 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
         int thread = r / 16 * 32 + r % 8 * 4 + c % 8 / 2;
         int index = dq_index(thread, c / 8 * 4 + r % 16 / 8 * 2);
         const float* sum = p.dq_sums + (tile * F::CONSUMERS + group) * F::PART + index;
-        uint32_t two = pack<typename F::Element>(p.scale * ld_global(sum),
-                                                 p.scale * ld_global(sum + 1));
+        uint32_t two =
+            pack<typename F::Element>(p.scale * ld_global(sum), p.scale * ld_global(sum + 1));
         int64_t batch = which / p.heads, head = which % p.heads;
         uint16_t* to = p.dq.data + batch * p.dq.batch + head * p.dq.head + row * p.dq.row + column;
         st_global(reinterpret_cast<uint32_t*>(to), two);

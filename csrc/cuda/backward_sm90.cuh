@@ -4,7 +4,8 @@
 // the sums. next: launch.h (hosts), backward_rows.cuh
 //
 //     scores^T = k q^T, weights^T = exp2(.. - lse), dweights^T = v dout^T
-//     dscores = weights (dweights - delta), dv += weights^T dout, dk += dscores^T q, dq += dscores k
+//     dscores = weights (dweights - delta)
+//     dv += weights^T dout, dk += dscores^T q, dq += dscores k
 //
 // Scores are transposed, so that weights and dscores are the A operands of dv and dk as they stand.
 #pragma once
@@ -60,8 +61,8 @@ struct KeyWork {
     int begin, end;           // tiles of rows
     int full_begin, full_end;
 
-    // Under a causal mask the last keys come first, and with them what is done soonest: a tile of rows
-    // then waits for no turn. Otherwise the first.
+    // Under a causal mask the last keys come first, and with them what is done soonest: a tile of
+    // rows then waits for no turn. Otherwise the first.
     FASTATTN_DEVICE KeyWork(const BackwardParams& p, int index, int block_q, int block_kv) {
         int tile = index % p.kv_tiles;
         key = (p.right >= 0 ? p.kv_tiles - 1 - tile : tile) * block_kv;
@@ -93,9 +94,8 @@ template <class F> struct BackwardProducer {
     typename F::KVRing kv_ring;
     typename F::QRing q_ring, dout_ring;
 
-    template <class T>
-    FASTATTN_DEVICE void load(SharedAddress at, const TensorMap* map, SharedAddress bar, int row,
-                              int head, int batch) {
+    template <class T> FASTATTN_DEVICE void load(SharedAddress at, const TensorMap* map,
+                                                 SharedAddress bar, int row, int head, int batch) {
 #pragma unroll
         for (int i = 0; i < T::PANELS; i++)
             tma_load(T{at}.panel(i), map, bar, PANEL * i, row, head, batch, EVICT_LAST);
@@ -165,9 +165,9 @@ template <class F> struct BackwardConsumer {
     }
 
     // scores^T become weights^T; columns are rows of q.
-    template <bool MASKED>
-    FASTATTN_DEVICE void weigh(float (&s)[SCORES], const Transform& transform, const KeyWork& w,
-                               int row) const {
+    template <bool MASKED> FASTATTN_DEVICE void weigh(float (&s)[SCORES],
+                                                      const Transform& transform, const KeyWork& w,
+                                                      int row) const {
         SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
         int column = 2 * (lane_index() % 4);
         if (transform.on) {
@@ -270,9 +270,8 @@ template <class F> struct BackwardConsumer {
         float dk[OUTPUTS], dv[OUTPUTS];
     };
 
-    template <bool MASKED>
-    FASTATTN_DEVICE void step(Sums& sums, const Transform& transform, const KeyWork& w, int head,
-                              int m) {
+    template <bool MASKED> FASTATTN_DEVICE void step(Sums& sums, const Transform& transform,
+                                                     const KeyWork& w, int head, int m) {
         float s[SCORES], d[SCORES], dq[DQ];
         uint32_t weights[F::BLOCK_Q / 16][4], dscores[F::BLOCK_Q / 16][4];
         q_ring.wait();

@@ -135,12 +135,10 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
 template <class F, class Encode>
 std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode encode) {
     p = {};
-    for (std::string error : {tensor_map(p.q, c.q, F::BLOCK_Q, encode),
-                              tensor_map(p.dout, c.dout, F::BLOCK_Q, encode),
-                              tensor_map(p.k, c.k, F::BLOCK_KV, encode),
-                              tensor_map(p.v, c.v, F::BLOCK_KV, encode),
-                              tensor_map(p.dk, c.dk, 64, encode),
-                              tensor_map(p.dv, c.dv, 64, encode)})
+    for (std::string error :
+         {tensor_map(p.q, c.q, F::BLOCK_Q, encode), tensor_map(p.dout, c.dout, F::BLOCK_Q, encode),
+          tensor_map(p.k, c.k, F::BLOCK_KV, encode), tensor_map(p.v, c.v, F::BLOCK_KV, encode),
+          tensor_map(p.dk, c.dk, 64, encode), tensor_map(p.dv, c.dv, 64, encode)})
         if (!error.empty()) return error;
     p.lse = c.lse2;
     p.delta = c.delta;
@@ -158,9 +156,19 @@ template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c
         return Rows{static_cast<uint16_t*>(x.data), x.batch_stride, x.head_stride, x.row_stride};
     };
     int tiles = static_cast<int>((c.q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
-    return {rows(c.out), rows(c.dout), rows(c.dq), c.lse, c.dlse, c.lse2, c.delta, c.dq_sums,
-            static_cast<int>(c.q.batch), static_cast<int>(c.q.heads), static_cast<int>(c.q.rows),
-            tiles * F::BLOCK_Q, static_cast<float>(c.scale)};
+    return {rows(c.out),
+            rows(c.dout),
+            rows(c.dq),
+            c.lse,
+            c.dlse,
+            c.lse2,
+            c.delta,
+            c.dq_sums,
+            static_cast<int>(c.q.batch),
+            static_cast<int>(c.q.heads),
+            static_cast<int>(c.q.rows),
+            tiles * F::BLOCK_Q,
+            static_cast<float>(c.scale)};
 }
 
 }  // namespace fastattn::cuda

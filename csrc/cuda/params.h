@@ -83,8 +83,8 @@ template <> struct ForwardConfig<256> {
 
 template <int D> struct BackwardConfig;
 
-// 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores, 64 + 64
-// of dk and dv, 32 of dq.
+// 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores,
+// 64 + 64 of dk and dv, 32 of dq.
 template <> struct BackwardConfig<64> {
     static constexpr int BLOCK_Q = 128;
 };

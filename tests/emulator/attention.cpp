@@ -88,7 +88,6 @@ const char* emulated_backward_sm90(const BackwardCall* call, bool bf16, int grid
     return keep(bf16 ? backward_of<Bf16>(*call, grid, seed) : backward_of<Fp16>(*call, grid, seed));
 }
 
-
 const char* emulated_register(const void* data, int64_t bytes, const char* name) {
     emulator::register_memory(data, bytes, name);
     return "";
