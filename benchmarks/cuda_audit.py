@@ -5,7 +5,8 @@
 Compiles each .cu of csrc/cuda and reads ptxas' report and the machine code: registers, spills,
 stack, shared memory, and how often the instructions occur that the speed comes from. Exits with 1
 where a kernel spills or uses local memory, where ptxas serialises wgmma (its notes C7510 to C7520),
-where an instruction that must be there is not, or shared memory is over 227 KB. Shows what differs
+where an instruction that must be there is not, where the exponentials do not run beside matrix
+products (ptxas likes to move the wait between them), or shared memory is over 227 KB. Shows what differs
 from benchmarks/results/cuda-audit.json; --write replaces that file.
 """
 
@@ -24,11 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "cuda-audit.json"
 CACHE = ROOT / "build" / "cuda-audit"
-MAX_SHARED = 232448  # bytes a CTA of sm_90 can have
+MAX_SHARED = 232448 - 1024  # bytes a CTA of sm_90 can have, less what aligning them may cost
 FLAGS = ("-O3", "-std=c++17", "-cubin", "-Xptxas", "-v,-warn-spills")
 ARCHS = {"_sm90": "90a"}  # by what a file is called
 # matrix products, tensor loads, tensor stores, reductions into memory, register reallocation
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG")
+OVERLAP = "overlapped"
+MIN_OVERLAP = 40  # exponentials of a row of 80 keys in a thread: the smallest tile
 REQUIRED = {  # by the kernel's name
     "forward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
     "backward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
@@ -127,14 +130,29 @@ def _numbers(report: str) -> dict[str, dict]:
 
 
 def _counts(cubin: Path) -> dict[str, dict[str, int]]:
-    """How often each of COUNTED occurs, by kernel."""
+    """How often each of COUNTED occurs, by kernel; and `overlapped`, the exponentials between a
+    wait that leaves one group of products running and the next wait, in the step with the fewest.
+    """
     counts: dict[str, dict[str, int]] = {}
+    steps: list[int] = []
+    inside = False
     for line in _run(find_tool("cuobjdump"), "-sass", str(cubin)).split("\n"):
         if found := re.match(r"\s*Function : (\S+)", line):
-            current = counts.setdefault(found.group(1), dict.fromkeys(COUNTED, 0))
-        found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line)
-        if found and found.group(1) in COUNTED:
-            current[found.group(1)] += 1
+            current = counts.setdefault(found.group(1), dict.fromkeys((*COUNTED, OVERLAP), 0))
+            steps, inside = [], False
+            continue
+        found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(\S*)\s*(.*)", line)
+        if not found:
+            continue
+        name, variant, operands = found.groups()
+        if name in COUNTED:
+            current[name] += 1
+        elif name == "WARPGROUP" and variant.startswith(".DEPBAR"):
+            inside = not operands.startswith("gsb0, 0x0")
+            steps += [0] if inside else []
+            current[OVERLAP] = min(steps, default=0)
+        elif name == "MUFU" and inside:
+            steps[-1] += 1
     return counts
 
 
@@ -162,6 +180,8 @@ def problems(row: dict, notes: list[str]) -> list[str]:
         found.append(f"{row['stack']} bytes of local memory")
     if row["shared"] > MAX_SHARED:
         found.append(f"{row['shared']} bytes of shared memory, {MAX_SHARED} are there")
+    if kernel == "forward_sm90" and row[OVERLAP] < MIN_OVERLAP:
+        found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {MIN_OVERLAP} must")
     missing = [name for name in REQUIRED.get(kernel, ()) if not row[name]]
     return found + [f"no {name} in the machine code" for name in missing]
 
@@ -170,7 +190,7 @@ def problems(row: dict, notes: list[str]) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    columns = ("name", "registers", "spills", "stack", "shared", *COUNTED)
+    columns = ("name", "registers", "spills", "stack", "shared", *COUNTED, OVERLAP)
     lines = [[str(row[c]) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *lines]) for i in range(len(columns))]
     return "\n".join(

@@ -44,7 +44,7 @@ template <class Element_, int D_> struct Backward {
     static constexpr int DELTA_AT = LSE_AT + STAGES * STATS;
     static constexpr int BARRIERS_AT = DELTA_AT + STAGES * STATS;
     static constexpr int SHARED_BYTES = BARRIERS_AT + KVRing::BYTES + 2 * QRing::BYTES;
-    static_assert(SHARED_BYTES <= 232448);
+    static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448);
     static constexpr int RELEASES = 4 * CONSUMERS;
     static constexpr int ALL_CONSUMERS = 1, OWN = 2;  // named barriers
 };
@@ -170,10 +170,7 @@ template <class F> struct BackwardConsumer {
                                                       int row) const {
         SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
         int column = 2 * (lane_index() % 4);
-        if (transform.on) {
-#pragma unroll
-            for (int i = 0; i < SCORES; i++) s[i] = transform(s[i]);
-        }
+        transform(s);
         if constexpr (MASKED) {
             int low[2], high[2];
 #pragma unroll
@@ -287,6 +284,7 @@ template <class F> struct BackwardConsumer {
         wgmma_wait<1>();
         pin(s);
         weigh<MASKED>(s, transform, w, m * F::BLOCK_Q);
+        pin(s);  // or the compiler moves the exponentials behind the wait
         wgmma_wait<0>();
         pin(d);
         differentiate(d, s, transform);
@@ -368,6 +366,8 @@ __global__ void __launch_bounds__(F::THREADS, 1)
         q_ring.init(F::RELEASES);
         dout_ring.init(F::RELEASES);
         fence_mbarrier_init();
+        for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.dout, &p.dk, &p.dv})
+            prefetch_tensor_map(map);
     }
     sync_block();
     int warpgroup = warpgroup_index();

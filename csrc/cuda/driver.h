@@ -38,6 +38,7 @@ inline std::string state_of(cudaError_t state) {
 template <class Params> std::string launch_large(void (*kernel)(Params), int grid, int threads,
                                                  int shared_bytes, cudaStream_t stream,
                                                  const Params& p) {
+    shared_bytes += SHARED_ALIGNMENT;
     cudaError_t state =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (state != cudaSuccess) return state_of(state);

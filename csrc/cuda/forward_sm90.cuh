@@ -27,7 +27,7 @@ template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
     static constexpr int OUT_AT = Config::OUT_IN_Q ? Q_AT : END_AT;
     static constexpr int BARRIERS_AT = Config::OUT_IN_Q ? END_AT : END_AT + QTile::BYTES;
     static constexpr int SHARED_BYTES = BARRIERS_AT + 2 * KVRing::BYTES + QRing::BYTES;
-    static_assert(SHARED_BYTES <= 232448 && QTile::BYTES % GROUP_BYTES == 0);
+    static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448 && QTile::BYTES % GROUP_BYTES == 0);
     static_assert(Config::PRODUCER_REGISTERS + Config::CONSUMERS * Config::CONSUMER_REGISTERS <=
                   65536 / 128);
 
@@ -178,10 +178,7 @@ template <class F> struct Consumer {
     template <bool MASKED>
     FASTATTN_DEVICE void weigh(float (&s)[SCORES], float (&rescale)[2], OnlineSoftmax& softmax,
                                const Transform& transform, const Work& w, int tile) const {
-        if (transform.on) {
-#pragma unroll
-            for (int i = 0; i < SCORES; i++) s[i] = transform(s[i]);
-        }
+        transform(s);
         if constexpr (MASKED) {
             int first = tile * F::BLOCK_KV + 2 * (lane_index() % 4), low[2], high[2];
 #pragma unroll
@@ -291,6 +288,7 @@ template <class F> struct Consumer {
                 pin(s);
                 release(k_ring);
                 weigh<decltype(masked)::value>(s, rescale, softmax, transform, w, n);
+                finish_first(softmax.row_sum[0] + softmax.row_sum[1], shared);
                 wgmma_wait<0>();
                 pin(acc);
                 release(v_ring);
@@ -344,6 +342,7 @@ __global__ void __launch_bounds__(F::THREADS, 1)
         v_ring.init(F::RELEASES);
         q_ring.init(F::Q_RELEASES);
         fence_mbarrier_init();
+        for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.out}) prefetch_tensor_map(map);
     }
     sync_block();
     int warpgroup = warpgroup_index();

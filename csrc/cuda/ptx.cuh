@@ -32,10 +32,13 @@ FASTATTN_DEVICE int grid_size() { return gridDim.x; }
 FASTATTN_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 FASTATTN_DEVICE int warpgroup_index() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
-// Start of the dynamic shared memory, a multiple of 1024.
+// The first multiple of SHARED_ALIGNMENT in the dynamic shared memory: launches ask for that much
+// more than they use, because what is written on the declaration is not always kept.
+constexpr int SHARED_ALIGNMENT = 1024;
 FASTATTN_DEVICE SharedAddress dynamic_shared() {
     extern __shared__ __align__(1024) uint8_t memory[];
-    return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    SharedAddress start = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    return (start + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
 }
 
 // --- memory -------------------------------------------------------------------------------------
@@ -118,8 +121,7 @@ FASTATTN_DEVICE void mbarrier_arrive_expect(SharedAddress bar, int bytes) {
 FASTATTN_DEVICE void mbarrier_wait(SharedAddress bar, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\nWAIT:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra.uni WAIT;\n}" ::"r"(
-            bar),
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(bar),
         "r"(parity)
         : "memory");
 }

@@ -19,10 +19,18 @@ struct Transform {
     bool softcap, on;
     float before, after;
 
-    FASTATTN_DEVICE float operator()(float x) const {
-        if (!softcap) return x * after;
-        float e = exp2_approx(x * before);  // before: 2 log2(e) scale / cap
-        return after - 2 * after * reciprocal_approx(1 + e);
+    template <int SIZE> FASTATTN_DEVICE void operator()(float (&s)[SIZE]) const {
+        if (!on) return;
+        if (softcap) {
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) {
+                float e = exp2_approx(s[i] * before);  // before: 2 log2(e) scale / cap
+                s[i] = after - 2 * after * reciprocal_approx(1 + e);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) s[i] *= after;
+        }
     }
 };
 

@@ -19,6 +19,15 @@ template <int N> FASTATTN_DEVICE void pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// What x depends on is computed before this line, by ptxas too, which otherwise moves a wait up past
+// all arithmetic before it. x is never negative, so nothing is stored.
+FASTATTN_DEVICE void finish_first(float x, SharedAddress anywhere) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x),
+        "r"(anywhere)
+        : "memory");
+}
+
 // The operands of d, and their places in the template of the instruction, by their number.
 #define D8(i)                                                                                   \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \

@@ -132,6 +132,7 @@ inline int block_index() { return emulator::block_index(); }
 inline int grid_size() { return emulator::grid_size(); }
 inline int warp_index() { return thread_index() / 32; }
 inline int warpgroup_index() { return thread_index() / 128; }
+constexpr int SHARED_ALIGNMENT = 1024;
 constexpr SharedAddress SHARED_BASE = 1024;
 inline SharedAddress dynamic_shared() { return SHARED_BASE; }
 
@@ -227,6 +228,7 @@ FASTATTN_DEVICE void wgmma_fence() { emulator::wgmma_fence(); }
 FASTATTN_DEVICE void wgmma_commit() { emulator::wgmma_commit(); }
 template <int N> FASTATTN_DEVICE void wgmma_wait() { emulator::wgmma_wait(N); }
 template <int N> FASTATTN_DEVICE void pin(float (&)[N]) {}
+FASTATTN_DEVICE void finish_first(float, SharedAddress) {}
 template <int N, class E, bool A_MN, bool B_MN>
 FASTATTN_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     emulator::wgmma({d, nullptr, a, b, N, accumulate, IS_BF16<E>, A_MN, B_MN});
