@@ -6,8 +6,8 @@ Compiles each .cu of csrc/cuda and reads ptxas' report and the machine code: reg
 stack, shared memory, and how often the instructions occur that the speed comes from. Exits with 1
 where a kernel spills or uses local memory, where ptxas serialises wgmma (its notes C7510 to C7520),
 where an instruction that must be there is not, where the exponentials do not run beside matrix
-products (ptxas likes to move the wait between them), or shared memory is over 227 KB. Shows what differs
-from benchmarks/results/cuda-audit.json; --write replaces that file.
+products (ptxas likes to move the wait between them), or shared memory is over 227 KB. Shows what
+differs from benchmarks/results/cuda-audit.json; --write replaces that file.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def _numbers(report: str) -> dict[str, dict]:
 
 def _counts(cubin: Path) -> dict[str, dict[str, int]]:
     """How often each of COUNTED occurs, by kernel; and `overlapped`, the exponentials between a
-    wait that leaves one group of products running and the next wait, in the step with the fewest.
+    wait that leaves one group of products running and the next wait, in the step with the fewest;
+    a soft cap's, which a branch skips, do not count.
     """
     counts: dict[str, dict[str, int]] = {}
     steps: list[int] = []
@@ -151,8 +152,8 @@ def _counts(cubin: Path) -> dict[str, dict[str, int]]:
             inside = not operands.startswith("gsb0, 0x0")
             steps += [0] if inside else []
             current[OVERLAP] = min(steps, default=0)
-        elif name == "MUFU" and inside:
-            steps[-1] += 1
+        elif inside and name in ("MUFU", "BRA"):
+            steps[-1] = steps[-1] + 1 if name == "MUFU" else 0
     return counts
 
 

@@ -25,7 +25,8 @@ def test_kernels_compile_clean():
     assert [row["name"] for row in rows if row["problems"]] == []
     names = {row["name"] for row in rows}
     assert {f"forward_sm90 {e} D {d}" for e in ("bf16", "fp16") for d in (64, 128, 256)} <= names
-    assert all(0 < row["shared"] <= cuda_audit.MAX_SHARED for row in rows)
+    large = [row for row in rows if "_sm90" in row["name"]]
+    assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED for row in large)
 
 
 @needs_nvcc
