@@ -49,12 +49,12 @@ void check_device(const OptionalTensor& t, const Tensor& q, const char* name) {
           " must be on q's GPU");
 }
 
-const int* lengths(const OptionalTensor& t, const Tensor& q, const char* name) {
+const int* lengths(const OptionalTensor& t, const Tensor& q, int64_t size, const char* name) {
     if (!t) return nullptr;
     check_device(t, q, name);
-    CHECK(t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->size(0) == q.size(0) &&
+    CHECK(t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->size(0) == size &&
               (t->size(0) <= 1 || t->stride(0) == 1),
-          name, " must be int32 [", q.size(0), "], contiguous, got shape ", shape_of(*t));
+          name, " must be int32 [", size, "], contiguous, got shape ", shape_of(*t));
     return static_cast<const int*>(t->data_ptr());
 }
 
@@ -102,8 +102,8 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 void refuse(bool others) {
     CHECK(!others,
-          "the CUDA kernels take causal masks, windows, softcap, sinks, kv_lens and kv_starts; "
-          "other operands are for another backend");
+          "the CUDA kernels take causal masks, windows, softcap, sinks, kv_lens, kv_starts and, "
+          "forward, cu_seqlens; other operands are for another backend");
 }
 
 void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
@@ -135,8 +135,14 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                                           int64_t left, int64_t right, bool align_end,
                                           double dropout_p, int64_t num_splits) {
     check_shapes(q, k, v);
-    refuse(mask || bias || alibi_slopes || document_ids || cu_seqlens_q || cu_seqlens_k ||
-           page_table || dropout_seed || dropout_p > 0);
+    refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
+           dropout_p > 0);
+    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
+    CHECK(
+        !cu_seqlens_q || (q.size(0) == 1 && cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0),
+        "with cu_seqlens_q, q must have batch size 1 and cu_seqlens_q at least one element");
+    int64_t sequences = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : 0;
+    int64_t entries = cu_seqlens_q ? sequences : q.size(0);
     check_numbers(scale, softcap, left, right);
     Gpu gpu = check_gpu(q);
     CHECK(num_splits == 0 || num_splits == 1, "the CUDA kernels do not split keys, num_splits is ",
@@ -150,8 +156,11 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                      operand(values),
                      operand(out),
                      static_cast<float*>(lse.data_ptr()),
-                     lengths(kv_lens, q, "kv_lens"),
-                     lengths(kv_starts, q, "kv_starts"),
+                     lengths(kv_lens, q, entries, "kv_lens"),
+                     lengths(kv_starts, q, entries, "kv_starts"),
+                     lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q"),
+                     lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
+                     static_cast<int>(sequences),
                      sinks ? sinks->data_ptr() : nullptr,
                      sink_type(sinks, q),
                      scale,
@@ -235,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       operand(dv),
                       static_cast<const float*>(row_lse.data_ptr()),
                       row_dlse ? static_cast<const float*>(row_dlse->data_ptr()) : nullptr,
-                      lengths(kv_lens, q, "kv_lens"),
-                      lengths(kv_starts, q, "kv_starts"),
+                      lengths(kv_lens, q, q.size(0), "kv_lens"),
+                      lengths(kv_starts, q, q.size(0), "kv_starts"),
                       scale,
                       softcap,
                       left,

@@ -79,9 +79,9 @@ def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 # What csrc/cuda has kernels for: a closed table. Everything else is the next row's.
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (64, 128, 256)
-CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts")
+CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k")
 CUDA_MAX_BACKWARD_DIM = 128
-CUDA_MIN_ROWS = 64  # a warpgroup's; with fewer, splitting the keys is what counts
+CUDA_MIN_ROWS = 64  # of an entry: a warpgroup's. With fewer, splitting the keys is what counts
 
 
 def _cuda_why_not(spec, q, k, v, operands):
@@ -107,19 +107,25 @@ def _cuda_refuses(spec, q, k, v, operands):
         )
     if other := [name for name in given if name not in CUDA_OPERANDS]:
         return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
-    if q.shape[2] < CUDA_MIN_ROWS:
-        return f"q has {q.shape[2]} rows; the kernels are for {CUDA_MIN_ROWS} and more"
+    sequences = operands.cu_seqlens_q.shape[0] - 1 if operands.packed else 1
+    if q.shape[2] < CUDA_MIN_ROWS * sequences:
+        among = f" in {sequences} sequences" if operands.packed else ""
+        return (
+            f"q has {q.shape[2]} rows{among}; the kernels are for {CUDA_MIN_ROWS} and more of each"
+        )
     if torch.compiler.is_compiling() and (
-        reason := _cuda_backward_refuses(q, operands.sinks is not None)
+        reason := _cuda_backward_refuses(q, operands, operands.sinks is not None)
     ):
         return f"torch.compile may want the backward, and {reason}"
     return None
 
 
-def _cuda_backward_refuses(q, dsinks):
+def _cuda_backward_refuses(q, operands, need_dsinks):
     if q.shape[3] > CUDA_MAX_BACKWARD_DIM:
         return f"q's head dimension is {q.shape[3]}; the backward kernels have 64 and 128"
-    return "there is no kernel of the gradient of sinks" if dsinks else None
+    if operands.packed:
+        return "the backward kernels take no cu_seqlens"
+    return "there is no kernel of the gradient of sinks" if need_dsinks else None
 
 
 def _after_cuda(spec, q, k, v, operands) -> Backend:
@@ -136,7 +142,7 @@ def _cuda_forward(q, k, v, spec, operands, num_splits):
 
 
 def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks):
-    refused = _cuda_backward_refuses(q, need_dsinks)
+    refused = _cuda_backward_refuses(q, operands, need_dsinks)
     backward = _after_cuda(spec, q, k, v, operands).backward if refused else _op_backward
     return backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
 

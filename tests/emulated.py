@@ -95,8 +95,8 @@ class ForwardCall(ctypes.Structure):
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_void_p) for name in ("lse", "kv_lens", "kv_starts", "sinks")),
-        ("sink_type", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("lse", "kv_lens", "kv_starts", "cu_q", "cu_k")),
+        *(("sequences", ctypes.c_int), ("sinks", ctypes.c_void_p), ("sink_type", ctypes.c_int)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
     ]
@@ -134,10 +134,12 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
     out = torch.full_like(q, torch.nan)
     lse = torch.full(q.shape[:3], torch.nan)
     register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
-              sinks=x.sinks)  # fmt: skip
+              cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks)  # fmt: skip
     call = ForwardCall(
         *map(Operand.of, (q, k, v, out)),
-        *map(_address, (lse, x.kv_lens, x.kv_starts, x.sinks)),
+        *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
+        len(x.cu_seqlens_q) - 1 if x.packed else 0,
+        _address(x.sinks),
         0 if x.sinks is None else SINK_TYPES[x.sinks.dtype],
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
     )

@@ -79,6 +79,7 @@ def test_what_the_kernels_serve():
             assert refusal(dtype, dim, dim) is None
     some = torch.empty(2, device="meta")
     assert refusal(spec=Spec(0.1, 5.0, 3, 0, False), sinks=some, kv_lens=some) is None
+    assert refusal(rows=64, cu_seqlens_q=some, cu_seqlens_k=some) is None
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,8 @@ def test_what_the_kernels_serve():
         ({"bias": torch.empty(1, 1, 1, 1)}, "bias is given"),
         ({"mask": torch.empty(1, 1, 1, 1)}, "mask is given"),
         ({"dropout_seed": torch.empty(2)}, "dropout_seed is given"),
-        ({"cu_seqlens_q": torch.empty(2), "cu_seqlens_k": torch.empty(2)}, "cu_seqlens_q is given"),
+        ({"page_table": torch.empty(1, 1)}, "page_table is given"),
+        ({"cu_seqlens_q": torch.empty(3), "rows": 100}, "100 rows in 2 sequences"),
     ],
 )
 def test_what_they_do_not_serve_is_named(change, word):
@@ -119,4 +121,6 @@ def test_gradients_and_splits_go_to_the_next_row(monkeypatch):
     rows[0].backward(wide, None, wide, q, wide, q, q, Spec(1.0), Operands(), False, False)
     rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), Operands(), False, True)
     rows[0].forward(q, q, q, Spec(1.0), Operands(), 4)
-    assert calls == ["backward", "backward", "forward"]
+    packed = Operands(cu_seqlens_q=q, cu_seqlens_k=q)
+    rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), packed, False, False)
+    assert calls == ["backward", "backward", "forward", "backward"]

@@ -43,8 +43,8 @@ template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
 // The tile of rows with number `index`, and the keys its rows see. Longest first: later rows see
 // more keys under a causal mask.
 struct Work {
-    int batch, head, row;  // row: the tile's first
-    int first_key;         // of k's rows: key 0 of the band
+    int batch, head, row;      // row: the tile's first, of its entry
+    int first_row, first_key;  // of the tensors' rows: the entry's row 0, the band's key 0
     Band band;
 
     FASTATTN_DEVICE Work(const ForwardParams& p, int index, int block_q) {
@@ -52,15 +52,44 @@ struct Work {
         int section = index / per_section, rest = index % per_section;
         int first = section * p.heads_per_section;
         int width = imin(p.heads_per_section, heads - first);
-        int which = first + rest % width;
+        int which = first + rest % width, slot = p.q_tiles - 1 - rest / width;
         batch = which / p.heads;
         head = which % p.heads;
-        row = (p.q_tiles - 1 - rest / width) * block_q;
-        int keys = p.kv_lens ? imax(0, imin(ld_global(p.kv_lens + batch), p.kv_len)) : p.kv_len;
-        first_key = p.kv_starts ? imax(0, imin(ld_global(p.kv_starts + batch), keys)) : 0;
-        int offset = (p.align_end ? keys - p.q_len : 0) - first_key;
-        band = {p.left, p.right, offset, p.q_len, keys - first_key};
+        int entry = batch, rows = p.q_len, keys = p.kv_len;
+        first_row = first_key = 0;
+        if (p.cu_q) {
+            entry = sequence_of(p, slot, block_q);
+            first_row = ld_global(p.cu_q + entry);
+            slot -= first_row / block_q + entry;
+            bool none = entry == p.sequences;  // rows of no sequence
+            rows = (none ? p.q_len : ld_global(p.cu_q + entry + 1)) - first_row;
+            first_key = none ? 0 : ld_global(p.cu_k + entry);
+            keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
+        }
+        row = slot * block_q;
+        if (p.kv_lens && entry < imax(p.batch, p.sequences))
+            keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
+        int start = 0;
+        if (p.kv_starts && entry < imax(p.batch, p.sequences))
+            start = imax(0, imin(ld_global(p.kv_starts + entry), keys));
+        first_key += start;
+        band = {p.left, p.right, (p.align_end ? keys - rows : 0) - start, rows, keys - start};
     }
+
+    // Sequences do not share tiles: that of number n has tiles from cu_q[n] / block_q + n on, which
+    // is more than enough; those past its end are empty.
+    FASTATTN_DEVICE static int sequence_of(const ForwardParams& p, int slot, int block_q) {
+        int low = 0, high = p.sequences;  // the last is of the rows past all sequences
+        while (low < high) {
+            int middle = (low + high + 1) / 2;
+            if (ld_global(p.cu_q + middle) / block_q + middle <= slot)
+                low = middle;
+            else
+                high = middle - 1;
+        }
+        return low;
+    }
+    FASTATTN_DEVICE bool empty() const { return row >= band.q_len; }
 };
 
 // Tiles of keys [begin, end), of which every row sees all of [full_begin, full_end).
@@ -105,12 +134,13 @@ template <class F> struct Producer {
     FASTATTN_DEVICE void run() {
         for (int index = block_index(); index < p.tiles; index += grid_size()) {
             Work w(p, index, F::BLOCK_Q);
+            if (w.empty()) continue;
             KeyTiles tiles(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
             int n = tiles.end - 1;
             if (n >= tiles.begin) load_keys(k_ring, shared + F::K_AT, &p.k, w, n);
             q_ring.acquire(F::QTile::BYTES);
-            load<typename F::QTile>(shared + F::Q_AT, &p.q, q_ring.full(), w.row, w.head, w.batch,
-                                    EVICT_FIRST);
+            load<typename F::QTile>(shared + F::Q_AT, &p.q, q_ring.full(), w.first_row + w.row,
+                                    w.head, w.batch, EVICT_FIRST);
             q_ring.advance();
             for (; n >= tiles.begin; n--) {
                 if (n > tiles.begin) load_keys(k_ring, shared + F::K_AT, &p.k, w, n - 1);
@@ -205,12 +235,7 @@ template <class F> struct Consumer {
         }
     }
 
-    // Normalises the 64 rows and stores them and their lse.
-    FASTATTN_DEVICE void store(float (&acc)[OUTPUTS], OnlineSoftmax& softmax, const Work& w) {
-        float scale[2], lse[2];
-        softmax.finish(sink_of(w.head), scale, lse);
-        scale_rows(acc, scale);
-        bool leads = thread_index() % 128 == 0;
+    FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
         typename F::QTile out{shared + F::OUT_AT};
         if constexpr (!Config::OUT_IN_Q) {
             if (leads) bulk_wait_read<0>();  // of the tile before
@@ -219,13 +244,42 @@ template <class F> struct Consumer {
         store_accumulator<Element, F::D>(out, 64 * group, acc);
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
-        if (leads) {
+        if (!leads) return;
 #pragma unroll
-            for (int i = 0; i < F::QTile::PANELS; i++)
-                tma_store(&p.out, out.panel(i) + 64 * group * ROW_BYTES, PANEL * i,
-                          w.row + 64 * group, w.head, w.batch);
-            bulk_commit();
-            if constexpr (Config::OUT_IN_Q) {
+        for (int i = 0; i < F::QTile::PANELS; i++)
+            tma_store(&p.out, out.panel(i) + 64 * group * ROW_BYTES, PANEL * i,
+                      w.first_row + w.row + 64 * group, w.head, w.batch);
+        bulk_commit();
+    }
+    FASTATTN_DEVICE void store_rows(const float (&acc)[OUTPUTS], const Work& w) const {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = w.row + row_in_tile() + 8 * r;
+            if (row >= w.band.q_len) continue;
+            uint16_t* to = p.out_rows.data + w.batch * p.out_rows.batch + w.head * p.out_rows.head +
+                           (w.first_row + row) * p.out_rows.row + 2 * (lane_index() % 4);
+#pragma unroll
+            for (int i = 2 * r; i < OUTPUTS; i += 4)
+                st_global(reinterpret_cast<uint32_t*>(to + column_of(i)),
+                          pack<Element>(acc[i], acc[i + 1]));
+        }
+    }
+
+    // Normalises the 64 rows and stores them and their lse.
+    FASTATTN_DEVICE void store(float (&acc)[OUTPUTS], OnlineSoftmax& softmax, const Work& w) {
+        float scale[2], lse[2];
+        softmax.finish(sink_of(w.head), scale, lse);
+        scale_rows(acc, scale);
+        bool leads = thread_index() % 128 == 0;
+        // Rows past the sequence's last are its neighbour's.
+        bool whole = !p.cu_q || w.row + 64 * group + 64 <= w.band.q_len;
+        if (whole)
+            store_tile(acc, w, leads);
+        else
+            store_rows(acc, w);
+        if constexpr (Config::OUT_IN_Q) {
+            if (!whole) barrier_sync(F::OWN + group, 128);
+            if (leads) {
                 bulk_wait_read<0>();
                 q_ring.release();
             }
@@ -236,7 +290,8 @@ template <class F> struct Consumer {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 int row = w.row + row_in_tile() + 8 * r;
-                if (row < p.q_len) st_global(p.lse + head * p.q_len + row, lse[r]);
+                if (row < w.band.q_len)
+                    st_global(p.lse + head * p.q_len + w.first_row + row, lse[r]);
             }
         }
     }
@@ -321,8 +376,10 @@ template <class F> struct Consumer {
     FASTATTN_DEVICE void run() {
         if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
             if (group == Config::CONSUMERS - 1) barrier_arrive(F::TURN, 256);  // group 0 begins
-        for (int index = block_index(); index < p.tiles; index += grid_size())
-            tile(Work(p, index, F::BLOCK_Q));
+        for (int index = block_index(); index < p.tiles; index += grid_size()) {
+            Work w(p, index, F::BLOCK_Q);
+            if (!w.empty()) tile(w);
+        }
         if (thread_index() % 128 == 0) bulk_wait<0>();
     }
 };

@@ -17,10 +17,16 @@ struct Operand {
     int64_t batch_stride, head_stride, row_stride;
 };
 
+inline Rows rows_of(const Operand& x) {
+    return {static_cast<uint16_t*>(x.data), x.batch_stride, x.head_stride, x.row_stride};
+}
+
 struct ForwardCall {
     Operand q, k, v, out;
     float* lse;  // [batch, heads, q_len], contiguous
     const int *kv_lens, *kv_starts;
+    const int *cu_q, *cu_k;  // [sequences + 1] or null
+    int sequences;
     const void* sinks;
     SinkType sink_type;
     double scale, softcap;
@@ -123,10 +129,15 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
           tensor_map(p.v, c.v, F::BLOCK_KV, encode), tensor_map(p.out, c.out, 64, encode)})
         if (!error.empty()) return error;
     p.lse = c.lse;
+    p.cu_q = c.cu_q;
+    p.cu_k = c.cu_k;
+    p.sequences = c.sequences;
+    p.out_rows = rows_of(c.out);
     p.sinks = c.sinks;
     p.sink_type = c.sink_type;
     set_shape(p, c);
-    p.q_tiles = (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
+    p.q_tiles =
+        c.cu_q ? p.q_len / F::BLOCK_Q + p.sequences + 1 : (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
     p.tiles = p.q_tiles * p.heads * p.batch;
     p.heads_per_section = heads_per_section(c);
     return "";
@@ -152,13 +163,10 @@ std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode enc
 }
 
 template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c) {
-    auto rows = [](const Operand& x) {
-        return Rows{static_cast<uint16_t*>(x.data), x.batch_stride, x.head_stride, x.row_stride};
-    };
     int tiles = static_cast<int>((c.q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
-    return {rows(c.out),
-            rows(c.dout),
-            rows(c.dq),
+    return {rows_of(c.out),
+            rows_of(c.dout),
+            rows_of(c.dq),
             c.lse,
             c.dlse,
             c.lse2,

@@ -8,11 +8,20 @@ namespace fastattn::cuda {
 
 enum class SinkType { NONE, F32, BF16, F16 };
 
+// Rows of a 16-bit tensor [batch, heads, rows, D]; strides in elements.
+struct Rows {
+    uint16_t* data;
+    int64_t batch, head, row;
+};
+
 struct ForwardParams {
     TensorMap q, k, v, out;          // dimensions (D, rows, heads, batch), boxes of 64 columns
     float* lse;                      // [batch, heads, q_len]
-    const int *kv_lens, *kv_starts;  // [batch] or null
-    const void* sinks;               // [heads]
+    const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
+    const int *cu_q, *cu_k;          // [sequences + 1], then batch is 1; or null
+    int sequences;
+    Rows out_rows;      // where a tile ends inside a sequence's neighbour, TMA cannot store it
+    const void* sinks;  // [heads]
     SinkType sink_type;
     int batch, heads, kv_heads, q_len, kv_len;
     int left, right;
@@ -22,12 +31,6 @@ struct ForwardParams {
     float multiplier, before, after;
     int q_tiles, tiles;     // of a head; of the call
     int heads_per_section;  // heads that run side by side, so that L2 holds their keys and values
-};
-
-// Rows of a 16-bit tensor [batch, heads, rows, D]; strides in elements.
-struct Rows {
-    uint16_t* data;
-    int64_t batch, head, row;
 };
 
 struct BackwardParams {
