@@ -254,8 +254,8 @@ template <class F> struct BackwardConsumer {
         }
     }
 
-    // How many tiles of keys add to tile m of rows before this one: all between it and the first that
-    // those rows see, or the last, in the order of KeyWork.
+    // How many tiles of keys add to tile m of rows before this one: all between it and the first
+    // that those rows see, or the last, in the order of KeyWork.
     FASTATTN_DEVICE int turn(const KeyWork& w, int m) const {
         int tile = w.key / F::BLOCK_KV;
         if (p.right < 0) return tile - (w.first_key + w.band.lo(m * F::BLOCK_Q)) / F::BLOCK_KV;

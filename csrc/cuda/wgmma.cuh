@@ -19,8 +19,8 @@ template <int N> FASTATTN_DEVICE void pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// What x depends on is computed before this line, by ptxas too, which otherwise moves a wait up past
-// all arithmetic before it. x is never negative, so nothing is stored.
+// What x depends on is computed before this line, by ptxas too, which otherwise moves a wait up
+// past all arithmetic before it. x is never negative, so nothing is stored.
 FASTATTN_DEVICE void finish_first(float x, SharedAddress anywhere) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x),
