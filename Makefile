@@ -5,6 +5,7 @@
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
+#   make cuda-audit  what nvcc makes of csrc/cuda (no GPU needed)
 #   make clean   remove what was built (.venv stays) make distclean   and .venv
 #
 # A machine without a GPU gets the small CPU build of torch with
@@ -25,7 +26,7 @@ CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,8s/^#   //p' Makefile
+	@sed -n '3,9s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)

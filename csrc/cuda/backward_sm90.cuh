@@ -193,8 +193,8 @@ template <class F> struct BackwardConsumer {
         }
     }
 
-    // dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the weight:
-    // log2(weight) + lse = after tanh.
+    // dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the
+    // weight: log2(weight) + lse = after tanh.
     FASTATTN_DEVICE void differentiate(float (&d)[SCORES], const float (&weights)[SCORES],
                                        const Transform& transform) const {
         SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
