@@ -67,7 +67,8 @@ def _build(ref: str, commit: str, tree: Path, root: Path, say) -> None:
 class Worker:
     """A process of worker.py and the pipe to it."""
 
-    def __init__(self, tree: Path, script: Path = Path(__file__).with_name("worker.py")) -> None:
+    def __init__(self, tree: Path) -> None:
+        script = Path(__file__).with_name("worker.py")
         self.process = subprocess.Popen(
             [sys.executable, str(script), str(tree)],
             stdin=subprocess.PIPE,

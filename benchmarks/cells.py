@@ -255,7 +255,7 @@ class Case:
         )
 
     def dense_bytes(self) -> int:
-        """What whoever keeps the weights needs at least: scores and weights, and their gradients."""
+        """What keeping the weights takes at least: scores and weights, and their gradients."""
         row = self.row
         pairs = row.batch * row.heads * row.q_len * row.keys
         return pairs * self.q.itemsize * (4 if row.backward else 2)

@@ -17,8 +17,9 @@ from .competitors import Forward, visible
 DROPOUT_SEED = 3
 RESULTS = ("out", "dq", "dk", "dv", "dbias")  # what a step returns, in this order
 CHECKED_PAIRS = 1 << 24  # scores per row compared with float64; more heads than fit are sampled
-GROSS = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}  # of a competitor: another
-# function, not another rounding. torch's own gradients in half precision are off by several percent.
+# A competitor's error from which on it computes another function, not with another rounding.
+# torch's own gradients in half precision are off by several percent.
+GROSS = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 Makers = Mapping[str, Callable[[Case], Forward]]
 
@@ -53,7 +54,7 @@ def check(
     contender raises stands in its place.
 
     forwards  by name, the calls that will be timed
-    makers    by name, who makes such a call of a case: for a twin in float64, where there is dropout
+    makers    by name, who makes such a call of a case: of a twin in float64, where there is dropout
     """
     names = list(forwards)
     if case.row.dropout:

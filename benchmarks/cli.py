@@ -22,8 +22,8 @@ from .measure import Plan
 from .run import Run, run
 from .work import MODES
 
-QUICK_SECONDS = 78.0  # of cells; the rest of --quick's 90 s is starting and reporting
-FULL_SECONDS = 14 * 60.0
+# Of cells; the rest of --quick's 90 s and --full's 15 minutes is starting and reporting.
+SECONDS = {"quick": 78.0, "default": None, "full": 14 * 60.0}
 FILES = {"json": "bench.json", "csv": "bench.csv", "md": "bench.md", "html": "bench.html"}
 OUT = Path("out")
 INTERRUPTED, USAGE, FAILED = 130, 2, 1
@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--model", choices=suites.MODELS, help="the attention shapes of a model")
     which.add_argument("--sweep", choices=suites.SWEEPS, help="vary one thing, of --model's first "
                        "row or a default one")  # fmt: skip
-    which.add_argument("--modes", metavar="LIST", default="", help=f"of {','.join(MODES)}; default: "
-                       "the rows' own")  # fmt: skip
+    which.add_argument("--modes", metavar="LIST", default="", help=f"of {','.join(MODES)}; "
+                       "default: the rows' own")  # fmt: skip
     which.add_argument("--rows", metavar="REGEX", default="", help="only rows whose name matches")
     which.add_argument("--list", action="store_true", help="name the rows and stop")
     how = p.add_argument_group("how")
@@ -207,9 +207,7 @@ def _measured(args, device, console: Console) -> int:
 
 def _run(args, device, machine: Machine, tree: Path | None, past: list) -> Run:
     """One run of the cells, or with a base, one for each pair of fresh processes."""
-    seconds = args.minutes * 60 if args.minutes else {"quick": QUICK_SECONDS, "full": FULL_SECONDS}.get(
-        args.level
-    )  # fmt: skip
+    seconds = args.minutes * 60 if args.minutes else SECONDS[args.level]
     plan = Plan(device, args.competitors, args.level, args.aa)
     weak = history.weak(past[-1][1]) if past and args.minutes else ()
     if tree is None:

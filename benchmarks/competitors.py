@@ -1,5 +1,5 @@
-"""Who fastattn is measured against: a table. Each says in one sentence why it cannot run (here, or a
-row), how it is called, and names the code it really ran."""
+"""Who fastattn is measured against: a table. Each says in one sentence why it cannot run, here or a
+row, how it is called, and names the code it really ran."""
 
 from __future__ import annotations
 

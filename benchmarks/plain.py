@@ -1,4 +1,4 @@
-"""The models of the end-to-end rows, in plain torch as a user has them today: nothing of fastattn."""
+"""The models of the end-to-end rows in plain torch, as a user has them today."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class GPT(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """BERT's loss over the masked tokens, on an encoder of fastattn.minilm (which is plain torch)."""
+    """BERT's loss over the masked tokens, on an encoder of fastattn.minilm, which is plain torch."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

@@ -112,11 +112,8 @@ def run(
                 left = sum(forecast(c) for _, c in waiting) + forecast(cell)
                 reserved = sum(forecast(c) for c in aa) if how is plan else 0.0
                 used = clock() - start
-                if (
-                    seconds is not None
-                    and used + forecast(cell) + reserved > seconds
-                    and done.results
-                ):
+                over = seconds is not None and used + forecast(cell) + reserved > seconds
+                if over and done.results:
                     if how is plan:
                         done.skipped.append(cell.name)
                     bar.advance()

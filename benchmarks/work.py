@@ -1,4 +1,4 @@
-"""What a call cannot avoid: arithmetic on visible pairs, and compulsory traffic. Counted exactly."""
+"""What a call cannot avoid, counted exactly: arithmetic on visible pairs, compulsory traffic."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ COMMANDS = {  # name: (module, what it does)
     "demo": ("fastattn.demo", "swap fastattn into a pretrained encoder: compare, time, report"),
     "bench": (
         "fastattn.benchmarks.cli",
-        "fastattn beside what you use today, each row checked first",
+        "fastattn beside torch and others, each row checked first",
     ),
 }
 EXTRAS = {"demo": "demo", "bench": "bench"}  # the optional dependencies that a command may need
