@@ -17,15 +17,19 @@ def header(data: dict) -> list[str]:
     top = max(peak["flops"].values(), default=0.0) / 1e9
     reached = peak["bandwidth_by_working_set"]
     memory = reached[max(reached, key=int)] / 1e9 if reached else 0.0
-    commit = (facts.get("commit") or "no git checkout")[:10]
+    commit = facts["commit"][:10] if facts.get("commit") else "no git checkout"
     load = facts.get("load")
     lines = [
         title(data),
         f"fastattn {facts['fastattn']}, {commit}{' (dirty)' if facts.get('dirty') else ''}; "
-        f"Python {facts['python']}; seed {facts.get('seed')}; "
-        f"load before {load[0]:.2f}; "
-        * bool(load)
-        + f"peak {top:.0f} GFLOP/s (matrix product), {memory:.0f} GB/s (memory)",
+        f"Python {facts['python']}; seed {facts.get('seed')}"
+        + (f"; load before {load[0]:.2f}" if load else "")
+        + (
+            f"; driver {driver}"
+            if (driver := clocks.get("before", {}).get("driver_version"))
+            else ""
+        ),
+        f"peak {top:.0f} GFLOP/s (matrix product), {memory:.0f} GB/s (memory)",
         _clock_line(clocks),
         f"noise floor: {noise_of(data)}" if data["noise"]["cells"] else "noise floor: not measured",
     ]
@@ -50,6 +54,13 @@ EXPLAINED = (
 )
 
 
+COLUMNS = (  # of the terminal's table, and the width from which on each is shown
+    *(("work", 0), ("against", 0), ("its ms", 0), ("ms", 0), ("ratio", 0), ("95 % interval", 0)),
+    *(("20-80", 200), ("asked", 160), ("rate", 120), ("% mm", 140), ("% copy", 140)),
+    *(("MB f / other", 170), ("error f / other", 200)),
+)
+
+
 def print_table(data: dict, console: Console) -> None:
     lines = header(data)
     console.print(f"[bold]{lines[0]}[/]", highlight=False)
@@ -58,18 +69,17 @@ def print_table(data: dict, console: Console) -> None:
         console.print(f"{style}{line}[/]", highlight=False)
     for text in todo(data):
         console.print(f"[red]{text}[/]", highlight=False)
+    shown = [i for i, (_, least) in enumerate(COLUMNS) if console.width >= least]
     table = Table(header_style="bold", caption=EXPLAINED, caption_justify="left")
-    table.add_column("work", overflow="fold")
-    table.add_column("against", no_wrap=True)
-    heads = ("its ms", "ms", "ratio", "95 % interval", "20-80", "asked", "rate", "% mm", "% copy")
-    for head in (*heads, "MB f / other", "error f / other"):
-        table.add_column(head, justify="right", no_wrap=True)
+    for index in shown:
+        fold = {"overflow": "fold"} if index == 0 else {"no_wrap": True}
+        table.add_column(COLUMNS[index][0], justify="left" if index < 2 else "right", **fold)
     rows = data["rows"]
     for entry, following in zip(rows, [*rows[1:], None], strict=True):
         lines = _lines(entry)
         for cells in lines:
             last = following is None or following["group"] != entry["group"]
-            table.add_row(*cells, end_section=last and cells is lines[-1])
+            table.add_row(*(cells[i] for i in shown), end_section=last and cells is lines[-1])
     console.print(table)
     for entry in reds(data):
         console.print(f"[bold red]RED[/] {entry['name']}: ", end="", highlight=False)

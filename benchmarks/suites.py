@@ -210,5 +210,6 @@ def variant(cell: Cell) -> tuple:
     """What stays the same along a line of the report: everything but the length."""
     if isinstance(cell, Row):
         options = tuple(o for o in cell.options if not o.startswith("window"))
-        return (cell.group, cell.dtype, cell.mode, cell.dim, options)
+        heads = (cell.batch, cell.heads, cell.kv_heads)
+        return (cell.group, cell.dtype, cell.mode, cell.dim, options, heads)
     return (cell.name,)
