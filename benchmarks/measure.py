@@ -188,12 +188,12 @@ def _open_workload(result: Result, plan: Plan) -> None:
         return
     running = Running(workload)
     result.tokens = running.built.tokens
+    errors = running.check()  # before any step: a training step changes the weights
     backends = {"torch": lambda: ran(running.steps["torch"]), OURS: _default_backend}
     for name in (OURS, "torch"):
         scope = running.built.scopes[name]
         result.sides[name] = Side(name, running.steps[name], scope, backends[name]())
-    for name, found in running.check().items():
-        _record(result, result.sides[name], found, DTYPES[workload.dtype])
+        _record(result, result.sides[name], errors[name], DTYPES[workload.dtype])
 
 
 def _default_backend() -> str:
