@@ -99,7 +99,9 @@ def heat_map(data: dict) -> Figure | None:
             dark = logs[y][x] > 2.2 or logs[y][x] < -1.0
             axes.text(x, y, f"{ratio['value']:.1f}" if sure else "=", ha="center", va="center",
                       fontsize=8, color="white" if dark else INK)  # fmt: skip
-    axes.imshow(logs, cmap=DIVERGING, norm=TwoSlopeNorm(0.0, -1.5, 3.5), aspect="auto")
+    edges = [[n - 0.5 for n in range(count + 1)] for count in (len(lengths), len(table))]
+    axes.pcolormesh(*edges, logs, cmap=DIVERGING, norm=TwoSlopeNorm(0.0, -1.5, 3.5))
+    axes.invert_yaxis()
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=8)
     axes.set_yticks(range(len(table)), [variant_name(key) for key in table], fontsize=8)
     axes.set(xlabel="keys; = is no difference")

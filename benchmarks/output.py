@@ -81,6 +81,8 @@ def print_table(data: dict, console: Console) -> None:
             last = following is None or following["group"] != entry["group"]
             table.add_row(*(cells[i] for i in shown), end_section=last and cells is lines[-1])
     console.print(table)
+    for text in not_timed(data):
+        console.print(text, markup=False, highlight=False)
     for entry in reds(data):
         console.print(f"[bold red]RED[/] {entry['name']}: ", end="", highlight=False)
         console.print(entry["red"], markup=False, highlight=False)
@@ -107,8 +109,7 @@ def _lines(entry: dict) -> list[list[str]]:
         if entry["red"]:
             lines.append([label, against, "", "", "[bold red]RED[/]", *[""] * 8])
         elif ratio is None:
-            why = side.get("why_not") or "not timed"
-            lines.append([label, name, "", "", f"[dim]{_short(why)}[/]", *[""] * 8])
+            lines.append([label, name, "", "", "[dim]not timed[/]", *[""] * 8])
         else:
             colour, first = COLOURS[ratio["verdict"]], index == 0
             lines.append(
@@ -131,9 +132,15 @@ def _lines(entry: dict) -> list[list[str]]:
     return lines
 
 
-def _short(why: str, width: int = 30) -> str:
-    text = why.replace("[", "(").replace("]", ")")
-    return text if len(text) <= width else text[: width - 1] + "…"
+def not_timed(data: dict) -> list[str]:
+    """Each reason why somebody has no number, once, and how many rows it holds for."""
+    counts: dict[tuple[str, str], int] = {}
+    for entry in data["rows"]:
+        for name, side in entry["sides"].items():
+            if side["why_not"] and not entry["red"]:
+                key = (name, side["why_not"])
+                counts[key] = counts.get(key, 0) + 1
+    return [f"not timed: {n}: {why} ({count} rows)" for (n, why), count in counts.items()]
 
 
 def megabytes(side: dict) -> str:
@@ -155,6 +162,7 @@ def as_markdown(data: dict, changes: list = ()) -> str:
         ("Wrong, so without a number", [f"{e['name']}: {e['red']}" for e in reds(data)]),
         ("Slower: the work to do next", todo(data)),
         ("Changed", [str(change) for change in changes]),
+        ("Not timed", not_timed(data)),
         ("Skipped, the time was up", data["skipped"]),
     ):
         if texts:
