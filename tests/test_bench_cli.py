@@ -6,11 +6,13 @@ No test here asserts a time.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +40,7 @@ from rich.console import Console
 import fastattn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+HISTOGRAM = ["--benchmark-histogram={folder}/histogram"] * bool(importlib.util.find_spec("pygal"))
 ROWS = (TINY["plain"], TINY["window"], TINY["decode"])
 
 
@@ -466,3 +469,32 @@ def test_two_trees_in_two_processes(tmp_path):
     finally:
         process.close()
     assert process.process.returncode == 0
+
+
+# ---- pytest-benchmark ---------------------------------------------------------------------------
+
+
+def test_pytest_benchmark_saves_and_compares(tmp_path):
+    """Two runs of a row and two cases: stored with what ran and the ratio, then compared."""
+    pytest.importorskip("pytest_benchmark")
+    root = Path(fastattn.__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "test_speed.py").exists():
+        pytest.skip("the suite is not beside this package")
+    some = "vit-l-fp32-fwd-B8 or alone/causal] or alone/packed]"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "-k", some, "--threads", "1"]
+    command += ["-p", "no:cacheprovider", f"--benchmark-storage=file://{tmp_path}"]
+    for extra in (["--benchmark-autosave"], ["--benchmark-compare", *HISTOGRAM]):
+        extra = [word.format(folder=tmp_path) for word in extra]
+        done = subprocess.run([*command, *extra], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "(0001" in done.stdout
+    (stored,) = tmp_path.rglob("0001_*.json")
+    found = {b["name"]: b for b in json.loads(stored.read_text())["benchmarks"]}
+    assert len(found) == 4
+    ours = next(b for name, b in found.items() if "fastattn" in name)
+    assert ours["extra_info"]["ratio"]["low"] <= ours["extra_info"]["ratio"]["high"]
+    assert {"backend", "tflops", "memory", "error", "percent_of_peak"} <= ours["extra_info"].keys()
+    assert any("sdpa" in name and b["extra_info"]["backend"] == "flash" for name, b in
+               found.items())  # fmt: skip
+    if HISTOGRAM:
+        assert list(tmp_path.glob("histogram*.svg"))
