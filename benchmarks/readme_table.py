@@ -10,6 +10,7 @@ A table lives between <!-- NAME:begin --> and <!-- NAME:end -->; what is between
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def replace(text: str, name: str, table: str) -> str:
 
 
 def stored_reports(folder: Path = RESULTS) -> list[dict]:
-    """The runs that --json left there, newest first."""
-    reports = [load(path) for path in sorted(folder.glob("*.json"))]
+    """The runs that --json left there, newest first; other results may be there too."""
+    found = ((path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json")))
+    reports = [load(path) for path, data in found if "schema" in data]
     return sorted(reports, key=lambda report: report["machine"]["date"], reverse=True)
 
 
