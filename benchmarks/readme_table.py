@@ -1,10 +1,11 @@
-"""Rewrites the generated tables of README.md: python -m fastattn.benchmarks.readme_table [--check]
+"""Rewrites the generated tables: python -m fastattn.benchmarks.readme_table [--check]
 
     support  what each backend can run, asked of the backends (fastattn/info.py)
     speed    the reports in benchmarks/results/ (python -m fastattn bench --json FILE)
 
-A table lives between <!-- NAME:begin --> and <!-- NAME:end -->; what is between is replaced.
---check writes nothing and exits with 1 when a table is not what it should be.
+A table lives between <!-- NAME:begin --> and <!-- NAME:end -->, in README.md and in pages of docs/;
+what is between is replaced. --check writes nothing and exits with 1 when a table is not what it
+should be.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from .entries import said, title
 from .history import load
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = {  # with generated tables
+    ROOT / "README.md": ("support", "speed"),
+    ROOT / "docs" / "benchmarks.md": ("support",),
+}
 RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = {
     "dense": "dense",
@@ -40,7 +44,7 @@ def replace(text: str, name: str, table: str) -> str:
     """`text` with what stands between the markers of `name` replaced by `table`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README.md needs {begin} and {end}, once each")
+        raise ValueError(f"the page needs {begin} and {end}, once each")
     before, rest = text.split(begin)
     after = rest.split(end)[1]
     return f"{before}{begin}\n{table}\n{end}{after}"
@@ -124,25 +128,36 @@ def _every_row(rows: list[dict]) -> list[str]:
     return lines
 
 
-def generated(text: str) -> str:
-    """README's text with every generated table as it should be."""
+def generated(text: str, names: tuple[str, ...] = ("support", "speed")) -> str:
+    """A page's text with the generated tables of those names as they should be."""
     from fastattn.info import support_markdown  # imports torch, which speed_markdown does not need
 
-    text = replace(text, "support", support_markdown())
-    return replace(text, "speed", speed_markdown(stored_reports()))
+    tables = {
+        "support": support_markdown,
+        "speed": lambda: speed_markdown(stored_reports()),
+    }
+    for name in names:
+        text = replace(text, name, tables[name]())
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrites README.md, or checks it."""
+    """Rewrites the pages, or checks them."""
     parser = argparse.ArgumentParser(prog="python -m fastattn.benchmarks.readme_table")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
     options = parser.parse_args(argv)
-    old = README.read_text()
-    new = generated(old)
+    stale = {}
+    for page, names in PAGES.items():
+        old = page.read_text()
+        new = generated(old, names)
+        if new != old:
+            stale[page] = new
     if options.check:
-        print("README.md is up to date" if new == old else "README.md's tables are out of date")
-        return int(new != old)
-    README.write_text(new)
+        for page in stale:
+            print(f"{page.relative_to(ROOT)}: tables are out of date")
+        return int(bool(stale))
+    for page, text in stale.items():
+        page.write_text(text)
     return 0
 
 

@@ -12,6 +12,25 @@ from fastattn.benchmarks.measure import AGAIN, OURS, Result, Side
 from fastattn.benchmarks.timing import Comparison
 from fastattn.benchmarks.work import Work
 
+
+class FakeClock:
+    """Nanoseconds that pass only when a contender says so."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+    def work(self, nanoseconds):
+        """A callable that takes so long; a function of the clock's time is asked each call."""
+
+        def fn():
+            self.now += int(nanoseconds(self.now) if callable(nanoseconds) else nanoseconds)
+
+        return fn
+
+
 SMALL = Row("tiny", 1.0, heads=2, kv_heads=2, q_len=24, dim=16)
 TINY = {
     "plain": SMALL,
