@@ -71,6 +71,7 @@ class Plan:
     aa: bool = False  # the first competitor against itself, and nothing else
     extra: Callable[[object], list[Side]] = lambda cell: []  # sides measured elsewhere
     memory: bool = True
+    rounds: int = 0  # at most; 0: the level's
 
 
 def measure(
@@ -241,5 +242,5 @@ def _time(result: Result, plan: Plan, on_round) -> None:
         return
     rounds, seconds = LEVELS[plan.level]
     result.comparison = timing.compare(
-        contenders, rounds=rounds, max_seconds=seconds, on_round=on_round
+        contenders, rounds=plan.rounds or rounds, max_seconds=seconds, on_round=on_round
     )

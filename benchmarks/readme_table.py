@@ -11,7 +11,6 @@ should be.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -52,8 +51,8 @@ def replace(text: str, name: str, table: str) -> str:
 
 def stored_reports(folder: Path = RESULTS) -> list[dict]:
     """The runs that --json left there, newest first; other results may be there too."""
-    found = ((path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json")))
-    reports = [load(path) for path, data in found if "schema" in data]
+    paths = sorted(folder.glob("*.json"))
+    reports = [load(path) for path in paths if '"schema"' in path.read_text()]
     return sorted(reports, key=lambda report: report["machine"]["date"], reverse=True)
 
 
@@ -147,11 +146,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
     options = parser.parse_args(argv)
     stale = {}
-    for page, names in PAGES.items():
-        old = page.read_text()
-        new = generated(old, names)
-        if new != old:
-            stale[page] = new
+    try:
+        for page, names in PAGES.items():
+            old = page.read_text()
+            new = generated(old, names)
+            if new != old:
+                stale[page] = new
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.check:
         for page in stale:
             print(f"{page.relative_to(ROOT)}: tables are out of date")

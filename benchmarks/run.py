@@ -67,7 +67,10 @@ class Bar:
     def __init__(self, cells: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                    TimeElapsedColumn(), TextColumn("{task.fields[left]}"))  # fmt: skip
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        self.progress = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
         self.task = self.progress.add_task("", total=cells, left="")
 
     def __enter__(self) -> Bar:

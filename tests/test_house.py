@@ -118,6 +118,18 @@ def test_speed_table_says_red_and_no_difference():
         replace("no markers", "speed", table)
 
 
+def test_a_broken_result_is_a_sentence(tmp_path, monkeypatch, capsys):
+    from fastattn.benchmarks import readme_table
+
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_table.stored_reports, "__defaults__", (tmp_path,))
+    (tmp_path / "other.json").write_text('{"rows": [], "kind": "of something else"}')
+    assert readme_table.stored_reports() == []
+    (tmp_path / "broken.json").write_text('{"schema": 2, "rows": [')
+    assert readme_table.main(["--check"]) == 2
+    assert "broken.json cannot be read as a run" in capsys.readouterr().err
+
+
 # ---- the command line -------------------------------------------------------------------------
 
 
