@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from statistics import median
 
 MIN_ROUNDS = 6  # 2 * 2**-6 = 3 %: the fewest values whose range covers the median at 95 %
@@ -84,6 +85,7 @@ class Comparison:
     samples: dict[str, tuple[float, ...]]  # seconds per call, one value per round
     repeats: dict[str, int]
     confidence: float = 0.95
+    passes: tuple[int, ...] = ()  # rounds of each, where they ran in processes of their own
 
     @property
     def baseline(self) -> str:
@@ -100,14 +102,22 @@ class Comparison:
         base = self.samples[baseline or self.baseline]
         ratios = [b / s for b, s in zip(base, self.samples[name], strict=True)]
         spread = (quantile(ratios, 0.2), quantile(ratios, 0.8))
-        return Ratio(median(ratios), *median_interval(ratios, self.confidence), *spread)
+        low, high, coverage = median_interval(ratios, self.confidence)
+        if self.passes:
+            ends = list(accumulate(self.passes, initial=0))
+            medians = [median(ratios[a:b]) for a, b in pairwise(ends)]
+            low, high = min(low, *medians), max(high, *medians)
+        return Ratio(median(ratios), low, high, coverage, *spread)
 
     def merged(self, other: Comparison) -> Comparison:
-        """The rounds of both, which compared the same things."""
+        """The rounds of both, which compared the same things in other processes. A process can be
+        slow for all its life (its threads share a core, its memory lies badly), which its rounds
+        cannot see: the interval reaches from the least pass's median to the largest's at least."""
         if self.samples.keys() != other.samples.keys():
             raise ValueError(f"other: compares {list(other.samples)}, not {list(self.samples)}")
         samples = {name: (*self.samples[name], *other.samples[name]) for name in self.samples}
-        return Comparison(samples, self.repeats, self.confidence)
+        passes = tuple(n for part in (self, other) for n in (part.passes or (part.rounds,)))
+        return Comparison(samples, self.repeats, self.confidence, passes)
 
     def as_dict(self) -> dict:
         """What a JSON report keeps: enough to compute every number above again."""
@@ -115,6 +125,7 @@ class Comparison:
             "baseline": self.baseline,
             "rounds": self.rounds,
             "repeats": dict(self.repeats),
+            "passes": list(self.passes),
             "samples_s": {name: list(values) for name, values in self.samples.items()},
         }
 

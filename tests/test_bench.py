@@ -306,8 +306,22 @@ def test_merged_rounds_are_those_of_both():
     two = timing.Comparison({"a": (3.0,) * 6, "b": (3.0,) * 6}, {"a": 1, "b": 1})
     both = one.merged(two)
     assert both.rounds == 12 and both.ratio("b").value == pytest.approx(0.75)
+    assert both.passes == (6, 6) and both.merged(one).passes == (6, 6, 6)
     with pytest.raises(ValueError, match="compares"):
         one.merged(timing.Comparison({"a": (1.0,)}, {"a": 1}))
+
+
+def test_passes_that_disagree_make_no_difference():
+    """Every round of a process may agree and yet tell of the process only."""
+    fast, slow = (0.5,) * 30, (1.5,) * 30
+    passes = [timing.Comparison({"a": fast, "b": slow}, {}), timing.Comparison(
+        {"a": slow, "b": fast}, {}), timing.Comparison({"a": slow, "b": fast}, {})]  # fmt: skip
+    assert passes[0].ratio("b").verdict == "slower"
+    both = passes[0].merged(passes[1]).merged(passes[2])
+    assert both.ratio("b").verdict == "no difference"
+    assert (both.ratio("b").low, both.ratio("b").high) == pytest.approx((1 / 3, 3.0))
+    agreed = passes[1].merged(passes[2])
+    assert agreed.ratio("b").verdict == "faster"
 
 
 def test_a_contender_may_bring_its_own_clock():
