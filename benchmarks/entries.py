@@ -178,37 +178,30 @@ def title(data: dict) -> str:
     )
 
 
-COLUMNS = ("name", "versus", "backend", "verdict", "ratio", "low", "high", "p20", "p80", "ms",
-           "fastattn_ms", "tflops", "gbytes", "percent_of_matmul", "percent_of_copy", "memory",
-           "fastattn_memory", "error", "fastattn_error", "red", "command")  # fmt: skip
+RATES = ("tokens_per_s", "tflops", "gbytes", "percent_of_matmul", "percent_of_copy")
+COLUMNS = (  # of the CSV
+    *("name", "versus", "backend", "why_not", "verdict", "ratio", "low", "high", "p20", "p80"),
+    *("ms", "fastattn_ms", "fastattn_backend", *RATES, "memory", "fastattn_memory"),
+    *("error", "fastattn_error", "red", "command"),
+)
 
 
 def as_csv(data: dict) -> str:
-    """One line for each (row, competitor); a row without any has one line too."""
+    """One line for each (row, competitor); a row without any has one line too. Rates are
+    fastattn's."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for entry in data["rows"]:
         ours = entry["sides"].get(OURS, {})
-        others = [name for name in entry["sides"] if name != OURS] or [None]
-        for name in others:
+        for name in [name for name in entry["sides"] if name != OURS] or [None]:
             side, ratio = entry["sides"].get(name, {}), entry["versus"].get(name, {})
-            writer.writerow(
-                {
-                    "name": entry["name"],
-                    "versus": name,
-                    "backend": side.get("why_not") or side.get("backend"),
-                    "ratio": ratio.get("value"),
-                    **{key: ratio.get(key) for key in ("verdict", "low", "high", "p20", "p80")},
-                    "ms": side.get("ms"),
-                    "fastattn_ms": ours.get("ms"),
-                    **{key: ours.get(key) for key in COLUMNS[11:15]},
-                    "memory": side.get("memory"),
-                    "fastattn_memory": ours.get("memory"),
-                    "error": (side.get("errors") or {}).get("largest"),
-                    "fastattn_error": (ours.get("errors") or {}).get("largest"),
-                    "red": entry["red"],
-                    "command": entry["command"],
-                }
-            )
+            line = {key: entry[key] for key in ("name", "red", "command")} | {"versus": name}
+            line |= {key: side.get(key) for key in ("backend", "why_not", "ms", "memory")}
+            line |= {key: ratio.get(key) for key in ("verdict", "low", "high", "p20", "p80")}
+            line |= {key: ours.get(key) for key in RATES} | {"ratio": ratio.get("value")}
+            line |= {f"fastattn_{key}": ours.get(key) for key in ("ms", "backend", "memory")}
+            for prefix, one in (("", side), ("fastattn_", ours)):
+                line[f"{prefix}error"] = (one.get("errors") or {}).get("largest")
+            writer.writerow(line)
     return out.getvalue()

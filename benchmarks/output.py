@@ -148,8 +148,9 @@ def megabytes(side: dict) -> str:
 
 
 def _error(side: dict) -> str:
-    errors = side.get("errors")
-    return f"{errors['largest']:.0e}, {errors['mean']:.0e}" if errors else "?"
+    errors = side.get("errors") or {}
+    shown = [f"{errors[key]:.0e}" for key in ("largest", "mean") if errors.get(key) is not None]
+    return ", ".join(shown) or "?"
 
 
 # ---- Markdown -----------------------------------------------------------------------------------

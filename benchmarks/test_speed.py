@@ -64,7 +64,7 @@ def test_model_shape(row: Row, side: str, benchmark) -> None:
     benchmark.extra_info["error"] = mine["errors"]["largest"]
     benchmark.extra_info["formula"] = found["formula"]
     benchmark.extra_info["ratio"] = found["versus"]["sdpa"]
-    benchmark.extra_info["noise_of_rounds"] = found["comparison"]["rounds"]
+    benchmark.extra_info["interleaved_rounds"] = found["comparison"]["rounds"]
     case = Case(row, DEVICE)
     maker = Case.fastattn if side == measure.OURS else competitors.BY_NAME[side].forward
     step, device = case.step(maker(case)), devices.DEVICES[DEVICE]()
