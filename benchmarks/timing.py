@@ -137,7 +137,7 @@ def median_interval(
     median with at least `confidence`; P(median outside) = 2 * P(Binomial(n, 1/2) < k)."""
     ordered = sorted(values)
     count = len(ordered)
-    outside = 2 * 0.5**count  # k = 1: the whole range
+    outside = 2 / 2**count  # k = 1: the whole range
     if 1 - outside < confidence:
         raise ValueError(
             f"values: {count} of them cannot bound a median with confidence {confidence}; "
@@ -145,7 +145,7 @@ def median_interval(
         )
     k = 1
     while k < count // 2:
-        wider = outside + 2 * math.comb(count, k) * 0.5**count
+        wider = outside + 2 * math.comb(count, k) / 2**count  # integers: counts have no limit
         if 1 - wider < confidence:
             break
         outside, k = wider, k + 1

@@ -40,6 +40,13 @@ def test_interval_is_the_narrowest_that_covers(count):
     assert narrower > count / 2 or 1 - outside(count, narrower) < 0.95
 
 
+def test_interval_of_many_values():
+    """About median rank +- 0.98 sqrt(n), and no overflow."""
+    low, high, coverage = timing.median_interval(range(1, 5001))
+    assert low + high == 5001 and 0.95 <= coverage < 0.951
+    assert 2500 - low == pytest.approx(0.98 * 5000**0.5, abs=2)
+
+
 def test_interval_needs_six_values():
     with pytest.raises(ValueError, match=r"5 of them .* at least 6"):
         timing.median_interval([1.0] * 5)
