@@ -165,5 +165,4 @@ def merged(first: Run, second: Run) -> Run:
         elif result.comparison.samples.keys() == other.comparison.samples.keys():
             result.comparison = result.comparison.merged(other.comparison)
         result.seconds += other.seconds
-    return Run(first.results, [*first.aa, *second.aa], [*first.skipped, *second.skipped],
-               first.interrupted or second.interrupted)  # fmt: skip
+    return Run(first.results, first.aa, first.skipped, first.interrupted or second.interrupted)

@@ -217,8 +217,9 @@ def _run(args, device, machine: Machine, tree: Path | None, past: list) -> Run:
         with ExitStack() as stack:
             pair = base.Pair(tree, device)
             stack.callback(pair.close)
+            first = index == 0
             again = Plan(device, args.competitors, args.level, extra=pair.sides,
-                         memory=index == 0, rounds=base.ROUNDS)  # fmt: skip
+                         memory=first, noise=first, rounds=base.ROUNDS)  # fmt: skip
             share = None if seconds is None else seconds / base.PASSES
             one = run(cells, again, machine, seconds=share, weak=weak)
         total = base.merged(total, one) if index else one

@@ -28,6 +28,7 @@ class Competitor:
     missing: Callable[[str], str | None] = lambda device: None  # why it is not on this machine
     why_not: Callable[[Case], str | None] = lambda case: None  # why it cannot run this row
     backend: Callable[[Case, Forward], str] | None = None  # None: watched, see ran()
+    dense: bool = False
     checks_dropout: bool = True  # its dropout draws can be repeated in float64
 
 
@@ -223,7 +224,8 @@ def _xformers(case: Case) -> Forward:
 
 COMPETITORS = [
     Competitor("sdpa", "torch's scaled_dot_product_attention", _sdpa, why_not=_sdpa_why_not),
-    Competitor("math", "its math path", _math, why_not=_sdpa_why_not),
+    Competitor("math", "its math path", _math, why_not=_sdpa_why_not,
+               dense=True),
     Competitor("flex", "torch's flex_attention, compiled", _flex, _flex_missing, _flex_why_not,
                backend=lambda case, forward: "inductor"),
     Competitor("flash_attn", "the package flash-attn", _flash_attn,
@@ -235,7 +237,7 @@ COMPETITORS = [
                lambda case: _halves_only(
                    case, "padding", "documents", "alibi", "window", "softcap"),
                checks_dropout=False),
-    Competitor("eager", "the formula in plain torch operators", _eager),
+    Competitor("eager", "the formula in plain torch operators", _eager, dense=True),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in COMPETITORS}
 

@@ -71,12 +71,11 @@ class Plan:
     aa: bool = False  # the first competitor against itself, and nothing else
     extra: Callable[[object], list[Side]] = lambda cell: []  # sides measured elsewhere
     memory: bool = True
+    noise: bool = True  # whether A/A cells are measured too
     rounds: int = 0  # at most; 0: the level's
 
 
-def measure(
-    cell: Row | Workload, plan: Plan, on_round: Callable[[int, int], object] | None = None
-) -> Result:
+def measure(cell: Row | Workload, plan: Plan) -> Result:
     """Check a cell, and time it when it is right."""
     result = Result(cell)
     try:
@@ -85,7 +84,7 @@ def measure(
             _elsewhere(result, plan)
         if result.red is None:
             _memory(result, plan)
-            _time(result, plan, on_round)
+            _time(result, plan)
     except Exception as error:  # a cell that cannot run must not take the others with it
         result.red = OUT_OF_MEMORY if is_out_of_memory(error) else _sentence(error)
         result.comparison = None
@@ -143,7 +142,7 @@ def _why_not(competitor: Competitor, case: Case, device) -> str | None:
     why = competitor.missing(device.name) or competitor.why_not(case)
     if why is None and case.row.dropout and not competitor.checks_dropout:
         why = "its dropout cannot be checked against float64, so it gets no number"
-    dense = competitor.name in ("math", "eager") or case.row.dropout or case.row.bias
+    dense = competitor.dense or case.row.dropout or case.row.bias
     free = device.free_memory()
     if why is None and dense and free is not None and case.dense_bytes() > 0.8 * free:
         why = (
@@ -229,7 +228,7 @@ def _memory(result: Result, plan: Plan) -> None:
                 side.memory = plan.device.peak_memory(side.step)
 
 
-def _time(result: Result, plan: Plan, on_round) -> None:
+def _time(result: Result, plan: Plan) -> None:
     contenders = []
     for side in result.sides.values():
         if not side.able:
@@ -242,5 +241,5 @@ def _time(result: Result, plan: Plan, on_round) -> None:
         return
     rounds, seconds = LEVELS[plan.level]
     result.comparison = timing.compare(
-        contenders, rounds=plan.rounds or rounds, max_seconds=seconds, on_round=on_round
+        contenders, rounds=plan.rounds or rounds, max_seconds=seconds
     )

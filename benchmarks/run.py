@@ -105,8 +105,8 @@ def run(
     try:
         machine.measure_peaks({"fp32", *(cell.dtype for cell in cells)}, {MEMORY})
         forecast = Forecast(machine, plan)
-        aa = aa_cells(cells, forecast) if plan.competitors and not plan.aa else []
-        aa_plan = replace(plan, competitors=[_aa_competitor(plan)], aa=True, memory=False,
+        aa = aa_cells(cells, forecast) if plan.noise and not plan.aa else []
+        aa_plan = replace(plan, competitors=[_aa_competitor(plan)], aa=True, memory=False, rounds=0,
                           extra=lambda cell: [])  # fmt: skip
         waiting = [(plan, cell) for cell in order] + [(aa_plan, cell) for cell in aa]
         with Bar(len(waiting)) as bar:

@@ -60,7 +60,7 @@ class Served:
         from fastattn.benchmarks.devices import DEVICES
         from fastattn.benchmarks.endtoend import WORKLOADS
 
-        torch.set_num_threads(request["threads"])
+        torch.set_num_threads(request["threads"] or torch.get_num_threads())
         if request.get("row"):
             cell = Row(**request["row"])
         else:
