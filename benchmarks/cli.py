@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done; 1 a row is RED, or --fail-if fired; 2 nothing could be done, "
         "or the base does not build; 130 stopped by Ctrl-C, what was measured is kept",
     )
-    known = ", ".join([*suites.SUITES, *suites.groups()])
+    known = ", ".join(dict.fromkeys([*suites.SUITES, *suites.groups()]))
     p.add_argument("suite", nargs="?", metavar="SUITE", help=f"a suite or kind of row: {known}")
     which = p.add_argument_group("which cells")
     which.add_argument("--model", choices=suites.MODELS, help="the attention shapes of a model")

@@ -117,7 +117,7 @@ def _lengths(base: Row) -> list[Row]:
 
 def _masks(base: Row) -> list[Row]:
     plain = replace(base, causal=False, window=0, padding=False, bias=False, dropout=0.0)
-    variants = [{}, {"causal": True}, {"window": 256}, {"padding": True}, {"bias": True},
+    variants = [{}, {"causal": True}, {"window": max(1, base.keys // 4)}, {"padding": True}, {"bias": True},
                 {"alibi": True, "causal": True}, {"documents": 4}, {"softcap": 30.0},
                 {"dropout": 0.1}]  # fmt: skip
     return [replace(plain, **variant) for variant in variants]
@@ -174,7 +174,7 @@ def select(
     elif what in groups():
         chosen = [cell for cell in SUITES["all"]() if cell.group == what]
     else:
-        known = ", ".join([*SUITES, *groups()])
+        known = ", ".join(dict.fromkeys([*SUITES, *groups()]))
         raise ValueError(f"suite: {what!r} is not known; accepted are {known}")
     if modes:
         for mode in modes:
