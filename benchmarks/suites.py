@@ -117,9 +117,9 @@ def _lengths(base: Row) -> list[Row]:
 
 def _masks(base: Row) -> list[Row]:
     plain = replace(base, causal=False, window=0, padding=False, bias=False, dropout=0.0)
-    variants = [{}, {"causal": True}, {"window": max(1, base.keys // 4)}, {"padding": True}, {"bias": True},
-                {"alibi": True, "causal": True}, {"documents": 4}, {"softcap": 30.0},
-                {"dropout": 0.1}]  # fmt: skip
+    variants = [{}, {"causal": True}, {"window": max(1, base.keys // 4)}, {"padding": True},
+                {"bias": True}, {"alibi": True, "causal": True}, {"documents": 4},
+                {"softcap": 30.0}, {"dropout": 0.1}]  # fmt: skip
     return [replace(plain, **variant) for variant in variants]
 
 
