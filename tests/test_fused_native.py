@@ -107,3 +107,11 @@ def test_cross_entropy(data):
     labels = labels.to(torch.int64) if data.draw(st.booleans()) else labels.to(torch.int32)
     numbers = (0.1, 0.2, data.draw(st.sampled_from((0.0, 3.0))))
     attempt(OPS.cross_entropy_, logits.clone(), labels, scale, -100, *numbers)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_linear_bwd_weight(data):
+    rows, n_out, n_in = data.draw(st.tuples(*[st.integers(0, 300)] * 3))
+    dout, x = data.draw(tensors((rows, n_out))), data.draw(tensors((rows, n_in)))
+    attempt(OPS.linear_bwd_weight, dout, x, data.draw(st.booleans()))

@@ -1,6 +1,6 @@
-// Where the row kernels around attention (norm, gate, activate, rotate, cross entropy) find their
-// operands.
-// next: rows.inl, activate.inl, fused.inl
+// Where the kernels around attention (norm, gate, activate, rotate, cross entropy, a Linear's
+// weight gradient) find their operands.
+// next: rows.inl, activate.inl, linear.inl, fused.inl
 #pragma once
 #include <cstdint>
 
@@ -77,7 +77,20 @@ struct CrossEntropyCall {
     void *loss, *lse;   // [rows]
 };
 
-// Each works on rows begin to end.
+// A Linear's weight gradient is made in blocks of WEIGHT_ROWS x WEIGHT_COLUMNS, from WEIGHT_DEPTH
+// rows of dout and x at a time.
+constexpr int WEIGHT_ROWS = 96, WEIGHT_COLUMNS = 256, WEIGHT_DEPTH = 256;
+
+struct WeightCall {
+    int depth, out, in;
+    Rows dout, x;   // [depth, out], [depth, in]
+    void* dweight;  // [out, in]
+    bool add;       // to what dweight holds
+    void* sums;     // column sums of dout for every WEIGHT_DEPTH rows, [.., out]; null: not wanted
+    void *strips, *panels;  // [depth, out] and [depth, in], columns rounded up to whole blocks
+};
+
+// Each works on rows begin to end, but for the last two: on one item.
 struct FusedKernels {
     void (*norm)(const NormCall&, int64_t begin, int64_t end);
     // adds to dweight and dbias, [dim] of the arithmetic type; null: not wanted
@@ -89,6 +102,8 @@ struct FusedKernels {
     void (*activate_backward)(const ActivateCall&, int64_t begin, int64_t end, void* dbias);
     void (*rotate)(const RotateCall&, int64_t begin, int64_t end);  // rows of all heads and entries
     void (*cross_entropy)(const CrossEntropyCall&, int64_t begin, int64_t end);
+    void (*weight_pack)(const WeightCall&, int item);     // blocks of rows and columns per depth
+    void (*weight_product)(const WeightCall&, int item);  // blocks of rows times of columns
 };
 
 }  // namespace fastattn::cpu

@@ -255,6 +255,8 @@ static void cross_entropy(const CrossEntropyCall& c, int64_t begin, int64_t end)
     });
 }
 
-template <class A>
-constexpr FusedKernels FUSED = {norm<A>,     norm_backward<A>,     gate<A>,   gate_backward<A>,
-                                activate<A>, activate_backward<A>, rotate<A>, cross_entropy<A>};
+template <class A> constexpr FusedKernels FUSED = {
+    norm<A>,        norm_backward<A>,     gate<A>,   gate_backward<A>,
+    activate<A>,    activate_backward<A>, rotate<A>, cross_entropy<A>,
+    weight_pack<A>, weight_product<A>,
+};

@@ -28,6 +28,7 @@ constexpr float TANH_SERIES[6] = {-0.3333333f,  0.13333184f,   -0.053943656f,
 #include "backward.inl"
 #include "rows.inl"
 #include "activate.inl"
+#include "linear.inl"
 #include "fused.inl"
 
 template <class A> static int64_t padded(int columns) { return round_up_panel<A>(columns); }

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import fused
 from ..fused_activate import activate
+from .linear import call_linear, linear, plain
 
 
 class Steps:
@@ -48,7 +48,7 @@ def join(x: Tensor, branch: Tensor, dropout: nn.Module | None, norm: nn.Module |
     p = _probability(dropout) if eager else None
     if p is None:
         branch, p = branch if dropout is None else dropout(branch), 0.0
-    if eager and _plain(norm, nn.LayerNorm) and norm.normalized_shape == branch.shape[-1:]:
+    if eager and plain(norm, nn.LayerNorm) and norm.normalized_shape == branch.shape[-1:]:
         return fused.norm(branch, x, norm.weight, norm.bias, norm.eps, True, p)
     x = x + (activate(branch, dropout_p=p) if p else branch)
     return x if norm is None else norm(x), x
@@ -56,12 +56,12 @@ def join(x: Tensor, branch: Tensor, dropout: nn.Module | None, norm: nn.Module |
 
 def _feed_forward(layer, x: Tensor) -> Tensor:
     first, drop, activation = layer.linear1, layer.dropout, _name_of(layer.activation)
-    if _plain(first, nn.Linear) and _fusable(x, first.weight, first.bias):
+    if plain(first, nn.Linear) and _fusable(x, first.weight, first.bias):
         p = _probability(drop)
         if activation is not None and p is not None:
-            hidden = activate(F.linear(x, first.weight), first.bias, p, activation)
-            return layer.linear2(hidden)
-    return layer.linear2(drop(layer.activation(first(x))))
+            hidden = activate(linear(x, first.weight, None), first.bias, p, activation)
+            return call_linear(layer.linear2, hidden)
+    return call_linear(layer.linear2, drop(layer.activation(first(x))))
 
 
 def _attend(layer, x: Tensor, mask, padding, is_causal: bool = False) -> Tensor:
@@ -92,20 +92,9 @@ def _fusable(*tensors: Tensor | None) -> bool:
     return fused.has_kernel(*tensors) and not any(x is not None and x.is_nested for x in tensors)
 
 
-def _plain(module, cls: type) -> bool:
-    """Is it exactly a cls, and would calling it run nothing but its forward?"""
-    return (
-        type(module) is cls
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not _has_any_global_hook()
-    )
-
-
 def _probability(dropout: nn.Module | None) -> float | None:
     """The p of a plain nn.Dropout that a kernel can do, now; None: call the module."""
-    if not _plain(dropout, nn.Dropout):
+    if not plain(dropout, nn.Dropout):
         return None
     p = dropout.p if dropout.training else 0.0
     return p if p < 1 else None
@@ -116,9 +105,9 @@ _FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu,
 
 def _name_of(activation) -> str | None:
     """activate()'s name for a layer's activation."""
-    if _plain(activation, nn.GELU):
+    if plain(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     for cls, name in ((nn.ReLU, "relu"), (nn.SiLU, "silu")):
-        if _plain(activation, cls):
+        if plain(activation, cls):
             return name
     return next((name for function, name in _FUNCTIONS if activation is function), None)

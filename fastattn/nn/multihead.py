@@ -14,6 +14,7 @@ from .. import checks
 from ..attention import attention, varlen_attention
 from ..weights import attention_weights
 from . import masks
+from .linear import call_linear, linear
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -95,7 +96,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out, weights = out[0], None if weights is None else weights[0]
         elif not self.batch_first:
             out = out.transpose(0, 1)
-        return self.out_proj(out), weights
+        return call_linear(self.out_proj, out), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v, heads still side by side: as many matrix products as different inputs."""
@@ -104,14 +105,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif query is key and key is value:
-            return F.linear(query, weight, bias).chunk(3, -1)
+            return linear(query, weight, bias).chunk(3, -1)
         elif key is value:
             tail = None if bias is None else bias[dim:]
-            k, v = F.linear(key, weight[dim:], tail).chunk(2, -1)
-            return [F.linear(query, weight[:dim], biases[0]), k, v]
+            k, v = linear(key, weight[dim:], tail).chunk(2, -1)
+            return [linear(query, weight[:dim], biases[0]), k, v]
         else:
             weights = weight.split(dim)
-        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
+        return [linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
 
     def _attend(self, q, k, v, padding, attn_mask, is_causal, need_weights, average):
         """out [B, L, E], not yet projected, and weights or None, of q [B, L, E], k, v [B, S, E]."""
@@ -202,7 +203,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 dropout_p=dropout_p,
             ).flatten(1)  # fmt: skip
             out = F.dropout(out, 1.0) if everything else out
-        return rows.like(self.out_proj(out)), weights
+        return rows.like(call_linear(self.out_proj, out)), weights
 
 
 class _Packed:
