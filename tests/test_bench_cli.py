@@ -164,10 +164,10 @@ def test_main_fails_when_a_row_is_red(tiny, monkeypatch, capsys):
 def test_ctrl_c_keeps_what_is_measured(tiny, monkeypatch, capsys):
     whole = run.measure
 
-    def until_the_second(cell, plan, on_round=None):
+    def until_the_second(cell, plan):
         if cell is ROWS[1]:
             raise KeyboardInterrupt
-        return whole(cell, plan, on_round)
+        return whole(cell, plan)
 
     monkeypatch.setattr(run, "measure", until_the_second)
     assert cli.main(["--json"]) == 130
@@ -200,7 +200,7 @@ def test_a_budget_takes_the_most_informative_cells(monkeypatch):
     """On a clock where each cell takes ten seconds, sixty seconds hold five cells and an A/A."""
     now, measured = [0.0], []
 
-    def take_ten(cell, plan, on_round=None):
+    def take_ten(cell, plan):
         now[0] += 10.0
         measured.append(cell)
         return result(cell, fastattn=1e-3, sdpa=2e-3)
@@ -318,7 +318,7 @@ def test_compare_and_fail_if(tiny, monkeypatch, capsys):
     """The second run's rows are slower by construction; --fail-if tells the exit code."""
     slowdown = [1.0]
 
-    def fixed(cell, plan, on_round=None):
+    def fixed(cell, plan):
         return result(cell, fastattn=1e-3 * slowdown[0], sdpa=2e-3)
 
     monkeypatch.setattr(run, "measure", fixed)
