@@ -22,6 +22,7 @@ from .measure import OURS, Side
 from .run import Run
 
 PASSES = 3
+TURNS = 5  # of each side in a round, the best of which counts
 ROUNDS = 401  # a pass at most; the level's seconds are the real limit: a regression of some percent
 # on a busy machine needs all the rounds that the time holds
 # Each thread on a core of its own, the same ones in both processes. Left to the system on a busy

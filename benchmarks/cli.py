@@ -219,7 +219,8 @@ def _run(args, device, machine: Machine, tree: Path | None, past: list) -> Run:
             stack.callback(pair.close)
             first = index == 0
             again = Plan(device, args.competitors, args.level, extra=pair.sides,
-                         memory=first, noise=first, rounds=base.ROUNDS)  # fmt: skip
+                         memory=first, noise=first, rounds=base.ROUNDS,
+                         turns=base.TURNS)  # fmt: skip
             share = None if seconds is None else seconds / base.PASSES
             one = run(cells, again, machine, seconds=share, weak=weak)
         total = base.merged(total, one) if index else one

@@ -73,6 +73,7 @@ class Plan:
     memory: bool = True
     noise: bool = True  # whether A/A cells are measured too
     rounds: int = 0  # at most; 0: the level's
+    turns: int = 1  # of each side in a round, the best of which counts
 
 
 def measure(cell: Row | Workload, plan: Plan) -> Result:
@@ -241,5 +242,5 @@ def _time(result: Result, plan: Plan) -> None:
         return
     rounds, seconds = LEVELS[plan.level]
     result.comparison = timing.compare(
-        contenders, rounds=plan.rounds or rounds, max_seconds=seconds
+        contenders, rounds=plan.rounds or rounds, turns=plan.turns, max_seconds=seconds
     )

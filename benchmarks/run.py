@@ -38,7 +38,7 @@ class Forecast:
 
     def __init__(self, machine: Machine, plan: Plan) -> None:
         self.flops, self.plan = machine.flops.get("fp32", 1e11), plan
-        self.seen: list[float] = []
+        self.seen = [1.0, 1.0]  # the first cell's first calls are slow: it alone must not decide
 
     def raw(self, cell: Cell) -> float:
         rounds, most = LEVELS[self.plan.level]
@@ -55,7 +55,7 @@ class Forecast:
         return OPENING + timing + 2 * contenders * once + memory + checking
 
     def __call__(self, cell: Cell) -> float:
-        return self.raw(cell) * (median(self.seen) if self.seen else 1.0)
+        return self.raw(cell) * median(self.seen)
 
     def learn(self, cell: Cell, seconds: float) -> None:
         self.seen.append(seconds / self.raw(cell))
@@ -106,25 +106,27 @@ def run(
         machine.measure_peaks({"fp32", *(cell.dtype for cell in cells)}, {MEMORY})
         forecast = Forecast(machine, plan)
         aa = aa_cells(cells, forecast) if plan.noise and not plan.aa else []
-        aa_plan = replace(plan, competitors=[_aa_competitor(plan)], aa=True, memory=False, rounds=0,
-                          extra=lambda cell: [])  # fmt: skip
+        aa_plan = replace(plan, competitors=[_aa_competitor(plan)], aa=True, memory=False,
+                          extra=lambda cell: [], rounds=0, turns=1)  # fmt: skip
         waiting = [(plan, cell) for cell in order] + [(aa_plan, cell) for cell in aa]
+
+        def fits(how: Plan, cell: Cell) -> bool:
+            """A/A cells keep their time; the first cell is measured whatever it takes."""
+            reserved = sum(forecast(c) for c in aa) if how is plan else 0.0
+            needed = clock() - start + forecast(cell) + reserved
+            return seconds is None or needed <= seconds or not done.results
+
         with Bar(len(waiting)) as bar:
-            while waiting:
-                how, cell = waiting.pop(0)
-                left = sum(forecast(c) for _, c in waiting) + forecast(cell)
-                reserved = sum(forecast(c) for c in aa) if how is plan else 0.0
+            while (chosen := next((x for x in waiting if fits(*x)), None)) is not None:
+                waiting.remove(chosen)
+                how, cell = chosen
+                left = forecast(cell) + sum(forecast(c) for _, c in waiting)
                 used = clock() - start
-                over = seconds is not None and used + forecast(cell) + reserved > seconds
-                if over and done.results:
-                    if how is plan:
-                        done.skipped.append(cell.name)
-                    bar.advance()
-                    continue
                 bar.at(cell.name, left if seconds is None else min(left, seconds - used))
                 result = _one(cell, how, machine, forecast, clock)
                 (done.results if how is plan else done.aa).append(result)
                 bar.advance()
+        done.skipped = [cell.name for how, cell in waiting if how is plan]
     except KeyboardInterrupt:
         done.interrupted = True
     place = {cell.name: index for index, cell in enumerate(cells)}

@@ -198,6 +198,7 @@ def compare(
     contenders: Sequence[Contender],
     *,
     rounds: int = 15,
+    turns: int = 1,
     min_seconds: float = 2e-3,
     max_seconds: float | None = None,
     warmup_seconds: float = 2e-2,
@@ -208,6 +209,8 @@ def compare(
     """Run every contender once a round and keep all samples.
 
     rounds       at least 6, and at most this many
+    turns        of every contender in a round, of which the best is kept. More than one on a busy
+                 machine: an interruption lasts longer than a call, and adds to whoever it meets
     min_seconds  a sample repeats its call until it lasts this long
     max_seconds  about how long all rounds together may take; fewer rounds run when that many do not
                  fit, never fewer than 6
@@ -228,13 +231,17 @@ def compare(
         repeats[contender.name] = count
         round_seconds += seconds
     if max_seconds is not None:
-        rounds = max(MIN_ROUNDS, min(rounds, int(max_seconds / max(round_seconds, 1e-9))))
+        fit = int(max_seconds / max(turns * round_seconds, 1e-9))
+        rounds = max(MIN_ROUNDS, min(rounds, fit))
 
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
-        for name in order(names, index):
-            nanoseconds = _sample(by_name[name], repeats[name], clock)
-            samples[name].append(max(nanoseconds, 1) * 1e-9 / repeats[name])
+        best = dict.fromkeys(names, math.inf)
+        for turn in range(index * turns, (index + 1) * turns):
+            for name in order(names, turn):
+                best[name] = min(best[name], _sample(by_name[name], repeats[name], clock))
+        for name in names:
+            samples[name].append(max(best[name], 1) * 1e-9 / repeats[name])
         if on_round is not None:
             on_round(index + 1, rounds)
     return Comparison({n: tuple(s) for n, s in samples.items()}, repeats, confidence)

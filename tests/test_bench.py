@@ -331,6 +331,27 @@ def test_passes_that_disagree_make_no_difference():
     assert agreed.ratio("b").verdict == "faster"
 
 
+def test_the_best_of_several_turns_sheds_interruptions():
+    """Two calls of three are interrupted, for longer than they take."""
+
+    def share_caught(turns: int) -> float:
+        caught = 0
+        for seed in range(40):
+            rng, clock = random.Random(seed), FakeClock()
+
+            def call(factor, rng=rng):
+                return lambda now: 1e6 * factor + (rng.random() < 0.66) * rng.expovariate(1 / 3e6)
+
+            sides = [timing.Contender("base", clock.work(call(1.0))),
+                     timing.Contender("ours", clock.work(call(1.1)))]  # fmt: skip
+            options = {"rounds": 300 // turns, "turns": turns, "min_seconds": 0, "clock": clock}
+            ratio = timing.compare(sides, **options).ratio("ours")
+            caught += ratio.verdict == "slower" and ratio.value < 1 / 1.05
+        return caught / 40
+
+    assert share_caught(5) >= 0.9 > share_caught(1)
+
+
 def test_a_contender_may_bring_its_own_clock():
     asked = []
 
