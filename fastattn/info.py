@@ -213,28 +213,38 @@ def _sample(
 
 
 def support() -> dict[str, dict[str, str | None]]:
-    """feature -> backend -> its reason for not supporting it, None where it does."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = {}
-    for feature, changes in SUPPORT:
-        call = {False: _sample(**changes), True: _sample(device, **changes)}
-        table[feature] = {
-            b.name: b.why_not(*call[b.name in ("cuda", "triton")]) for b in backends.BACKENDS
-        }
-    return table
+    """feature -> backend -> its reason for not supporting it, None where it does.
+
+    Asked of why_not on a device where the backend runs a plain call. Where it runs none here, its
+    `refuses` is asked, the part of why_not that looks at the call alone, if it has one.
+    """
+    asked = {row.name: _asked(row) for row in backends.BACKENDS}
+    return {
+        feature: {name: ask(changes) for name, ask in asked.items()} for feature, changes in SUPPORT
+    }
+
+
+def _asked(row: backends.Backend):
+    """A function of a feature's changes: the backend's answer to a call with them."""
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        if row.why_not(*_sample(device)) is None:
+            return lambda changes: row.why_not(*_sample(device, **changes))
+    refuses = getattr(row, "refuses", None) or row.why_not
+    return lambda changes: refuses(*_sample(**changes))
 
 
 def support_markdown() -> str:
-    """README's support table; a backend that can run nothing here is a line below, not a column."""
+    """README's support table. A backend that runs nothing on this machine has its reason in a line
+    below, and a column only where it can tell from the call alone what it would refuse."""
     table = support()
-    names = [backend.name for backend in backends.BACKENDS]
-    columns = [name for name in names if any(row[name] is None for row in table.values())]
+    here = {row["name"]: row["why_not"] for row in _backends()}
+    columns = [name for name in here if any(row[name] is None for row in table.values())]
     lines = [f"| | {' | '.join(columns)} |", "|---|" + ":-:|" * len(columns)]
     for feature, row in table.items():
         cells = ["yes" if row[name] is None else "no" for name in columns]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
-    if absent := [name for name in names if name not in columns]:
-        lines += ["", f"Not in this version: {', '.join(absent)}."]
+    if absent := [f"{name} ({reason})" for name, reason in here.items() if reason]:
+        lines += ["", f"Not run on the machine that made this table: {'; '.join(absent)}."]
     return "\n".join(lines)
 
 
