@@ -27,7 +27,7 @@ MAX_HEAD_DIM = 65536  # of the CPU kernels
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One row. All four take tensors in the operators' normal form (ops.py).
+    """One row. All five take tensors in the operators' normal form (ops.py).
 
     why_not looks only at devices, dtypes, shapes, the spec and which operands are there, never at
     values or strides: its answer is kept for calls that are alike in these.
@@ -38,8 +38,8 @@ class Backend:
     why_not: Callable  # (spec, q, k, v, operands) -> str | None
     forward: Callable  # (q, k, v, spec, operands, num_splits) -> (out, lse)
     backward: Callable  # (dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
+    refuses: Callable  # the part of why_not that looks at the call alone, on any machine
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
-    refuses: Callable | None = None  # the part of why_not that looks at the call alone
 
 
 # ---- the rows' functions -----------------------------------------------------------------------
@@ -188,8 +188,10 @@ def _triton_why_not(spec, q, k, v, operands):
 def _cpu_why_not(spec, q, k, v, operands):
     if q.device.type not in ("cpu", "meta"):
         return f"q is on {q.device} and this backend runs on the CPU"
-    if ops.NATIVE_MISSING:
-        return ops.NATIVE_MISSING
+    return ops.NATIVE_MISSING or _cpu_refuses(spec, q, k, v, operands)
+
+
+def _cpu_refuses(spec, q, k, v, operands):
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
@@ -208,12 +210,13 @@ CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
     Backend("cuda", "NVIDIA sm_90", _cuda_why_not, _cuda_forward, _cuda_backward,
-            refuses=_cuda_refuses),
+            _cuda_refuses),
     Backend("triton", "any GPU Triton supports",
-            _triton_why_not, _triton_forward, _triton_backward, refuses=_triton_refuses),
-    Backend("cpu", "C++ kernels on the CPU", _cpu_why_not, _op_forward, _op_backward, CPU_TILE),
+            _triton_why_not, _triton_forward, _triton_backward, _triton_refuses),
+    Backend("cpu", "C++ kernels on the CPU",
+            _cpu_why_not, _op_forward, _op_backward, _cpu_refuses, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",
-            _reference_why_not, _reference_forward, _reference_backward),
+            _reference_why_not, _reference_forward, _reference_backward, _reference_why_not),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in BACKENDS}
 NAMES = tuple(BY_NAME)

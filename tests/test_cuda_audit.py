@@ -111,9 +111,9 @@ def test_gradients_and_splits_go_to_the_next_row(monkeypatch):
     calls = []
     able = backends.Backend(
         "able", "", lambda *a: None, lambda *a: calls.append("forward"),
-        lambda *a: calls.append("backward"),
+        lambda *a: calls.append("backward"), None,
     )  # fmt: skip
-    unable = backends.Backend("unable", "", lambda *a: "cannot", None, None)
+    unable = backends.Backend("unable", "", lambda *a: "cannot", None, None, None)
     rows = [backends.BY_NAME["cuda"], unable, able]
     monkeypatch.setattr(backends, "BACKENDS", rows)
     q = torch.zeros(1, 1, 64, 64)

@@ -69,34 +69,23 @@ def test_readme_names_files_that_exist():
     assert not missing
 
 
-@pytest.mark.native
 def test_support_is_what_the_backends_say(monkeypatch):
-    """A backend that runs nothing here is no column, or one by its `refuses`; never a guess."""
-    from dataclasses import dataclass
-
+    """Of the call alone, on any machine: never a guess, nor a matter of what runs here."""
     from fastattn import backends, info
-
-    @dataclass
-    class Row:
-        name: str
-        role: str
-        why_not: object
-        refuses: object = None
-
-    def nowhere(*call):
-        return "there is no such device"
 
     def halves_only(spec, q, *rest):
         return "it takes halves only" if q.dtype.itemsize != 2 else None
 
-    rows = [*backends.BACKENDS, Row("blind", "", nowhere), Row("seeing", "", nowhere, halves_only)]
-    monkeypatch.setattr(backends, "BACKENDS", rows)
-    text = info.support_markdown()
-    head, _, first, second, *_ = text.splitlines()
-    assert "blind" not in head and "| seeing |" in head and "| cpu |" in head
-    assert first.startswith("| fp32 |") and first.endswith("| no |")
-    assert second.startswith("| bf16 |") and second.endswith("| yes |")
-    assert "blind (there is no such device); seeing (there is no such device)" in text
+    def nothing(*call):
+        raise AssertionError("asked about this machine")
+
+    row = backends.Backend("picky", "a test", nothing, nothing, nothing, halves_only)
+    monkeypatch.setattr(backends, "BACKENDS", [row])
+    head, _, first, *others = info.support_markdown().splitlines()
+    assert head == "| | picky |" and first == "| fp32 | no |"
+    table, last = others[: len(info.SUPPORT) - 1], others[-1]
+    assert [line for line in table if line.endswith("| no |")] == ["| fp64 | no |"]
+    assert last == "picky: a test."
 
 
 def test_speed_table_says_red_and_no_difference():
