@@ -5,7 +5,7 @@
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
-#   make gpu-audit  compile the Triton kernels for GPUs that are not here: registers, spills
+#   make gpu-audit   what compilers make of the GPU kernels (no GPU needed): registers, spills
 #   make clean   remove what was built (.venv stays) make distclean   and .venv
 #
 # A machine without a GPU gets the small CPU build of torch with
@@ -19,7 +19,8 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
-CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/*.cu*)
+CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
+    tests/emulator/*.h tests/emulator/*.cpp)
 
 .PHONY: demo test bench build asan lint fmt size gpu gpu-audit clean distclean help
 .DELETE_ON_ERROR:
@@ -104,8 +105,10 @@ gpu: build
 	$(BIN)/python -m fastattn verify
 	$(BIN)/python -m pytest -q $(ARGS)
 
+# What Triton and nvcc make of the GPU kernels: registers, spills, shared memory, instructions.
 gpu-audit: build
 	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.gpu_audit $(ARGS)
+	$(BIN)/python -m fastattn.benchmarks.cuda_audit $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

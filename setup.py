@@ -9,13 +9,14 @@ Three libraries, each optional, so that the package installs everywhere and says
 What was built, with what, and why the rest was not, is written to fastattn/_build.json.
 
 Environment:
-    FASTATTN_BUILD  auto  what the tools allow, the default
+    FASTATTN_BUILD  auto  what the tools allow, the default; CUDA only where torch has CUDA, since
+                          nothing else can load it
                     cpu   the CPU library, or fail; never CUDA
-                    cuda  the CPU and the CUDA library, or fail
+                    cuda  the CPU and the CUDA library, or fail; any torch will do
                     none  pure Python
                     asan  the CPU library under the address and undefined-behaviour sanitizers, left
                           in build/asan/_cpu.abi3.so: set FASTATTN_CPU_LIBRARY to it (make asan)
-    FASTATTN_CUDA_ARCHS  nvcc architectures, default "80;90a"
+    FASTATTN_CUDA_ARCHS  nvcc architectures, default "90a", which is all there are kernels for
     CXX, CXXFLAGS, LDFLAGS, NVCC, MAX_JOBS  as everywhere
 
 Rebuild after editing C++:  python setup.py build_ext --inplace   (compiles what changed)
@@ -42,7 +43,7 @@ ROOT = Path(__file__).resolve().parent
 SUBPACKAGES = ("nn", "models", "hf", "flash_attn", "kernels", "benchmarks")
 MODES = ("auto", "cpu", "cuda", "none", "asan")
 TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
-CUDA_ARCHS = "80;90a"
+CUDA_ARCHS = "90a"
 
 # The last is for GCC 12's own avx512fintrin.h.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
@@ -113,6 +114,12 @@ def find_torch() -> tuple[Path, str] | str:
     if numbers < TORCH_FLOOR:
         return f"torch {version} is older than {'.'.join(map(str, TORCH_FLOOR))}"
     return Path(spec.origin).parent, version
+
+
+def has_cuda(torch: Path) -> bool:
+    """Whether the torch in this package folder was built with CUDA."""
+    version = (torch / "version.py").read_text()
+    return re.search(r"^cuda\b[^=]*= *['\"]", version, re.MULTILINE) is not None
 
 
 def find_nvcc() -> str | None:
@@ -201,6 +208,8 @@ class Plan:
             why_not = "this version has no CUDA kernels"
         elif not why_not and not self.nvcc:
             why_not = "nvcc was not found"
+        elif not why_not and self.mode == "auto" and not has_cuda(self.torch):
+            why_not = "this torch has no CUDA (FASTATTN_BUILD=cuda builds for another torch)"
         if why_not:
             return Library("_cuda", why_not=why_not)
         includes, links = self._torch_flags()

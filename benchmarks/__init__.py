@@ -1,1 +1,1 @@
-"""Benchmarks, installed as fastattn.benchmarks: timing.py is the protocol, bench.py the rows."""
+"""Benchmarks, installed as fastattn.benchmarks. cli.py is `python -m fastattn bench`."""

@@ -1,23 +1,28 @@
-"""Rewrites the generated tables of README.md: python -m fastattn.benchmarks.readme_table [--check]
+"""Rewrites the generated tables: python -m fastattn.benchmarks.readme_table [--check]
 
     support  what each backend can run, asked of the backends (fastattn/info.py)
     speed    the reports in benchmarks/results/ (python -m fastattn bench --json FILE)
 
-A table lives between <!-- NAME:begin --> and <!-- NAME:end -->; what is between is replaced.
---check writes nothing and exits with 1 when a table is not what it should be.
+A table lives between <!-- NAME:begin --> and <!-- NAME:end -->, in README.md and in pages of docs/;
+what is between is replaced. --check writes nothing and exits with 1 when a table is not what it
+should be.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from .entries import said, title
+from .history import load
+
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = {  # with generated tables
+    ROOT / "README.md": ("support", "speed"),
+    ROOT / "docs" / "benchmarks.md": ("support",),
+}
 RESULTS = ROOT / "benchmarks" / "results"
-SCHEMA = 1  # of the reports that benchmarks/bench.py writes
 GROUPS = {
     "dense": "dense",
     "train": "dense, training",
@@ -28,6 +33,9 @@ GROUPS = {
     "window": "window of 256 at S 4096",
     "padding": "key-padding mask, half padded",
     "short": "short, S 16 to 64, batch 64",
+    "alibi": "ALiBi, causal",
+    "documents": "4 documents in a row, causal",
+    "endtoend": "whole models",
 }
 
 
@@ -35,16 +43,16 @@ def replace(text: str, name: str, table: str) -> str:
     """`text` with what stands between the markers of `name` replaced by `table`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README.md needs {begin} and {end}, once each")
+        raise ValueError(f"the page needs {begin} and {end}, once each")
     before, rest = text.split(begin)
     after = rest.split(end)[1]
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def stored_reports(folder: Path = RESULTS) -> list[dict]:
-    """The reports of this schema, newest first."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    reports = [report for report in reports if report.get("schema") == SCHEMA]
+    """The runs that --json left there, newest first; other results may be there too."""
+    paths = sorted(folder.glob("*.json"))
+    reports = [load(path) for path in paths if '"schema"' in path.read_text()]
     return sorted(reports, key=lambda report: report["machine"]["date"], reverse=True)
 
 
@@ -53,19 +61,20 @@ def speed_markdown(reports: list[dict]) -> str:
     if not reports:
         return "No measured results in benchmarks/results/ yet: `make bench` on your machine."
     lines = [
-        "Ratio: the time of `F.scaled_dot_product_attention` / fastattn's, medians of interleaved "
-        "runs in one process."
+        "Ratio: the time of `F.scaled_dot_product_attention` / fastattn's (of the model in plain "
+        "torch, for whole models), medians of interleaved runs in one process."
     ]
     for report in reports:
-        facts = report["machine"]
-        title = (
-            f"{facts['cpu']}, {facts['threads']} threads, fastattn on {facts['isa']}, torch "
-            f"{facts['torch']} on {facts['torch_isa']}; {facts['date'][:10]}"
-        )
-        lines += ["", f"**{title}**", "", *_summary(report["rows"]), ""]
+        lines += ["", f"**{title(report)}**", "", *_summary(report["rows"]), ""]
         lines += ["<details><summary>Every row, with 95 % intervals</summary>", ""]
         lines += [*_every_row(report["rows"]), "", "</details>"]
     return "\n".join(lines)
+
+
+def _against_torch(entry: dict) -> tuple[dict | None, str]:
+    """(the ratio to torch, what torch ran)."""
+    name = next((name for name in ("sdpa", "torch") if name in entry["sides"]), None)
+    return entry["versus"].get(name), entry["sides"].get(name, {}).get("backend", "")
 
 
 def _summary(rows: list[dict]) -> list[str]:
@@ -74,22 +83,28 @@ def _summary(rows: list[dict]) -> list[str]:
     for entry in rows:
         groups.setdefault(_group(entry), []).append(entry)
     for (work, dtype, which), entries in groups.items():
-        values = sorted(e["ratio"]["value"] for e in entries if not e["red"])
+        found = [_against_torch(entry) for entry in entries]
+        values = sorted(ratio["value"] for ratio, _ in found if ratio)
         ratio = "RED"  # a row that computed something wrong has no speed, nor has its group
         if len(values) == len(entries):
             least, most = f"{values[0]:.2f}", f"{values[-1]:.2f}"
             ratio = least if least == most else f"{least} to {most}"
-        ran = ", ".join(sorted({e["torch_backend"] for e in entries}))
+        ran = ", ".join(sorted({ran for _, ran in found}))
         lines.append(f"| {work} | {dtype} | {which} | {ratio} | {ran} |")
     return lines
 
 
+PASSES = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward"}
+
+
 def _group(entry: dict) -> tuple[str, str, str]:
     row = entry["row"]
-    work = GROUPS.get(row["group"], row["group"])
+    work = GROUPS.get(entry["group"], entry["group"])
+    if row is None:  # a whole model is its own kind
+        return entry["name"], entry["dtype"], "step" if entry["mode"] == "fwdbwd" else "forward"
     if row["group"] in ("dense", "train", "half"):
         work += f", D {row['dim']}, {'causal' if row['causal'] else 'full'}"
-    return work, row["dtype"], "forward + backward" if row["backward"] else "forward"
+    return work, row["dtype"], PASSES[row["mode"]]
 
 
 def _every_row(rows: list[dict]) -> list[str]:
@@ -97,38 +112,55 @@ def _every_row(rows: list[dict]) -> list[str]:
         "| row | torch ran | torch ms | fastattn ms | ratio | interval | % of peak |",
         "|---|---|--:|--:|--:|:-:|--:|",
     ]
-    for e in rows:
-        if e["red"]:
-            lines.append(f"| {e['name']} | {e['torch_backend']} | | | RED | | |")
+    for entry in rows:
+        ratio, ran = _against_torch(entry)
+        if ratio is None:
+            lines.append(f"| {entry['name']} | {ran} | | | {'RED' if entry['red'] else ''} | | |")
             continue
-        ratio = e["ratio"]
-        value = "no difference" if ratio["verdict"] == "no difference" else f"{ratio['value']:.2f}"
+        ours = entry["sides"]["fastattn"]
+        theirs = entry["sides"].get("sdpa") or entry["sides"]["torch"]
+        peak = f"{ours['percent_of_peak']:.0f}" if "percent_of_peak" in ours else ""
         lines.append(
-            f"| {e['name']} | {e['torch_backend']} | {e['torch_ms']:.3f} | {e['fastattn_ms']:.3f} "
-            f"| {value} | {ratio['low']:.2f} to {ratio['high']:.2f} | {e['percent_of_peak']:.0f} |"
+            f"| {entry['name']} | {ran} | {theirs['ms']:.3f} | {ours['ms']:.3f} "
+            f"| {said(ratio)} | {ratio['low']:.2f} to {ratio['high']:.2f} | {peak} |"
         )
     return lines
 
 
-def generated(text: str) -> str:
-    """README's text with every generated table as it should be."""
+def generated(text: str, names: tuple[str, ...] = ("support", "speed")) -> str:
+    """A page's text with the generated tables of those names as they should be."""
     from fastattn.info import support_markdown  # imports torch, which speed_markdown does not need
 
-    text = replace(text, "support", support_markdown())
-    return replace(text, "speed", speed_markdown(stored_reports()))
+    tables = {
+        "support": support_markdown,
+        "speed": lambda: speed_markdown(stored_reports()),
+    }
+    for name in names:
+        text = replace(text, name, tables[name]())
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrites README.md, or checks it."""
+    """Rewrites the pages, or checks them."""
     parser = argparse.ArgumentParser(prog="python -m fastattn.benchmarks.readme_table")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
     options = parser.parse_args(argv)
-    old = README.read_text()
-    new = generated(old)
+    stale = {}
+    try:
+        for page, names in PAGES.items():
+            old = page.read_text()
+            new = generated(old, names)
+            if new != old:
+                stale[page] = new
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.check:
-        print("README.md is up to date" if new == old else "README.md's tables are out of date")
-        return int(new != old)
-    README.write_text(new)
+        for page in stale:
+            print(f"{page.relative_to(ROOT)}: tables are out of date")
+        return int(bool(stale))
+    for page, text in stale.items():
+        page.write_text(text)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How fastattn measures speed: interleaved, paired, with an interval, beside exact work and a peak.
+"""How fastattn measures speed: interleaved, paired, with an interval. Next hop: devices.py.
 
 Facts that the protocol rests on
 --------------------------------
@@ -19,6 +19,9 @@ Facts that the protocol rests on
 * The number of rounds is decided from the warm-up, before a single ratio is known: stopping when
   the answer looks good would bias it.
 * Every call sees the same buffers: what fits a cache is served from it, for all contenders alike.
+  (A GPU's second-level cache can be flushed before each call instead: devices.py.)
+* A machine's noise is not known in advance, so it is measured: `noise_floor` sums up comparisons of
+  a thing with itself (A/A), and every table carries it.
 * An interval that includes 1.00 is "no difference", whatever the median says.
 """
 
@@ -30,9 +33,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from statistics import median
-
-import torch
 
 MIN_ROUNDS = 6  # 2 * 2**-6 = 3 %: the fewest values whose range covers the median at 95 %
 MAX_REPEATS = 1 << 18  # a clock that stands still must not hang the calibration
@@ -43,11 +45,16 @@ MAX_REPEATS = 1 << 18  # a clock that stands still must not hang the calibration
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way of doing the work. `scope` is entered around each sample, outside the clock."""
+    """One way of doing the work. `scope` is entered around each sample, outside the clock.
+
+    sample   nanoseconds that so many calls take, measured some other way than by the clock of
+             `compare`: a GPU's events, or another process's own clock
+    """
 
     name: str
     fn: Callable[[], object]
     scope: Callable[[], AbstractContextManager] = nullcontext
+    sample: Callable[[int], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,8 @@ class Ratio:
     low: float
     high: float
     coverage: float  # what the interval really covers, at least the confidence asked for
+    p20: float = math.nan  # of the rounds' ratios: a fifth of them are below
+    p80: float = math.nan
 
     @property
     def verdict(self) -> str:
@@ -76,6 +85,7 @@ class Comparison:
     samples: dict[str, tuple[float, ...]]  # seconds per call, one value per round
     repeats: dict[str, int]
     confidence: float = 0.95
+    passes: tuple[int, ...] = ()  # rounds of each, where they ran in processes of their own
 
     @property
     def baseline(self) -> str:
@@ -91,7 +101,23 @@ class Comparison:
     def ratio(self, name: str, baseline: str | None = None) -> Ratio:
         base = self.samples[baseline or self.baseline]
         ratios = [b / s for b, s in zip(base, self.samples[name], strict=True)]
-        return Ratio(median(ratios), *median_interval(ratios, self.confidence))
+        spread = (quantile(ratios, 0.2), quantile(ratios, 0.8))
+        low, high, coverage = median_interval(ratios, self.confidence)
+        if self.passes:
+            ends = list(accumulate(self.passes, initial=0))
+            medians = [median(ratios[a:b]) for a, b in pairwise(ends)]
+            low, high = min(low, *medians), max(high, *medians)
+        return Ratio(median(ratios), low, high, coverage, *spread)
+
+    def merged(self, other: Comparison) -> Comparison:
+        """The rounds of both, which compared the same things in other processes. A process can be
+        slow for all its life (its threads share a core, its memory lies badly), which its rounds
+        cannot see: the interval reaches from the least pass's median to the largest's at least."""
+        if self.samples.keys() != other.samples.keys():
+            raise ValueError(f"other: compares {list(other.samples)}, not {list(self.samples)}")
+        samples = {name: (*self.samples[name], *other.samples[name]) for name in self.samples}
+        passes = tuple(n for part in (self, other) for n in (part.passes or (part.rounds,)))
+        return Comparison(samples, self.repeats, self.confidence, passes)
 
     def as_dict(self) -> dict:
         """What a JSON report keeps: enough to compute every number above again."""
@@ -99,6 +125,7 @@ class Comparison:
             "baseline": self.baseline,
             "rounds": self.rounds,
             "repeats": dict(self.repeats),
+            "passes": list(self.passes),
             "samples_s": {name: list(values) for name, values in self.samples.items()},
         }
 
@@ -110,7 +137,7 @@ def median_interval(
     median with at least `confidence`; P(median outside) = 2 * P(Binomial(n, 1/2) < k)."""
     ordered = sorted(values)
     count = len(ordered)
-    outside = 2 * 0.5**count  # k = 1: the whole range
+    outside = 2 / 2**count  # k = 1: the whole range
     if 1 - outside < confidence:
         raise ValueError(
             f"values: {count} of them cannot bound a median with confidence {confidence}; "
@@ -118,11 +145,46 @@ def median_interval(
         )
     k = 1
     while k < count // 2:
-        wider = outside + 2 * math.comb(count, k) * 0.5**count
+        wider = outside + 2 * math.comb(count, k) / 2**count  # integers: counts have no limit
         if 1 - wider < confidence:
             break
         outside, k = wider, k + 1
     return ordered[k - 1], ordered[count - k], 1 - outside
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie, linear between neighbours."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What comparisons of a thing with itself showed."""
+
+    cells: int
+    no_difference: int  # of them; the rest were called faster or slower, which nothing was
+    median: float  # the largest |ratio - 1|
+    interval: float  # the widest interval's larger half
+
+    def __str__(self) -> str:
+        return (
+            f"a thing against itself differs by up to {self.median:.1%} (intervals reach "
+            f"{self.interval:.1%}); no difference in {self.no_difference} of {self.cells} cells"
+        )
+
+
+def noise_floor(ratios: Sequence[Ratio]) -> Noise:
+    """Sums up A/A comparisons."""
+    return Noise(
+        len(ratios),
+        sum(ratio.verdict == "no difference" for ratio in ratios),
+        max((abs(ratio.value - 1) for ratio in ratios), default=0.0),
+        max((max(ratio.high - 1, 1 - ratio.low) for ratio in ratios), default=0.0),
+    )
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:
@@ -136,6 +198,7 @@ def compare(
     contenders: Sequence[Contender],
     *,
     rounds: int = 15,
+    turns: int = 1,
     min_seconds: float = 2e-3,
     max_seconds: float | None = None,
     warmup_seconds: float = 2e-2,
@@ -146,6 +209,8 @@ def compare(
     """Run every contender once a round and keep all samples.
 
     rounds       at least 6, and at most this many
+    turns        of every contender in a round, of which the best is kept. More than one on a busy
+                 machine: an interruption lasts longer than a call, and adds to whoever it meets
     min_seconds  a sample repeats its call until it lasts this long
     max_seconds  about how long all rounds together may take; fewer rounds run when that many do not
                  fit, never fewer than 6
@@ -166,21 +231,28 @@ def compare(
         repeats[contender.name] = count
         round_seconds += seconds
     if max_seconds is not None:
-        rounds = max(MIN_ROUNDS, min(rounds, int(max_seconds / max(round_seconds, 1e-9))))
+        fit = int(max_seconds / max(turns * round_seconds, 1e-9))
+        rounds = max(MIN_ROUNDS, min(rounds, fit))
 
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
-        for name in order(names, index):
-            nanoseconds = _sample(by_name[name], repeats[name], clock)
-            samples[name].append(max(nanoseconds, 1) * 1e-9 / repeats[name])
+        best = dict.fromkeys(names, math.inf)
+        for turn in range(index * turns, (index + 1) * turns):
+            for name in order(names, turn):
+                best[name] = min(best[name], _sample(by_name[name], repeats[name], clock))
+        for name in names:
+            samples[name].append(max(best[name], 1) * 1e-9 / repeats[name])
         if on_round is not None:
             on_round(index + 1, rounds)
     return Comparison({n: tuple(s) for n, s in samples.items()}, repeats, confidence)
 
 
-def _sample(contender: Contender, repeats: int, clock: Callable[[], int]) -> int:
+def _sample(contender: Contender, repeats: int, clock: Callable[[], int]) -> float:
     """Nanoseconds that `repeats` calls take, the garbage collector held back as in timeit."""
     fn = contender.fn
+    if contender.sample is not None:
+        with contender.scope():
+            return contender.sample(repeats)
     collecting = gc.isenabled()
     with contender.scope():
         gc.disable()
@@ -209,100 +281,3 @@ def _calibrate(
             repeats = min(max(wanted, repeats + 1), 16 * repeats, MAX_REPEATS)
         elif spent >= warmup_seconds or repeats >= MAX_REPEATS:
             return repeats, seconds
-
-
-# ------------------------------------------------------------------------------------ counting work
-
-
-def visible_pairs(
-    q_len: int, kv_len: int, *, left: int = -1, right: int = -1, offset: int = 0
-) -> int:
-    """Scores that one head really needs: row i sees keys i+offset-left <= j <= i+offset+right with
-    0 <= j < kv_len; a negative side is unbounded."""
-    if left < 0 and right < 0:
-        return q_len * kv_len
-    total = 0
-    for i in range(q_len):
-        low = max(0, i + offset - left) if left >= 0 else 0
-        high = min(kv_len, i + offset + right + 1) if right >= 0 else kv_len
-        total += max(0, high - low)
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a call cannot avoid: arithmetic on the visible pairs, and compulsory traffic."""
-
-    pairs: int
-    flops: int
-    bytes: int
-
-
-def attention_work(
-    *,
-    pairs: int,  # visible pairs over all batches and query heads
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    q_len: int,
-    kv_len: int,  # keys that exist: those past a padding mask need not be read
-    dim: int,
-    v_dim: int | None = None,
-    itemsize: int = 4,
-    mask_bytes: int = 0,  # a bool mask: read once in each pass
-    bias_bytes: int = 0,  # a learned bias: read once in each pass, its gradient written once
-    backward: bool = False,
-) -> Work:
-    """FLOPs: 2 per multiply-add. Forward: QK^T and PV, 2 (D + Dv) a pair. Backward: five products,
-    QK^T again, dO V^T, dS K, dS^T Q and P^T dO, 2 (3 D + 2 Dv) a pair (2.5 forwards at D = Dv).
-    Softmax is not counted. Bytes: each operand read once and each result written once, per pass."""
-    v_dim = dim if v_dim is None else v_dim
-    q_bytes = batch * heads * q_len * dim * itemsize
-    k_bytes = batch * kv_heads * kv_len * dim * itemsize
-    v_bytes = batch * kv_heads * kv_len * v_dim * itemsize
-    out_bytes = batch * heads * q_len * v_dim * itemsize
-    lse_bytes = batch * heads * q_len * 4 if backward else 0  # kept only for a backward pass
-    flops = 2 * (dim + v_dim) * pairs
-    moved = q_bytes + k_bytes + v_bytes + out_bytes + lse_bytes + mask_bytes + bias_bytes
-    if backward:
-        flops += 2 * (3 * dim + 2 * v_dim) * pairs
-        moved += 2 * (q_bytes + k_bytes + v_bytes) + 2 * out_bytes + lse_bytes
-        moved += mask_bytes + 2 * bias_bytes
-    return Work(pairs, flops, moved)
-
-
-# ------------------------------------------------------------------------------- the machine's peak
-
-
-def peak_flops(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> float:
-    """Multiply-add peak in FLOP/s with torch's current threads: the best matrix product seen within
-    `seconds`. In half precision compare it with fp32's and take the better: without dot-product
-    instructions the best plan is to convert and use fp32, and a slow library product is no peak."""
-    size = 1024 if dtype == torch.float32 else 256  # a library may take a second for 512 in fp16
-    a, b = torch.rand(2, size, size).to(dtype).unbind()
-    out = torch.empty_like(a)
-    return 2 * size**3 / _fastest(lambda: torch.mm(a, b, out=out), seconds)
-
-
-def peak_bandwidth(nbytes: int = 1 << 28, seconds: float = 0.4) -> float:
-    """Bytes a second through a working set of `nbytes`: the better of reading it (sum) and copying
-    one half onto the other. Past the last-level cache that is the memory's bandwidth; below, the
-    cache's, which is the honest roof for work that stays there."""
-    data = torch.ones(max(nbytes // 8, 1024) * 2)  # fp32, an even number of elements
-    source, target = data.chunk(2)
-    moved = data.numel() * 4
-    read = moved / _fastest(data.sum, seconds / 2)
-    copy = moved / _fastest(lambda: target.copy_(source), seconds / 2)
-    return max(read, copy)
-
-
-def _fastest(fn: Callable[[], object], seconds: float) -> float:
-    """The shortest of the calls that fit into `seconds`, at least three."""
-    fn()
-    best, end, calls = math.inf, time.perf_counter() + seconds, 0
-    while calls < 3 or time.perf_counter() < end:
-        start = time.perf_counter_ns()
-        fn()
-        best = min(best, time.perf_counter_ns() - start)
-        calls += 1
-    return best * 1e-9

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 import torch.distributed as dist
 from cost import Clock
-from fastattn.benchmarks.timing import peak_flops
+from fastattn.benchmarks.devices import peak_flops
 from files import Checkpoints, Log
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -14,7 +14,10 @@ COMMANDS = {  # name: (module, what it does)
     "info": ("fastattn.info", "what this machine can run, and why not the rest"),
     "verify": ("fastattn.verify", "every backend against float64 on this machine"),
     "demo": ("fastattn.demo", "swap fastattn into a pretrained encoder: compare, time, report"),
-    "bench": ("fastattn.benchmarks.bench", "time fastattn beside torch, each row checked first"),
+    "bench": (
+        "fastattn.benchmarks.cli",
+        "fastattn beside torch and others, each row checked first",
+    ),
 }
 EXTRAS = {"demo": "demo", "bench": "bench"}  # the optional dependencies that a command may need
 

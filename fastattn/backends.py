@@ -28,7 +28,7 @@ MAX_HEAD_DIM = 65536  # of the CPU kernels
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One row. All four take tensors in the operators' normal form (ops.py).
+    """One row. All five take tensors in the operators' normal form (ops.py).
 
     why_not looks only at devices, dtypes, shapes, the spec and which operands are there, never at
     values or strides: its answer is kept for calls that are alike in these.
@@ -39,8 +39,8 @@ class Backend:
     why_not: Callable  # (spec, q, k, v, operands) -> str | None
     forward: Callable  # (q, k, v, spec, operands, num_splits) -> (out, lse)
     backward: Callable  # (dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
+    refuses: Callable  # the part of why_not that looks at the call alone, on any machine
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
-    refuses: Callable | None = None  # the part of why_not that looks at the call alone
 
 
 # ---- the rows' functions -----------------------------------------------------------------------
@@ -93,8 +93,75 @@ def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
     return grads(dout, dlse, q, k, v, bias, sinks)
 
 
+# What csrc/cuda has kernels for: a closed table. Everything else is the next row's.
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_HEAD_DIMS = (64, 128, 256)
+CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k")
+CUDA_MAX_BACKWARD_DIM = 128
+CUDA_MIN_ROWS = 64  # of an entry: a warpgroup's. With fewer, splitting the keys is what counts
+
+
 def _cuda_why_not(spec, q, k, v, operands):
-    return "this version of fastattn has no CUDA kernels"
+    if q.device.type != "cuda":
+        return f"q is on {q.device} and this backend runs on NVIDIA GPUs"
+    if ops.CUDA_MISSING:
+        return ops.CUDA_MISSING
+    if (found := torch.cuda.get_device_capability(q.device)) != (9, 0):
+        return f"the GPU is sm_{found[0]}{found[1]}; the kernels are for sm_90"
+    return _cuda_refuses(spec, q, k, v, operands)
+
+
+def _cuda_refuses(spec, q, k, v, operands):
+    """The part of why_not that looks at the call alone."""
+    dims = (q.shape[3], v.shape[3])
+    given = [n for n in operands.__slots__ if getattr(operands, n) is not None]
+    if q.dtype not in CUDA_DTYPES:
+        return f"q is {q.dtype}; the kernels take bfloat16 and float16"
+    if dims[0] != dims[1] or dims[0] not in CUDA_HEAD_DIMS:
+        return (
+            f"head dimensions are {dims[0]} (q, k) and {dims[1]} (v); the kernels have 64, 128 "
+            "and 256, the same for both"
+        )
+    if other := [name for name in given if name not in CUDA_OPERANDS]:
+        return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
+    sequences = operands.cu_seqlens_q.shape[0] - 1 if operands.packed else 1
+    if q.shape[2] < CUDA_MIN_ROWS * sequences:
+        among = f" in {sequences} sequences" if operands.packed else ""
+        return (
+            f"q has {q.shape[2]} rows{among}; the kernels are for {CUDA_MIN_ROWS} and more of each"
+        )
+    if torch.compiler.is_compiling() and (
+        reason := _cuda_backward_refuses(q, operands, operands.sinks is not None)
+    ):
+        return f"torch.compile may want the backward, and {reason}"
+    return None
+
+
+def _cuda_backward_refuses(q, operands, need_dsinks):
+    if q.shape[3] > CUDA_MAX_BACKWARD_DIM:
+        return f"q's head dimension is {q.shape[3]}; the backward kernels have 64 and 128"
+    if operands.packed:
+        return "the backward kernels take no cu_seqlens"
+    return "there is no kernel of the gradient of sinks" if need_dsinks else None
+
+
+def _after_cuda(spec, q, k, v, operands) -> Backend:
+    """The row that does what the CUDA kernels have no part in."""
+    rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
+    return next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
+
+
+def _cuda_forward(q, k, v, spec, operands, num_splits):
+    if num_splits > 1:
+        row = _after_cuda(spec, q, k, v, operands)
+        return row.forward(q, k, v, spec, operands, num_splits)
+    return _op_forward(q, k, v, spec, operands, num_splits)
+
+
+def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks):
+    refused = _cuda_backward_refuses(q, operands, need_dsinks)
+    backward = _after_cuda(spec, q, k, v, operands).backward if refused else _op_backward
+    return backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
 
 
 MAX_TRITON_HEAD_DIM = 1024
@@ -127,8 +194,10 @@ def _triton_why_not(spec, q, k, v, operands):
 def _cpu_why_not(spec, q, k, v, operands):
     if q.device.type not in ("cpu", "meta"):
         return f"q is on {q.device} and this backend runs on the CPU"
-    if ops.NATIVE_MISSING:
-        return ops.NATIVE_MISSING
+    return ops.NATIVE_MISSING or _cpu_refuses(spec, q, k, v, operands)
+
+
+def _cpu_refuses(spec, q, k, v, operands):
     if q.dtype not in DTYPES and operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
@@ -146,12 +215,14 @@ def _reference_why_not(spec, q, k, v, operands):
 CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
-    Backend("cuda", "NVIDIA sm_80, sm_90a", _cuda_why_not, _op_forward, _op_backward),
+    Backend("cuda", "NVIDIA sm_90", _cuda_why_not, _cuda_forward, _cuda_backward,
+            _cuda_refuses),
     Backend("triton", "any GPU Triton supports",
-            _triton_why_not, _triton_forward, _triton_backward, refuses=_triton_refuses),
-    Backend("cpu", "C++ kernels on the CPU", _cpu_why_not, _op_forward, _op_backward, CPU_TILE),
+            _triton_why_not, _triton_forward, _triton_backward, _triton_refuses),
+    Backend("cpu", "C++ kernels on the CPU",
+            _cpu_why_not, _op_forward, _op_backward, _cpu_refuses, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",
-            _reference_why_not, _reference_forward, _reference_backward),
+            _reference_why_not, _reference_forward, _reference_backward, _reference_why_not),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in BACKENDS}
 NAMES = tuple(BY_NAME)
@@ -180,8 +251,10 @@ def named(name: str | None) -> str | None:
 
 
 def unasked(q) -> list[Backend]:
-    """The rows that may run q's call without being named: Triton's interpreter is not one."""
-    return [row for row in BACKENDS if not (row.name == "triton" and q.is_cpu)]
+    """The rows that may run q's call without being named. Triton's interpreter is not one, nor are
+    the CUDA kernels, as long as no GPU has run them."""
+    named = ("cuda", "triton") if q.is_cpu else ("cuda",)
+    return [row for row in BACKENDS if row.name not in named]
 
 
 def pick(name, spec, q, k, v, operands) -> Backend:

@@ -28,8 +28,8 @@ from torch import Tensor
 import fastattn
 
 from .benchmarks import timing
-from .benchmarks.bench import machine_facts
-from .benchmarks.rows import torch_backend
+from .benchmarks.competitors import torch_backend
+from .benchmarks.machine import machine_facts
 from .minilm import Batch, Encoder, Tokenizer, weights_folder
 
 NEEDS = {  # module: the package on PyPI that has it

@@ -72,32 +72,33 @@ PAIRS = {"": (forward, backward), "_triton": (forward_triton, backward_triton)}
 # ---- the native library ------------------------------------------------------------------------
 
 
-def _native_path() -> Path | None:
-    """The CPU kernels' library; FASTATTN_CPU_LIBRARY names another build of it (a sanitizer's)."""
+def _native_path(kind: str) -> Path | None:
+    """The kernels' library; FASTATTN_CPU_LIBRARY names another build of _cpu (a sanitizer's)."""
     named = os.environ.get("FASTATTN_CPU_LIBRARY")
-    if named:
+    if named and kind == "CPU":
         return Path(named)
-    return next(iter(sorted(Path(__file__).parent.glob("_cpu*.so"))), None)
+    return next(iter(sorted(Path(__file__).parent.glob(f"_{kind.lower()}.*so"))), None)
 
 
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(the library, None), or (None, the sentence that says why there is none)."""
-    path = _native_path()
+def _load(kind: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """(the library of the "CPU" or "CUDA" kernels, None), or (None, why there is none)."""
+    path = _native_path(kind)
     if path is None:
         try:
             facts = json.loads((Path(__file__).parent / "_build.json").read_text())
-            reason = facts["missing"]["_cpu"]
+            reason = facts["missing"][f"_{kind.lower()}"]
         except (OSError, ValueError, KeyError, TypeError):
             reason = "run `python setup.py build_ext --inplace` in the source tree"
-        return None, f"the native CPU library is not built: {reason}"
+        return None, f"the native {kind} library is not built: {reason}"
     try:
         torch.ops.load_library(str(path))
         return ctypes.CDLL(str(path)), None
     except (OSError, RuntimeError) as error:
-        return None, f"the native CPU library {path} does not load: {error}"
+        return None, f"the native {kind} library {path} does not load: {error}"
 
 
-NATIVE, NATIVE_MISSING = _load()
+NATIVE, NATIVE_MISSING = _load("CPU")
+CUDA_MISSING = "this torch has no CUDA" if torch.version.cuda is None else _load("CUDA")[1]
 
 
 # ---- fake kernels: shapes, dtypes and strides of the results ----------------------------------

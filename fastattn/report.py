@@ -168,7 +168,7 @@ def latency(data: dict) -> Figure:
         axes.set(title=kind, xscale="log", yscale="log", xlabel="tokens", ylabel="ms a batch")
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.xaxis.minorticks_off()
-        _plain(axes.yaxis)
+        plain(axes.yaxis)
     figure.axes[0].legend()
     return figure
 
@@ -189,7 +189,7 @@ def ratios(data: dict) -> Figure:
     axes.set_yticks(range(len(timings)), names)
     axes.grid(axis="y", visible=False)
     axes.set(xscale="log", xlabel="torch's time / fastattn's, 95 % interval; grey: no difference")
-    _plain(axes.xaxis)
+    plain(axes.xaxis)
     return figure
 
 
@@ -224,7 +224,7 @@ FIGURES = {"differences": differences, "losses": losses, "ratios": ratios, "late
 SPEED_FIGURES = ("ratios", "latency")
 
 
-def _plain(axis) -> None:
+def plain(axis) -> None:
     """Ticks of a logarithmic axis at 1, 2 and 5, written as numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,16 +1,18 @@
 """`python -m fastattn verify`: every backend that runs on this machine, against float64.
 
-The rule, `Judge`, is the tests' too: an error against float64 may be twice the error of plain
-torch math in the same dtype (three times for gradients) plus a few roundings. It must hold for the
-largest error, for the largest error of each row and for the mean error.
+The rule for errors is judge.py's, which is the tests' too. `verify --model` audits a user's model
+instead: audit.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from . import backends
 from .attention import attention, varlen_attention
+from .judge import Comparison, Judge
 from .spec import Operands, Spec
 
 try:
@@ -28,119 +31,7 @@ try:
 except ImportError:
     _C = None
 
-# ---- the rule ----------------------------------------------------------------------------------
-
-# How much more than plain torch's error: a factor, and roundings of the sums' terms.
-FACTOR = {"result": 2.0, "gradient": 3.0}
-ROUNDINGS = {
-    "result": {torch.float64: 16.0, torch.float32: 4.0, torch.bfloat16: 0.25, torch.float16: 0.25},
-    "gradient": {torch.float64: 16.0, torch.float32: 8.0, torch.bfloat16: 3.0, torch.float16: 3.0},
-}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Of the checks of one tensor, the one nearest to its limit, or furthest beyond."""
-
-    what: str
-    error: float  # against float64
-    torch_error: float  # plain torch math's, in the same dtype
-    allowed: float
-
-    @property
-    def ratio(self) -> float:
-        """error / allowed: passed up to 1."""
-        return self.error / self.allowed if self.allowed else (torch.inf if self.error else 0.0)
-
-    @property
-    def passed(self) -> bool:
-        return self.ratio <= 1.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.what} {self.error:.2e}, allowed {self.allowed:.2e}, "
-            f"plain torch has {self.torch_error:.2e}"
-        )
-
-
-class Judge:
-    """The rule for the results of one call, `q`, `k`, ... being its inputs.
-
-    Beside plain torch's error it allows a few roundings of one term of each sum: a gradient may be
-    a small difference of large terms, and a weight exp(score - lse) has its exponent's rounding.
-    """
-
-    def __init__(self, q, k, v, scale, lse, dout=None, dlse=None):
-        weight = v.shape[-1] ** 0.5 * _size(dout) * _size(v) + _size(dlse)  # d loss / d weight
-        self.dtype = q.dtype
-        self.compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.rows = lse.numel()
-        self.exponent = max(1.0, float(_finite(lse).abs().amax())) if _finite(lse).numel() else 1.0
-        self.terms = {
-            "out": _size(v),
-            "lse": self.exponent,
-            "dv": _size(dout),
-            "dq": abs(scale) * weight * _size(k),
-            "dk": abs(scale) * weight * _size(q),
-            "dbias": weight,
-            "dsinks": weight,
-        }
-
-    def compare(self, name: str, got: Tensor, want: Tensor, torch_math: Tensor) -> Comparison:
-        """`got` against `want`, in float64; torch_math is plain torch's result in the call's dtype.
-
-        The last dimension is a row (of dsinks [heads], each head is). NaN and infinities must stand
-        where want has them.
-        """
-        if got.shape != want.shape:
-            return _broken(f"shape {list(got.shape)}, not {list(want.shape)}")
-        got, want, torch_math = (x.detach().double().cpu() for x in (got, want, torch_math))
-        if want.dim() == 1:
-            got, want, torch_math = (x[:, None] for x in (got, want, torch_math))
-        finite = want.isfinite()
-        same = (got == want) | (got.isnan() & want.isnan())
-        if not torch.where(finite, got.isfinite(), same).all():
-            return _broken("NaN or infinity in the wrong place")
-        if want.numel() == 0:
-            return Comparison("nothing", 0.0, 0.0, 0.0)
-        got, want, torch_math = (torch.where(finite, x, 0.0) for x in (got, want, torch_math))
-        error, plain, size = (got - want).abs(), (torch_math - want).abs(), want.abs()
-
-        kind = "result" if name in ("out", "lse") else "gradient"
-        dtype = self.compute if name == "lse" else self.dtype
-        eps = max(torch.finfo(dtype).eps, torch.finfo(self.compute).eps * self.exponent)
-        roundings = ROUNDINGS["result" if name == "dv" else kind][dtype] * eps
-        term = self.terms[name]
-        if name in ("dbias", "dsinks"):  # each sums over the rows it is shared by
-            term *= max(1.0, self.rows / size[..., 0].numel()) ** 0.5
-        typical = min(1.0, 1 / 16 + 2 * want.numel() ** -0.5)  # of a mean: few values have no mean
-        checks = {  # error, plain torch's error, what is rounded
-            "largest error": (error.max(), plain.max(), size.max() + term),
-            "mean error": (error.mean(), plain.mean(), typical * (size.mean() + term)),
-            "largest error of a row": (error.amax(-1), plain.amax(-1), size.amax(-1) + term),
-        }
-        found = []
-        for what, (mine, torchs, rounded) in checks.items():
-            allowed = FACTOR[kind] * torchs + roundings * rounded
-            at = (mine / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax()
-            worst = (float(x.flatten()[at]) for x in (mine, torchs, allowed))
-            found.append(Comparison(what, *worst))
-        return max(found, key=lambda comparison: comparison.ratio)
-
-
-def _broken(what: str) -> Comparison:
-    return Comparison(f"{what}: error", torch.inf, 0.0, 0.0)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.detach()[x.isfinite()].double()
-
-
-def _size(x: Tensor | None) -> float:
-    """Root mean square of the finite values."""
-    x = _finite(x) if x is not None else torch.zeros(0)
-    return float(x.square().mean().sqrt()) if x.numel() else 0.0
-
+__all__ = ["Comparison", "Judge", "run", "verify"]
 
 # ---- what is verified --------------------------------------------------------------------------
 
@@ -300,82 +191,194 @@ def backends_here() -> Iterator[tuple[str, str, str | None]]:
         yield row.name, device, reasons[device]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One call on one backend: its errors, or why it was refused."""
+
+    backend: str
+    device: str
+    feature: str
+    dtype: str
+    error: float | None = None
+    torch_error: float | None = None
+    failures: tuple[str, ...] = ()
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        if self.refused is not None:
+            return f"[dim]{escape(self.refused)}[/]"
+        if self.error is None:
+            return "[red]error[/]"
+        text = f"{self.error:.1e} ({self.torch_error:.1e})"
+        return f"[red]{text}[/]" if self.failures else text
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What run() found. str() of a cell is what the table shows."""
+
+    cells: tuple[Cell, ...]
+    not_run: dict[str, str]  # backend: why not
+
+    @property
+    def failures(self) -> list[str]:
+        return [f"{c.backend}, {c.feature}, {c.dtype}: {f}" for c in self.cells for f in c.failures]
+
+    def worst(self) -> dict[str, dict[str, tuple[float, str]]]:
+        """backend -> dtype -> (its largest error, the feature that has it)."""
+        found: dict[str, dict[str, tuple[float, str]]] = {}
+        for cell in self.cells:
+            if cell.error is not None:
+                dtypes = found.setdefault(cell.backend, {})
+                dtypes[cell.dtype] = max(
+                    dtypes.get(cell.dtype, (0.0, "")), (cell.error, cell.feature)
+                )
+        return found
+
+    def as_dict(self) -> dict:
+        """JSON-ready."""
+        return {
+            "passed": not self.failures,
+            "torch": torch.__version__,
+            "isa": _C.selected_isa() if _C else None,
+            "not_run": self.not_run,
+            "worst": self.worst(),
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+def run(quick: bool = False, console: Console | None = None) -> Verified:
+    """Measures every backend on this machine, behind a progress bar on a terminal."""
+    features = [f for f in FEATURES if not quick or f.name in QUICK]
+    dtypes = DTYPES[:2] if quick else DTYPES
+    here = list(backends_here())
+    calls = [
+        (backend, device, feature, dtype)
+        for backend, device, reason in here
+        if reason is None
+        for feature in features
+        for dtype in dtypes
+        if (backend, dtype) != ("reference", torch.float64)  # that is the truth
+    ]
+    cells = []
+    hidden = console is None or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("verifying", total=len(calls))
+        for call in calls:
+            progress.update(task, advance=1, description=f"{call[0]}: {call[2].name}")
+            cells.append(_cell(*call))
+    truth.cache_clear()
+    return Verified(tuple(cells), {name: reason for name, _, reason in here if reason})
+
+
+def _cell(backend: str, device: str, feature: Feature, dtype: torch.dtype) -> Cell:
+    names = (backend, device, feature.name, str(dtype).removeprefix("torch."))
+    try:
+        found = measure(feature, dtype, device, backend)
+    except NotImplementedError as refusal:  # a backend may decline a call, with its sentence
+        return Cell(*names, refused=str(refusal))
+    except Exception as error:  # anything else is a failure of that call, not of the command
+        return Cell(*names, failures=(f"{type(error).__name__}: {error}",))
+    return Cell(*names, found.error, found.torch_error, found.failures)
+
+
 def verify(stream=None, quick: bool = False) -> bool:
     """Measures every backend on this machine, prints tables, returns whether all passed."""
     console = Console(file=stream)
     if not console.is_terminal:
         console = Console(file=stream, width=120)
-    features = [f for f in FEATURES if not quick or f.name in QUICK]
-    dtypes = DTYPES[:2] if quick else DTYPES
-    here = list(backends_here())
-    able = [(name, device) for name, device, reason in here if reason is None]
-    total = len(able) * len(features) * len(dtypes)
-    failures, tables, calls = [], [], 0
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("verifying", total=total)
-        for backend, device in able:
-            table = _new_table(backend, device, dtypes)
-            for feature in features:
-                cells, failed = [], False
-                for dtype in dtypes:
-                    progress.update(task, advance=1, description=f"{backend}: {feature.name}")
-                    if backend == "reference" and dtype == torch.float64:
-                        cells.append("the truth")
-                        continue
-                    calls += 1
-                    cell, found = _cell(feature, dtype, device, backend)
-                    cells.append(cell)
-                    failed |= bool(found)
-                    failures += [f"{backend}, {feature.name}, {_short(dtype)}: {x}" for x in found]
-                table.add_row(feature.name, *cells, "[red]FAILED[/]" if failed else "[green]ok[/]")
-            tables.append(table)
-    truth.cache_clear()
-    for table in tables:
-        console.print(table)
-    for name, _, reason in here:
-        if reason is not None:
-            console.print(f"not run: {name}: {escape(reason)}", highlight=False)
-    for failure in failures:
+    found = run(quick, console)
+    show(found, console)
+    return not found.failures
+
+
+def show(found: Verified, console: Console) -> None:
+    """The tables, one a backend, what was not run, and what failed."""
+    for backend in dict.fromkeys(cell.backend for cell in found.cells):
+        console.print(_table([cell for cell in found.cells if cell.backend == backend]))
+    for name, reason in found.not_run.items():
+        console.print(f"not run: {name}: {escape(reason)}", highlight=False)
+    for backend, dtypes in found.worst().items():
+        worst = ", ".join(f"{d} {e:.1e} ({feature})" for d, (e, feature) in dtypes.items())
+        console.print(f"largest error of {backend}: {worst}", highlight=False)
+    for failure in found.failures:
         console.print(f"[red]FAILED[/] {escape(failure)}", highlight=False)
-    ran = ", ".join(name for name, _ in able)
-    verdict = f"[red]{len(failures)} checks failed[/]" if failures else "[green]all passed[/]"
-    console.print(f"{calls} calls on {ran}: {verdict}", highlight=False)
-    return not failures
+    ran = ", ".join(dict.fromkeys(cell.backend for cell in found.cells))
+    count = len(found.failures)
+    verdict = f"[red]{count} checks failed[/]" if count else "[green]all passed[/]"
+    console.print(f"{len(found.cells)} calls on {ran}: {verdict}", highlight=False)
 
 
-def _new_table(backend: str, device: str, dtypes) -> Table:
+def _table(cells: list[Cell]) -> Table:
+    """Features by dtypes, of one backend."""
+    backend, device = cells[0].backend, cells[0].device
     isa = f", {_C.selected_isa()}" if backend == "cpu" and _C else ""
     table = Table(title=f"{backend} on {device}{isa}", title_justify="left")
     yardstick = "the exact result's, rounded" if backend == "reference" else "plain torch's"
     table.caption = f"largest error against float64, relative to the largest value ({yardstick})"
     table.caption_justify = "left"
+    dtypes = list(dict.fromkeys(cell.dtype for cell in cells))
     table.add_column("feature")
     for dtype in dtypes:
-        table.add_column(_short(dtype), justify="right")
+        table.add_column(dtype, justify="right")
     table.add_column("verdict")
+    for feature in dict.fromkeys(cell.feature for cell in cells):
+        row = {cell.dtype: cell for cell in cells if cell.feature == feature}
+        failed = any(cell.failures for cell in row.values())
+        table.add_row(
+            feature,
+            *(str(row.get(dtype, "")) for dtype in dtypes),
+            "[red]FAILED[/]" if failed else "[green]ok[/]",
+        )
     return table
 
 
-def _cell(feature: Feature, dtype: torch.dtype, device: str, backend: str):
-    """What the table shows for one call, and the checks that failed."""
-    try:
-        found = measure(feature, dtype, device, backend)
-    except NotImplementedError as refusal:  # a backend may decline a call, with its sentence
-        return f"[dim]{escape(str(refusal))}[/]", ()
-    except Exception as error:  # anything else is a failure of that call, not of the command
-        return "[red]error[/]", (f"{type(error).__name__}: {error}",)
-    cell = f"{found.error:.1e} ({found.torch_error:.1e})"
-    return (f"[red]{cell}[/]" if found.failures else cell), found.failures
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m fastattn verify",
+        description="Check every backend that runs on this machine against float64, or with "
+        "--model a model of yours, swapped, layer by layer.",
+        epilog="exit codes: 0 all passed; 1 something differs more than rounding allows; 2 the "
+        "model or its inputs cannot be had",
+    )
+    p.add_argument("--quick", action="store_true", help="fewer options, float32 and bfloat16")
+    p.add_argument("--json", metavar="FILE", type=Path, help="write everything found there too")
+    audit = p.add_argument_group("a model of yours")
+    audit.add_argument("--model", metavar="MODEL", help="package.module:name, file.py:name (a "
+                       "module, or a function that makes one), a file of torch.save, or a "
+                       "transformers hub id")  # fmt: skip
+    audit.add_argument("--inputs", metavar="INPUT", nargs="+", help="a file of torch.save, or "
+                       "NAME=SHAPE such as x=2x50x64, or NAME=SHAPE<LIMIT for integers, "
+                       "input_ids=2x128<30522")  # fmt: skip
+    audit.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastattn verify",
-        description="Check every backend that runs on this machine against float64.",
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer options, float32 and bfloat16")
-    return 0 if verify(quick=parser.parse_args(argv).quick) else 1
+    p = parser()
+    args = p.parse_args(argv)
+    if bool(args.model) != bool(args.inputs):
+        p.error("--model and --inputs go together")
+    if args.model:
+        from . import audit
+
+        try:
+            model = audit.load_model(args.model)
+            inputs = audit.load_inputs(args.inputs)
+            found = audit.audit(model, inputs, getattr(torch, args.dtype))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        print(found)
+        passed = found.passed
+    else:
+        console = Console()
+        console = console if console.is_terminal else Console(width=120)
+        found = run(args.quick, console)
+        show(found, console)
+        passed = not found.failures
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+        print(f"wrote {args.json}")
+    return 0 if passed else 1

@@ -1,11 +1,10 @@
-"""The benchmark: statistics on fake clocks, counting of work, and its refusal to time a lie.
+"""The benchmark's protocol: statistics on fake clocks, counting of work.
 
 No test here asserts a time.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -16,35 +15,12 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from bench_data import FakeClock
+from fastattn.benchmarks import devices, timing, work
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastattn
-
-# isort: split
-from fastattn.benchmarks import bench, rows, timing
-from fastattn.benchmarks.rows import Case, Row
-
 # ---- statistics -------------------------------------------------------------------------------
-
-
-class FakeClock:
-    """Nanoseconds that pass only when a contender says so."""
-
-    def __init__(self) -> None:
-        self.now = 0
-
-    def __call__(self) -> int:
-        return self.now
-
-    def work(self, nanoseconds):
-        """A callable that takes so long; a function of the clock's time is asked each call."""
-
-        def fn():
-            self.now += int(nanoseconds(self.now) if callable(nanoseconds) else nanoseconds)
-
-        return fn
 
 
 def outside(count: int, k: int) -> Fraction:
@@ -62,6 +38,13 @@ def test_interval_is_the_narrowest_that_covers(count):
     assert coverage >= 0.95
     narrower = low + 1
     assert narrower > count / 2 or 1 - outside(count, narrower) < 0.95
+
+
+def test_interval_of_many_values():
+    """About median rank +- 0.98 sqrt(n), and no overflow."""
+    low, high, coverage = timing.median_interval(range(1, 5001))
+    assert low + high == 5001 and 0.95 <= coverage < 0.951
+    assert 2500 - low == pytest.approx(0.98 * 5000**0.5, abs=2)
 
 
 def test_interval_needs_six_values():
@@ -224,7 +207,7 @@ def test_visible_pairs_are_those_of_the_mask(q_len, kv_len, left, right, align_e
         mask &= j >= i - left
     if right >= 0:
         mask &= j <= i + right
-    pairs = timing.visible_pairs(q_len, kv_len, left=left, right=right, offset=offset)
+    pairs = work.visible_pairs(q_len, kv_len, left=left, right=right, offset=offset)
     assert pairs == int(mask.sum())
 
 
@@ -239,11 +222,13 @@ def test_flops_are_those_torch_counts(dim, v_dim):
         out = F.scaled_dot_product_attention(q, k, v)
         forward = counter.get_total_flops()
         out.backward(torch.ones_like(out))
-    pairs = 2 * 3 * timing.visible_pairs(8, 10)
+    pairs = 2 * 3 * work.visible_pairs(8, 10)
     sizes = {"batch": 2, "heads": 3, "kv_heads": 3, "q_len": 8, "kv_len": 10}
     sizes |= {"dim": dim, "v_dim": v_dim}
-    assert timing.attention_work(pairs=pairs, **sizes).flops == forward
-    both = timing.attention_work(pairs=pairs, **sizes, backward=True).flops
+    assert work.attention_work(pairs=pairs, **sizes).flops == forward
+    both = work.attention_work(pairs=pairs, **sizes, mode="fwdbwd").flops
+    back = work.attention_work(pairs=pairs, **sizes, mode="bwd").flops
+    assert forward + back == both
     assert both == counter.get_total_flops() + 2 * dim * pairs
     if dim == v_dim:
         assert both == 3.5 * forward
@@ -255,223 +240,130 @@ def test_bytes_by_hand():
     q = out = 2 * 4 * 3 * 8 * 2
     k = v = 2 * 2 * 5 * 8 * 2
     lse = 2 * 4 * 3 * 4
-    assert timing.attention_work(**sizes).bytes == q + k + v + out
-    with_mask = timing.attention_work(**sizes, mask_bytes=100, bias_bytes=1000)
+    assert work.attention_work(**sizes).bytes == q + k + v + out
+    with_mask = work.attention_work(**sizes, mask_bytes=100, bias_bytes=1000)
     assert with_mask.bytes == q + k + v + out + 1100
-    both = timing.attention_work(**sizes, mask_bytes=100, bias_bytes=1000, backward=True)
+    both = work.attention_work(**sizes, mask_bytes=100, bias_bytes=1000, mode="fwdbwd")
     forward = q + k + v + out + lse + 1100
     backward = (q + k + v) + (out + out + lse) + 1100 + (q + k + v) + 1000  # read, then written
     assert both.bytes == forward + backward
+    alone = work.attention_work(**sizes, mask_bytes=100, bias_bytes=1000, mode="bwd")
+    assert alone.bytes == backward
 
 
 def test_peaks_are_positive():
-    assert timing.peak_flops(torch.bfloat16, seconds=0.0) > 0
-    assert timing.peak_bandwidth(1 << 16, seconds=0.0) > 0
+    assert devices.peak_flops(torch.bfloat16, seconds=0.0) > 0
+    assert devices.peak_bandwidth(1 << 16, seconds=0.0) > 0
 
 
-# ---- rows -------------------------------------------------------------------------------------
+# ---- A/A, and what a planted slowdown looks like ------------------------------------------------
 
 
-def test_rows_cover_what_is_asked():
-    names = [row.name for row in rows.ROWS]
-    assert len(set(names)) == len(names)
-    asked = {  # (group, dtype, backward, causal): lengths
-        ("dense", "fp32", False, True): {512, 1024, 2048, 4096},
-        ("train", "fp32", True, False): {512, 1024, 2048},
-        ("train", "fp32", True, True): {512, 1024, 2048},
-        ("decode", "fp32", False, False): {2048, 4096, 8192, 16384},
-        ("decode", "bf16", False, False): {2048, 4096, 8192, 16384},
-        ("short", "fp32", False, False): {16, 32, 64},
-        ("short", "fp32", True, False): {16, 32, 64},
-    }
-    for (group, dtype, backward, causal), lengths in asked.items():
-        found = {
-            row.keys
-            for row in rows.ROWS
-            if (row.group, row.dtype, row.backward, row.causal) == (group, dtype, backward, causal)
-        }
-        assert found == lengths, group
-    assert {row.group for row in rows.ROWS} >= {"half", "dropout", "bias", "window", "padding"}
+def noisy_pair(rng: random.Random, slowdown: float, rounds: int = 21) -> timing.Ratio:
+    """A comparison on a machine whose speed wanders slowly (shared by both) and jitters by some
+    percent, with now and then an interruption, as was seen on a shared two-core machine."""
+    clock = FakeClock()
+
+    def work_of(factor: float):
+        def once(now: int) -> float:
+            wander = 1 + 0.3 * math.sin(now / 3e8)
+            jitter = rng.lognormvariate(0, 0.03) * (1.5 if rng.random() < 0.05 else 1.0)
+            return 1e6 * factor * wander * jitter
+
+        return once
+
+    sides = [
+        timing.Contender("base", clock.work(work_of(1.0))),
+        timing.Contender("fastattn", clock.work(work_of(1 + slowdown))),
+    ]
+    return timing.compare(sides, rounds=rounds, clock=clock).ratio("fastattn")
 
 
-TINY = {
-    "plain": Row("tiny", 1.0, heads=2, kv_heads=2, q_len=24, dim=16),
-    "causal": Row("tiny", 1.0, heads=2, kv_heads=2, q_len=24, dim=16, causal=True, backward=True),
-    "decode": Row("tiny", 1.0, "bf16", 1, 4, 2, q_len=1, kv_len=40, dim=16),
-    "padding": Row(
-        "tiny", 1.0, batch=2, heads=2, kv_heads=2, q_len=24, dim=16, padding=True, backward=True
-    ),
-    "bias": Row("tiny", 1.0, heads=2, kv_heads=2, q_len=24, dim=16, bias=True, backward=True),
-    "window": Row("tiny", 1.0, heads=2, kv_heads=2, q_len=40, dim=16, window=8),
-    "dropout": Row(
-        "tiny", 1.0, heads=2, kv_heads=2, q_len=24, dim=16, causal=True, dropout=0.1, backward=True
-    ),
-    "half": Row("tiny", 1.0, "fp16", heads=2, kv_heads=2, q_len=24, dim=16, backward=True),
-}
+def test_equal_sides_make_no_difference_in_95_of_100_cells():
+    rng = random.Random(5)
+    ratios = [noisy_pair(rng, 0.0) for _ in range(200)]
+    noise = timing.noise_floor(ratios)
+    assert noise.cells == 200 and noise.no_difference >= 190
+    assert 0 < noise.median < 0.1 < 1 and noise.interval >= noise.median
+    assert f"{noise.no_difference} of 200" in str(noise)
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """The shortest run that is still a run."""
-    monkeypatch.setitem(bench.LEVELS, "quick", (6, 0.0))
-    monkeypatch.setattr(timing, "peak_flops", lambda dtype, seconds: 1e11)
-    monkeypatch.setattr(timing, "peak_bandwidth", lambda size, seconds: 1e10)
+def test_a_tenth_more_time_is_caught_in_nine_of_ten_runs_and_none_never():
+    from fastattn.benchmarks.history import Change
+
+    def caught(slowdown: float, seed: int) -> bool:
+        ratio = noisy_pair(random.Random(seed), slowdown)
+        change = Change("row", "base", ratio.value, ratio.low, ratio.high)
+        return change.regressed(0.05)
+
+    assert sum(caught(0.10, seed) for seed in range(100)) >= 90
+    assert sum(caught(0.0, seed) for seed in range(100)) == 0
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_each_kind_of_row_is_right_and_timed(name, quick):
-    result = bench.measure(TINY[name], "quick")
-    assert result.red is None
-    assert 0 < result.errors.fastattn < 0.02 and result.errors.excess <= 1
-    assert result.errors.heads == list(range(TINY[name].kv_heads))
-    assert result.comparison.rounds == 6
-    assert result.fastattn_backend in ("cpu", "reference")
+def test_quantiles():
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert [timing.quantile(values, q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == pytest.approx(
+        [1.0, 1.8, 3.0, 4.2, 5.0]
+    )
+    assert timing.quantile([7.0], 0.2) == 7.0
 
 
-def test_pairs_of_a_row_are_those_its_mask_shows():
-    for row in TINY.values():
-        case = Case(row)
-        visible = torch.ones(row.batch, row.heads, row.q_len, row.keys, dtype=torch.bool)
-        if row.causal:
-            visible &= torch.ones(row.q_len, row.keys, dtype=torch.bool).tril()
-        if case.mask is not None:
-            visible &= case.mask
-        assert case.work().pairs == int(visible.sum()), row.name
+def test_merged_rounds_are_those_of_both():
+    one = timing.Comparison({"a": (1.0,) * 6, "b": (2.0,) * 6}, {"a": 1, "b": 1})
+    two = timing.Comparison({"a": (3.0,) * 6, "b": (3.0,) * 6}, {"a": 1, "b": 1})
+    both = one.merged(two)
+    assert both.rounds == 12 and both.ratio("b").value == pytest.approx(0.75)
+    assert both.passes == (6, 6) and both.merged(one).passes == (6, 6, 6)
+    with pytest.raises(ValueError, match="compares"):
+        one.merged(timing.Comparison({"a": (1.0,)}, {"a": 1}))
 
 
-def test_torch_backend_is_named():
-    assert Case(TINY["plain"]).torch_backend() == "flash"
-    assert Case(TINY["dropout"]).torch_backend() == "math"
-    assert Case(TINY["bias"]).torch_backend() == "math"
+def test_passes_that_disagree_make_no_difference():
+    """Every round of a process may agree and yet tell of the process only."""
+    fast, slow = (0.5,) * 30, (1.5,) * 30
+    passes = [timing.Comparison({"a": fast, "b": slow}, {}), timing.Comparison(
+        {"a": slow, "b": fast}, {}), timing.Comparison({"a": slow, "b": fast}, {})]  # fmt: skip
+    assert passes[0].ratio("b").verdict == "slower"
+    both = passes[0].merged(passes[1]).merged(passes[2])
+    assert both.ratio("b").verdict == "no difference"
+    assert (both.ratio("b").low, both.ratio("b").high) == pytest.approx((1 / 3, 3.0))
+    agreed = passes[1].merged(passes[2])
+    assert agreed.ratio("b").verdict == "faster"
 
 
-def test_large_rows_check_some_heads():
-    row = Row("big", 1.0, q_len=4096)
-    assert bench._checked_heads(row) == [0, 7]
-    assert bench._checked_heads(Row("decode", 1.0, "bf16", 1, 32, 8, 1, 2048)) == list(range(8))
+def test_the_best_of_several_turns_sheds_interruptions():
+    """Two calls of three are interrupted, for longer than they take."""
+
+    def share_caught(turns: int) -> float:
+        caught = 0
+        for seed in range(40):
+            rng, clock = random.Random(seed), FakeClock()
+
+            def call(factor, rng=rng):
+                return lambda now: 1e6 * factor + (rng.random() < 0.66) * rng.expovariate(1 / 3e6)
+
+            sides = [timing.Contender("base", clock.work(call(1.0))),
+                     timing.Contender("ours", clock.work(call(1.1)))]  # fmt: skip
+            options = {"rounds": 300 // turns, "turns": turns, "min_seconds": 0, "clock": clock}
+            ratio = timing.compare(sides, **options).ratio("ours")
+            caught += ratio.verdict == "slower" and ratio.value < 1 / 1.05
+        return caught / 40
+
+    assert share_caught(5) >= 0.9 > share_caught(1)
 
 
-def test_a_peak_is_the_most_ever_seen(monkeypatch):
-    seen = iter([3e10, 9e10, 5e10])
-    monkeypatch.setattr(timing, "peak_flops", lambda dtype, seconds: next(seen))
-    machine = bench.Machine({})
-    for _ in range(3):
-        machine.measure_peaks({"fp32"}, set())
-    assert machine.flops == {"fp32": 9e10}
+def test_a_contender_may_bring_its_own_clock():
+    asked = []
 
+    def elsewhere(repeats: int) -> float:
+        asked.append(repeats)
+        return 5e6 * repeats
 
-def test_half_precision_is_held_to_the_better_peak():
-    work = timing.Work(pairs=1, flops=10**9, bytes=1)
-    machine = bench.Machine({}, {"fp32": 1e11, "bf16": 2e10}, {1 << 20: 1e10})
-    assert machine.roof(TINY["decode"], work) == ("compute", 0.01)
-    machine.flops["bf16"] = 2e11
-    assert machine.roof(TINY["decode"], work) == ("compute", 0.005)
-    assert machine.roof(TINY["plain"], timing.Work(1, 1, 1 << 20))[0] == "memory"
-
-
-def off_by(amount):
-    def call(q, k, v, *args, **kwargs):
-        return F.scaled_dot_product_attention(q, k, v, *args, **kwargs) + amount
-
-    return call
-
-
-def refuses(*args, **kwargs):
-    raise ValueError("q: nothing pleases me\nreally")
-
-
-@pytest.mark.parametrize(
-    "call, says",
-    [
-        (off_by(1e-3), "wrong out: "),
-        (off_by(float("nan")), "wrong out: NaN or infinity"),
-        (refuses, "ValueError: q: nothing pleases me"),
-    ],
-)
-def test_a_wrong_row_is_red_and_has_no_number(call, says, quick, monkeypatch):
-    monkeypatch.setattr(fastattn, "scaled_dot_product_attention", call)
-    result = bench.measure(TINY["plain"], "quick")
-    assert says in result.red and "really" not in result.red
-    assert result.comparison is None
-    machine = bench.Machine(bench.machine_facts())
-    machine.measure_peaks({"fp32"}, {bench.MEMORY, bench._working_set(result.work)})
-    entry = bench._row_json(result, machine)
-    assert not {"torch_ms", "fastattn_ms", "ratio", "gflops"} & entry.keys()
-    console = Console(record=True, width=170, file=io.StringIO())
-    bench.print_table([result], machine, console)
-    assert "RED" in console.export_text()
-
-
-def test_a_wrong_gradient_is_red(quick, monkeypatch):
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 1.001 * grad
-
-    def call(q, k, v, *args, **kwargs):
-        return F.scaled_dot_product_attention(q, k, Wrong.apply(v), *args, **kwargs)
-
-    monkeypatch.setattr(fastattn, "scaled_dot_product_attention", call)
-    assert "wrong dv: " in bench.measure(TINY["causal"], "quick").red
-
-
-# ---- command line and JSON --------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_rows(monkeypatch, quick):
-    monkeypatch.setattr(bench, "ROWS", (TINY["plain"], TINY["window"], TINY["decode"]))
-
-
-def test_main_prints_and_writes(tiny_rows, tmp_path, capsys):
-    target = tmp_path / "new" / "bench.json"
-    threads = torch.get_num_threads()
-    assert bench.main(["--quick", "--threads", "1", "--json", str(target)]) == 0
-    assert torch.get_num_threads() == threads
-    printed = capsys.readouterr().out
-    for row in bench.ROWS:
-        assert row.name in printed
-    data = json.loads(target.read_text())
-    assert data["schema"] == 1 and data["level"] == "quick"
-    facts = {"cpu", "cores", "threads", "torch", "isa", "fastattn", "python", "date"}
-    assert facts <= data["machine"].keys() and data["machine"]["threads"] == 1
-    assert data["peak"]["flops"]["fp32"] == 1e11
-    for entry, row in zip(data["rows"], bench.ROWS, strict=True):
-        assert entry["name"] == row.name and entry["floor"] == row.floor and entry["red"] is None
-        assert entry["torch_backend"] == "flash"
-        assert entry["ratio"]["low"] <= entry["ratio"]["value"] <= entry["ratio"]["high"]
-        seconds = entry["fastattn_ms"] / 1e3
-        assert entry["gflops"] == pytest.approx(entry["work"]["flops"] / seconds / 1e9)
-        least = max(entry["work"]["flops"] / 1e11, entry["work"]["bytes"] / 1e10)
-        assert entry["percent_of_peak"] == pytest.approx(100 * least / seconds)
-        assert len(entry["comparison"]["samples_s"]["torch"]) == 6
-
-
-def test_main_selects_and_refuses_rows(tiny_rows, capsys):
-    assert bench.main(["--rows", "window", "--list"]) == 0
-    assert capsys.readouterr().out.splitlines() == [TINY["window"].name]
-    assert bench.main(["--rows", "no such row"]) == 2
-    assert "no row matches 'no such row'" in capsys.readouterr().err
-    for bad, says in ((["--rows", "("], "--rows"), (["--threads", "0"], "needs at least 1")):
-        with pytest.raises(SystemExit) as stop:
-            bench.main(bad)
-        assert stop.value.code == 2 and says in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench.main(["--quick", "--full"])
-
-
-def test_main_fails_when_a_row_is_red(tiny_rows, monkeypatch, capsys):
-    monkeypatch.setattr(fastattn, "scaled_dot_product_attention", off_by(1.0))
-    assert bench.main(["--quick"]) == 1
-    assert "RED" in capsys.readouterr().out
-
-
-def test_pytest_benchmark_can_drive_a_row(request):
-    pytest.importorskip("pytest_benchmark")
-    benchmark = request.getfixturevalue("benchmark")
-    (out,) = benchmark.pedantic(Case(TINY["plain"]).fastattn(), rounds=2)
-    assert out.shape == (1, 2, 24, 16)
+    clock = FakeClock()
+    sides = [
+        timing.Contender("here", clock.work(10_000_000)),
+        timing.Contender("there", lambda: pytest.fail("not called"), sample=elsewhere),
+    ]
+    result = timing.compare(sides, rounds=6, clock=clock)
+    assert result.ratio("there").value == pytest.approx(2.0)
+    assert len(asked) >= 7

@@ -53,8 +53,10 @@ def test_the_pages_code_runs(page):
 def test_readme_tables_are_generated():
     from fastattn.benchmarks import readme_table
 
-    text = README.read_text()
-    assert readme_table.generated(text) == text, "run python -m fastattn.benchmarks.readme_table"
+    for page, names in readme_table.PAGES.items():
+        text = page.read_text()
+        updated = readme_table.generated(text, names) == text
+        assert updated, f"{page.name}: run python -m fastattn.benchmarks.readme_table"
 
 
 def test_readme_names_files_that_exist():
@@ -67,22 +69,54 @@ def test_readme_names_files_that_exist():
     assert not missing
 
 
+def test_support_is_what_the_backends_say(monkeypatch):
+    """Of the call alone, on any machine: never a guess, nor a matter of what runs here."""
+    from fastattn import backends, info
+
+    def halves_only(spec, q, *rest):
+        return "it takes halves only" if q.dtype.itemsize != 2 else None
+
+    def nothing(*call):
+        raise AssertionError("asked about this machine")
+
+    row = backends.Backend("picky", "a test", nothing, nothing, nothing, halves_only)
+    monkeypatch.setattr(backends, "BACKENDS", [row])
+    head, _, first, *others = info.support_markdown().splitlines()
+    assert head == "| | picky |" and first == "| fp32 | no |"
+    table, last = others[: len(info.SUPPORT) - 1], others[-1]
+    assert [line for line in table if line.endswith("| no |")] == ["| fp64 | no |"]
+    assert last == "picky: a test."
+
+
 def test_speed_table_says_red_and_no_difference():
+    from bench_data import SMALL, example, result
+    from fastattn.benchmarks import entries
     from fastattn.benchmarks.readme_table import replace, speed_markdown
 
-    row = {"group": "dense", "dtype": "fp32", "dim": 64, "causal": False, "backward": False}
-    ratio = {"value": 1.01, "low": 0.98, "high": 1.03, "verdict": "no difference"}
-    timed = {"torch_ms": 2.0, "fastattn_ms": 1.98, "percent_of_peak": 70.0}
-    good = {"name": "a", "row": row, "torch_backend": "flash", "red": None, "ratio": ratio, **timed}
-    bad = {"name": "b", "row": row, "torch_backend": "flash", "red": "error too large"}
-    machine = {"cpu": "CPU", "threads": 2, "isa": "avx2", "torch": "2", "torch_isa": "AVX2"}
-    machine["date"] = "2030-01-02T03:04:05"
-    table = speed_markdown([{"machine": machine, "rows": [good, bad]}])
-    assert "| dense, D 64, full | fp32 | forward | RED | flash |" in table
-    assert "| a | flash | 2.000 | 1.980 | no difference | 0.98 to 1.03 | 70 |" in table
-    assert "| b | flash | | | RED | | |" in table
+    data = example()
+    table = speed_markdown([data])
+    assert "RED" in table and "no difference" in table and "| flash |" in table
+    assert "**Some CPU <1>, 2 threads" in table and "2026-01-02" in table
+    red = next(entry for entry in data["rows"] if entry["red"])
+    assert f"| {red['name']} | flash | | | RED | | |" in table
+    group = [line for line in table.splitlines() if line.startswith("| tiny | bf16")]
+    assert group == ["| tiny | bf16 | forward | 0.50 | flash |"]
+    assert entries.said({"verdict": "faster", "value": 1.234}) == "1.23"
+    assert result(SMALL, red="wrong", fastattn=1.0).comparison is None
     with pytest.raises(ValueError, match="speed:begin"):
         replace("no markers", "speed", table)
+
+
+def test_a_broken_result_is_a_sentence(tmp_path, monkeypatch, capsys):
+    from fastattn.benchmarks import readme_table
+
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_table.stored_reports, "__defaults__", (tmp_path,))
+    (tmp_path / "other.json").write_text('{"rows": [], "kind": "of something else"}')
+    assert readme_table.stored_reports() == []
+    (tmp_path / "broken.json").write_text('{"schema": 2, "rows": [')
+    assert readme_table.main(["--check"]) == 2
+    assert "broken.json cannot be read as a run" in capsys.readouterr().err
 
 
 # ---- the command line -------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 import torch
 
-from fastattn import attention, verify
+from fastattn import attention, backends, verify
 from fastattn.reference import reference
 from fastattn.spec import Spec
 from fastattn.verify import Judge
@@ -101,3 +102,35 @@ def test_verify_fails_where_a_call_is_wrong_or_raises(monkeypatch):
 def test_features_to_verify_are_named_once():
     names = [feature.name for feature in verify.FEATURES]
     assert len(set(names)) == len(names) and set(verify.QUICK) <= set(names)
+
+
+def test_verify_says_the_worst_and_writes_json(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(verify, "QUICK", ("plain", "causal"))
+    assert verify.main(["--quick", "--json", str(tmp_path / "new/verify.json")]) == 0
+    printed = capsys.readouterr().out
+    stored = json.loads((tmp_path / "new/verify.json").read_text())
+    assert stored["passed"] and {c["feature"] for c in stored["cells"]} == {"plain", "causal"}
+    ran = {c["backend"] for c in stored["cells"]}
+    assert ran == set(stored["worst"]) and "reference" in ran
+    assert ran | set(stored["not_run"]) == {row.name for row in backends.BACKENDS}
+    for backend, dtypes in stored["worst"].items():
+        assert set(dtypes) == {"float32", "bfloat16"}
+        for dtype, (error, feature) in dtypes.items():
+            cells = [c for c in stored["cells"] if (c["backend"], c["dtype"]) == (backend, dtype)]
+            assert error == max(c["error"] for c in cells)
+            assert any(c["error"] == error and c["feature"] == feature for c in cells)
+        assert f"largest error of {backend}: float32" in printed
+
+
+def test_what_a_backend_declines_is_no_failure(monkeypatch):
+    def declines(*args, backend, **options):
+        if backend == "cpu":
+            raise NotImplementedError("not with <this>")
+        return attention(*args, backend=backend, **options)
+
+    monkeypatch.setattr(verify, "attention", declines)
+    monkeypatch.setattr(verify, "QUICK", ("plain",))
+    found = verify.run(quick=True)
+    refused = [cell for cell in found.cells if cell.refused]
+    assert not found.failures
+    assert all(cell.backend == "cpu" and cell.refused == "not with <this>" for cell in refused)

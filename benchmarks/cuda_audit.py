@@ -1,0 +1,240 @@
+"""What nvcc makes of csrc/cuda, kernel by kernel, on a machine without a GPU.
+
+    python -m fastattn.benchmarks.cuda_audit [--write]
+
+Compiles each .cu of csrc/cuda and reads ptxas' report and the machine code: registers, spills,
+stack, shared memory, and how often the instructions occur that the speed comes from. Exits with 1
+where a kernel spills or uses local memory, where ptxas serialises wgmma (its notes C7510 to C7520),
+where an instruction that must be there is not, where the exponentials do not run beside matrix
+products (ptxas likes to move the wait between them), or shared memory is over 227 KB. Shows what
+differs from benchmarks/results/cuda-audit.json; --write replaces that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STORED = ROOT / "benchmarks" / "results" / "cuda-audit.json"
+CACHE = ROOT / "build" / "cuda-audit"
+MAX_SHARED = 232448 - 1024  # bytes a CTA of sm_90 can have, less what aligning them may cost
+FLAGS = ("-O3", "-std=c++17", "-cubin", "-Xptxas", "-v,-warn-spills")
+ARCHS = {"_sm90": "90a"}  # by what a file is called
+# matrix products, tensor loads, tensor stores, reductions into memory, register reallocation
+COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG")
+OVERLAP = "overlapped"
+MIN_OVERLAP = 40  # exponentials of a row of 80 keys in a thread: the smallest tile
+REQUIRED = {  # by the kernel's name
+    "forward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
+    "backward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
+}
+
+
+# ---- tools -------------------------------------------------------------------------------------
+
+
+def find_tool(name: str) -> str | None:
+    """nvcc or cuobjdump: on PATH, in the CUDA toolkit, or in Triton's wheel."""
+    folders = ["", "/usr/local/cuda/bin/"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        folders.append(f"{Path(triton.origin).parent}/backends/nvidia/bin/")
+    return next((found for f in folders if (found := shutil.which(f + name))), None)
+
+
+def why_not() -> str | None:
+    """Why there can be no audit here, if so."""
+    for name in ("nvcc", "cuobjdump"):
+        if find_tool(name) is None:
+            return f"{name} was not found"
+    return None
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def nvcc_version() -> str:
+    return re.search(r"release [^\n]+", _run(find_tool("nvcc"), "--version")).group()
+
+
+# ---- compiling ---------------------------------------------------------------------------------
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def compiled(source: Path) -> tuple[Path, str]:
+    """(cubin, ptxas' report) of a source, from build/cuda-audit where nothing changed."""
+    arch = next((a for end, a in ARCHS.items() if end in source.stem), None)
+    if arch is None:
+        raise ValueError(f"{source.name} names no architecture of {', '.join(ARCHS)}")
+    nvcc = find_tool("nvcc")
+    digest = hashlib.sha256(repr((nvcc_version(), FLAGS, arch)).encode())
+    for path in [source, *sorted((ROOT / "csrc").glob("*.h"))]:
+        digest.update(path.read_bytes())
+    for path in sorted((ROOT / "csrc/cuda").glob("*.[ch]*")):
+        digest.update(path.read_bytes() if path.suffix != ".cu" else b"")
+    cubin = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.cubin"
+    report = cubin.with_suffix(".txt")
+    if not report.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(f"{source.stem}-*"):
+            old.unlink()
+        text = _run(nvcc, *FLAGS, f"-arch=sm_{arch}", str(source), "-o", str(cubin))
+        report.write_text(text)
+    return cubin, report.read_text()
+
+
+def readable(symbol: str) -> str:
+    """`forward_sm90 bf16 D 64` of a kernel's mangled name."""
+    kernel = re.match(r"_ZN8fastattn4cuda\d+([a-z_0-9]+?)I?NS", symbol)
+    element = re.search(r"(Bf16|Fp16)", symbol)
+    dim = re.search(r"(?:Bf16|Fp16)ELi(\d+)E", symbol)
+    name = kernel.group(1).removesuffix("I") if kernel else symbol
+    return " ".join(
+        [name, *([element.group(1).lower()] if element else []),
+         *([f"D {dim.group(1)}"] if dim else [])]
+    )  # fmt: skip
+
+
+def _numbers(report: str) -> dict[str, dict]:
+    """Each kernel's numbers in ptxas' report, by its mangled name."""
+    rows = {}
+    for block in report.split("Compiling entry function ")[1:]:
+        symbol = block.split("'")[1]
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        ).groups()
+        shared = re.findall(r"Li(\d{4,})EE", symbol)
+        rows[symbol] = {
+            "name": readable(symbol),
+            "registers": int(re.search(r"Used (\d+) registers", block).group(1)),
+            "spills": int(stores) + int(loads),
+            "stack": int(stack),
+            "shared": int(shared[-1]) if shared else 0,
+        }
+    return rows
+
+
+def _counts(cubin: Path) -> dict[str, dict[str, int]]:
+    """How often each of COUNTED occurs, by kernel; and `overlapped`, the exponentials between a
+    wait that leaves one group of products running and the next wait, in the step with the fewest;
+    a soft cap's, which a branch skips, do not count.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    steps: list[int] = []
+    inside = False
+    for line in _run(find_tool("cuobjdump"), "-sass", str(cubin)).split("\n"):
+        if found := re.match(r"\s*Function : (\S+)", line):
+            current = counts.setdefault(found.group(1), dict.fromkeys((*COUNTED, OVERLAP), 0))
+            steps, inside = [], False
+            continue
+        found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(\S*)\s*(.*)", line)
+        if not found:
+            continue
+        name, variant, operands = found.groups()
+        if name in COUNTED:
+            current[name] += 1
+        elif name == "WARPGROUP" and variant.startswith(".DEPBAR"):
+            inside = not operands.startswith("gsb0, 0x0")
+            steps += [0] if inside else []
+            current[OVERLAP] = min(steps, default=0)
+        elif inside and name in ("MUFU", "BRA"):
+            steps[-1] = steps[-1] + 1 if name == "MUFU" else 0
+    return counts
+
+
+def audit() -> list[dict]:
+    """One row a kernel: name, arch, numbers, counts, and `problems`, sentences."""
+    rows = []
+    for source in sources():
+        cubin, report = compiled(source)
+        notes = re.findall(r"\(C75[12]\d\)[^\n]*", report)
+        counts = _counts(cubin)
+        for symbol, numbers in _numbers(report).items():
+            row = {**numbers, "source": source.name, **counts[symbol]}
+            row["problems"] = problems(row, [n for n in notes if symbol in n])
+            rows.append(row)
+    return sorted(rows, key=lambda row: row["name"])
+
+
+def problems(row: dict, notes: list[str]) -> list[str]:
+    """What is wrong with a kernel, in sentences."""
+    kernel = row["name"].split()[0]
+    found = [f"ptxas says: {note}" for note in notes]
+    if row["spills"]:
+        found.append(f"{row['spills']} bytes are spilled")
+    if row["stack"]:
+        found.append(f"{row['stack']} bytes of local memory")
+    if row["shared"] > MAX_SHARED:
+        found.append(f"{row['shared']} bytes of shared memory, {MAX_SHARED} are there")
+    if kernel == "forward_sm90" and row[OVERLAP] < MIN_OVERLAP:
+        found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {MIN_OVERLAP} must")
+    missing = [name for name in REQUIRED.get(kernel, ()) if not row[name]]
+    return found + [f"no {name} in the machine code" for name in missing]
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def table(rows: list[dict]) -> str:
+    columns = ("name", "registers", "spills", "stack", "shared", *COUNTED, OVERLAP)
+    lines = [[str(row[c]) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [list(columns), *lines]) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                  for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in [list(columns), *lines]
+    )  # fmt: skip
+
+
+def differences(rows: list[dict], stored: list[dict]) -> list[str]:
+    """Sentences: kernels that came, went or changed."""
+    old, new = ({row["name"]: row for row in side} for side in (stored, rows))
+    changes = [
+        f"{name} is {'new' if name in new else 'gone'}" for name in sorted(old.keys() ^ new.keys())
+    ]
+    for name in sorted(old.keys() & new.keys()):
+        for column, before in old[name].items():
+            now = new[name].get(column)
+            if now != before:
+                changes.append(f"{name}: {column} was {before}, is {now}")
+    return changes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command above."""
+    parser = argparse.ArgumentParser(prog="python -m fastattn.benchmarks.cuda_audit")
+    parser.add_argument("--write", action="store_true", help="replace the stored table")
+    options = parser.parse_args(arguments)
+    if reason := why_not():
+        print(f"cuda audit: {reason}", file=sys.stderr)
+        return 1
+    rows = audit()
+    print(table(rows))
+    if options.write:
+        STORED.write_text(json.dumps({"nvcc": nvcc_version(), "rows": rows}, indent=1) + "\n")
+    elif STORED.exists():
+        for change in differences(rows, json.loads(STORED.read_text())["rows"]):
+            print(f"differs from {STORED.name}: {change}")
+    found = [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
+    for problem in found:
+        print(f"problem: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The report: one HTML file that needs nothing from outside and fits a phone. What is wrong or
+slower comes first."""
+
+from __future__ import annotations
+
+from html import escape
+
+import matplotlib
+
+from fastattn.report import CSS, STYLE, svg
+
+from . import figures
+from .entries import rate, reds, said, slower, title
+from .measure import OURS
+from .output import EXPLAINED, header, megabytes
+
+STYLE_OF_PAGE = (
+    CSS
+    + """
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem }
+.grid figure { margin: 0 }
+figure.heat { max-width: 44rem } figure.heat svg { min-width: 25rem }
+table { font-size: .85rem } td.name { min-width: 13rem }
+code { font-size: .78rem; word-break: break-all } details { margin: .3rem 0 }
+.same { color: #7a6a1f }
+@media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .7rem; font-size: 15px } }
+"""
+)
+SHADES = {"faster": "good", "slower": "bad", "no difference": "same"}
+OTHERS = ("roofline", "memory", "error", "history")
+
+
+def page(data: dict, changes: list = (), runs: list[tuple[str, dict]] = ()) -> str:
+    """The whole document for a run; `runs` are the earlier ones and this."""
+    with matplotlib.rc_context(STYLE):
+        drawn = {n: svg(f, _identifier(n)) for n, f in figures.drawn(data, list(runs)).items()}
+    heat = drawn.pop("heat-map", None)
+    speeds = [text for name, text in drawn.items() if name.startswith("speed-")]
+    others = [text for name, text in drawn.items() if name in OTHERS]
+    head = "".join(f'<p class="muted">{escape(line)}</p>' for line in header(data)[1:])
+    heat_part = f'<figure class="wide heat">{heat}</figure>' if heat else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>fastattn bench</title><style>{STYLE_OF_PAGE}</style></head>
+<body>
+<h1>fastattn, measured</h1>
+<p>{escape(title(data))}</p>
+{head}
+{_first(data, changes)}
+<h2>Ratios by kind of row and length</h2>
+<p class="muted">Above 1 fastattn is faster; against the first competitor of each row.</p>
+{heat_part}
+{_figures("Speed by sequence length", speeds)}
+{_figures("The machine, memory, error, history", others)}
+<h2>Every row</h2>
+<p class="muted">{escape(EXPLAINED)}</p>
+{_table(data)}
+</body>
+</html>
+"""
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "-" else "-" for c in name)
+
+
+def _figures(heading: str, drawn: list[str]) -> str:
+    if not drawn:
+        return ""
+    figures = "".join(f"<figure>{figure}</figure>" for figure in drawn)
+    return f'<h2>{heading}</h2>\n<div class="grid">{figures}</div>'
+
+
+def _first(data: dict, changes: list) -> str:
+    """What there is to do: wrong rows, slower rows, regressions."""
+    parts = []
+    for entry in reds(data):
+        text = f"<b>{escape(entry['name'])}</b>: {escape(entry['red'])}"
+        parts.append(f'<li class="bad">RED {text}</li>')
+    for entry, name, ratio in slower(data):
+        interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+        parts.append(
+            f'<li><b>{escape(entry["name"])}</b> <span class="bad">{ratio["value"]:.2f}</span> '
+            f"({interval}) against {escape(name)}</li>"
+        )
+    listed = f"<ul>{''.join(parts)}</ul>" if parts else "<p>None of the rows measured.</p>"
+    text = f"<h2>Slower or wrong: the work to do next</h2>{listed}"
+    if changes:
+        shown = sorted(changes, key=lambda change: change.value)
+        items = "".join(f"<li>{escape(str(change))}</li>" for change in shown)
+        text += f"<h2>Changed</h2><ul>{items}</ul>"
+    if data["skipped"]:
+        names = "".join(f"<li>{escape(name)}</li>" for name in data["skipped"])
+        count = len(data["skipped"])
+        text += f"<details><summary>{count} rows did not fit the time</summary>{names}</details>"
+    if data["interrupted"]:
+        text += '<p class="bad">The run was stopped; what was measured until then is below.</p>'
+    return text
+
+
+HEADS = (
+    "row",
+    "ratio",
+    "95 %",
+    "20-80",
+    "against",
+    "its ms",
+    "ms",
+    "rate",
+    "% peak",
+    "MB",
+    "error",
+)
+
+
+def _table(data: dict) -> str:
+    slow = {entry["name"] for entry, _, _ in slower(data)} | {e["name"] for e in reds(data)}
+    rows = sorted(data["rows"], key=lambda entry: entry["name"] not in slow)
+    lines = "".join(_line(entry, other) for entry in rows for other in _others(entry))
+    heads = "".join(f"<th{' class=number' * (n > 0)}>{h}</th>" for n, h in enumerate(HEADS))
+    return f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>'
+
+
+def _others(entry: dict) -> list[str]:
+    return [name for name in entry["sides"] if name != OURS] or [""]
+
+
+def _line(entry: dict, other: str) -> str:
+    ours, side = entry["sides"].get(OURS, {}), entry["sides"].get(other, {})
+    ratio, errors, verdict, shade = entry["versus"].get(other), ours.get("errors"), "", ""
+    if entry["red"]:
+        verdict, shade = "RED", "bad"
+    elif ratio is None:
+        verdict = side.get("why_not") or "not timed"
+    else:
+        verdict, shade = said(ratio), SHADES[ratio["verdict"]]
+    timed = ratio is not None and not entry["red"]
+    ran = "" if side.get("backend", other) in (other, "unknown") else f" ({side['backend']})"
+    numbers = [
+        f"{ratio['low']:.2f} to {ratio['high']:.2f}" if timed else "",
+        f"{ratio['p20']:.2f} to {ratio['p80']:.2f}" if timed else "",
+        other + ran,
+        f"{side['ms']:.3f}" if "ms" in side else "",
+        f"{ours['ms']:.3f}" if "ms" in ours else "",
+        rate(ours),
+        f"{ours['percent_of_peak']:.0f}" if "percent_of_peak" in ours else "",
+        f"{megabytes(ours)} / {megabytes(side)}" if timed else "",
+        f"{errors['largest']:.0e}" if errors else "",
+    ]
+    repeat = f"<details><summary>{escape(entry['name'])}</summary>"
+    repeat += f"<code>{escape(entry['command'])}</code></details>"
+    cells = [
+        f'<td class="name">{repeat}</td>',
+        f'<td class="number {shade}">{escape(verdict)}</td>',
+    ]
+    cells += [f'<td class="number">{escape(text)}</td>' for text in numbers]
+    return f"<tr>{''.join(cells)}</tr>"

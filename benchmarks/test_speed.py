@@ -1,0 +1,102 @@
+"""The suite for pytest-benchmark: pytest benchmarks --benchmark-autosave, --benchmark-compare, ...
+
+Model shapes (suites.py): each row for fastattn and for torch, one group a row. The two are
+measured interleaved first, by this package's own protocol; extra_info has that ratio with its
+interval, the errors, rates and what really ran. Cases (tests/cases.py): one option each, on small
+tensors; what they show is the cost of a call. Whatever is wrong fails and has no number.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from fastattn.benchmarks import competitors, devices, entries, measure, suites
+from fastattn.benchmarks.cells import Case, Row
+from fastattn.benchmarks.machine import MEMORY, Machine, machine_facts, working_set
+
+import fastattn
+from fastattn import verify
+from fastattn.reference import reference
+
+try:
+    from cases import select
+except ModuleNotFoundError:  # an installed package has no tests beside it
+    select = None
+
+pytest.importorskip("pytest_benchmark")
+ROUNDS = 7
+SHAPES = [row for rows in suites.MODELS.values() for row in rows]
+DEVICE = devices.default_device()
+
+
+@cache
+def machine() -> Machine:
+    found = Machine(machine_facts(DEVICE))
+    found.measure_peaks({"fp32", "bf16", "fp16"}, {MEMORY}, seconds=0.2)
+    return found
+
+
+@cache
+def interleaved(row: Row) -> dict:
+    """The row as `bench` measures it, as data."""
+    device = devices.DEVICES[DEVICE]()
+    with device:
+        plan = measure.Plan(device, competitors.named("sdpa"), "quick")
+        result = measure.measure(row, plan)
+    if result.work:
+        machine().measure_peaks({"fp32"}, {working_set(result.work)}, seconds=0.03)
+    return entries.row_json(result, machine(), [])
+
+
+@pytest.mark.parametrize("side", [measure.OURS, "sdpa"])
+@pytest.mark.parametrize("row", SHAPES, ids=lambda row: row.name.replace(" ", "-"))
+def test_model_shape(row: Row, side: str, benchmark) -> None:
+    found = interleaved(row)
+    if found["red"]:
+        pytest.fail(f"{row.name}: {found['red']}")
+    mine = found["sides"][side]
+    if mine["why_not"]:
+        pytest.skip(f"{side}: {mine['why_not']}")
+    benchmark.group = row.name
+    benchmark.extra_info.update({key: value for key, value in mine.items() if key != "errors"})
+    benchmark.extra_info["error"] = mine["errors"]["largest"]
+    benchmark.extra_info["formula"] = found["formula"]
+    benchmark.extra_info["ratio"] = found["versus"]["sdpa"]
+    benchmark.extra_info["interleaved_rounds"] = found["comparison"]["rounds"]
+    case = Case(row, DEVICE)
+    maker = Case.fastattn if side == measure.OURS else competitors.BY_NAME[side].forward
+    step, device = case.step(maker(case)), devices.DEVICES[DEVICE]()
+    repeats = found["comparison"]["repeats"][side]
+
+    def whole() -> None:
+        step()
+        device.synchronize()
+
+    benchmark.pedantic(whole, rounds=ROUNDS, iterations=repeats, warmup_rounds=1)
+
+
+@pytest.mark.skipif(select is None, reason="tests/cases.py is not beside this folder")
+@pytest.mark.parametrize("case", select("alone") if select else [], ids=lambda case: case.name)
+def test_case(case, benchmark) -> None:
+    if case.function is None:
+        pytest.skip("no public function takes this case")
+    problem = case.make(torch.float32)
+    tensors, options = case.call(problem)
+    function = getattr(fastattn, case.function)
+    out = function(*tensors, **options)
+    (want, lse), (plain, _) = (reference(*p) for p in (problem.to(torch.float64), problem))
+    if case.packed:
+        want, plain = (x[0].transpose(0, 1) for x in (want, plain))
+        lse = lse[0].T
+    judge = verify.Judge(*(x.nan_to_num() for x in problem[:3]), problem.spec.scale, lse)
+    compared = judge.compare("out", out, want, plain)
+    assert compared.passed, f"wrong, so without a number: {compared}"
+    benchmark.group = "one option each"
+    benchmark.extra_info.update({"error": compared.error, "backend": _backend(tensors, options)})
+    benchmark.pedantic(function, tensors, options, rounds=ROUNDS, iterations=5, warmup_rounds=1)
+
+
+def _backend(tensors, options: dict) -> str | None:
+    return fastattn.explain(*tensors, **options).backend

@@ -1,0 +1,73 @@
+// Before and after backward_sm90.cuh: what each row contributes, and dq from its fp32 sums.
+#pragma once
+#include "backward_sm90.cuh"
+
+namespace fastattn::cuda {
+
+constexpr int ROWS_THREADS = 256;
+
+template <class Element> FASTATTN_DEVICE float2 widen_pair(uint32_t two) {
+    return {widen<Element>(two & 0xffff), widen<Element>(two >> 16)};
+}
+
+// delta = sum(dout * out) - dlse: what all gradients of a row's weights have in common. One warp a
+// row. Rows past the last, and rows that see no key, get lse = +inf: their weights become 0.
+template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
+    backward_prepare(const __grid_constant__ BackwardRowsParams p) {
+    constexpr int WARPS = ROWS_THREADS / 32;
+    int64_t lines = static_cast<int64_t>(p.batch) * p.heads * p.rows;
+    for (int64_t line = static_cast<int64_t>(block_index()) * WARPS + warp_index(); line < lines;
+         line += static_cast<int64_t>(grid_size()) * WARPS) {
+        int row = static_cast<int>(line % p.rows);
+        int64_t which = line / p.rows, batch = which / p.heads, head = which % p.heads;
+        float sum = 0, lse = NEGATIVE_INFINITY;
+        if (row < p.q_len) {
+            const uint16_t* out =
+                p.out.data + batch * p.out.batch + head * p.out.head + row * p.out.row;
+            const uint16_t* dout =
+                p.dout.data + batch * p.dout.batch + head * p.dout.head + row * p.dout.row;
+#pragma unroll
+            for (int i = 2 * lane_index(); i < F::D; i += 64) {
+                float2 a = widen_pair<typename F::Element>(
+                    ld_global(reinterpret_cast<const uint32_t*>(out + i)));
+                float2 b = widen_pair<typename F::Element>(
+                    ld_global(reinterpret_cast<const uint32_t*>(dout + i)));
+                sum += a.x * b.x + a.y * b.y;
+            }
+            lse = ld_global(p.lse + which * p.q_len + row);
+            if (p.dlse && lane_index() == 0) sum -= ld_global(p.dlse + which * p.q_len + row);
+        }
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+        if (lane_index() != 0) continue;
+        bool none = lse == NEGATIVE_INFINITY;
+        st_global(p.lse2 + line, none ? -NEGATIVE_INFINITY : lse * static_cast<float>(LOG2E));
+        st_global(p.delta + line, none ? 0.0f : sum);
+    }
+}
+
+// Two columns of a row a thread.
+template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
+    backward_finish(const __grid_constant__ BackwardRowsParams p) {
+    int64_t pairs = static_cast<int64_t>(p.batch) * p.heads * p.q_len * (F::D / 2);
+    for (int64_t i = static_cast<int64_t>(block_index()) * ROWS_THREADS + thread_index(); i < pairs;
+         i += static_cast<int64_t>(grid_size()) * ROWS_THREADS) {
+        int column = static_cast<int>(i % (F::D / 2)) * 2;
+        int64_t line = i / (F::D / 2), which = line / p.q_len;
+        int row = static_cast<int>(line % p.q_len);
+        int64_t tile = which * (p.rows / F::BLOCK_Q) + row / F::BLOCK_Q;
+        int in_tile = row % F::BLOCK_Q;
+        int group = F::HALF_ROWS ? in_tile / 64 : column / F::DQ_COLUMNS;
+        int r = in_tile % 64, c = column % F::DQ_COLUMNS;
+        int thread = r / 16 * 32 + r % 8 * 4 + c % 8 / 2;
+        int index = dq_index(thread, c / 8 * 4 + r % 16 / 8 * 2);
+        const float* sum = p.dq_sums + (tile * F::CONSUMERS + group) * F::PART + index;
+        uint32_t two =
+            pack<typename F::Element>(p.scale * ld_global(sum), p.scale * ld_global(sum + 1));
+        int64_t batch = which / p.heads, head = which % p.heads;
+        uint16_t* to = p.dq.data + batch * p.dq.batch + head * p.dq.head + row * p.dq.row + column;
+        st_global(reinterpret_cast<uint32_t*>(to), two);
+    }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,49 @@
+// The driver's encoder of tensor maps, and launches with more shared memory than 48 KB.
+#pragma once
+#include <cudaTypedefs.h>
+
+#include <string>
+
+#include "ptx.cuh"
+
+namespace fastattn::cuda {
+
+inline PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult state;
+    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                         cudaEnableDefault, &state);
+    bool ok = error == cudaSuccess && state == cudaDriverEntryPointSuccess;
+    return ok ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found) : nullptr;
+}
+
+inline std::string encode(TensorMap& map, void* data, const uint64_t* sizes,
+                          const uint64_t* strides, const uint32_t* box) {
+    static const PFN_cuTensorMapEncodeTiled_v12000 encoder = find_encoder();
+    if (!encoder) return "the NVIDIA driver has no cuTensorMapEncodeTiled; 12.0 or newer is needed";
+    const uint32_t element_strides[4] = {1, 1, 1, 1};
+    CUresult result =
+        encoder(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, data, sizes, strides, box, element_strides,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS
+               ? ""
+               : "cuTensorMapEncodeTiled failed with error " + std::to_string(result);
+}
+
+inline std::string state_of(cudaError_t state) {
+    return state == cudaSuccess ? "" : cudaGetErrorString(state);
+}
+
+template <class Params> std::string launch_large(void (*kernel)(Params), int grid, int threads,
+                                                 int shared_bytes, cudaStream_t stream,
+                                                 const Params& p) {
+    shared_bytes += SHARED_ALIGNMENT;
+    cudaError_t state =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (state != cudaSuccess) return state_of(state);
+    kernel<<<grid, threads, shared_bytes, stream>>>(p);
+    return state_of(cudaGetLastError());
+}
+
+}  // namespace fastattn::cuda

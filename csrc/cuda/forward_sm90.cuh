@@ -1,0 +1,415 @@
+// The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. A CTA
+// takes tiles of rows until none is left. next: launch.h (hosts), tile.cuh, softmax.cuh
+#pragma once
+#include "params.h"
+#include "pipeline.cuh"
+#include "softmax.cuh"
+#include "tile.cuh"
+
+namespace fastattn::cuda {
+
+template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
+    using Element = Element_;
+    using Config = ForwardConfig<D_>;
+    static constexpr int D = D_;
+    static constexpr int BLOCK_Q = 64 * Config::CONSUMERS, BLOCK_KV = Config::BLOCK_KV;
+    static constexpr int THREADS = 128 * (1 + Config::CONSUMERS);
+
+    using QTile = Tile<BLOCK_Q, D>;
+    using KVTile = Tile<BLOCK_KV, D>;
+    using KVRing = Ring<Config::STAGES>;
+    using QRing = Ring<1>;
+
+    // Shared memory, in bytes from its start.
+    static constexpr int Q_AT = 0, K_AT = QTile::BYTES;
+    static constexpr int V_AT = K_AT + Config::STAGES * KVTile::BYTES;
+    static constexpr int END_AT = V_AT + Config::STAGES * KVTile::BYTES;
+    static constexpr int OUT_AT = Config::OUT_IN_Q ? Q_AT : END_AT;
+    static constexpr int BARRIERS_AT = Config::OUT_IN_Q ? END_AT : END_AT + QTile::BYTES;
+    static constexpr int SHARED_BYTES = BARRIERS_AT + 2 * KVRing::BYTES + QRing::BYTES;
+    static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448 && QTile::BYTES % GROUP_BYTES == 0);
+    static_assert(Config::PRODUCER_REGISTERS + Config::CONSUMERS * Config::CONSUMER_REGISTERS <=
+                  65536 / 128);
+
+    // Who releases: a lane of each consumer warp; where the output lies in q, a thread of each
+    // warpgroup, after the store has read it.
+    static constexpr int RELEASES = 4 * Config::CONSUMERS;
+    static constexpr int Q_RELEASES = Config::OUT_IN_Q ? Config::CONSUMERS : RELEASES;
+
+    // Named barriers; 0 is sync_block's.
+    static constexpr int ALL_CONSUMERS = 1, OWN = 2, TURN = 2 + Config::CONSUMERS;
+};
+
+// The tile of rows with number `index`, and the keys its rows see. Longest first: later rows see
+// more keys under a causal mask.
+struct Work {
+    int batch, head, row;      // row: the tile's first, of its entry
+    int first_row, first_key;  // of the tensors' rows: the entry's row 0, the band's key 0
+    Band band;
+
+    FASTATTN_DEVICE Work(const ForwardParams& p, int index, int block_q) {
+        int heads = p.batch * p.heads, per_section = p.heads_per_section * p.q_tiles;
+        int section = index / per_section, rest = index % per_section;
+        int first = section * p.heads_per_section;
+        int width = imin(p.heads_per_section, heads - first);
+        int which = first + rest % width, slot = p.q_tiles - 1 - rest / width;
+        batch = which / p.heads;
+        head = which % p.heads;
+        int entry = batch, rows = p.q_len, keys = p.kv_len;
+        first_row = first_key = 0;
+        if (p.cu_q) {
+            entry = sequence_of(p, slot, block_q);
+            first_row = ld_global(p.cu_q + entry);
+            slot -= first_row / block_q + entry;
+            bool none = entry == p.sequences;  // rows of no sequence
+            rows = (none ? p.q_len : ld_global(p.cu_q + entry + 1)) - first_row;
+            first_key = none ? 0 : ld_global(p.cu_k + entry);
+            keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
+        }
+        row = slot * block_q;
+        if (p.kv_lens && entry < imax(p.batch, p.sequences))
+            keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
+        int start = 0;
+        if (p.kv_starts && entry < imax(p.batch, p.sequences))
+            start = imax(0, imin(ld_global(p.kv_starts + entry), keys));
+        first_key += start;
+        band = {p.left, p.right, (p.align_end ? keys - rows : 0) - start, rows, keys - start};
+    }
+
+    // Sequences do not share tiles: that of number n has tiles from cu_q[n] / block_q + n on, which
+    // is more than enough; those past its end are empty.
+    FASTATTN_DEVICE static int sequence_of(const ForwardParams& p, int slot, int block_q) {
+        int low = 0, high = p.sequences;  // the last is of the rows past all sequences
+        while (low < high) {
+            int middle = (low + high + 1) / 2;
+            if (ld_global(p.cu_q + middle) / block_q + middle <= slot)
+                low = middle;
+            else
+                high = middle - 1;
+        }
+        return low;
+    }
+    FASTATTN_DEVICE bool empty() const { return row >= band.q_len; }
+};
+
+// Tiles of keys [begin, end), of which every row sees all of [full_begin, full_end).
+struct KeyTiles {
+    int begin, full_begin, full_end, end;
+
+    FASTATTN_DEVICE KeyTiles(const Band& band, int row_begin, int row_end, int block_kv) {
+        Range keys = band.kv_range(imin(row_begin, band.q_len - 1), imin(row_end, band.q_len));
+        begin = keys.begin / block_kv;
+        end = imax(begin, (keys.end + block_kv - 1) / block_kv);
+        full_begin = imin(end, (keys.full_begin + block_kv - 1) / block_kv);
+        full_end = imax(full_begin, keys.full_end / block_kv);
+    }
+};
+
+// --- the producer -------------------------------------------------------------------------------
+
+template <class F> struct Producer {
+    const ForwardParams& p;
+    SharedAddress shared;
+    typename F::KVRing k_ring, v_ring;
+    typename F::QRing q_ring;
+
+    template <class T> FASTATTN_DEVICE void load(SharedAddress at, const TensorMap* map,
+                                                 SharedAddress bar, int row, int head, int batch,
+                                                 uint64_t hint) {
+#pragma unroll
+        for (int i = 0; i < T::PANELS; i++)
+            tma_load(T{at}.panel(i), map, bar, PANEL * i, row, head, batch, hint);
+    }
+
+    FASTATTN_DEVICE void load_keys(typename F::KVRing& ring, SharedAddress at, const TensorMap* map,
+                                   const Work& w, int tile) {
+        using T = typename F::KVTile;
+        ring.acquire(T::BYTES);
+        load<T>(at + ring.stage * T::BYTES, map, ring.full(), w.first_key + tile * F::BLOCK_KV,
+                w.head / (p.heads / p.kv_heads), w.batch, EVICT_LAST);
+        ring.advance();
+    }
+
+    // Values trail keys by one tile, as their uses do.
+    FASTATTN_DEVICE void run() {
+        for (int index = block_index(); index < p.tiles; index += grid_size()) {
+            Work w(p, index, F::BLOCK_Q);
+            if (w.empty()) continue;
+            KeyTiles tiles(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
+            int n = tiles.end - 1;
+            if (n >= tiles.begin) load_keys(k_ring, shared + F::K_AT, &p.k, w, n);
+            q_ring.acquire(F::QTile::BYTES);
+            load<typename F::QTile>(shared + F::Q_AT, &p.q, q_ring.full(), w.first_row + w.row,
+                                    w.head, w.batch, EVICT_FIRST);
+            q_ring.advance();
+            for (; n >= tiles.begin; n--) {
+                if (n > tiles.begin) load_keys(k_ring, shared + F::K_AT, &p.k, w, n - 1);
+                load_keys(v_ring, shared + F::V_AT, &p.v, w, n);
+            }
+        }
+    }
+};
+
+// --- a consumer warpgroup: 64 rows --------------------------------------------------------------
+
+template <class F> struct Consumer {
+    static constexpr int SCORES = F::BLOCK_KV / 2, OUTPUTS = F::D / 2;  // registers a thread
+    using Element = typename F::Element;
+    using Config = typename F::Config;
+
+    const ForwardParams& p;
+    SharedAddress shared;
+    int group;  // of the consumers
+    typename F::KVRing k_ring, v_ring;
+    typename F::QRing q_ring;
+
+    FASTATTN_DEVICE bool leads_warp() const { return lane_index() == 0; }
+    FASTATTN_DEVICE int row_in_tile() const {
+        return 64 * group + thread_index() / 32 % 4 * 16 + lane_index() / 4;
+    }
+
+    FASTATTN_DEVICE void take_turn() const {
+        if constexpr (Config::SCHEDULE == Schedule::PINGPONG) barrier_sync(F::TURN + group, 256);
+    }
+    FASTATTN_DEVICE void pass_turn() const {
+        if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
+            barrier_arrive(F::TURN + (group + 1) % Config::CONSUMERS, 256);
+    }
+
+    FASTATTN_DEVICE void issue_scores(float (&s)[SCORES]) const {
+        typename F::QTile q{shared + F::Q_AT};
+        typename F::KVTile k{shared + F::K_AT + k_ring.stage * F::KVTile::BYTES};
+        multiply_transposed<Element, F::BLOCK_KV>(s, q, 64 * group, k);
+        wgmma_commit();
+    }
+    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS],
+                                      const uint32_t (&weights)[F::BLOCK_KV / 16][4]) const {
+        typename F::KVTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
+        multiply_add<Element, F::D>(acc, weights, v);
+        wgmma_commit();
+    }
+    template <class R> FASTATTN_DEVICE void release(R& ring) const {
+        if (leads_warp()) ring.release();
+        ring.advance();
+    }
+
+    // Rows of v past the entry's last key, from `row` on, become zeros: their weights are 0, but
+    // what is there may be NaN.
+    FASTATTN_DEVICE void clear_values(int row) const {
+        v_ring.wait();
+        typename F::KVTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
+        constexpr int CHUNKS = F::D / 8, CONSUMING = 128 * Config::CONSUMERS;
+        for (int i = row * CHUNKS + thread_index() - 128; i < F::BLOCK_KV * CHUNKS; i += CONSUMING)
+            st_shared4(v.chunk(i / CHUNKS, i % CHUNKS), uint4{0, 0, 0, 0});
+        fence_proxy_async();
+        barrier_sync(F::ALL_CONSUMERS, CONSUMING);
+    }
+
+    template <bool MASKED>
+    FASTATTN_DEVICE void weigh(float (&s)[SCORES], float (&rescale)[2], OnlineSoftmax& softmax,
+                               const Transform& transform, const Work& w, int tile) const {
+        transform(s);
+        if constexpr (MASKED) {
+            int first = tile * F::BLOCK_KV + 2 * (lane_index() % 4), low[2], high[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int row = w.row + row_in_tile() + 8 * r;
+                low[r] = w.band.lo(row) - first;
+                high[r] = w.band.hi(row) - first;
+            }
+            mask_scores(s, low, high);
+        }
+        softmax.template update<MASKED>(s, rescale);
+    }
+
+    FASTATTN_DEVICE float sink_of(int head) const {
+        switch (p.sink_type) {
+            case SinkType::F32:
+                return ld_global(static_cast<const float*>(p.sinks) + head);
+            case SinkType::BF16:
+                return widen<Bf16>(ld_global(static_cast<const uint16_t*>(p.sinks) + head));
+            case SinkType::F16:
+                return widen<Fp16>(ld_global(static_cast<const uint16_t*>(p.sinks) + head));
+            default:
+                return NEGATIVE_INFINITY;
+        }
+    }
+
+    FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
+        typename F::QTile out{shared + F::OUT_AT};
+        if constexpr (!Config::OUT_IN_Q) {
+            if (leads) bulk_wait_read<0>();  // of the tile before
+            barrier_sync(F::OWN + group, 128);
+        }
+        store_accumulator<Element, F::D>(out, 64 * group, acc);
+        fence_proxy_async();
+        barrier_sync(F::OWN + group, 128);
+        if (!leads) return;
+#pragma unroll
+        for (int i = 0; i < F::QTile::PANELS; i++)
+            tma_store(&p.out, out.panel(i) + 64 * group * ROW_BYTES, PANEL * i,
+                      w.first_row + w.row + 64 * group, w.head, w.batch);
+        bulk_commit();
+    }
+    FASTATTN_DEVICE void store_rows(const float (&acc)[OUTPUTS], const Work& w) const {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = w.row + row_in_tile() + 8 * r;
+            if (row >= w.band.q_len) continue;
+            uint16_t* to = p.out_rows.data + w.batch * p.out_rows.batch + w.head * p.out_rows.head +
+                           (w.first_row + row) * p.out_rows.row + 2 * (lane_index() % 4);
+#pragma unroll
+            for (int i = 2 * r; i < OUTPUTS; i += 4)
+                st_global(reinterpret_cast<uint32_t*>(to + column_of(i)),
+                          pack<Element>(acc[i], acc[i + 1]));
+        }
+    }
+
+    // Normalises the 64 rows and stores them and their lse.
+    FASTATTN_DEVICE void store(float (&acc)[OUTPUTS], OnlineSoftmax& softmax, const Work& w) {
+        float scale[2], lse[2];
+        softmax.finish(sink_of(w.head), scale, lse);
+        scale_rows(acc, scale);
+        bool leads = thread_index() % 128 == 0;
+        // Rows past the sequence's last are its neighbour's.
+        bool whole = !p.cu_q || w.row + 64 * group + 64 <= w.band.q_len;
+        if (whole)
+            store_tile(acc, w, leads);
+        else
+            store_rows(acc, w);
+        if constexpr (Config::OUT_IN_Q) {
+            if (!whole) barrier_sync(F::OWN + group, 128);
+            if (leads) {
+                bulk_wait_read<0>();
+                q_ring.release();
+            }
+        }
+        if constexpr (Config::OUT_IN_Q) q_ring.advance();
+        if (lane_index() % 4 == 0) {
+            int64_t head = static_cast<int64_t>(w.batch) * p.heads + w.head;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int row = w.row + row_in_tile() + 8 * r;
+                if (row < w.band.q_len)
+                    st_global(p.lse + head * p.q_len + w.first_row + row, lse[r]);
+            }
+        }
+    }
+
+    FASTATTN_DEVICE void tile(const Work& w) {
+        KeyTiles all(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
+        KeyTiles own(w.band, w.row + 64 * group, w.row + 64 * group + 64, F::BLOCK_KV);
+        Transform transform{p.softcap, p.transform, p.before, p.after};
+        OnlineSoftmax softmax;
+        softmax.multiplier = p.multiplier;
+        float acc[OUTPUTS], s[SCORES], rescale[2];
+        uint32_t weights[F::BLOCK_KV / 16][4];
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; i++) acc[i] = 0;
+        // Keys past the entry's are other entries' or nobody's; past the tensor's TMA gives zeros.
+        int clear = w.first_key + w.band.kv_len < p.kv_len
+                        ? imin(F::BLOCK_KV, w.band.kv_len - (all.end - 1) * F::BLOCK_KV)
+                        : F::BLOCK_KV;
+
+        q_ring.wait();
+        int n = all.end - 1;
+        if (n >= all.begin) {
+            k_ring.wait();
+            take_turn();
+            wgmma_fence();
+            issue_scores(s);
+            pass_turn();
+            wgmma_wait<0>();
+            pin(s);
+            release(k_ring);
+            weigh<true>(s, rescale, softmax, transform, w, n);
+            to_fragments<Element, F::BLOCK_KV>(weights, s);
+
+            // Scores of tile n and the output of tile n + 1 are in flight together.
+            auto step = [&](auto masked) {
+                if (clear < F::BLOCK_KV) {  // before a turn, in which nobody else can come here
+                    clear_values(clear);
+                    clear = F::BLOCK_KV;
+                }
+                k_ring.wait();
+                take_turn();
+                wgmma_fence();
+                issue_scores(s);
+                v_ring.wait();
+                wgmma_fence();
+                issue_output(acc, weights);
+                pass_turn();
+                wgmma_wait<1>();
+                pin(s);
+                release(k_ring);
+                weigh<decltype(masked)::value>(s, rescale, softmax, transform, w, n);
+                finish_first(softmax.row_sum[0] + softmax.row_sum[1], shared);
+                wgmma_wait<0>();
+                pin(acc);
+                release(v_ring);
+                scale_rows(acc, rescale);
+                to_fragments<Element, F::BLOCK_KV>(weights, s);
+            };
+            for (n--; n >= imax(own.full_end, all.begin); n--) step(Masked{});
+            for (; n >= imax(own.full_begin, all.begin); n--) step(Unmasked{});
+            for (; n >= all.begin; n--) step(Masked{});
+
+            if (clear < F::BLOCK_KV) clear_values(clear);
+            v_ring.wait();
+            wgmma_fence();
+            issue_output(acc, weights);
+            wgmma_wait<0>();
+            pin(acc);
+            release(v_ring);
+        }
+        if constexpr (!Config::OUT_IN_Q) release(q_ring);
+        store(acc, softmax, w);
+    }
+
+    struct Masked {
+        static constexpr bool value = true;
+    };
+    struct Unmasked {
+        static constexpr bool value = false;
+    };
+
+    FASTATTN_DEVICE void run() {
+        if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
+            if (group == Config::CONSUMERS - 1) barrier_arrive(F::TURN, 256);  // group 0 begins
+        for (int index = block_index(); index < p.tiles; index += grid_size()) {
+            Work w(p, index, F::BLOCK_Q);
+            if (!w.empty()) tile(w);
+        }
+        if (thread_index() % 128 == 0) bulk_wait<0>();
+    }
+};
+
+// --- the kernel ---------------------------------------------------------------------------------
+
+// SHARED_BYTES is in the kernel's name for benchmarks/cuda_audit.py, which sees no launch.
+template <class F, int SHARED_BYTES = F::SHARED_BYTES>
+__global__ void __launch_bounds__(F::THREADS, 1)
+    forward_sm90(const __grid_constant__ ForwardParams p) {
+    SharedAddress shared = dynamic_shared();
+    typename F::KVRing k_ring{shared + F::BARRIERS_AT};
+    typename F::KVRing v_ring{k_ring.barriers + F::KVRing::BYTES};
+    typename F::QRing q_ring{v_ring.barriers + F::KVRing::BYTES};
+    if (thread_index() == 0) {
+        k_ring.init(F::RELEASES);
+        v_ring.init(F::RELEASES);
+        q_ring.init(F::Q_RELEASES);
+        fence_mbarrier_init();
+        for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.out}) prefetch_tensor_map(map);
+    }
+    sync_block();
+    int warpgroup = warpgroup_index();
+    if (warpgroup == 0) {
+        registers_decrease<F::PRODUCER_REGISTERS>();
+        if (thread_index() == 0) Producer<F>{p, shared, k_ring, v_ring, q_ring}.run();
+    } else {
+        registers_increase<F::CONSUMER_REGISTERS>();
+        Consumer<F>{p, shared, warpgroup - 1, k_ring, v_ring, q_ring}.run();
+    }
+}
+
+}  // namespace fastattn::cuda

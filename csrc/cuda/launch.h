@@ -1,0 +1,182 @@
+// From a call's tensors to ForwardParams: tensor maps, schedule. Shared by ops_cuda.cu, which
+// launches on a GPU, and the emulator's host. next: forward_sm90.cuh
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "params.h"
+
+namespace fastattn::cuda {
+
+// A 16-bit tensor [batch, heads, rows, D]; strides in elements, that of D is 1.
+struct Operand {
+    void* data;
+    int64_t batch, heads, rows, head_dim;
+    int64_t batch_stride, head_stride, row_stride;
+};
+
+inline Rows rows_of(const Operand& x) {
+    return {static_cast<uint16_t*>(x.data), x.batch_stride, x.head_stride, x.row_stride};
+}
+
+struct ForwardCall {
+    Operand q, k, v, out;
+    float* lse;  // [batch, heads, q_len], contiguous
+    const int *kv_lens, *kv_starts;
+    const int *cu_q, *cu_k;  // [sequences + 1] or null
+    int sequences;
+    const void* sinks;
+    SinkType sink_type;
+    double scale, softcap;
+    int64_t left, right;
+    bool align_end;
+};
+
+struct BackwardCall {
+    Operand q, k, v, out, dout, dq, dk, dv;
+    const float *lse, *dlse;  // [batch, heads, q_len], contiguous; dlse may be null
+    const int *kv_lens, *kv_starts;
+    double scale, softcap;
+    int64_t left, right;
+    bool align_end;
+    // Working memory, see BackwardSizes; sums and turns are zeros.
+    float *lse2, *delta, *dq_sums;
+    int* turns;
+};
+
+// Numbers of elements of a BackwardCall's working memory.
+struct BackwardSizes {
+    int64_t rows, sums, turns;
+
+    template <class F> static BackwardSizes of(const Operand& q) {
+        int64_t tiles = q.batch * q.heads * ((q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
+        return {tiles * F::BLOCK_Q, tiles * F::CONSUMERS * F::PART, tiles * F::CONSUMERS};
+    }
+};
+
+// "" or why TMA cannot describe this tensor, in a sentence.
+inline std::string why_not_tma(const Operand& x, const char* name) {
+    std::string who = std::string(name);
+    if (reinterpret_cast<uintptr_t>(x.data) % 16)
+        return who + " does not start at a multiple of 16 bytes";
+    for (auto [size, stride] : {std::pair{x.rows, x.row_stride}, std::pair{x.heads, x.head_stride},
+                                std::pair{x.batch, x.batch_stride}}) {
+        if (size > 1 && (stride < 0 || stride % 8))
+            return who + " has a stride of " + std::to_string(stride) +
+                   " elements; multiples of 8 are accepted";
+        if (size > 1 && stride >= int64_t(1) << 39)
+            return who + " has a stride of 2^39 elements or more";
+        if (size >= int64_t(1) << 31) return who + " has a dimension of 2^31 or more";
+    }
+    return "";
+}
+
+// Encode is the driver's cuTensorMapEncodeTiled, or the emulator's: "" or what went wrong.
+template <class Encode>
+std::string tensor_map(TensorMap& map, const Operand& x, int box_rows, Encode encode) {
+    uint64_t sizes[4], strides[3];
+    uint32_t box[4] = {64, static_cast<uint32_t>(box_rows), 1, 1};
+    const int64_t shape[4] = {x.head_dim, x.rows, x.heads, x.batch};
+    const int64_t steps[3] = {x.row_stride, x.head_stride, x.batch_stride};
+    for (int i = 0; i < 4; i++) sizes[i] = static_cast<uint64_t>(shape[i]);
+    // The stride of a dimension of size 1 means nothing, and torch leaves anything there.
+    for (int i = 0; i < 3; i++)
+        strides[i] = static_cast<uint64_t>(shape[i + 1] == 1 ? x.head_dim : steps[i]) * 2;
+    return encode(map, x.data, sizes, strides, box);
+}
+
+// Scores are multiplier * (q k), or multiplier * transform(q k); exponents are base 2.
+template <class Params> void set_scale(Params& p, double scale, double softcap) {
+    p.softcap = softcap > 0;
+    p.transform = p.softcap || scale <= 0;
+    double base2 = scale * LOG2E;
+    p.multiplier = static_cast<float>(p.transform ? 1 : base2);
+    p.before = static_cast<float>(p.softcap ? 2 * base2 / softcap : 0);
+    p.after = static_cast<float>(p.softcap ? softcap * LOG2E : base2);
+}
+
+template <class Params, class Call> void set_shape(Params& p, const Call& c) {
+    constexpr int64_t FAR = int64_t(1) << 30;
+    p.kv_lens = c.kv_lens;
+    p.kv_starts = c.kv_starts;
+    p.batch = static_cast<int>(c.q.batch);
+    p.heads = static_cast<int>(c.q.heads);
+    p.kv_heads = static_cast<int>(c.k.heads);
+    p.q_len = static_cast<int>(c.q.rows);
+    p.kv_len = static_cast<int>(c.k.rows);
+    p.left = static_cast<int>(std::min(c.left, FAR));
+    p.right = static_cast<int>(std::min(c.right, FAR));
+    p.align_end = c.align_end;
+    set_scale(p, c.scale, c.softcap);
+}
+
+// The largest power of two of heads whose keys and values fit in 32 of an H100's 50 MB of L2.
+inline int heads_per_section(const ForwardCall& c) {
+    int64_t all = c.q.batch * c.q.heads, group = c.q.heads / c.k.heads;
+    int64_t bytes = 4 * c.k.rows * c.k.head_dim;  // of one head of k and of v
+    int64_t kv_heads = 1;
+    while (2 * kv_heads * bytes <= int64_t(32) << 20 && kv_heads * group < all) kv_heads *= 2;
+    return static_cast<int>(std::min(all, kv_heads * group));
+}
+
+template <class F, class Encode>
+std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode) {
+    p = {};
+    for (std::string error :
+         {tensor_map(p.q, c.q, F::BLOCK_Q, encode), tensor_map(p.k, c.k, F::BLOCK_KV, encode),
+          tensor_map(p.v, c.v, F::BLOCK_KV, encode), tensor_map(p.out, c.out, 64, encode)})
+        if (!error.empty()) return error;
+    p.lse = c.lse;
+    p.cu_q = c.cu_q;
+    p.cu_k = c.cu_k;
+    p.sequences = c.sequences;
+    p.out_rows = rows_of(c.out);
+    p.sinks = c.sinks;
+    p.sink_type = c.sink_type;
+    set_shape(p, c);
+    p.q_tiles =
+        c.cu_q ? p.q_len / F::BLOCK_Q + p.sequences + 1 : (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
+    p.tiles = p.q_tiles * p.heads * p.batch;
+    p.heads_per_section = heads_per_section(c);
+    return "";
+}
+
+template <class F, class Encode>
+std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode encode) {
+    p = {};
+    for (std::string error :
+         {tensor_map(p.q, c.q, F::BLOCK_Q, encode), tensor_map(p.dout, c.dout, F::BLOCK_Q, encode),
+          tensor_map(p.k, c.k, F::BLOCK_KV, encode), tensor_map(p.v, c.v, F::BLOCK_KV, encode),
+          tensor_map(p.dk, c.dk, 64, encode), tensor_map(p.dv, c.dv, 64, encode)})
+        if (!error.empty()) return error;
+    p.lse = c.lse2;
+    p.delta = c.delta;
+    p.dq_sums = c.dq_sums;
+    p.turns = c.turns;
+    p.scale = static_cast<float>(c.scale);
+    set_shape(p, c);
+    p.q_tiles = (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
+    p.kv_tiles = (p.kv_len + F::BLOCK_KV - 1) / F::BLOCK_KV;
+    return "";
+}
+
+template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c) {
+    int tiles = static_cast<int>((c.q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
+    return {rows_of(c.out),
+            rows_of(c.dout),
+            rows_of(c.dq),
+            c.lse,
+            c.dlse,
+            c.lse2,
+            c.delta,
+            c.dq_sums,
+            static_cast<int>(c.q.batch),
+            static_cast<int>(c.q.heads),
+            static_cast<int>(c.q.rows),
+            tiles * F::BLOCK_Q,
+            static_cast<float>(c.scale)};
+}
+
+}  // namespace fastattn::cuda

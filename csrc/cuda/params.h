@@ -1,0 +1,98 @@
+// What the CUDA kernels are told: pointers, shapes and the call's numbers (where), and tile sizes
+// and schedules by head dimension (how). next: forward_sm90.cuh
+#pragma once
+#include "../spec.h"
+#include "ptx.cuh"
+
+namespace fastattn::cuda {
+
+enum class SinkType { NONE, F32, BF16, F16 };
+
+// Rows of a 16-bit tensor [batch, heads, rows, D]; strides in elements.
+struct Rows {
+    uint16_t* data;
+    int64_t batch, head, row;
+};
+
+struct ForwardParams {
+    TensorMap q, k, v, out;          // dimensions (D, rows, heads, batch), boxes of 64 columns
+    float* lse;                      // [batch, heads, q_len]
+    const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
+    const int *cu_q, *cu_k;          // [sequences + 1], then batch is 1; or null
+    int sequences;
+    Rows out_rows;      // where a tile ends inside a sequence's neighbour, TMA cannot store it
+    const void* sinks;  // [heads]
+    SinkType sink_type;
+    int batch, heads, kv_heads, q_len, kv_len;
+    int left, right;
+    bool align_end;
+    // Base-2 scores are transform(q k) * multiplier, see Transform.
+    bool transform, softcap;
+    float multiplier, before, after;
+    int q_tiles, tiles;     // of a head; of the call
+    int heads_per_section;  // heads that run side by side, so that L2 holds their keys and values
+};
+
+struct BackwardParams {
+    TensorMap q, k, v, dout, dk, dv;
+    const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_rows.cuh
+    float* dq_sums;                  // [batch, heads, q_tiles, 2, PART], zeros at first
+    int* turns;                      // [batch, heads, q_tiles, 2], zeros; null: any order will do
+    const int *kv_lens, *kv_starts;  // [batch] or null
+    int batch, heads, kv_heads, q_len, kv_len;
+    int left, right;
+    bool align_end;
+    bool transform, softcap;
+    float multiplier, before, after, scale;
+    int q_tiles, kv_tiles;
+};
+
+// Before: lse in base 2, and delta. After: dq of its sums.
+struct BackwardRowsParams {
+    Rows out, dout, dq;
+    const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
+    float *lse2, *delta;      // [batch, heads, rows], rows beyond q_len are written too
+    const float* dq_sums;
+    int batch, heads, q_len, rows;
+    float scale;
+};
+
+enum class Schedule {
+    OVERLAP,  // the products of a step are issued before the softmax of the step before
+    PINGPONG  // and warpgroups take turns at issuing
+};
+
+// Tiles of BLOCK_Q rows, 64 for each consumer warpgroup, and BLOCK_KV keys.
+template <int D> struct ForwardConfig;
+
+template <> struct ForwardConfig<64> {
+    static constexpr int CONSUMERS = 3, BLOCK_KV = 128, STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
+    static constexpr bool OUT_IN_Q = false;  // the output is staged in q's memory
+    static constexpr Schedule SCHEDULE = Schedule::PINGPONG;
+};
+template <> struct ForwardConfig<128> {
+    static constexpr int CONSUMERS = 2, BLOCK_KV = 128, STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+    static constexpr bool OUT_IN_Q = false;
+    static constexpr Schedule SCHEDULE = Schedule::PINGPONG;
+};
+template <> struct ForwardConfig<256> {
+    static constexpr int CONSUMERS = 2, BLOCK_KV = 80, STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+    static constexpr bool OUT_IN_Q = true;  // 224 of 227 KB are q, k and v
+    static constexpr Schedule SCHEDULE = Schedule::OVERLAP;
+};
+
+template <int D> struct BackwardConfig;
+
+// 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores,
+// 64 + 64 of dk and dv, 32 of dq.
+template <> struct BackwardConfig<64> {
+    static constexpr int BLOCK_Q = 128;
+};
+template <> struct BackwardConfig<128> {
+    static constexpr int BLOCK_Q = 64;
+};
+
+}  // namespace fastattn::cuda

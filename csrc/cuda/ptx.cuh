@@ -1,0 +1,282 @@
+// The instructions that the kernels use, one a function. Shared memory is only an address here, as
+// in PTX: no C++ pointer leads there, so an emulator that implements these names (tests/emulator)
+// sees every access. wgmma is in wgmma.cuh. next: tile.cuh
+#pragma once
+#include <cstdint>
+
+#ifdef FASTATTN_EMULATE
+#include "emulator.h"
+#else
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#define FASTATTN_DEVICE __device__ __forceinline__
+
+namespace fastattn::cuda {
+
+using TensorMap = CUtensorMap;
+using SharedAddress = uint32_t;
+
+struct Bf16 {};  // names of element types; values travel as uint32_t, two at a time
+struct Fp16 {};
+
+constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
+
+// --- where am I ---------------------------------------------------------------------------------
+
+FASTATTN_DEVICE int thread_index() { return threadIdx.x; }
+FASTATTN_DEVICE int lane_index() { return threadIdx.x % 32; }
+FASTATTN_DEVICE int block_index() { return blockIdx.x; }
+FASTATTN_DEVICE int grid_size() { return gridDim.x; }
+// The same in all lanes, and the compiler knows it.
+FASTATTN_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+FASTATTN_DEVICE int warpgroup_index() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+
+// The first multiple of SHARED_ALIGNMENT in the dynamic shared memory: launches ask for that much
+// more than they use, because what is written on the declaration is not always kept.
+constexpr int SHARED_ALIGNMENT = 1024;
+FASTATTN_DEVICE SharedAddress dynamic_shared() {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    SharedAddress start = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    return (start + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
+}
+
+// --- memory -------------------------------------------------------------------------------------
+
+FASTATTN_DEVICE float ld_shared(SharedAddress a) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(a) : "memory");
+    return x;
+}
+FASTATTN_DEVICE float2 ld_shared2(SharedAddress a) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(a) : "memory");
+    return x;
+}
+FASTATTN_DEVICE uint4 ld_shared4(SharedAddress a) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(a)
+                 : "memory");
+    return x;
+}
+FASTATTN_DEVICE void st_shared(SharedAddress a, float x) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(x) : "memory");
+}
+FASTATTN_DEVICE void st_shared4(SharedAddress a, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+}
+template <class T> FASTATTN_DEVICE T ld_global(const T* p) { return *p; }
+template <class T> FASTATTN_DEVICE void st_global(T* p, T x) { *p = x; }
+FASTATTN_DEVICE int ld_global_acquire(const int* p) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+FASTATTN_DEVICE void add_global_release(int* p, int x) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+FASTATTN_DEVICE int atomic_add_global(int* p, int x) { return atomicAdd(p, x); }
+FASTATTN_DEVICE void pause() { __nanosleep(64); }  // between two looks at a global flag
+
+// --- threads meet -------------------------------------------------------------------------------
+
+FASTATTN_DEVICE void sync_warp() { __syncwarp(); }
+FASTATTN_DEVICE void sync_block() { __syncthreads(); }
+FASTATTN_DEVICE void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+FASTATTN_DEVICE void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+FASTATTN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+FASTATTN_DEVICE int shuffle(int x, int lane) { return __shfl_sync(~0u, x, lane); }
+template <int N> FASTATTN_DEVICE void registers_increase() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> FASTATTN_DEVICE void registers_decrease() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// --- mbarrier -----------------------------------------------------------------------------------
+
+FASTATTN_DEVICE void mbarrier_init(SharedAddress bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+FASTATTN_DEVICE void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+FASTATTN_DEVICE void mbarrier_arrive(SharedAddress bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// Arrives, and makes the phase wait for `bytes` more bytes of asynchronous copies.
+FASTATTN_DEVICE void mbarrier_arrive_expect(SharedAddress bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+// Blocks until the phase of this parity has completed; of a new barrier, parity 1 has.
+FASTATTN_DEVICE void mbarrier_wait(SharedAddress bar, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+}
+
+// --- TMA ----------------------------------------------------------------------------------------
+
+// Generic writes of this thread become visible to wgmma and TMA.
+FASTATTN_DEVICE void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+FASTATTN_DEVICE void prefetch_tensor_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+FASTATTN_DEVICE void tma_load(SharedAddress to, const TensorMap* map, SharedAddress bar, int c0,
+                              int c1, int c2, int c3, uint64_t hint) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+        "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(hint)
+        : "memory");
+}
+FASTATTN_DEVICE void tma_store(const TensorMap* map, SharedAddress from, int c0, int c1, int c2,
+                               int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+            map),
+        "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+FASTATTN_DEVICE void tma_reduce_add(const TensorMap* map, SharedAddress from, int c0, int c1,
+                                    int c2, int c3) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.bulk_group "
+        "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+        "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+FASTATTN_DEVICE void bulk_load(SharedAddress to, const void* from, int bytes, SharedAddress bar) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(bar)
+        : "memory");
+}
+FASTATTN_DEVICE void bulk_reduce_add(float* to, SharedAddress from, int bytes) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+        "r"(from), "r"(bytes)
+        : "memory");
+}
+FASTATTN_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// At most N of this thread's bulk groups are still writing; _read: still reading shared memory.
+template <int N> FASTATTN_DEVICE void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+template <int N> FASTATTN_DEVICE void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
+// --- cp.async, ldmatrix, stmatrix, mma ----------------------------------------------------------
+
+// 16 bytes; zeros where `valid` is false.
+FASTATTN_DEVICE void copy_async(SharedAddress to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+FASTATTN_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> FASTATTN_DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Lane l gives the address of row l % 8 of matrix l / 8, 16 bytes each.
+template <bool TRANSPOSE> FASTATTN_DEVICE void ldmatrix(uint32_t (&r)[4], SharedAddress row) {
+    if constexpr (TRANSPOSE)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(row)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(row)
+                     : "memory");
+}
+template <bool TRANSPOSE> FASTATTN_DEVICE void stmatrix(SharedAddress row, const uint32_t (&r)[4]) {
+    if constexpr (TRANSPOSE)
+        asm volatile(
+            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+            "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+            : "memory");
+    else
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                     "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                     : "memory");
+}
+
+#define FASTATTN_MMA(TYPE)                                                              \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+// d[16 x 8] += a[16 x 16] * b[16 x 8]
+template <class Element>
+FASTATTN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+FASTATTN_DEVICE void mma<Bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    FASTATTN_MMA("bf16");
+}
+template <>
+FASTATTN_DEVICE void mma<Fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    FASTATTN_MMA("f16");
+}
+
+// --- arithmetic ---------------------------------------------------------------------------------
+
+FASTATTN_DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FASTATTN_DEVICE float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FASTATTN_DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FASTATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+// Two values in 32 bits, `low` in the low half.
+template <class Element> FASTATTN_DEVICE uint32_t pack(float low, float high);
+template <> FASTATTN_DEVICE uint32_t pack<Bf16>(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+template <> FASTATTN_DEVICE uint32_t pack<Fp16>(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+// One 16-bit value, given as its bits.
+template <class Element> FASTATTN_DEVICE float widen(uint32_t bits);
+template <> FASTATTN_DEVICE float widen<Bf16>(uint32_t bits) { return __uint_as_float(bits << 16); }
+template <> FASTATTN_DEVICE float widen<Fp16>(uint32_t bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+    return x;
+}
+
+}  // namespace fastattn::cuda
+
+#include "wgmma.cuh"
+#endif

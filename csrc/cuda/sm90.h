@@ -1,0 +1,16 @@
+// What ops_cuda.cu calls. next: forward_sm90.cu, backward_sm90.cu
+#pragma once
+#include <string>
+
+#include "launch.h"
+
+namespace fastattn::cuda {
+
+// Both launch on the current device and return "" or what went wrong.
+std::string launch_forward_sm90(const ForwardCall& call, bool bf16, int multiprocessors,
+                                cudaStream_t stream);
+std::string launch_backward_sm90(const BackwardCall& call, bool bf16, int multiprocessors,
+                                 cudaStream_t stream);
+BackwardSizes backward_sizes_sm90(const Operand& q);
+
+}  // namespace fastattn::cuda

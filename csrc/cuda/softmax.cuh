@@ -1,0 +1,106 @@
+// Softmax over rows that arrive tile by tile, on accumulators [64 x N] of a warpgroup. A thread
+// holds two rows, 8 apart, of which four neighbouring lanes share the columns.
+// next: forward_sm90.cuh
+#pragma once
+#include "../spec.h"
+#include "ptx.cuh"
+
+namespace fastattn::cuda {
+
+constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+
+// Element i of an accumulator: which of the thread's two rows, and the column of lane 0.
+constexpr FASTATTN_HD int row_of(int i) { return i / 2 % 2; }
+constexpr FASTATTN_HD int column_of(int i) { return i / 4 * 8 + i % 2; }
+
+// softcap(x) = cap * tanh(x / cap), in base 2 as all scores; or the scale alone where it is not
+// positive, so that the largest product is not the largest score.
+struct Transform {
+    bool softcap, on;
+    float before, after;
+
+    template <int SIZE> FASTATTN_DEVICE void operator()(float (&s)[SIZE]) const {
+        if (!on) return;
+        if (softcap) {
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) {
+                float e = exp2_approx(s[i] * before);  // before: 2 log2(e) scale / cap
+                s[i] = after - 2 * after * reciprocal_approx(1 + e);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) s[i] *= after;
+        }
+    }
+};
+
+struct OnlineSoftmax {
+    float row_max[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // of scores before `multiplier`
+    float row_sum[2] = {0, 0};                                  // this thread's columns only
+    float multiplier;                                           // takes scores to base-2 exponents
+
+    // Scores become weights; returns in `rescale` what the weights so far have to be multiplied by.
+    // MASKED: some rows may have seen no key yet.
+    template <bool MASKED, int SIZE>
+    FASTATTN_DEVICE void update(float (&s)[SIZE], float (&rescale)[2]) {
+        float shift[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float m = row_max[r];
+#pragma unroll
+            for (int i = 0; i < SIZE; i++)
+                if (row_of(i) == r) m = fmaxf(m, s[i]);
+            m = fmaxf(m, shuffle_xor(m, 1));
+            m = fmaxf(m, shuffle_xor(m, 2));
+            float safe = MASKED && m == NEGATIVE_INFINITY ? 0 : m;
+            shift[r] = safe * multiplier;
+            rescale[r] = exp2_approx(row_max[r] * multiplier - shift[r]);
+            row_max[r] = m;
+            row_sum[r] *= rescale[r];
+        }
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) {
+            s[i] = exp2_approx(s[i] * multiplier - shift[row_of(i)]);
+            row_sum[row_of(i)] += s[i];
+        }
+    }
+
+    // After the last tile. out_scale: for the accumulator; lse: natural, -inf for rows without
+    // keys. A sink is a logit that joins the denominator only; -inf where there is none.
+    FASTATTN_DEVICE void finish(float sink, float (&out_scale)[2], float (&lse)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float sum = row_sum[r];
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            if (row_max[r] == NEGATIVE_INFINITY) {
+                out_scale[r] = 0;
+                lse[r] = NEGATIVE_INFINITY;
+                continue;
+            }
+            float top = row_max[r] * multiplier, sink2 = sink * static_cast<float>(LOG2E);
+            float m = fmaxf(top, sink2);
+            float weight = exp2_approx(top - m);
+            sum = sum * weight + exp2_approx(sink2 - m);
+            out_scale[r] = weight / sum;
+            lse[r] = (m + log2_approx(sum)) * static_cast<float>(LN2);
+        }
+    }
+};
+
+// Scores of keys outside [low, high) of a thread's two rows become -inf. Both count from the tile's
+// first key; c is the thread's column in a group of eight.
+template <int SIZE>
+FASTATTN_DEVICE void mask_scores(float (&s)[SIZE], const int (&low)[2], const int (&high)[2]) {
+#pragma unroll
+    for (int i = 0; i < SIZE; i++)
+        if (column_of(i) < low[row_of(i)] || column_of(i) >= high[row_of(i)])
+            s[i] = NEGATIVE_INFINITY;
+}
+
+template <int SIZE> FASTATTN_DEVICE void scale_rows(float (&acc)[SIZE], const float (&by)[2]) {
+#pragma unroll
+    for (int i = 0; i < SIZE; i++) acc[i] *= by[row_of(i)];
+}
+
+}  // namespace fastattn::cuda

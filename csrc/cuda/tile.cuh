@@ -1,0 +1,92 @@
+// Tiles of 16-bit elements in shared memory, and the products of whole tiles. next: pipeline.cuh
+//
+// A tile lies in panels of 64 columns. A panel's rows are 128 bytes, one after the other; the eight
+// 16-byte chunks of row r are permuted by XOR with r % 8, which is what TMA and wgmma call the
+// 128-byte swizzle. One stored tile serves as either operand: rows as M or N index and columns as K
+// (k_major), or rows as K index and columns as M or N (mn_major).
+#pragma once
+#include "ptx.cuh"
+
+namespace fastattn::cuda {
+
+constexpr int PANEL = 64;          // columns
+constexpr int ROW_BYTES = 128;     // of a panel
+constexpr int GROUP_BYTES = 1024;  // eight rows: the period of the swizzle
+
+// Bits 0-13 address, 16-29 leading and 32-45 stride offset, all / 16; 62: 128-byte swizzle.
+FASTATTN_DEVICE uint64_t descriptor(SharedAddress start, uint32_t leading) {
+    return static_cast<uint64_t>((start & 0x3FFFF) >> 4) |
+           static_cast<uint64_t>(leading >> 4) << 16 |
+           static_cast<uint64_t>(GROUP_BYTES >> 4) << 32 | uint64_t(1) << 62;
+}
+
+template <int ROWS_, int COLUMNS_> struct Tile {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, PANELS = COLUMNS / PANEL;
+    static constexpr int PANEL_BYTES = ROWS * ROW_BYTES, BYTES = PANELS * PANEL_BYTES;
+    static_assert(ROWS % 8 == 0 && COLUMNS % PANEL == 0);
+
+    SharedAddress base;  // a multiple of 1024
+
+    FASTATTN_DEVICE SharedAddress panel(int i) const { return base + i * PANEL_BYTES; }
+
+    // Columns [8 * chunk, 8 * chunk + 8) of a row.
+    FASTATTN_DEVICE SharedAddress chunk(int row, int chunk) const {
+        return panel(chunk / 8) + row * ROW_BYTES + ((chunk % 8) ^ (row % 8)) * 16;
+    }
+    // Operand [rows from `row`, multiple of 8] x [16 columns from `k`].
+    FASTATTN_DEVICE uint64_t k_major(int row, int k) const {
+        return descriptor(panel(k / PANEL) + row * ROW_BYTES + k % PANEL * 2, 16);
+    }
+    // Operand [16 rows from `k`] x [columns from `column`, multiple of 64].
+    FASTATTN_DEVICE uint64_t mn_major(int k, int column) const {
+        return descriptor(panel(column / PANEL) + k * ROW_BYTES, PANEL_BYTES);
+    }
+};
+
+// acc[64 x N] = a[64 rows from a_row, K] * b[N, K]^T. Issues only: the caller fences, commits and
+// waits.
+template <class Element, int N, class A, class B>
+FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b) {
+    static_assert(A::COLUMNS == B::COLUMNS && B::ROWS == N);
+#pragma unroll
+    for (int k = 0; k < A::COLUMNS; k += 16)
+        wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(0, k), k > 0);
+}
+
+// acc[64 x N] += a[64 x K] * b[K, N], a in registers as K / 16 fragments.
+template <class Element, int N, int FRAGMENTS, class B>
+FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGMENTS][4], B b) {
+    static_assert(B::ROWS == 16 * FRAGMENTS && B::COLUMNS == N);
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; i++)
+        wgmma_rs<N, Element, true>(acc, a[i], b.mn_major(16 * i, 0), true);
+}
+
+// An accumulator [64 x N] rounded to 16 bits, as the A operand of the next product: the layouts of
+// the two agree, so nothing moves between threads.
+template <class Element, int N>
+FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / 16][4], const float (&d)[N / 2]) {
+#pragma unroll
+    for (int i = 0; i < N / 16; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[i][j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
+}
+
+// Writes the fragments of a [64 x N] accumulator to rows `row` and on of a tile.
+template <int N, class T>
+FASTATTN_DEVICE void store_fragments(T tile, int row, const uint32_t (&a)[N / 16][4]) {
+    static_assert(T::COLUMNS == N);
+    int lane = lane_index(), warp = thread_index() / 32 % 4;
+    int at = row + 16 * warp + lane % 16;  // matrices 0, 1: rows 0-7, 8-15; 2, 3: eight columns on
+#pragma unroll
+    for (int i = 0; i < N / 16; i++) stmatrix<false>(tile.chunk(at, 2 * i + lane / 16), a[i]);
+}
+
+template <class Element, int N, class T>
+FASTATTN_DEVICE void store_accumulator(T tile, int row, const float (&d)[N / 2]) {
+    uint32_t a[N / 16][4];
+    to_fragments<Element, N>(a, d);
+    store_fragments<N>(tile, row, a);
+}
+
+}  // namespace fastattn::cuda

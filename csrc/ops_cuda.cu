@@ -1,0 +1,270 @@
+// The CUDA operators: their checks, and what is registered with torch. fastattn/backends.py asks
+// before it calls; here the same is refused to those who call the operator themselves.
+// next: cuda/sm90.h
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "cuda/sm90.h"
+#include "tensors.h"
+
+namespace fastattn::cuda {
+namespace {
+
+struct Gpu {
+    int capability, multiprocessors;
+};
+
+Gpu gpu_of(const Tensor& q) {
+    int device = q.get_device_index(), major = 0, minor = 0, count = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return {10 * major + minor, count};
+}
+
+cudaStream_t stream_of(const Tensor& q) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+Operand operand(const Tensor& t) {
+    return {t.data_ptr(), t.size(0),   t.size(1),   t.size(2),
+            t.size(3),    t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// x, or a copy that TMA can read.
+Tensor for_tma(const Tensor& x) {
+    Tensor t = unit_stride(x);
+    return why_not_tma(operand(t), "").empty() ? t : torch::stable::contiguous(t);
+}
+
+void check_device(const OptionalTensor& t, const Tensor& q, const char* name) {
+    CHECK(!t || (t->is_cuda() && t->get_device_index() == q.get_device_index()), name,
+          " must be on q's GPU");
+}
+
+const int* lengths(const OptionalTensor& t, const Tensor& q, int64_t size, const char* name) {
+    if (!t) return nullptr;
+    check_device(t, q, name);
+    CHECK(t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->size(0) == size &&
+              (t->size(0) <= 1 || t->stride(0) == 1),
+          name, " must be int32 [", size, "], contiguous, got shape ", shape_of(*t));
+    return static_cast<const int*>(t->data_ptr());
+}
+
+SinkType sink_type(const OptionalTensor& sinks, const Tensor& q) {
+    if (!sinks) return SinkType::NONE;
+    check_device(sinks, q, "sinks");
+    CHECK(sinks->dim() == 1 && sinks->size(0) == q.size(1) &&
+              (q.size(1) <= 1 || sinks->stride(0) == 1),
+          "sinks must be [", q.size(1), "], contiguous, got shape ", shape_of(*sinks));
+    switch (sinks->scalar_type()) {
+        case ScalarType::Float:
+            return SinkType::F32;
+        case ScalarType::BFloat16:
+            return SinkType::BF16;
+        case ScalarType::Half:
+            return SinkType::F16;
+        default:
+            fail("sinks must be float32, bfloat16 or float16");
+    }
+}
+
+void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
+    for (auto [t, name] : {std::pair{&q, "q"}, std::pair{&k, "k"}, std::pair{&v, "v"}}) {
+        CHECK(t->dim() == 4, name, " must have 4 dimensions, got shape ", shape_of(*t));
+        CHECK(t->is_cuda() && t->get_device_index() == q.get_device_index(), name,
+              " must be on q's GPU");
+        CHECK(t->scalar_type() == q.scalar_type(), name, " must have q's dtype");
+        for (int i = 0; i < 4; i++)
+            CHECK(t->size(i) < MAX_LENGTH, name, " has a dimension of ", t->size(i),
+                  ", the limit is 2^30");
+    }
+    CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
+          "the CUDA kernels take bfloat16 and float16");
+    int64_t d = q.size(3);
+    CHECK(d == 64 || d == 128 || d == 256,
+          "the CUDA kernels have head dimensions 64, 128 and 256, ", "q has ", d);
+    CHECK(k.size(3) == d && v.size(3) == d, "q, k and v must have one head dimension, got ", d,
+          ", ", k.size(3), " and ", v.size(3));
+    CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) &&
+              k.size(2) == v.size(2),
+          "k has shape ", shape_of(k), " and v ", shape_of(v), ", q has batch size ", q.size(0));
+    CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "q has ", q.size(1),
+          " heads, which is not a multiple of the ", k.size(1), " heads of k");
+}
+
+void refuse(bool others) {
+    CHECK(!others,
+          "the CUDA kernels take causal masks, windows, softcap, sinks, kv_lens, kv_starts and, "
+          "forward, cu_seqlens; other operands are for another backend");
+}
+
+void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
+    CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
+    CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and >= 0, got ", softcap);
+    CHECK(left >= -1 && right >= -1, "left and right must be >= -1");
+}
+
+Gpu check_gpu(const Tensor& q) {
+    Gpu gpu = gpu_of(q);
+    CHECK(gpu.capability == 90, "the CUDA kernels are for sm_90, this GPU is sm_", gpu.capability);
+    return gpu;
+}
+
+// A result in x's memory order where TMA can write that.
+Tensor result_like(const Tensor& x) {
+    Tensor t = unit_stride(x);
+    if (is_dense(t) && why_not_tma(operand(t), "").empty()) return torch::stable::empty_like(t);
+    return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          OptionalTensor mask, OptionalTensor bias,
+                                          OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                          OptionalTensor kv_lens, OptionalTensor kv_starts,
+                                          OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
+                                          OptionalTensor cu_seqlens_k, OptionalTensor page_table,
+                                          OptionalTensor dropout_seed, double scale, double softcap,
+                                          int64_t left, int64_t right, bool align_end,
+                                          double dropout_p, int64_t num_splits) {
+    check_shapes(q, k, v);
+    refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
+           dropout_p > 0);
+    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
+    CHECK(
+        !cu_seqlens_q || (q.size(0) == 1 && cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0),
+        "with cu_seqlens_q, q must have batch size 1 and cu_seqlens_q at least one element");
+    int64_t sequences = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : 0;
+    int64_t entries = cu_seqlens_q ? sequences : q.size(0);
+    check_numbers(scale, softcap, left, right);
+    Gpu gpu = check_gpu(q);
+    CHECK(num_splits == 0 || num_splits == 1, "the CUDA kernels do not split keys, num_splits is ",
+          num_splits);
+    torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    Tensor rows = for_tma(q), keys = for_tma(k), values = for_tma(v);
+    Tensor out = result_like(q);
+    Tensor lse = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+    ForwardCall call{operand(rows),
+                     operand(keys),
+                     operand(values),
+                     operand(out),
+                     static_cast<float*>(lse.data_ptr()),
+                     lengths(kv_lens, q, entries, "kv_lens"),
+                     lengths(kv_starts, q, entries, "kv_starts"),
+                     lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q"),
+                     lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
+                     static_cast<int>(sequences),
+                     sinks ? sinks->data_ptr() : nullptr,
+                     sink_type(sinks, q),
+                     scale,
+                     softcap,
+                     left,
+                     right,
+                     align_end};
+    if (q.numel() == 0) return {out, lse};
+    if (k.size(2) == 0) {
+        torch::stable::fill_(out, 0);
+        torch::stable::fill_(lse, -INFINITY);
+        return {out, lse};
+    }
+    bool bf16 = q.scalar_type() == ScalarType::BFloat16;
+    std::string error = launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
+    CHECK(error.empty(), error);
+    return {out, lse};
+}
+
+void check_like(const Tensor& t, const Tensor& q, const char* name) {
+    check_device(t, q, name);
+    CHECK(t.scalar_type() == q.scalar_type() && t.dim() == 4 && t.size(0) == q.size(0) &&
+              t.size(1) == q.size(1) && t.size(2) == q.size(2) && t.size(3) == q.size(3),
+          name, " has shape ", shape_of(t), ", expected q's ", shape_of(q), " in q's dtype");
+}
+
+// lse or dlse, contiguous.
+Tensor per_row(const Tensor& t, const Tensor& q, const char* name) {
+    check_device(t, q, name);
+    CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 3 && t.size(0) == q.size(0) &&
+              t.size(1) == q.size(1) && t.size(2) == q.size(2),
+          name, " has shape ", shape_of(t), ", expected [", q.size(0), ", ", q.size(1), ", ",
+          q.size(2), "] in float32");
+    return torch::stable::contiguous(t);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
+    const Tensor& dout, OptionalTensor dlse, const Tensor& out, const Tensor& lse, const Tensor& q,
+    const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
+    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor dropout_seed,
+    double scale, double softcap, int64_t left, int64_t right, bool align_end, double dropout_p,
+    bool need_dbias, bool need_dsinks) {
+    check_shapes(q, k, v);
+    refuse(mask || bias || alibi_slopes || document_ids || cu_seqlens_q || cu_seqlens_k ||
+           page_table || dropout_seed || dropout_p > 0 || need_dbias);
+    CHECK(!need_dsinks, "the CUDA kernels have no gradient of sinks");
+    CHECK(q.size(3) != 256, "the CUDA backward kernels have head dimensions 64 and 128, q has 256");
+    check_numbers(scale, softcap, left, right);
+    check_like(dout, q, "dout");
+    check_like(out, q, "out");
+    sink_type(sinks, q);  // lse has them; here they are only checked
+    Gpu gpu = check_gpu(q);
+
+    torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    Tensor rows = for_tma(q), keys = for_tma(k), values = for_tma(v), cotangent = for_tma(dout);
+    Tensor result = for_tma(out), row_lse = per_row(lse, q, "lse");
+    OptionalTensor row_dlse;
+    if (dlse) row_dlse = per_row(*dlse, q, "dlse");
+    Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
+    Tensor none = new_tensor(q, {0}, ScalarType::Float);
+    if (q.numel() == 0 || k.numel() == 0) {
+        for (Tensor t : {dq, dk, dv}) torch::stable::fill_(t, 0);
+        return {dq, dk, dv, none, none};
+    }
+    BackwardSizes sizes = backward_sizes_sm90(operand(rows));
+    Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
+    Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
+    Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
+    Tensor turns = new_tensor(q, {sizes.turns}, ScalarType::Int);
+    torch::stable::fill_(sums, 0);
+    torch::stable::fill_(turns, 0);
+    BackwardCall call{operand(rows),
+                      operand(keys),
+                      operand(values),
+                      operand(result),
+                      operand(cotangent),
+                      operand(dq),
+                      operand(dk),
+                      operand(dv),
+                      static_cast<const float*>(row_lse.data_ptr()),
+                      row_dlse ? static_cast<const float*>(row_dlse->data_ptr()) : nullptr,
+                      lengths(kv_lens, q, q.size(0), "kv_lens"),
+                      lengths(kv_starts, q, q.size(0), "kv_starts"),
+                      scale,
+                      softcap,
+                      left,
+                      right,
+                      align_end,
+                      static_cast<float*>(lse2.data_ptr()),
+                      static_cast<float*>(delta.data_ptr()),
+                      static_cast<float*>(sums.data_ptr()),
+                      static_cast<int*>(turns.data_ptr())};
+    bool bf16 = q.scalar_type() == ScalarType::BFloat16;
+    std::string error = launch_backward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
+    CHECK(error.empty(), error);
+    return {dq, dk, dv, none, none};
+}
+
+}  // namespace
+}  // namespace fastattn::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+    m.impl("flash_attn_fwd", TORCH_BOX(&fastattn::cuda::flash_attn_fwd));
+    m.impl("flash_attn_bwd", TORCH_BOX(&fastattn::cuda::flash_attn_bwd));
+}

@@ -1,0 +1,88 @@
+"""Cases of the CUDA kernels: shapes around their tiles, masks, options; and plain attention."""
+
+from __future__ import annotations
+
+import torch
+from cases import Problem
+from torch import Tensor
+
+DIMS = (64, 128, 256)
+# Tiles are 192 or 128 rows (64 a warpgroup) by 128 or 80 keys.
+SHAPES = {
+    "one": {"q_len": 1, "kv_len": 1},
+    "row": {"q_len": 1, "kv_len": 300},
+    "key": {"q_len": 200, "kv_len": 1},
+    "tile": {"q_len": 192, "kv_len": 128},
+    "odd": {"q_len": 131, "kv_len": 257},
+    "long": {"q_len": 449, "kv_len": 449, "batch": 1, "heads": 1},
+}
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "causal-start": {"causal": True, "align": "start"},
+    "window": {"window": (37, 11)},
+    "left": {"window": (90, None)},
+    "right": {"window": (None, 3)},
+    "sliding": {"window": (100, 0)},
+    "diagonal": {"window": (0, 0)},
+}
+OPTIONS = {
+    "gqa": {"heads": 6, "kv_heads": 2, "q_len": 70, "kv_len": 150, "causal": True},
+    "kv_lens": {"batch": 4, "q_len": 90, "kv_len": 300, "kv_lens": (0, 1, 128, 255)},
+    "kv_lens-causal": {
+        "batch": 4, "q_len": 90, "kv_len": 300, "kv_lens": (0, 45, 300, 257), "causal": True,
+    },
+    "kv_starts": {
+        "batch": 3, "q_len": 90, "kv_len": 300, "kv_lens": (20, 300, 280),
+        "kv_starts": (20, 0, 131),
+    },
+    "kv_starts-window": {
+        "batch": 3, "q_len": 130, "kv_len": 300, "kv_lens": (290, 300, 280),
+        "kv_starts": (7, 0, 131), "window": (64, 0),
+    },
+    "softcap": {"q_len": 150, "kv_len": 300, "softcap": 3.0},
+    "softcap-causal": {"q_len": 150, "kv_len": 300, "softcap": 20.0, "causal": True, "scale": 0.7},
+    "sinks": {"q_len": 150, "kv_len": 300, "sinks": True, "causal": True},
+    "sinks-dead": {"batch": 3, "q_len": 70, "kv_len": 90, "sinks": True, "kv_lens": (0, 1, 90)},
+    "scale-negative": {"q_len": 70, "kv_len": 150, "scale": -0.4, "causal": True},
+    "scale-zero": {"q_len": 70, "kv_len": 150, "scale": 0.0, "window": (30, 30)},
+    "scale-large": {"q_len": 70, "kv_len": 150, "scale": 3.0},
+    "dead-rows": {"q_len": 400, "kv_len": 100, "causal": True, "batch": 1},
+    "bshd": {"q_len": 100, "kv_len": 200, "layout": "bshd", "causal": True},
+    "qkv": {"q_len": 150, "kv_len": 150, "layout": "qkv"},
+    "one_kv_head": {
+        "q_len": 150, "kv_len": 150, "heads": 4, "kv_heads": 1, "layout": "one_kv_head",
+    },
+}  # fmt: skip
+
+
+def visible(problem: Problem) -> Tensor:
+    """[B, 1, q_len, kv_len]: which keys a row sees."""
+    q, k, _, spec, x = problem
+    rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    lens = [k.shape[2]] * q.shape[0] if x.kv_lens is None else x.kv_lens.tolist()
+    starts = [0] * q.shape[0] if x.kv_starts is None else x.kv_starts.tolist()
+    return torch.stack([
+        (keys >= spec.lo(rows, q.shape[2], n)) & (keys < spec.hi(rows, q.shape[2], n))
+        & (keys >= start) & (keys < n)
+        for n, start in zip(lens, starts)
+    ])[:, None]  # fmt: skip
+
+
+def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse), every step in the problem's dtype, as torch's own math would round it."""
+    q, k, v, spec, x = problem
+    seen, group = visible(problem), q.shape[1] // k.shape[1]
+    k, v = (y.nan_to_num().repeat_interleave(group, 1) for y in (k, v))
+    scores = (q @ k.mT) * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    dead = ~seen.any(-1, keepdim=True)
+    scores = scores.masked_fill(dead, 0)
+    if x.sinks is not None:
+        sinks = x.sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    lse = scores.float().logsumexp(-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(dead, 0)
+    return weights @ v, lse.masked_fill(dead[..., 0], -torch.inf)

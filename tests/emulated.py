@@ -1,0 +1,172 @@
+"""The CUDA kernels on the CPU: builds tests/emulator with g++, once, and calls it through ctypes.
+
+    out, lse = forward(problem, seed=2)     a cases.Problem in fp16 or bf16; raises Fault
+
+The library is kept in build/emulator under a hash of its sources and of the compiler's flags.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATOR = ROOT / "tests/emulator"
+FLAGS = [
+    *("-std=c++17", "-O2", "-march=native", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"),
+    *("-Wno-unknown-pragmas", "-DFASTATTN_EMULATE", f"-I{EMULATOR}", f"-I{ROOT / 'csrc/cuda'}"),
+]
+SINK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Fault(Exception):
+    """What the emulator found wrong, with the source lines."""
+
+
+def why_not() -> str | None:
+    """Why the emulator cannot run here, if it cannot."""
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        return "the emulator switches fibers in x86-64 assembly, for Linux"
+    return None if shutil.which("g++") else "g++ was not found"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The emulator with the kernels and its own tests in it, built if it is not there."""
+    sources = sorted(EMULATOR.glob("*.cpp"))
+    read = [*sources, *EMULATOR.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
+    read += [p for p in (ROOT / "csrc/cuda").iterdir() if p.is_file()]
+    digest = hashlib.sha256(repr(FLAGS).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
+    for path in sorted(read):
+        digest.update(path.read_bytes())
+    folder = ROOT / "build/emulator"
+    target = folder / f"emulator-{digest.hexdigest()[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("emulator-*.so"):
+            old.unlink()
+        objects = [folder / f"{path.stem}.o" for path in sources]
+        jobs = [["g++", *FLAGS, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(_run, jobs))
+        _run(["g++", "-shared", *map(str, objects), "-o", f"{target}.part", "-ldl"])
+        Path(f"{target}.part").rename(target)
+    loaded = ctypes.CDLL(str(target))
+    loaded.emulated_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p]
+    for name in ("emulated_forward_sm90", "emulated_backward_sm90"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
+
+
+# ---- calls -------------------------------------------------------------------------------------
+
+
+class Operand(ctypes.Structure):
+    """csrc/cuda/launch.h: a tensor [batch, heads, rows, D]."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "row_stride")),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Operand:
+        return cls(x.data_ptr(), *x.shape, *x.stride()[:3])
+
+
+class ForwardCall(ctypes.Structure):
+    """csrc/cuda/launch.h"""
+
+    _fields_ = [
+        *((name, Operand) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("lse", "kv_lens", "kv_starts", "cu_q", "cu_k")),
+        *(("sequences", ctypes.c_int), ("sinks", ctypes.c_void_p), ("sink_type", ctypes.c_int)),
+        *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
+        *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
+    ]
+
+
+class BackwardCall(ctypes.Structure):
+    """csrc/cuda/launch.h; working memory is the emulator's."""
+
+    _fields_ = [
+        *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("lse", "dlse", "kv_lens", "kv_starts")),
+        *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
+        *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
+        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns")),
+    ]
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def register(**tensors: Tensor | None) -> None:
+    """Exactly these tensors may be read and written."""
+    library().emulated_forget()
+    for name, x in tensors.items():
+        if x is not None:
+            last = sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+            size = (last + 1) * x.element_size()
+            library().emulated_register(x.data_ptr(), size, name.encode())
+
+
+def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
+    """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
+    q, k, v, spec, x = problem
+    out = torch.full_like(q, torch.nan)
+    lse = torch.full(q.shape[:3], torch.nan)
+    register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
+              cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks)  # fmt: skip
+    call = ForwardCall(
+        *map(Operand.of, (q, k, v, out)),
+        *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
+        len(x.cu_seqlens_q) - 1 if x.packed else 0,
+        _address(x.sinks),
+        0 if x.sinks is None else SINK_TYPES[x.sinks.dtype],
+        *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
+    )
+    bf16 = q.dtype == torch.bfloat16
+    fault = library().emulated_forward_sm90(
+        ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed)
+    )
+    if fault:
+        raise Fault(fault.decode())
+    return out, lse
+
+
+def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2):
+    """(dq, dk, dv), which start as NaN."""
+    q, k, v, spec, x = problem
+    dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
+    register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,
+             kv_lens=x.kv_lens, kv_starts=x.kv_starts)  # fmt: skip
+    call = BackwardCall(
+        *map(Operand.of, (q, k, v, out, dout, dq, dk, dv)),
+        *map(_address, (lse, dlse, x.kv_lens, x.kv_starts)),
+        *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
+    )
+    bf16 = q.dtype == torch.bfloat16
+    fault = library().emulated_backward_sm90(
+        ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed)
+    )
+    if fault:
+        raise Fault(fault.decode())
+    return dq, dk, dv

@@ -1,0 +1,126 @@
+"""What nvcc makes of the CUDA kernels, where nvcc is; and what the "cuda" backend takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from fastattn.benchmarks import cuda_audit
+
+from fastattn import backends
+from fastattn.spec import Operands, Spec
+
+needs_nvcc = pytest.mark.skipif(cuda_audit.why_not() is not None, reason=str(cuda_audit.why_not()))
+
+GOOD = {
+    "name": "forward_sm90 bf16 D 64", "registers": 128, "spills": 0, "stack": 0, "shared": 1024,
+    **dict.fromkeys(cuda_audit.COUNTED, 1), "overlapped": 64,
+}  # fmt: skip
+
+
+@needs_nvcc
+def test_kernels_compile_clean():
+    rows = cuda_audit.audit()
+    assert [row["name"] for row in rows if row["problems"]] == []
+    names = {row["name"] for row in rows}
+    assert {f"forward_sm90 {e} D {d}" for e in ("bf16", "fp16") for d in (64, 128, 256)} <= names
+    large = [row for row in rows if "_sm90" in row["name"]]
+    assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED for row in large)
+
+
+@needs_nvcc
+def test_the_stored_table_has_the_same_kernels():
+    stored = {row["name"] for row in json.loads(cuda_audit.STORED.read_text())["rows"]}
+    assert stored == {row["name"] for row in cuda_audit.audit()}
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"spills": 8}, "spilled"),
+        ({"stack": 16}, "local memory"),
+        ({"shared": 231425}, "shared memory"),
+        ({"HGMMA": 0}, "no HGMMA"),
+        ({"UTMASTG": 0}, "no UTMASTG"),
+        ({"overlapped": 0}, "0 exponentials run beside"),
+    ],
+)
+def test_problems_are_named(change, word):
+    assert cuda_audit.problems(GOOD, []) == []
+    assert word in cuda_audit.problems({**GOOD, **change}, [])[0]
+
+
+def test_serialised_wgmma_is_a_problem():
+    note = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    assert "C7510" in cuda_audit.problems(GOOD, [note])[0]
+
+
+def test_differences_are_shown():
+    other = {**GOOD, "registers": 100}
+    assert cuda_audit.differences([GOOD], [GOOD]) == []
+    assert cuda_audit.differences([GOOD], [other]) == [
+        "forward_sm90 bf16 D 64: registers was 100, is 128"
+    ]
+    assert cuda_audit.differences([GOOD], []) == ["forward_sm90 bf16 D 64 is new"]
+
+
+# ---- the backend's closed table ----------------------------------------------------------------
+
+
+def refusal(dtype=torch.bfloat16, dim=64, v_dim=64, rows=64, spec=None, **operands):
+    q, k, v = (torch.empty(1, 2, rows, d, dtype=dtype, device="meta") for d in (dim, dim, v_dim))
+    return backends._cuda_refuses(spec or Spec(0.125), q, k, v, Operands(**operands))
+
+
+def test_what_the_kernels_serve():
+    for dtype in backends.CUDA_DTYPES:
+        for dim in backends.CUDA_HEAD_DIMS:
+            assert refusal(dtype, dim, dim) is None
+    some = torch.empty(2, device="meta")
+    assert refusal(spec=Spec(0.1, 5.0, 3, 0, False), sinks=some, kv_lens=some) is None
+    assert refusal(rows=64, cu_seqlens_q=some, cu_seqlens_k=some) is None
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"dim": 96, "v_dim": 96}, "96"),
+        ({"v_dim": 128}, "64 (q, k) and 128 (v)"),
+        ({"rows": 8}, "8 rows"),
+        ({"bias": torch.empty(1, 1, 1, 1)}, "bias is given"),
+        ({"mask": torch.empty(1, 1, 1, 1)}, "mask is given"),
+        ({"dropout_seed": torch.empty(2)}, "dropout_seed is given"),
+        ({"page_table": torch.empty(1, 1)}, "page_table is given"),
+        ({"cu_seqlens_q": torch.empty(3), "rows": 100}, "100 rows in 2 sequences"),
+    ],
+)
+def test_what_they_do_not_serve_is_named(change, word):
+    assert word in refusal(**change)
+
+
+def test_cpu_tensors_are_refused():
+    q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)
+    reason = backends.BY_NAME["cuda"].why_not(Spec(0.125), q, q, q, Operands())
+    assert "q is on cpu" in reason
+
+
+def test_gradients_and_splits_go_to_the_next_row(monkeypatch):
+    """The forward kernels' partner is the backward of the next row that can run the call."""
+    calls = []
+    able = backends.Backend(
+        "able", "", lambda *a: None, lambda *a: calls.append("forward"),
+        lambda *a: calls.append("backward"), None,
+    )  # fmt: skip
+    unable = backends.Backend("unable", "", lambda *a: "cannot", None, None, None)
+    rows = [backends.BY_NAME["cuda"], unable, able]
+    monkeypatch.setattr(backends, "BACKENDS", rows)
+    q = torch.zeros(1, 1, 64, 64)
+    wide = torch.zeros(1, 1, 64, 256)
+    rows[0].backward(wide, None, wide, q, wide, q, q, Spec(1.0), Operands(), False, False)
+    rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), Operands(), False, True)
+    rows[0].forward(q, q, q, Spec(1.0), Operands(), 4)
+    packed = Operands(cu_seqlens_q=q, cu_seqlens_k=q)
+    rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), packed, False, False)
+    assert calls == ["backward", "backward", "forward", "backward"]

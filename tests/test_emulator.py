@@ -1,0 +1,161 @@
+"""The emulator of tests/emulator: single instructions, and faults planted in a small kernel."""
+
+from __future__ import annotations
+
+import ctypes
+
+import emulated
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
+)
+
+SEEDS = range(3)  # asynchronous work at once, as late as allowed, in between
+
+
+def call(name: str, *arguments, **tensors: torch.Tensor) -> str:
+    """The report of the C function `name`; it may touch these tensors only."""
+    emulated.register(**tensors)
+    function = getattr(emulated.library(), name)
+    function.restype = ctypes.c_char_p
+    values = [ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else a for a in arguments]
+    return function(*values).decode()
+
+
+# ---- faults ------------------------------------------------------------------------------------
+
+# In the order of Fault in self_test.cpp. What the report says; "" where the result is wrong
+# numbers, and "or" where that depends on the moment at which asynchronous work was done.
+FAULTS = {
+    "none": None,
+    "no wait for data": "nobody has written it|a wgmma reads what a tensor load wrote",
+    "wrong phase": "deadlock|nobody has written it|race",
+    "wrong swizzle": "",
+    "no proxy fence": "no fence.proxy.async",
+    "no wgmma fence": "no wgmma.fence",
+    "no wgmma wait": "race|in flight|no wgmma.fence|numbers",
+    "early release": "race|deadlock",
+    "too few bytes": "nobody has written it|race|more bytes|deadlock",
+    "too many bytes": "deadlock",
+    "no barrier before the store": "no fence.proxy.async|race",
+    "no wait for the store": "exits before it waited",
+    "no commit": "never committed",
+    "barrier with a wrong count": "deadlock",
+    "divergence": "diverge",
+    "shared memory overrun": "outside of shared memory",
+    "misaligned": "must be a multiple of 4",
+    "global memory overrun": "bytes into numbers, which has 512",
+    "unwritten memory": "nobody has written it",
+    "race": "race",
+    "no fence after mbarrier.init": "no fence.mbarrier_init",
+    "no barrier after mbarrier.init": "there is no mbarrier|not ordered before",
+    "registers": "deadlock",
+    "accumulator touched": "was written while it ran|numbers",
+    "misplaced tile": "must be a multiple of 1024",
+    "extra arrival": "one arrival more|deadlock",
+}
+
+
+@pytest.fixture(scope="module")
+def matrices():
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(64, 256, generator=draw).bfloat16() for _ in range(2)]
+
+
+def run(fault: int, seed: int, matrices) -> tuple[str, bool]:
+    """The report, and whether the numbers are right."""
+    a, b = matrices
+    out = torch.full((64, 64), torch.nan, dtype=torch.bfloat16)
+    numbers = torch.zeros(128)
+    arguments = (fault, ctypes.c_uint64(seed), a, b, out, numbers)
+    report = call("emulated_self_test", *arguments, a=a, b=b, out=out, numbers=numbers)
+    expected = a.double() @ b.double().T
+    return report, bool(((out.double() - expected).abs() <= 1e-2 * expected.abs() + 0.1).all())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_reported(fault, seed, matrices):
+    report, right = run(list(FAULTS).index(fault), seed, matrices)
+    expected = FAULTS[fault]
+    if expected is None:
+        assert report == "" and right
+    elif report == "":
+        assert expected == "" or "numbers" in expected
+        assert not right, "nothing was reported and the numbers are right"
+    else:
+        assert any(part and part in report for part in expected.split("|")), report
+
+
+@pytest.mark.parametrize("fault", ["no proxy fence", "early release", "shared memory overrun"])
+def test_report_names_the_lines(fault, matrices):
+    report, _ = run(list(FAULTS).index(fault), 0, matrices)
+    assert "self_test.cpp:" in report
+
+
+def test_deadlock_says_who_waits_where(matrices):
+    report, _ = run(list(FAULTS).index("too many bytes"), 1, matrices)
+    assert "128 threads (128 to 255) wait in mbarrier.try_wait" in report
+    assert "16 bytes missing" in report and "pipeline.cuh:" in report
+    report, _ = run(list(FAULTS).index("barrier with a wrong count"), 1, matrices)
+    assert "bar.sync of barrier 1, 256 threads" in report
+
+
+def test_a_race_names_both_sides(matrices):
+    report, _ = run(list(FAULTS).index("early release"), 1, matrices)
+    assert "wgmma" in report or report.count("self_test.cpp:") >= 2
+
+
+# ---- instructions ------------------------------------------------------------------------------
+
+
+def swizzled(address: int, swizzle: int) -> int:
+    """The swizzle of 0: none, 1: 32, 2: 64, 3: 128 bytes, of a byte address."""
+    rows = {0: 0, 1: 1, 2: 3, 3: 7}[swizzle]
+    return address ^ (((address >> 7) & rows) << 4)
+
+
+@pytest.mark.parametrize("column, row", [(0, 0), (48, 30), (-8, -3), (16, 5)])
+@pytest.mark.parametrize("swizzle", range(4))
+def test_tma_box(swizzle, column, row):
+    """A box lies swizzled in shared memory, zeros where it leaves the tensor."""
+    columns, rows, box_rows, box_columns = 80, 40, 16, 8 << swizzle
+    data = torch.arange(1, columns * rows + 1, dtype=torch.int16).view(rows, columns)
+    out = torch.zeros(box_rows * box_columns, dtype=torch.int16)
+    numbers = (columns, rows, swizzle, box_columns, box_rows, column, row)
+    arguments = (data, *numbers, out, ctypes.c_uint64(swizzle))
+    assert call("emulated_box", *arguments, data=data, out=out) == ""
+    for i in range(box_rows):
+        for j in range(box_columns):
+            inside = 0 <= row + i < rows and 0 <= column + j < columns
+            expected = int(data[row + i, column + j]) if inside else 0
+            assert out[swizzled(2 * (i * box_columns + j), swizzle) // 2] == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_wgmma_reads_operands_along_their_rows(seed):
+    a, b = torch.randn(64, 64).bfloat16(), torch.randn(64, 128).bfloat16()
+    out = torch.full((64, 128), torch.nan)
+    assert call("emulated_transposed", a, b, out, ctypes.c_uint64(seed), a=a, b=b, out=out) == ""
+    torch.testing.assert_close(out, a.float().T @ b.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_warp_instructions(seed):
+    a, b = torch.randn(16, 16).half(), torch.randn(16, 16).half()
+    out, transposed = torch.full((16, 16), torch.nan), torch.zeros(16, 16).half()
+    arguments = (a, b, out, transposed, ctypes.c_uint64(seed))
+    assert call("emulated_warp", *arguments, a=a, b=b, out=out, at=transposed) == ""
+    torch.testing.assert_close(out, a.float() @ b.float(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(transposed, a.T)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bulk_reduction(seed):
+    terms, sums = torch.randn(256), torch.randn(256)
+    expected = sums + terms + terms
+    arguments = (terms, sums, 256, ctypes.c_uint64(seed))
+    assert call("emulated_reduce", *arguments, terms=terms, sums=sums) == ""
+    torch.testing.assert_close(sums, expected)
