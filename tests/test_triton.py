@@ -82,7 +82,7 @@ def check(case: Case, dtype: torch.dtype, num_splits: int = 0, config=None) -> N
         unseen = ~want["dv"].any(-1) & ~want["dk"].any(-1)
         assert not got["dk"].cpu()[unseen].any() and not got["dv"].cpu()[unseen].any()
     fake = torch.ops.fastattn.flash_attn_fwd_triton(
-        *(x.to("meta") for x in problem[:3]),
+        *(torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta") for x in problem[:3]),
         *(None if x is None else x.to("meta") for x in problem.operands.tensors()),
         *numbers(problem.spec), 0,
     )  # fmt: skip
