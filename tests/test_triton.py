@@ -81,8 +81,11 @@ def check(case: Case, dtype: torch.dtype, num_splits: int = 0, config=None) -> N
         assert not got["dq"].cpu()[dead].any()
         unseen = ~want["dv"].any(-1) & ~want["dk"].any(-1)
         assert not got["dk"].cpu()[unseen].any() and not got["dv"].cpu()[unseen].any()
+    q, k, v = (
+        torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta") for x in problem[:3]
+    )
     fake = torch.ops.fastattn.flash_attn_fwd_triton(
-        *(torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta") for x in problem[:3]),
+        q, k, v,
         *(None if x is None else x.to("meta") for x in problem.operands.tensors()),
         *numbers(problem.spec), 0,
     )  # fmt: skip
