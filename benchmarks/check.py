@@ -48,19 +48,20 @@ class Errors:
 
 
 def check(
-    case: Case, forwards: Mapping[str, Forward], makers: Makers
+    case: Case, forwards: Mapping[str, Forward], makers: Makers, pairs: int = CHECKED_PAIRS
 ) -> dict[str, Errors | Exception]:
     """Every contender's results against float64, one kv head and its group at a time. What a
     contender raises stands in its place.
 
     forwards  by name, the calls that will be timed
     makers    by name, who makes such a call of a case: of a twin in float64, where there is dropout
+    pairs     scores compared at most, but those of two heads
     """
     names = list(forwards)
     if case.row.dropout:
         return {n: _tried(lambda n=n: _with_dropout(case, forwards[n], makers[n])) for n in names}
     results = {n: _tried(case.step(forwards[n], _whole(case))) for n in names}
-    heads = checked_heads(case.row)
+    heads = checked_heads(case.row, pairs)
     found = {n: r if isinstance(r, Exception) else Errors(heads=heads) for n, r in results.items()}
     for head in heads:
         judge = _judge(case, slice(head, head + 1))
@@ -109,10 +110,10 @@ def _judge(case: Case, kv_heads: slice) -> verify.Judge:
     return verify.Judge(q, k, v, scale, scores.logsumexp(-1), dout)
 
 
-def checked_heads(row: Row) -> list[int]:
-    """Evenly spread kv heads, the first and the last included, as many as CHECKED_PAIRS allows."""
+def checked_heads(row: Row, pairs: int = CHECKED_PAIRS) -> list[int]:
+    """Evenly spread kv heads, the first and the last included, as many as fit."""
     per_head = row.batch * (row.heads // row.kv_heads) * row.q_len * row.keys
-    count = min(row.kv_heads, max(2, CHECKED_PAIRS // per_head))
+    count = min(row.kv_heads, max(2, pairs // per_head))
     return sorted({round(i * (row.kv_heads - 1) / max(count - 1, 1)) for i in range(count)})
 
 

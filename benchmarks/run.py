@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .cells import DTYPES, Row
 from .competitors import BY_NAME
 from .machine import MEMORY, Machine, working_set
-from .measure import LEVELS, Plan, Result, measure
+from .measure import CHECKED, CHECKED_PAIRS, LEVELS, Plan, Result, measure
 from .suites import Cell, by_information
 from .timing import MIN_ROUNDS
 
@@ -51,7 +51,9 @@ class Forecast:
         contenders = 1 + slow * max(1, len(self.plan.competitors))
         timing = min(max(most, MIN_ROUNDS * contenders * once), rounds * contenders * once)
         memory = 2 * contenders * once
-        checking = once * contenders + 8 * work / self.flops * min(1, 2**24 / max(pairs, 1))
+        checking = once * contenders + 8 * work / self.flops * min(
+            1, CHECKED.get(self.plan.level, CHECKED_PAIRS) / max(pairs, 1)
+        )
         return OPENING + timing + 2 * contenders * once + memory + checking
 
     def __call__(self, cell: Cell) -> float:

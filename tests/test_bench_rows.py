@@ -152,6 +152,8 @@ def test_eager_is_attention_by_hand():
 
 def test_large_rows_check_some_heads():
     assert checked_heads(Row("big", q_len=4096)) == [0, 7]
+    assert checked_heads(Row("middle", q_len=1024)) == list(range(8))
+    assert checked_heads(Row("middle", q_len=1024), 1 << 22) == [0, 2, 5, 7]
     assert checked_heads(Row("decode", 1.0, "bf16", 1, 32, 8, 1, 2048)) == list(range(8))
 
 
