@@ -104,8 +104,10 @@ def test_deadlock_says_who_waits_where(matrices):
 
 
 def test_a_race_names_both_sides(matrices):
-    report, _ = run(list(FAULTS).index("early release"), 1, matrices)
-    assert "wgmma" in report or report.count("self_test.cpp:") >= 2
+    report, _ = run(list(FAULTS).index("no wait for data"), 0, matrices)
+    assert "a wgmma reads what a tensor load wrote" in report
+    before, after = report.split("and this is")
+    assert "self_test.cpp:" in before and "self_test.cpp:" in after
 
 
 # ---- instructions ------------------------------------------------------------------------------

@@ -147,8 +147,8 @@ void check_end() {
         std::vector<AsyncPtr> left = cta->pending;
         for (const AsyncPtr& a : left) {
             if (a->count == 1) {
-                cta->error = std::string("block ends with a ") + a->what + " in flight\n" +
-                             lines_of(a->site);
+                cta->error =
+                    "block ends with " + name_of(0, a->kind) + " in flight\n" + lines_of(a->site);
                 return;
             }
             finish(a);
@@ -203,9 +203,11 @@ void fail(uint32_t site, const std::string& what) {
     throw cta->error;  // an asynchronous operation, run by the scheduler
 }
 
-std::string name_of(int slot) {
-    return slot < MAX_THREADS ? "thread " + std::to_string(slot)
-                              : std::string("a ") + cta->agents[slot - MAX_THREADS];
+std::string name_of(int slot, Kind kind) {
+    static const char* const names[] = {"thread ",     "a tensor load",    "a tensor store",
+                                        "a bulk load", "a bulk reduction", "a cp.async",
+                                        "a wgmma"};
+    return names[static_cast<int>(kind)] + (kind == Kind::THREAD ? std::to_string(slot) : "");
 }
 
 // ---- clocks ------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ Clock clock_of(const Thread& t) {
 
 Accessor self(uint32_t site) {
     const Thread& t = *cta->current;
-    return {t.clock.get(), t.index, t.epoch, site, false};
+    return {t.clock.get(), t.index, t.epoch, site, Kind::THREAD};
 }
 
 uint32_t released() { return cta->current->epoch++; }
@@ -304,15 +306,14 @@ void meet(Meeting& m, int size, Op op, uint64_t key, uint32_t site,
 
 // ---- asynchronous operations -------------------------------------------------------------------
 
-AsyncPtr start(const char* what, uint32_t site, const Clock& clock, int count) {
+AsyncPtr start(Kind kind, uint32_t site, const Clock& clock, int count) {
     auto a = std::make_shared<Async>();
-    a->what = what;
+    a->kind = kind;
     a->thread = cta->current->index;
     a->site = site;
     int agent = cta->next_agent++ % AGENTS;
     a->slot = MAX_THREADS + agent;
     a->epoch = ++cta->agent_epochs[agent];
-    cta->agents[agent] = what;
     a->clock = clock;
     a->count = count;
     return a;
