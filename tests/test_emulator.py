@@ -55,6 +55,7 @@ FAULTS = {
     "accumulator touched": "was written while it ran|numbers",
     "misplaced tile": "must be a multiple of 1024",
     "extra arrival": "one arrival more|deadlock",
+    "a flag that nobody sets": "deadlock: this thread waits for a change of global memory",
 }
 
 

@@ -175,6 +175,8 @@ uint32_t site_of(void* return_address) {
 
 // Inlined callers too: from the instruction up to the kernel.
 std::string lines_of(uint32_t site) {
+    static std::map<uint32_t, std::string> known;
+    if (auto found = known.find(site); found != known.end()) return found->second;
     Dl_info info;
     dladdr(reinterpret_cast<void*>(&thread_main), &info);
     char command[600];
@@ -190,7 +192,7 @@ std::string lines_of(uint32_t site) {
         pclose(pipe);
     }
     if (!text.empty()) text.pop_back();
-    return text;
+    return known[site] = text;
 }
 
 void fail(uint32_t site, const std::string& what) {
@@ -270,10 +272,19 @@ void block(const char* what, uint32_t site, std::string detail) {
 void wake(Thread* t) {
     cta->ready[t->index / 32].push_back(t);
     cta->ready_count++;
+    cta->looks = 0;
 }
 
+// Whoever looks at a flag again and again would hide a deadlock.
 void yield() {
+    constexpr int MANY = 1 << 16;  // looks, with nothing else done in between
+    if (++cta->looks > MANY)
+        fail(SITE,
+             "deadlock: this thread waits for a change of global memory, and nobody else "
+             "does anything");
+    int looks = cta->looks;
     wake(cta->current);
+    cta->looks = looks;
     leave();
 }
 
@@ -326,6 +337,7 @@ void submit(const AsyncPtr& a) {
 
 void run_step(const AsyncPtr& pointer) {
     AsyncPtr a = pointer;  // the list it may be in changes below
+    cta->looks = 0;
     a->steps[a->next](*a);
     a->next++;
     if (a->done())

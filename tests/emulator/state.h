@@ -167,6 +167,7 @@ struct Cta {
     std::vector<AsyncPtr> pending;
     std::vector<std::vector<Thread*>> ready;  // of each warp
     int ready_count = 0, alive = 0;
+    int looks = 0;  // of threads at flags in global memory, since something else was done
     uint32_t agent_epochs[AGENTS] = {};
     int next_agent = 0;
     int register_pool = 0;
