@@ -263,6 +263,14 @@ template <class F> struct BackwardConsumer {
         return (w.first_key + w.band.hi(last_row) - 1) / F::BLOCK_KV - tile;
     }
 
+    // 0 or positive, and depends on all weights, which are not negative.
+    FASTATTN_DEVICE static float no_sign(const uint32_t (&weights)[F::BLOCK_Q / 16][4]) {
+        uint32_t all = 0;
+#pragma unroll
+        for (int i = 0; i < F::BLOCK_Q / 4; i++) all |= weights[i / 4][i % 4];
+        return float_of(all);
+    }
+
     struct Sums {
         float dk[OUTPUTS], dv[OUTPUTS];
     };
@@ -284,11 +292,14 @@ template <class F> struct BackwardConsumer {
         wgmma_wait<1>();
         pin(s);
         weigh<MASKED>(s, transform, w, m * F::BLOCK_Q);
-        pin(s);  // or the compiler moves the exponentials behind the wait
+        if constexpr (F::Config::PACK_EARLY) {
+            to_fragments<Element, F::BLOCK_Q>(weights, s);
+            finish_first(no_sign(weights), shared);
+        }
         wgmma_wait<0>();
         pin(d);
         differentiate(d, s, transform);
-        to_fragments<Element, F::BLOCK_Q>(weights, s);
+        if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::BLOCK_Q>(weights, s);
         to_fragments<Element, F::BLOCK_Q>(dscores, d);
 
         wgmma_fence();

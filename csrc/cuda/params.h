@@ -90,9 +90,11 @@ template <int D> struct BackwardConfig;
 // 64 + 64 of dk and dv, 32 of dq.
 template <> struct BackwardConfig<64> {
     static constexpr int BLOCK_Q = 128;
+    static constexpr bool PACK_EARLY = false;  // would spill
 };
 template <> struct BackwardConfig<128> {
     static constexpr int BLOCK_Q = 64;
+    static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dweights
 };
 
 }  // namespace fastattn::cuda

@@ -255,6 +255,7 @@ FASTATTN_DEVICE float reciprocal_approx(float x) {
     return y;
 }
 FASTATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+FASTATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // Two values in 32 bits, `low` in the low half.
 template <class Element> FASTATTN_DEVICE uint32_t pack(float low, float high);
 template <> FASTATTN_DEVICE uint32_t pack<Bf16>(float low, float high) {

@@ -102,7 +102,7 @@ void tma_load(uint32_t to, const TensorMap* map, uint32_t bar, const int (&at)[4
     check_async_use(bar, site);
     Clock clock = clock_of(*cta->current);
     released();
-    AsyncPtr a = start("tensor load", site, clock);
+    AsyncPtr a = start(Kind::TENSOR_LOAD, site, clock);
     At where{{at[0], at[1], at[2], at[3]}};
     a->steps[0] = [=](Async& self) {
         int bytes = 0;
@@ -126,7 +126,7 @@ void tma_store(const TensorMap* map, uint32_t from, const int (&at)[4], bool red
     if (reduce && map->element_bytes != 4) fail(site, "tensor reductions here add fp32");
     Clock clock = clock_of(*cta->current);
     released();
-    AsyncPtr a = start("tensor store", site, clock, 2);
+    AsyncPtr a = start(Kind::TENSOR_STORE, site, clock, 2);
     At where{{at[0], at[1], at[2], at[3]}};
     auto data = std::make_shared<std::vector<uint8_t>>();
     a->steps[0] = [=](Async& self) {
@@ -170,7 +170,7 @@ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t bar) {
     check_async_use(bar, site);
     Clock clock = clock_of(*cta->current);
     released();
-    AsyncPtr a = start("bulk load", site, clock);
+    AsyncPtr a = start(Kind::BULK_LOAD, site, clock);
     a->steps[0] = [=](Async& self) {
         std::memcpy(write_cells(to, bytes, self.accessor()), from, bytes);
         complete_bytes(bar, bytes, self);
@@ -183,7 +183,7 @@ void bulk_reduce_add(float* to, uint32_t from, int bytes) {
     check_row(from, to, bytes, site);
     Clock clock = clock_of(*cta->current);
     released();
-    AsyncPtr a = start("bulk reduction", site, clock, 2);
+    AsyncPtr a = start(Kind::BULK_REDUCTION, site, clock, 2);
     auto data = std::make_shared<std::vector<float>>(bytes / 4);
     a->steps[0] = [=](Async& self) {
         std::memcpy(data->data(), read_cells(from, bytes, self.accessor()), bytes);
@@ -228,7 +228,7 @@ void copy_async(uint32_t to, const void* from, bool valid) {
     if (valid) check_global(from, 16, 16, site, "cp.async");
     Clock clock = clock_of(*cta->current);
     released();
-    AsyncPtr a = start("cp.async", site, clock);
+    AsyncPtr a = start(Kind::CP_ASYNC, site, clock);
     a->steps[0] = [=](Async& self) {
         uint8_t* p = write_cells(to, 16, self.accessor());
         if (valid)

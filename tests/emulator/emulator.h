@@ -247,6 +247,11 @@ inline uint32_t bits_of(float x) {
     std::memcpy(&bits, &x, 4);
     return bits;
 }
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
 uint16_t narrow_bf16(float x);
 uint16_t narrow_fp16(float x);
 template <class E> uint32_t pack(float low, float high) {

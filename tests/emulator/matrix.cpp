@@ -222,7 +222,7 @@ void issue(const Wgmma& w, Meeting& meeting, uint32_t site) {
         all.add(thread.clock);
         all.add(thread.index, thread.epoch++);
     }
-    m.async = start("wgmma", site, all.take());
+    m.async = start(Kind::WGMMA, site, all.take());
     for (const Multiply& earlier : group.queue)
         if (earlier.sum && earlier.d[0] == m.d[0]) m.sum = earlier.sum;
     if (!m.sum) {

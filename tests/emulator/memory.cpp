@@ -22,14 +22,15 @@ bool ordered(const Access& before, const Accessor& now) {
 [[noreturn]] void race(uint32_t address, const Access& before, const char* did, const Accessor& now,
                        const char* does) {
     fail(now.site, "race on shared memory at " + std::to_string(address) + ": " +
-                       name_of(now.slot) + " " + does + " what " + name_of(before.slot) + " " +
-                       did + " with nothing between that orders the two; that was\n" +
+                       name_of(now.slot, now.kind) + " " + does + " what " +
+                       name_of(before.slot, before.kind) + " " + did +
+                       " with nothing between that orders the two; that was\n" +
                        lines_of(before.site) + "\n    and this is");
 }
 
 // A generic write reaches the async proxy through a fence of the writer, ordered before the read.
 void check_proxy(uint32_t address, const Access& write, const Accessor& now) {
-    if (!now.async || write.epoch == 0 || write.async) return;
+    if (now.kind == Kind::THREAD || write.epoch == 0 || write.kind != Kind::THREAD) return;
     const std::vector<uint32_t>& fences = cta->threads[write.slot].fences;
     auto fence = std::lower_bound(fences.begin(), fences.end(), write.epoch);
     if (fence == fences.end() || now.clock->at[write.slot] < *fence)
@@ -46,7 +47,7 @@ void note_read(Cell& cell, const Accessor& who, int at) {
             place = &r;
             break;
         }
-    *place = {who.epoch, who.site, static_cast<uint16_t>(who.slot), who.async};
+    *place = {who.epoch, who.site, static_cast<uint16_t>(who.slot), who.kind};
 }
 
 }  // namespace
@@ -100,7 +101,7 @@ uint8_t* write_cells(uint32_t address, int bytes, const Accessor& who) {
         for (Access& r : cell.reads)
             if (!ordered(r, who)) race(at, r, "read", who, "writes");
         cell = {};
-        cell.write = {who.epoch, who.site, static_cast<uint16_t>(who.slot), who.async};
+        cell.write = {who.epoch, who.site, static_cast<uint16_t>(who.slot), who.kind};
     }
     return &cta->shared[address - SHARED_BASE];
 }

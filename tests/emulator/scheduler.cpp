@@ -147,8 +147,8 @@ void check_end() {
         std::vector<AsyncPtr> left = cta->pending;
         for (const AsyncPtr& a : left) {
             if (a->count == 1) {
-                cta->error = std::string("block ends with a ") + a->what + " in flight\n" +
-                             lines_of(a->site);
+                cta->error =
+                    "block ends with " + name_of(0, a->kind) + " in flight\n" + lines_of(a->site);
                 return;
             }
             finish(a);
@@ -175,6 +175,8 @@ uint32_t site_of(void* return_address) {
 
 // Inlined callers too: from the instruction up to the kernel.
 std::string lines_of(uint32_t site) {
+    static std::map<uint32_t, std::string> known;
+    if (auto found = known.find(site); found != known.end()) return found->second;
     Dl_info info;
     dladdr(reinterpret_cast<void*>(&thread_main), &info);
     char command[600];
@@ -190,7 +192,7 @@ std::string lines_of(uint32_t site) {
         pclose(pipe);
     }
     if (!text.empty()) text.pop_back();
-    return text;
+    return known[site] = text;
 }
 
 void fail(uint32_t site, const std::string& what) {
@@ -203,9 +205,11 @@ void fail(uint32_t site, const std::string& what) {
     throw cta->error;  // an asynchronous operation, run by the scheduler
 }
 
-std::string name_of(int slot) {
-    return slot < MAX_THREADS ? "thread " + std::to_string(slot)
-                              : std::string("a ") + cta->agents[slot - MAX_THREADS];
+std::string name_of(int slot, Kind kind) {
+    static const char* const names[] = {"thread ",     "a tensor load",    "a tensor store",
+                                        "a bulk load", "a bulk reduction", "a cp.async",
+                                        "a wgmma"};
+    return names[static_cast<int>(kind)] + (kind == Kind::THREAD ? std::to_string(slot) : "");
 }
 
 // ---- clocks ------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ Clock clock_of(const Thread& t) {
 
 Accessor self(uint32_t site) {
     const Thread& t = *cta->current;
-    return {t.clock.get(), t.index, t.epoch, site, false};
+    return {t.clock.get(), t.index, t.epoch, site, Kind::THREAD};
 }
 
 uint32_t released() { return cta->current->epoch++; }
@@ -268,10 +272,19 @@ void block(const char* what, uint32_t site, std::string detail) {
 void wake(Thread* t) {
     cta->ready[t->index / 32].push_back(t);
     cta->ready_count++;
+    cta->looks = 0;
 }
 
+// Whoever looks at a flag again and again would hide a deadlock.
 void yield() {
+    constexpr int MANY = 1 << 16;  // looks, with nothing else done in between
+    if (++cta->looks > MANY)
+        fail(SITE,
+             "deadlock: this thread waits for a change of global memory, and nobody else "
+             "does anything");
+    int looks = cta->looks;
     wake(cta->current);
+    cta->looks = looks;
     leave();
 }
 
@@ -304,15 +317,14 @@ void meet(Meeting& m, int size, Op op, uint64_t key, uint32_t site,
 
 // ---- asynchronous operations -------------------------------------------------------------------
 
-AsyncPtr start(const char* what, uint32_t site, const Clock& clock, int count) {
+AsyncPtr start(Kind kind, uint32_t site, const Clock& clock, int count) {
     auto a = std::make_shared<Async>();
-    a->what = what;
+    a->kind = kind;
     a->thread = cta->current->index;
     a->site = site;
     int agent = cta->next_agent++ % AGENTS;
     a->slot = MAX_THREADS + agent;
     a->epoch = ++cta->agent_epochs[agent];
-    cta->agents[agent] = what;
     a->clock = clock;
     a->count = count;
     return a;
@@ -325,6 +337,7 @@ void submit(const AsyncPtr& a) {
 
 void run_step(const AsyncPtr& pointer) {
     AsyncPtr a = pointer;  // the list it may be in changes below
+    cta->looks = 0;
     a->steps[a->next](*a);
     a->next++;
     if (a->done())

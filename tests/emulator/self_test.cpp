@@ -36,6 +36,7 @@ enum Fault {
     ACCUMULATOR_TOUCHED,
     TILE_MISPLACED,
     EXTRA_ARRIVAL,
+    FLAG_NOBODY_SETS,
 };
 
 struct Problem {
@@ -89,6 +90,8 @@ void misbehave(const Problem& p, Fault fault, SharedAddress shared) {
     if (fault == GLOBAL_OVERRUN) st_global(p.numbers + t, 0.0f);
     if (fault == UNWRITTEN) ld_shared(own);
     if (fault == RACE) st_shared(shared + 5 * Block::BYTES, static_cast<float>(t));
+    if (fault == FLAG_NOBODY_SETS && t == 0)
+        while (ld_global_acquire(reinterpret_cast<const int*>(p.numbers)) != 1) pause();
     if (fault == DIVERGENCE) {
         if (t % 32 < 16)
             shuffle(t, 0);

@@ -34,11 +34,22 @@ struct Release {
 };
 Clock join(const Clock& a, const Clock& b);
 
+// Who accesses memory: a thread, or which asynchronous operation.
+enum class Kind : uint8_t {
+    THREAD,
+    TENSOR_LOAD,
+    TENSOR_STORE,
+    BULK_LOAD,
+    BULK_REDUCTION,
+    CP_ASYNC,
+    WGMMA
+};
+
 // One access to four bytes of shared memory. site: the caller's address within this library.
 struct Access {
     uint32_t epoch = 0, site = 0;
     uint16_t slot = 0;
-    bool async = false;
+    Kind kind = Kind::THREAD;
 };
 struct Cell {
     Access write, reads[3];
@@ -49,13 +60,13 @@ struct Accessor {
     const ClockValue* clock;
     int slot;
     uint32_t epoch, site;
-    bool async;
+    Kind kind;
 };
 
 // ---- asynchronous operations -------------------------------------------------------------------
 
 struct Async {
-    const char* what;
+    Kind kind;
     int thread;  // the issuer
     uint32_t site;
     int slot;  // agent
@@ -64,7 +75,7 @@ struct Async {
     std::function<void(Async&)> steps[2];  // to be run in order, each at a moment of its own
     int next = 0, count = 1;
     bool done() const { return next == count; }
-    Accessor accessor() const { return {clock.get(), slot, epoch, site, true}; }
+    Accessor accessor() const { return {clock.get(), slot, epoch, site, kind}; }
 };
 using AsyncPtr = std::shared_ptr<Async>;
 
@@ -156,8 +167,8 @@ struct Cta {
     std::vector<AsyncPtr> pending;
     std::vector<std::vector<Thread*>> ready;  // of each warp
     int ready_count = 0, alive = 0;
+    int looks = 0;  // of threads at flags in global memory, since something else was done
     uint32_t agent_epochs[AGENTS] = {};
-    const char* agents[AGENTS] = {};  // what each was last
     int next_agent = 0;
     int register_pool = 0;
     std::vector<std::pair<Thread*, int>> register_waiters;
@@ -179,7 +190,7 @@ uint32_t site_of(void* return_address);
 std::string lines_of(uint32_t site);
 Accessor self(uint32_t site);
 uint32_t released();  // the current epoch, which ends here
-AsyncPtr start(const char* what, uint32_t site, const Clock& clock, int count = 1);
+AsyncPtr start(Kind kind, uint32_t site, const Clock& clock, int count = 1);
 void submit(const AsyncPtr& a);  // may run it at once
 void run_step(const AsyncPtr& a);
 void finish(const AsyncPtr& a);  // all its steps, now
@@ -188,7 +199,7 @@ Clock clock_of(const Thread& t);
 // The last to arrive runs action; all leave together.
 void meet(Meeting& m, int size, Op op, uint64_t key, uint32_t site,
           const std::function<void()>& action);
-std::string name_of(int slot);
+std::string name_of(int slot, Kind kind);
 
 // ---- memory.cpp --------------------------------------------------------------------------------
 
