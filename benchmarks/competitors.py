@@ -98,14 +98,29 @@ def _sdpa(case: Case) -> Forward:
     )
 
 
-def _math(case: Case) -> Forward:
-    forward = _sdpa(case)
+def _by(backend: SDPBackend) -> Callable[[Case], Forward]:
+    """SDPA held to one of its kernels."""
 
-    def math() -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return forward()
+    def build(case: Case) -> Forward:
+        forward = _sdpa(case)
 
-    return math
+        def held() -> Tensor:
+            with sdpa_kernel(backend):
+                return forward()
+
+        return held
+
+    return build
+
+
+def _cuda_only(device: str) -> str | None:
+    return None if device == "cuda" else "this kernel of SDPA runs on CUDA devices only"
+
+
+def _maskless_why_not(case: Case) -> str | None:
+    if _sdpa_arguments(case)["attn_mask"] is not None:
+        return "SDPA's flash kernel takes no mask and no bias"
+    return _sdpa_why_not(case)
 
 
 def _sdpa_why_not(case: Case) -> str | None:
@@ -224,8 +239,14 @@ def _xformers(case: Case) -> Forward:
 
 COMPETITORS = [
     Competitor("sdpa", "torch's scaled_dot_product_attention", _sdpa, why_not=_sdpa_why_not),
-    Competitor("math", "its math path", _math, why_not=_sdpa_why_not,
+    Competitor("math", "its math path", _by(SDPBackend.MATH), why_not=_sdpa_why_not,
                dense=True),
+    Competitor("sdpa-flash", "SDPA held to FlashAttention 2", _by(SDPBackend.FLASH_ATTENTION),
+               _cuda_only, _maskless_why_not),
+    Competitor("sdpa-efficient", "SDPA held to its memory-efficient kernel",
+               _by(SDPBackend.EFFICIENT_ATTENTION), _cuda_only, _sdpa_why_not),
+    Competitor("sdpa-cudnn", "SDPA held to cuDNN", _by(SDPBackend.CUDNN_ATTENTION), _cuda_only,
+               _sdpa_why_not),
     Competitor("flex", "torch's flex_attention, compiled", _flex, _flex_missing, _flex_why_not,
                backend=lambda case, forward: "inductor"),
     Competitor("flash_attn", "the package flash-attn", _flash_attn,

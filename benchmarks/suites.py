@@ -66,6 +66,28 @@ def _rows() -> Iterator[Row]:
 
 ROWS = tuple(_rows())
 
+# ---- a GPU's: 16384 tokens of bf16 in 2048 channels, then what rivals lack, then decoding -------
+
+
+def _gpu_rows() -> Iterator[Row]:
+    for dim in (128, 64, 256):
+        for q_len in (512, 1024, 2048, 4096, 8192, 16384):
+            shape = {"batch": 16384 // q_len, "heads": 2048 // dim, "kv_heads": 2048 // dim}
+            for mode in ("fwd", "bwd"):
+                for causal in (False, True):
+                    yield Row("gpu", 1.1, "bf16", q_len=q_len, dim=dim, causal=causal, mode=mode,
+                              **shape)  # fmt: skip
+    shape = {"batch": 4, "heads": 16, "kv_heads": 16, "q_len": 4096, "dim": 128}
+    for options in ({"bias": True}, {"dropout": 0.1}, {"documents": 4, "causal": True},
+                    {"window": 1024}):  # fmt: skip
+        for mode in ("fwd", "bwd"):
+            yield Row("gpu-variants", 2.0, "bf16", mode=mode, **shape, **options)
+    for batch, kv_len in ((64, 8192), (8, 65536), (1, 131072)):
+        yield Row("gpu-decode", 0.0, "bf16", batch, 32, 8, q_len=1, kv_len=kv_len, dim=128)
+
+
+GPU_ROWS = tuple(_gpu_rows())
+
 # ---- the attention of known models, at lengths they are used with -------------------------------
 
 _BERT = {"batch": 8, "heads": 12, "kv_heads": 12}
@@ -137,6 +159,7 @@ SUITES = {
     "all": lambda: (*ROWS, *WORKLOADS),
     "attention": lambda: ROWS,
     "endtoend": lambda: WORKLOADS,
+    "gpu": lambda: GPU_ROWS,
 }
 
 

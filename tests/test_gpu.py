@@ -1,0 +1,84 @@
+"""What only a GPU can show: backends at real sizes, on streams and devices, and in CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.verify import Judge
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BACKENDS = ("cuda", "triton")
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def run(q, k, v, dout, backend, **options):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = fastattn.attention(*leaves, **options, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out, leaves, dout.to(out.dtype))
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads)))
+
+
+def skip_what_is_refused(backend, q, k, v, **options):
+    reason = fastattn.explain(q, k, v, **options, backend=backend).reasons[backend]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (700, 0)}], ids=str)
+@pytest.mark.parametrize("length", [1024, 4096, 4001])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_real_sizes(backend, dtype, dim, length, options):
+    torch.manual_seed(0)
+    q, dout = (draw(1, 4, length, dim, dtype=dtype) for _ in range(2))
+    k, v = (draw(1, 2, length, dim, dtype=dtype) for _ in range(2))
+    skip_what_is_refused(backend, q, k, v, **options)
+    got = run(q, k, v, dout, backend, **options)
+    want = run(*(x.double() for x in (q, k, v, dout)), "reference", **options)
+    plain = run(*(x.float() for x in (q, k, v, dout)), "reference", **options)
+    judge = Judge(q, k, v, dim**-0.5, want["lse"], dout)
+    for name, result in got.items():
+        rounded = plain[name] if name == "lse" else plain[name].to(dtype)
+        comparison = judge.compare(name, result, want[name], rounded)
+        assert comparison.ratio <= 2, f"{name}: {comparison}"  # weights are rounded too
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_streams_and_no_waiting(backend):
+    q = draw(2, 4, 512, 64)
+    lens = torch.tensor([512, 100], dtype=torch.int32, device="cuda")
+    options = {"causal": True, "kv_lens": lens}
+    skip_what_is_refused(backend, q, q, q, **options)
+    fastattn.attention(q, q, q, **options, backend=backend)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        want = fastattn.attention(q, q, q, **options, backend=backend)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fastattn.attention(q, q, q, **options, backend=backend)
+        graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+    lens.copy_(torch.tensor([30, 512], device="cuda"))
+    graph.replay()
+    again = fastattn.attention(q, q, q, **options, backend=backend)
+    torch.testing.assert_close(out, again, rtol=0, atol=0)
+
+
+def test_more_than_2_to_the_31_elements():
+    rows = 2**31 // (16 * 128) + 100
+    if torch.cuda.get_device_properties(0).total_memory < 24 * rows * 16 * 128:
+        pytest.skip("too little memory")
+    q = torch.zeros(1, rows, 16, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    q[:, :, -64:] = draw(1, 16, 64, 128)
+    tail = q[:, :, -64:].contiguous()
+    out = fastattn.attention(q, q, q, window=(15, 0), backend="triton")
+    want = fastattn.attention(tail, tail, tail, window=(15, 0), backend="reference")
+    torch.testing.assert_close(out[:, :, -40:], want[:, :, -40:], rtol=2e-2, atol=2e-2)
