@@ -152,8 +152,8 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2):
-    """(dq, dk, dv), which start as NaN."""
+def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns: bool = True):
+    """(dq, dk, dv), which start as NaN. turns: sums into dq are taken in one order, always."""
     q, k, v, spec, x = problem
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,
@@ -162,6 +162,7 @@ def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2):
         *map(Operand.of, (q, k, v, out, dout, dq, dk, dv)),
         *map(_address, (lse, dlse, x.kv_lens, x.kv_starts)),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
+        *(None, None, None, q.data_ptr() if turns else None),
     )
     bf16 = q.dtype == torch.bfloat16
     fault = library().emulated_backward_sm90(

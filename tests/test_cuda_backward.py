@@ -27,7 +27,7 @@ def gradients(attention, problem, dout, dlse):
     return out.detach(), lse.detach(), torch.autograd.grad(loss, (q, k, v))
 
 
-def check(case: Case, dtype: torch.dtype, seed: int, with_dlse: bool = True) -> None:
+def check(case: Case, dtype: torch.dtype, seed: int, with_dlse=True, turns=True) -> None:
     """Within three times the error of plain attention's gradients in dtype, and a rounding."""
     problem = case.make(dtype, seed)
     draw = torch.Generator().manual_seed(seed)
@@ -36,7 +36,8 @@ def check(case: Case, dtype: torch.dtype, seed: int, with_dlse: bool = True) -> 
     wide = problem.to(torch.float64)
     out, lse, expected = gradients(lambda p: reference(*p), wide, dout, dlse)
     _, _, plain = gradients(plain_attention, problem, dout, dlse)
-    got = emulated.backward(problem, dout, dlse, out.to(dtype), lse.float().contiguous(), seed)
+    got = emulated.backward(problem, dout, dlse, out.to(dtype), lse.float().contiguous(), seed,
+                             turns=turns)  # fmt: skip
     for name, x, true, rough in zip(("dq", "dk", "dv"), got, expected, plain):
         limit = 3 * (rough.double() - true).abs().max()
         limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 1e-5
@@ -58,6 +59,13 @@ def test_options(dim, option):
     seed = DIMS.index(dim) + list(OPTIONS).index(option)
     case = Case(f"cuda/{option}", head_dim=dim, **OPTIONS[option])
     check(case, torch.float16 if seed % 2 else torch.bfloat16, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dim", DIMS)
+def test_without_turns(dim, seed):
+    case = Case("cuda/no-turns", batch=1, q_len=260, kv_len=390, head_dim=dim, causal=True)
+    check(case, torch.bfloat16, seed, turns=False)
 
 
 @pytest.mark.parametrize("seed", range(6))

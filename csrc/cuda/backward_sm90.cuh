@@ -230,8 +230,10 @@ template <class F> struct BackwardConsumer {
     // Adds this warpgroup's part to the sums; in deterministic mode after those of earlier keys.
     FASTATTN_DEVICE void add_dq(const float (&dq)[DQ], const KeyWork& w, int head, int m) const {
         SharedAddress at = shared + F::DQ_AT + group * 4 * F::PART;
-        if (leads()) bulk_wait_read<0>();
-        barrier_sync(F::OWN + group, 128);
+        if (!p.turns) {  // in turns the last reduction is over, and a barrier of all since
+            if (leads()) bulk_wait_read<0>();
+            barrier_sync(F::OWN + group, 128);
+        }
 #pragma unroll
         for (int i = 0; i < DQ; i += 4) {
             uint4 four = {bits_of(dq[i]), bits_of(dq[i + 1]), bits_of(dq[i + 2]),

@@ -43,6 +43,7 @@ template <class Element> std::string forward_of(const ForwardCall& call, int gri
 }
 
 // Working memory is made here; grid: of the kernels that go over rows.
+// call.turns: null, or anything else to take turns.
 template <class F> std::string backward(BackwardCall call, int grid, uint64_t seed) {
     BackwardSizes sizes = BackwardSizes::of<F>(call.q);
     std::vector<float> lse2(sizes.rows, NAN), delta(sizes.rows, NAN), sums(sizes.sums, 0.0f);
@@ -54,7 +55,7 @@ template <class F> std::string backward(BackwardCall call, int grid, uint64_t se
     call.lse2 = lse2.data();
     call.delta = delta.data();
     call.dq_sums = sums.data();
-    call.turns = turns.data();
+    if (call.turns) call.turns = turns.data();
     BackwardParams p;
     std::string error = backward_params<F>(p, call, encode);
     if (!error.empty()) return error;

@@ -299,7 +299,7 @@ void wgmma_wait(int groups) {
                 while (m.sum && run_one_multiply(w)) {
                 }
         for (; covered(); w.queue.pop_front()) {
-            done.add(w.queue.front().async->clock);
+            // Its end, and nothing of what the other warps did: wgmma is no barrier.
             done.add(w.queue.front().async->slot, w.queue.front().async->epoch);
             any = true;
         }
