@@ -107,7 +107,8 @@ def _judge(case: Case, kv_heads: slice) -> verify.Judge:
     q, k, v = (t[:, kv_heads].detach() for t in (q, case.k, case.v))
     scores = scale * q.float() @ k.float().mT.unsqueeze(2)  # [B, kv heads, group, q_len, keys]
     dout = None if dout is None else dout[:, kv_heads]
-    return verify.Judge(q, k, v, scale, scores.logsumexp(-1), dout)
+    lse, on_gpu = scores.logsumexp(-1), case.device == "cuda"
+    return verify.Judge(q, k, v, scale, lse, dout, weights_rounded=on_gpu)
 
 
 def checked_heads(row: Row, pairs: int = CHECKED_PAIRS) -> list[int]:

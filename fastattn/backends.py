@@ -41,6 +41,7 @@ class Backend:
     backward: Callable  # (dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
     refuses: Callable  # the part of why_not that looks at the call alone, on any machine
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
+    weights_rounded: bool = False  # to halves, as matrix units want them (judge.py)
 
 
 # ---- the rows' functions -----------------------------------------------------------------------
@@ -216,9 +217,10 @@ CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
     Backend("cuda", "NVIDIA sm_90", _cuda_why_not, _cuda_forward, _cuda_backward,
-            _cuda_refuses),
+            _cuda_refuses, weights_rounded=True),
     Backend("triton", "any GPU Triton supports",
-            _triton_why_not, _triton_forward, _triton_backward, _triton_refuses),
+            _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,
+            weights_rounded=True),
     Backend("cpu", "C++ kernels on the CPU",
             _cpu_why_not, _op_forward, _op_backward, _cpu_refuses, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",

@@ -50,9 +50,12 @@ class Judge:
 
     Beside plain torch's error it allows a few roundings of one term of each sum: a gradient may be
     a small difference of large terms, and a weight exp(score - lse) has its exponent's rounding.
+    Kernels for matrix units round weights (and dS) to halves before they meet v (k and q), a second
+    rounding of every term: `weights_rounded` allows twice as much, in half precision.
     """
 
-    def __init__(self, q, k, v, scale, lse, dout=None, dlse=None):
+    def __init__(self, q, k, v, scale, lse, dout=None, dlse=None, *, weights_rounded=False):
+        self.slack = 2 if weights_rounded and q.dtype.itemsize == 2 else 1
         weight = v.shape[-1] ** 0.5 * _size(dout) * _size(v) + _size(dlse)  # d loss / d weight
         self.dtype = q.dtype
         self.compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -103,7 +106,7 @@ class Judge:
         }
         found = []
         for what, (mine, torchs, rounded) in checks.items():
-            allowed = FACTOR[kind] * torchs + roundings * rounded
+            allowed = self.slack * (FACTOR[kind] * torchs + roundings * rounded)
             at = (mine / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax()
             worst = (float(x.flatten()[at]) for x in (mine, torchs, allowed))
             found.append(Comparison(what, *worst))

@@ -161,7 +161,9 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
     want, plain = truth(feature, dtype, device)
     if backend == "reference":  # it is plain torch: its yardstick is the exact result, rounded
         plain = want
-    judge = Judge(*inputs, inputs[0].shape[-1] ** -0.5, want["lse"], *cotangents)
+    rounded = backends.BY_NAME[backend].weights_rounded
+    scale = inputs[0].shape[-1] ** -0.5
+    judge = Judge(*inputs, scale, want["lse"], *cotangents, weights_rounded=rounded)
     errors, torch_errors, failures = [0.0], [0.0], []
     for name, result in got.items():
         rounded = plain[name].to(result.dtype)
