@@ -18,7 +18,7 @@ DEVICES = {
     "sm_80": config.Device("sm80", 108),
     "sm_86": config.Device("sm86", 84),
     "sm_90": config.Device("sm90", 132, fp8=True),
-    "sm_100": config.Device("sm90", 148, fp8=True),
+    "sm_100": config.Device("sm100", 148, fp8=True),
     "gfx942": config.Device("gfx9", 304),
 }
 

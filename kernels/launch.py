@@ -175,10 +175,10 @@ def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
 def _forward(q, k, v, out, lse, operands, spec, num_splits, row, device) -> None:
     batch, heads, q_len, head_dim = q.shape
     v_dim = v.shape[3]
-    block_d, block_dv = config.block_of(head_dim), config.block_of(v_dim)
+    block_dv = config.block_of(v_dim)
     device = device or config.device_of(q)
     itemsize = max(2, q.element_size())  # 8-bit tiles are at most as large as the 16-bit ones
-    row = row or config.find(config.FORWARD, device, itemsize, max(block_d, block_dv))
+    row = row or config.find(config.FORWARD, device, itemsize, head_dim, v_dim)
     q, k, v = (_readable(x, device) for x in (q, k, v))
     p = make_params(q, k, v, out, lse, operands, spec)
 
@@ -283,7 +283,7 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, row, device) -> 
         p.out, g.dout, p.lse, dlse, g.delta.ptr, g.lse.ptr, q_len, heads,
         DV=v_dim, BLOCK_Q=32, BLOCK_DV=block_dv,
     )  # fmt: skip
-    key = (device, q.element_size(), max(block_d, block_dv))
+    key = (device, q.element_size(), head_dim, v_dim)
     entries = p.lengths.entries
     times = 1 if operands.packed else entries
     sizes, blocks = _sizes(q, v), (block_d, block_dv)
