@@ -33,6 +33,8 @@ FOR_TESTS = "portable_bf16"  # never picked unless FASTATTN_ISA names it
 ENVIRONMENT = {
     "FASTATTN_BACKEND": "forces a backend, as backend= does in a call",
     "FASTATTN_ISA": "forces an instruction set of the CPU library",
+    "FASTATTN_TUNE": "1 times Triton's tile sizes near the table's, once",
+    "FASTATTN_TUNE_CACHE": "file that keeps what FASTATTN_TUNE found",
     "FASTATTN_LOG": "1 prints each distinct choice of backend, once, to stderr",
     "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (a sanitizer build, say)",
     "FASTATTN_BUILD": "when building: auto, cpu, cuda, none or asan",

@@ -17,7 +17,7 @@ from fastattn.ops import is_dense
 from fastattn.philox import keep_probability, keep_threshold
 from fastattn.spec import Descales, Operands, Spec
 
-from . import config
+from . import config, tune
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
 from .decode import combine_kernel
 from .forward import forward_kernel
@@ -178,7 +178,11 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, row, device) -> None
     block_dv = config.block_of(v_dim)
     device = device or config.device_of(q)
     itemsize = max(2, q.element_size())  # 8-bit tiles are at most as large as the 16-bit ones
-    row = row or config.find(config.FORWARD, device, itemsize, head_dim, v_dim)
+    if row is None:
+        default = config.find(config.FORWARD, device, itemsize, head_dim, v_dim)
+        arguments = (q, k, v, out, lse, operands, spec, num_splits)
+        row = tune.choose("forward", q.dtype, (head_dim, v_dim), default,
+                          lambda row: _forward(*arguments, row, device))  # fmt: skip
     q, k, v = (_readable(x, device) for x in (q, k, v))
     p = make_params(q, k, v, out, lse, operands, spec)
 
@@ -288,35 +292,47 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, row, device) -> 
     times = 1 if operands.packed else entries
     sizes, blocks = _sizes(q, v), (block_d, block_dv)
 
-    row_of = row or config.find(config.BACKWARD_ROWS, *key)
-    tiles = row_tiles(p, 1, row_of.block_q)
-    visible = _tile_list(operands, p, row_of)
-    tma = _descriptors(p, (k, v), row_of, row_of.block_kv, blocks)
-    compiled_for = constants(**sizes, **_blocks(row_of))
-    shared = g.dbias.ptr is not None and g.dbias.ptr.shape[:2] != (entries, heads)
-    own = g._replace(dbias=Tensor4()) if shared else g  # of these rows alone
-    rows_kernel[(tiles * triton.cdiv(head_dim, block_d) * times * heads,)](
-        p, own, visible, tiles, *tma, compiled_for, num_warps=row_of.warps
-    )
-    if shared:
-        bias_batch, bias_heads, rows, columns = g.dbias.ptr.shape
-        programs = triton.cdiv(rows, row_of.block_q) * triton.cdiv(columns, row_of.block_kv)
-        bias_kernel[(programs * bias_batch * bias_heads,)](
-            p, g, rows, columns, entries // bias_batch, heads // bias_heads, compiled_for,
-            num_warps=row_of.warps,
-        )  # fmt: skip
+    def rows_pass(row_of: config.Config) -> None:
+        tiles = row_tiles(p, 1, row_of.block_q)
+        visible = _tile_list(operands, p, row_of)
+        tma = _descriptors(p, (k, v), row_of, row_of.block_kv, blocks)
+        compiled_for = constants(**sizes, **_blocks(row_of))
+        shared = g.dbias.ptr is not None and g.dbias.ptr.shape[:2] != (entries, heads)
+        own = g._replace(dbias=Tensor4()) if shared else g  # of these rows alone
+        rows_kernel[(tiles * triton.cdiv(head_dim, block_d) * times * heads,)](
+            p, own, visible, tiles, *tma, compiled_for, num_warps=row_of.warps
+        )
+        if shared:
+            bias_batch, bias_heads, rows, columns = g.dbias.ptr.shape
+            programs = triton.cdiv(rows, row_of.block_q) * triton.cdiv(columns, row_of.block_kv)
+            bias_kernel[(programs * bias_batch * bias_heads,)](
+                p, g, rows, columns, entries // bias_batch, heads // bias_heads, compiled_for,
+                num_warps=row_of.warps,
+            )  # fmt: skip
 
-    row_of = row or config.find(config.BACKWARD_KEYS, *key)
-    if operands.packed:
-        tiles = p.lengths.kv_len // row_of.block_kv + entries
-    else:
-        tiles = triton.cdiv(p.lengths.kv_len, row_of.block_kv)
-    visible = _tile_list(operands, p, row_of, turned=True)
-    tma = _descriptors(p, (q, g.dout.ptr), row_of, row_of.block_q, blocks)
-    chunks = max(triton.cdiv(head_dim, block_d), triton.cdiv(v_dim, block_dv))
-    keys_kernel[(tiles * chunks * times * p.kv_heads,)](
-        p, g, visible, chunks, *tma, constants(**sizes, **_blocks(row_of)), num_warps=row_of.warps
-    )
+    default = config.find(config.BACKWARD_ROWS, *key)
+    rows_pass(row or tune.choose("rows", q.dtype, (head_dim, v_dim), default, rows_pass))
+
+    def keys_pass(row_of: config.Config) -> None:
+        if operands.packed:
+            tiles = p.lengths.kv_len // row_of.block_kv + entries
+        else:
+            tiles = triton.cdiv(p.lengths.kv_len, row_of.block_kv)
+        visible = _tile_list(operands, p, row_of, turned=True)
+        tma = _descriptors(p, (q, g.dout.ptr), row_of, row_of.block_q, blocks)
+        chunks = max(triton.cdiv(head_dim, block_d), triton.cdiv(v_dim, block_dv))
+        keys_kernel[(tiles * chunks * times * p.kv_heads,)](
+            p,
+            g,
+            visible,
+            chunks,
+            *tma,
+            constants(**sizes, **_blocks(row_of)),
+            num_warps=row_of.warps,
+        )
+
+    default = config.find(config.BACKWARD_KEYS, *key)
+    keys_pass(row or tune.choose("keys", q.dtype, (head_dim, v_dim), default, keys_pass))
 
 
 def _sizes(q, v) -> dict:
