@@ -38,6 +38,7 @@ from .tile import (
     long_dot,
     rows_at,
     store_rows,
+    while_below,
 )
 
 
@@ -127,7 +128,7 @@ def load_keys(p, s, tma, kv_head, start, C: tl.constexpr, EDGE: tl.constexpr):
 def chunk_of(whole, at, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Channels first.. of rows: those at hand, or one chunk of them, 0 past the last."""
     if D > BLOCK_D:
-        return load_rows(at, ok & (first < D), first, D, BLOCK_D, True)
+        return load_rows(at, while_below(ok, first, D), first, D, BLOCK_D, True)
     else:
         return whole
 
@@ -368,8 +369,8 @@ def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, C:
     own = (y.j >= own_begin) & (y.j < own_end)
     dk_at, dv_at = keys_at(p, g.dk, s, kv_head, y.j, own), keys_at(p, g.dv, s, kv_head, y.j, own)
     first, first_v = chunk * C.BLOCK_D, chunk * C.BLOCK_DV
-    store_rows(dk_at, dk * p.scale, own & (first < C.D), first, C.D, C.BLOCK_D)
-    store_rows(dv_at, dv, own & (first_v < C.DV), first_v, C.DV, C.BLOCK_DV)
+    store_rows(dk_at, dk * p.scale, while_below(own, first, C.D), first, C.D, C.BLOCK_D)
+    store_rows(dv_at, dv, while_below(own, first_v, C.DV), first_v, C.DV, C.BLOCK_DV)
 
 
 @triton.jit

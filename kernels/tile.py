@@ -84,6 +84,12 @@ def load_rows(at, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.co
 
 
 @triton.jit
+def while_below(ok, first, end):
+    """ok, where first < end; as a vector, since Triton 3.9 interprets vector & scalar as an int."""
+    return ok & (ok.to(tl.int32) * 0 + first < end)
+
+
+@triton.jit
 def store_rows(at, x, ok, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = first + tl.arange(0, BLOCK_D)
     ok = ok[:, None]
