@@ -13,10 +13,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastattn.spec import Operands, Spec
+from fastattn.spec import OPERANDS, Operands, Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPERANDS = tuple(f.name for f in fields(Operands))
 NUMBERS = tuple(f.name for f in fields(Spec))
 PAGE_SIZE = 8
 HUGE = 2**40
