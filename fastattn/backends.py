@@ -146,22 +146,25 @@ def _cuda_backward_refuses(q, operands, need_dsinks):
     return "there is no kernel of the gradient of sinks" if need_dsinks else None
 
 
-def _after_cuda(spec, q, k, v, operands) -> Backend:
-    """The row that does what the CUDA kernels have no part in."""
+def _after_cuda(spec, q, k, v, operands, reason: str) -> Backend:
+    """The row that does what the CUDA kernels have no part in, and not in silence."""
     rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
-    return next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
+    row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
+    _warn_once(f"fastattn: {row.name} does a part of a call of the cuda backend: {reason}.")
+    return row
 
 
 def _cuda_forward(q, k, v, spec, operands, num_splits):
     if num_splits > 1:
-        row = _after_cuda(spec, q, k, v, operands)
+        row = _after_cuda(spec, q, k, v, operands, "the CUDA kernels do not split the keys")
         return row.forward(q, k, v, spec, operands, num_splits)
     return _op_forward(q, k, v, spec, operands, num_splits)
 
 
 def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks):
-    refused = _cuda_backward_refuses(q, operands, need_dsinks)
-    backward = _after_cuda(spec, q, k, v, operands).backward if refused else _op_backward
+    backward = _op_backward
+    if reason := _cuda_backward_refuses(q, operands, need_dsinks):
+        backward = _after_cuda(spec, q, k, v, operands, reason).backward
     return backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
 
 
@@ -285,14 +288,16 @@ def _warn_reference(spec, q, k, v, operands) -> None:
     """The slow backend runs, unasked: say so, once for each reason."""
     closest = "cpu" if q.device.type in ("cpu", "meta") else "triton"
     reason = BY_NAME[closest].why_not(spec, q, k, v, operands)
-    if reason not in _warned and not torch.compiler.is_compiling():
-        _warned.add(reason)
-        warnings.warn(
-            f"fastattn runs on its slow reference backend (O(S^2) memory), because {reason}. "
-            'backend="reference" asks for it without this warning.',
-            UserWarning,
-            stacklevel=caller_level(),
-        )
+    _warn_once(
+        f"fastattn runs on its slow reference backend (O(S^2) memory), because {reason}. "
+        'backend="reference" asks for it without this warning.'
+    )
+
+
+def _warn_once(sentence: str) -> None:
+    if sentence not in _warned and not torch.compiler.is_compiling():
+        _warned.add(sentence)
+        warnings.warn(sentence, UserWarning, stacklevel=caller_level())
 
 
 def caller_level() -> int:

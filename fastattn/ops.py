@@ -13,7 +13,6 @@ Triton's forward operator also takes 8-bit tensors, with the three `Descales` at
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.abc
 import importlib.util
 import json
@@ -66,7 +65,7 @@ forward = torch.ops.fastattn.flash_attn_fwd.default
 backward = torch.ops.fastattn.flash_attn_bwd.default
 forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
 backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
-PAIRS = {"": (forward, backward), "_triton": (forward_triton, backward_triton)}
+PAIRS = dict(zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton))))
 
 
 # ---- the native library ------------------------------------------------------------------------

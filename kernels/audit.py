@@ -9,8 +9,7 @@ from functools import partial
 
 import torch
 
-from fastattn.spec import Operands, Spec
-
+from ..spec import Operands, Spec
 from . import cache, config, decode, launch
 
 # Triton's targets in the words of config.py, with the processors of a typical one.

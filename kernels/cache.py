@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..descales import E4M3, INT8
+from ..ops import _unit_stride
 from .params import Pages, Tensor4
 from .tile import narrow_e4m3, narrow_int8
 
@@ -110,7 +112,7 @@ def append_kernel(k, v, t, pages, cache_lens, kv_heads, length, capacity, rows,
 
 # ---- the launch ---------------------------------------------------------------------------------
 
-KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+KINDS = {INT8: "int8", E4M3: "e4m3"}
 
 
 def append(k, v, k_cache, v_cache, cache_lens, page_table, cos, sin, interleaved,
@@ -142,8 +144,8 @@ def append(k, v, k_cache, v_cache, cache_lens, page_table, cos, sin, interleaved
 
 
 def _new(x, cache, descale) -> New:
-    x = x if x.shape[3] <= 1 or x.stride(3) == 1 else x.contiguous()
-    if cache.dtype == torch.float8_e4m3fn:
+    x = _unit_stride(x)
+    if cache.dtype == E4M3:
         cache = cache.view(torch.uint8)
     scale = ()
     if descale is not None:

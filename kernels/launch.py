@@ -6,17 +6,16 @@ CUDA graph. Arguments are in the normal form of ops.py.
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastattn.ops import is_dense
-from fastattn.philox import keep_probability, keep_threshold
-from fastattn.spec import Descales, Operands, Spec
-
+from ..descales import E4M3
+from ..ops import _unit_stride, is_dense
+from ..philox import keep_probability, keep_threshold
+from ..spec import Descales, Operands, Spec
 from . import config, tune
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
 from .decode import combine_kernel
@@ -25,24 +24,15 @@ from .masks import tile_lists
 from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList, constants
 from .score import LOG2E
 
-E4M3 = torch.float8_e4m3fn
 MAX_PARTS = 128
 MIN_PART_KEYS = 256  # a part of fewer keys costs more than it brings
-
-
-def device_guard(x: torch.Tensor):
-    """Makes x's GPU the current one, which is where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 # ---- params -------------------------------------------------------------------------------------
 
 
 def _rows4(x: torch.Tensor) -> Tensor4:
-    return Tensor4(x, *x.stride()[:3], 0)
-
-
-def _lse4(x: torch.Tensor) -> Tensor4:
+    """[B, heads, rows, columns], the last of stride 1, or [B, heads, rows]."""
     return Tensor4(x, *x.stride()[:3], 0)
 
 
@@ -59,10 +49,6 @@ def _heads4(x: torch.Tensor | None) -> Tensor4:
     if x is None:
         return Tensor4()
     return Tensor4(x, x.stride(0) if x.dim() == 2 else 0, x.stride(-1))
-
-
-def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _lengths(q, k, x: Operands) -> Lengths:
@@ -96,7 +82,7 @@ def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:
         k=_rows4(k),
         v=_rows4(v),
         out=_rows4(out),
-        lse=_lse4(lse),
+        lse=_rows4(lse),
         mask=_operand4(x.mask),
         bias=_operand4(x.bias),
         slopes=_heads4(x.alibi_slopes),
@@ -163,11 +149,11 @@ def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
     three descales; row stands in for the table's Config, device for q's (config.Device)."""
     operands = Operands(*rest[:11], Descales(*rest[18:]))
     spec, num_splits = Spec(*rest[11:17]), rest[17]
-    q, k, v = (unit_stride(x) for x in (q, k, v))
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
     out, lse = new_results(q, v, operands.packed)
     if lse.numel() == 0 or out.numel() == 0:
         return out, lse
-    with device_guard(q):
+    with torch.cuda.device_of(q):
         _forward(q, k, v, out, lse, operands, spec, num_splits, row, device)
     return out, lse
 
@@ -253,7 +239,7 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = N
     need_dbias, need_dsinks = rest[17:]
     if operands.paged:
         raise NotImplementedError("fastattn: keys in pages have no gradient")
-    dout, out, q, k, v = (unit_stride(x) for x in (dout, out, q, k, v))
+    dout, out, q, k, v = (_unit_stride(x) for x in (dout, out, q, k, v))
     make = torch.zeros_like if operands.packed else torch.empty_like
     dq, dk, dv = (make(x) for x in (q, k, v))
     bias, sinks = operands.bias, operands.sinks
@@ -261,14 +247,14 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = N
     dsinks = q.new_zeros(sinks.shape if need_dsinks else (0,), dtype=torch.float32)
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias, dsinks
-    with device_guard(q):
+    with torch.cuda.device_of(q):
         p = make_params(q, k, v, out, lse, operands, spec)
         delta, lse2 = (torch.empty(lse.shape, device=q.device) for _ in range(2))
         g = Gradients(
-            *(_rows4(dout), _lse4(delta), _lse4(lse2), _rows4(dq), _rows4(dk), _rows4(dv)),
+            *(_rows4(dout), _rows4(delta), _rows4(lse2), _rows4(dq), _rows4(dk), _rows4(dv)),
             *_bias_sums(p, q, dbias if need_dbias else None),
         )
-        dlse4 = Tensor4() if dlse is None else _lse4(dlse)
+        dlse4 = Tensor4() if dlse is None else _rows4(dlse)
         _backward(q, k, v, dlse4, operands, p, g, row, device)
         _reduce_bias(g, dbias)
         if need_dsinks:
@@ -364,7 +350,7 @@ def _bias_sums(p: Params, q, dbias):
         return _operand4(dbias), nothing, nothing
     long = columns if columns > 1 else max(rows, p.lengths.q_len)
     sums = q.new_zeros(p.lengths.entries, p.heads, long, dtype=torch.float32)
-    sums = _lse4(sums)
+    sums = _rows4(sums)
     return (nothing, nothing, sums) if columns > 1 else (nothing, sums, nothing)
 
 

@@ -5,9 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def dropout_key(p):
-    """(key, last counter word): the offset's halves go to the key's upper half and the counter."""
-    seed, offset = tl.load(p.dropout.seed), tl.load(p.dropout.seed + 1)
+def dropout_key(pointer):
+    """(key, last counter word) of int64 [2], seed and offset: the offset's halves go to the key's
+    upper half and to the counter."""
+    seed, offset = tl.load(pointer), tl.load(pointer + 1)
     return seed ^ (offset >> 32 << 32), offset.to(tl.int32)  # its lower half
 
 
@@ -21,7 +22,7 @@ def keep_tile(p, bh, i0, j0, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TURN:
     row = i0 // 2 + tl.arange(0, BLOCK_I // 2)
     column = j0 // 4 + tl.arange(0, BLOCK_J // 4)
     zero = tl.zeros([BLOCK_I // 2, BLOCK_J // 4], tl.int32)
-    key, last = dropout_key(p)
+    key, last = dropout_key(p.dropout.seed)
     w0, w1, w2, w3 = tl.philox(key, zero + row[:, None], zero + column, zero + bh, zero + last)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., .., half of rows, half of keys]
     bits = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
@@ -38,7 +39,7 @@ def keep_tile(p, bh, i0, j0, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TURN:
 def keep_each(p, bh, i, j):
     """The same one by one, of tensors that broadcast: a call for every weight."""
     zero = (bh + i + j) * 0
-    key, last = dropout_key(p)
+    key, last = dropout_key(p.dropout.seed)
     row, column = i // 16 * 8 + i % 8, j // 16 * 4 + j % 8 // 2
     w0, w1, w2, w3 = tl.philox(key, zero + row, zero + column, zero + bh, zero + last)
     upper_row, upper_key = zero + i // 8 % 2, zero + j // 8 % 2

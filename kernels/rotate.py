@@ -11,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops import _unit_stride
+from .tile import while_below
+
 HEADS = 4  # of a program
 TILE = 1024  # pairs of a program and head
 
@@ -52,11 +55,11 @@ def _rotate(
         head = group * HEADS + n
         x_at = x + batch * x_batch + head.to(tl.int64) * x_head + row * x_row
         out_at = out + batch * out_batch + head.to(tl.int64) * out_head + row * out_row
-        here = inside & (head < heads)
+        here = while_below(inside, head, heads)
         if INTERLEAVED:  # one load of whole lines, split in registers
             first = tl.program_id(1) * (2 * BLOCK_PAIRS)
             line = first + tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-            lines = (s < length) & (line < 2 * pairs) & (head < heads)
+            lines = while_below((s < length) & (line < 2 * pairs), head, heads)
             both = tl.load(x_at + line, lines, other=0.0).to(c.dtype)
             a, b = tl.split(tl.reshape(both, [BLOCK_S, BLOCK_PAIRS, 2]))
             turned = tl.join(a * c - b * d, a * d + b * c)
@@ -70,7 +73,7 @@ def _rotate(
         if tl.program_id(1) == 0:
             for begin in range(2 * pairs, dim, BLOCK_PAIRS):
                 channel = begin + tl.arange(0, BLOCK_PAIRS)[None, :]
-                rest = (s < length) & (channel < dim) & (head < heads)
+                rest = while_below((s < length) & (channel < dim), head, heads)
                 tl.store(out_at + channel, tl.load(x_at + channel, rest, other=0.0), rest)
 
 
@@ -80,8 +83,7 @@ def _rotate(
 def rotate(x, cos, sin, positions, interleaved, inverse):
     """fastattn::rotate: x [B, heads, S, D] of any strides; the result lies as x does."""
     _check(x, cos, sin, positions)
-    x, cos, sin = (t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
-                   for t in (x, cos, sin))  # fmt: skip
+    x, cos, sin = (_unit_stride(t) for t in (x, cos, sin))
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..fused import _like
 from ..philox import keep_threshold
+from .philox import dropout_key
 
 # ---- rows, on the host --------------------------------------------------------------------------
 
@@ -108,13 +109,11 @@ def dropped(values, seed, threshold, row, first, BLOCK_R: tl.constexpr, BLOCK_N:
     64 b + 16 w + 8 h + l.
     """
     BLOCKS: tl.constexpr = BLOCK_N // 64
-    key = tl.load(seed).to(tl.uint64, bitcast=True)
-    offset = tl.load(seed + 1).to(tl.uint64, bitcast=True)
-    key = key ^ (offset >> 32 << 32)
+    key, last = dropout_key(seed)
     call = (first // 8 + tl.arange(0, BLOCK_N // 8)[None, :]).to(tl.uint32)
     row = row.to(tl.uint64, bitcast=True)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
-    last = (offset & 0xFFFFFFFF).to(tl.uint32)
+    last = last.to(tl.uint32, bitcast=True)
     a, b, c, d = tl.philox(key, call, low, high, last)  # [BLOCK_R, BLOCK_N / 8] each
     words = tl.join(tl.join(a, c), tl.join(b, d))  # [..., w & 2, w & 1]
     words = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK_R, BLOCKS, 8, 2, 2, 2])

@@ -7,21 +7,11 @@
 import triton
 import triton.language as tl
 
+from .rows import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def tanh(x):
-    """Near 0 by its series: the other form would lose the digits of small x."""
-    size = tl.abs(x)
-    e = tl.exp2(size * (-2 * LOG2E))
-    large = (1 - e) / (1 + e)
-    square = x * x
-    small = size * (1 - square * (1.0 / 3 - square * (2.0 / 15)))  # next term: 5e-8 at 0.1
-    size = tl.where(size < 0.1, small, large)
-    return tl.where(x < 0, -size, size)
 
 
 @triton.jit

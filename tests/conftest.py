@@ -23,6 +23,7 @@ def _import_interpreted_kernels() -> None:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.experimental.gluon")  # else by the first kernel that runs
         for module in pkgutil.iter_modules(fastattn.kernels.__path__):
             importlib.import_module(f"fastattn.kernels.{module.name}")
 
