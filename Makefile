@@ -6,6 +6,7 @@
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
 #   make gpu-audit   what compilers make of the GPU kernels (no GPU needed): registers, spills
+#   make wheel   dist/*.whl: one for every CPython from 3.10 and every torch from 2.10
 #   make clean   remove what was built (.venv stays) make distclean   and .venv
 #
 # A machine without a GPU gets the small CPU build of torch with
@@ -22,11 +23,11 @@ NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
     tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test bench build asan lint fmt size gpu gpu-audit clean distclean help
+.PHONY: demo test bench build asan lint fmt size gpu gpu-audit wheel clean distclean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,9s/^#   //p' Makefile
+	@sed -n '3,10s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
@@ -114,6 +115,11 @@ gpu: build
 gpu-audit: build
 	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.gpu_audit $(ARGS)
 	$(BIN)/python -m fastattn.benchmarks.cuda_audit $(ARGS)
+
+# The CUDA library is in it where nvcc is found; torch may be a CPU build.
+wheel: $(VENV)/.installed
+	FASTATTN_BUILD=wheel $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

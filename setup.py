@@ -13,6 +13,8 @@ Environment:
                           nothing else can load it
                     cpu   the CPU library, or fail; never CUDA
                     cuda  the CPU and the CUDA library, or fail; any torch will do
+                    wheel  the CPU library, or fail, and the CUDA library where nvcc is, but not _C,
+                          which serves one CPython only: one wheel for all of them (make wheel)
                     none  pure Python
                     asan  the CPU library under the address and undefined-behaviour sanitizers, left
                           in build/asan/_cpu.abi3.so: set FASTATTN_CPU_LIBRARY to it (make asan)
@@ -41,7 +43,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SUBPACKAGES = ("nn", "models", "hf", "flash_attn", "kernels", "benchmarks")
-MODES = ("auto", "cpu", "cuda", "none", "asan")
+MODES = ("auto", "cpu", "cuda", "wheel", "none", "asan")
 TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
 CUDA_ARCHS = "90a"
 
@@ -176,7 +178,9 @@ class Plan:
 
     def _insist(self) -> None:
         """Modes that name a library fail when it cannot be built; auto warns and goes on."""
-        required = {"cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "asan": ["_cpu"]}.get(self.mode, [])
+        required = {
+            "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "wheel": ["_cpu"], "asan": ["_cpu"],
+        }.get(self.mode, [])  # fmt: skip
         for lib in self.libraries:
             if lib.why_not and lib.name in required:
                 raise SystemExit(f"FASTATTN_BUILD={self.mode} needs {lib.name}: {lib.why_not}")
@@ -224,8 +228,8 @@ class Plan:
         source = ROOT / "csrc/module.cpp"
         header = Path(sysconfig.get_paths()["include"], "Python.h")
         pybind11 = importlib.util.find_spec("pybind11")
-        if not why_not and self.mode == "asan":
-            why_not = "built with FASTATTN_BUILD=asan"
+        if not why_not and self.mode in ("wheel", "asan"):
+            why_not = f"built with FASTATTN_BUILD={self.mode}"
         elif not why_not and not header.exists():
             why_not = f"Python's headers are not installed ({header} is missing)"
         elif not why_not and pybind11 is None:
@@ -318,6 +322,8 @@ class BuildPython(build_py):
     """Adds _build.json beside the Python files: in the wheel, or in the tree when editable."""
 
     def run(self) -> None:
+        if PLAN.mode == "wheel":  # all that lies there is packed, that of earlier builds too
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         if PLAN.mode != "asan":
             folder = ROOT if self.editable_mode else Path(self.build_lib)
@@ -343,4 +349,7 @@ setup(
         for lib in PLAN.wanted()
     ],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build": {"build_base": "build/wheel"}}
+    if PLAN.mode == "wheel"
+    else {},
 )

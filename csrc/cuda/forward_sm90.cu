@@ -11,14 +11,8 @@ std::string launch(const ForwardCall& call, int multiprocessors, cudaStream_t st
     ForwardParams p;
     std::string error = forward_params<F>(p, call, encode);
     if (!error.empty()) return error;
-    auto kernel = forward_sm90<F>;
-    cudaError_t state =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SHARED_BYTES);
-    if (state == cudaSuccess) {
-        kernel<<<std::min(p.tiles, multiprocessors), F::THREADS, F::SHARED_BYTES, stream>>>(p);
-        state = cudaGetLastError();
-    }
-    return state == cudaSuccess ? "" : cudaGetErrorString(state);
+    return launch_large(forward_sm90<F>, std::min(p.tiles, multiprocessors), F::THREADS,
+                        F::SHARED_BYTES, stream, p);
 }
 
 template <class Element>
