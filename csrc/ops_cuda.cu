@@ -208,12 +208,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     check_shapes(q, k, v);
     refuse(mask || bias || alibi_slopes || document_ids || cu_seqlens_q || cu_seqlens_k ||
            page_table || dropout_seed || dropout_p > 0 || need_dbias);
-    CHECK(!need_dsinks, "the CUDA kernels have no gradient of sinks");
+    CHECK(!need_dsinks || sinks, "need_dsinks, but there are no sinks");
     CHECK(q.size(3) != 256, "the CUDA backward kernels have head dimensions 64 and 128, q has 256");
     check_numbers(scale, softcap, left, right);
     check_like(dout, q, "dout");
     check_like(out, q, "out");
-    sink_type(sinks, q);  // lse has them; here they are only checked
     Gpu gpu = check_gpu(q);
 
     torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -223,9 +222,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     if (dlse) row_dlse = per_row(*dlse, q, "dlse");
     Tensor dq = result_like(q), dk = result_like(k), dv = result_like(v);
     Tensor none = new_tensor(q, {0}, ScalarType::Float);
+    SinkType type = sink_type(sinks, q);
+    Tensor dsinks = need_dsinks ? new_tensor(q, {q.size(1)}, ScalarType::Float) : none;
     if (q.numel() == 0 || k.numel() == 0) {
-        for (Tensor t : {dq, dk, dv}) torch::stable::fill_(t, 0);
-        return {dq, dk, dv, none, none};
+        for (Tensor t : {dq, dk, dv, dsinks}) torch::stable::fill_(t, 0);
+        return {dq, dk, dv, none, dsinks};
     }
     BackwardSizes sizes = backward_sizes_sm90(operand(rows));
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
@@ -254,11 +255,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       static_cast<float*>(lse2.data_ptr()),
                       static_cast<float*>(delta.data_ptr()),
                       static_cast<float*>(sums.data_ptr()),
-                      static_cast<int*>(turns.data_ptr())};
+                      static_cast<int*>(turns.data_ptr()),
+                      sinks ? sinks->data_ptr() : nullptr,
+                      type,
+                      need_dsinks ? static_cast<float*>(dsinks.data_ptr()) : nullptr};
     bool bf16 = q.scalar_type() == ScalarType::BFloat16;
     std::string error = launch_backward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
     CHECK(error.empty(), error);
-    return {dq, dk, dv, none, none};
+    return {dq, dk, dv, none, dsinks};
 }
 
 }  // namespace

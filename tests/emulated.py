@@ -110,12 +110,17 @@ class BackwardCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("lse", "dlse", "kv_lens", "kv_starts")),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
-        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns")),
+        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns", "sinks")),
+        *(("sink_type", ctypes.c_int), ("dsinks", ctypes.c_void_p)),
     ]
 
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def _sink_type(sinks: Tensor | None) -> int:
+    return 0 if sinks is None else SINK_TYPES[sinks.dtype]
 
 
 def register(**tensors: Tensor | None) -> None:
@@ -140,7 +145,7 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
         *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
         len(x.cu_seqlens_q) - 1 if x.packed else 0,
         _address(x.sinks),
-        0 if x.sinks is None else SINK_TYPES[x.sinks.dtype],
+        _sink_type(x.sinks),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
     )
     bf16 = q.dtype == torch.bfloat16
@@ -153,16 +158,18 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns: bool = True):
-    """(dq, dk, dv), which start as NaN. turns: sums into dq are taken in one order, always."""
+    """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order."""
     q, k, v, spec, x = problem
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
+    dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)
     register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,
-             kv_lens=x.kv_lens, kv_starts=x.kv_starts)  # fmt: skip
+             kv_lens=x.kv_lens, kv_starts=x.kv_starts, sinks=x.sinks, dsinks=dsinks)  # fmt: skip
     call = BackwardCall(
         *map(Operand.of, (q, k, v, out, dout, dq, dk, dv)),
         *map(_address, (lse, dlse, x.kv_lens, x.kv_starts)),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
         *(None, None, None, q.data_ptr() if turns else None),
+        *(_address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
     )
     bf16 = q.dtype == torch.bfloat16
     fault = library().emulated_backward_sm90(
@@ -170,4 +177,4 @@ def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns:
     )
     if fault:
         raise Fault(fault.decode())
-    return dq, dk, dv
+    return dq, dk, dv, dsinks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import emulated
 import pytest
 import torch
@@ -18,13 +20,17 @@ DIMS = (64, 128)  # 256 is another backend's
 
 
 def gradients(attention, problem, dout, dlse):
-    """out, lse and (dq, dk, dv); a dead row's lse is -inf and passes nothing on."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in problem[:3])
-    out, lse = attention(problem._replace(q=q, k=k, v=v))
+    """out, lse and (dq, dk, dv, dsinks); a dead row's lse is -inf and passes nothing on."""
+    inputs = [x.detach().clone().requires_grad_() for x in problem[:3]]
+    problem = problem._replace(q=inputs[0], k=inputs[1], v=inputs[2])
+    if problem.operands.sinks is not None:
+        inputs.append(problem.operands.sinks.detach().clone().requires_grad_())
+        problem = problem._replace(operands=replace(problem.operands, sinks=inputs[3]))
+    out, lse = attention(problem)
     loss = (out * dout.to(out.dtype)).sum()
     if dlse is not None:
         loss = loss + (lse.masked_fill(lse == -torch.inf, 0) * dlse.to(lse.dtype)).sum()
-    return out.detach(), lse.detach(), torch.autograd.grad(loss, (q, k, v))
+    return out.detach(), lse.detach(), torch.autograd.grad(loss, inputs)
 
 
 def check(case: Case, dtype: torch.dtype, seed: int, with_dlse=True, turns=True) -> None:
@@ -38,7 +44,7 @@ def check(case: Case, dtype: torch.dtype, seed: int, with_dlse=True, turns=True)
     _, _, plain = gradients(plain_attention, problem, dout, dlse)
     got = emulated.backward(problem, dout, dlse, out.to(dtype), lse.float().contiguous(), seed,
                              turns=turns)  # fmt: skip
-    for name, x, true, rough in zip(("dq", "dk", "dv"), got, expected, plain):
+    for name, x, true, rough in zip(("dq", "dk", "dv", "dsinks"), got, expected, plain):
         limit = 3 * (rough.double() - true).abs().max()
         limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 1e-5
         assert (x.double() - true).abs().max() <= limit, name
@@ -78,8 +84,9 @@ def test_moments_of_asynchronous_work(dim, seed):
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_every_schedule_gives_the_same_bits(dim):
-    """Sums into dq are taken in turns, so that no bit depends on time."""
-    case = Case("cuda/bits", heads=4, kv_heads=2, q_len=200, kv_len=300, head_dim=dim, causal=True)
+    """Sums into dq are taken in turns, those into dsinks in a tree: no bit depends on time."""
+    shape = {"heads": 4, "kv_heads": 2, "q_len": 200, "kv_len": 300, "head_dim": dim}
+    case = Case("cuda/bits", causal=True, sinks=True, **shape)
     problem = case.make(torch.float16)
     out, lse = reference(*problem)
     dout = torch.randn_like(out)

@@ -1,10 +1,12 @@
-// Before and after backward_sm90.cuh: what each row contributes, and dq from its fp32 sums.
+// Before and after backward_sm90.cuh: what each row contributes, the gradient of sinks, and dq from
+// its fp32 sums.
 #pragma once
 #include "backward_sm90.cuh"
 
 namespace fastattn::cuda {
 
 constexpr int ROWS_THREADS = 256;
+constexpr int SINKS_THREADS = 512, SINKS_SHARED = 4 * SINKS_THREADS / 32;  // a float a warp
 
 template <class Element> FASTATTN_DEVICE float2 widen_pair(uint32_t two) {
     return {widen<Element>(two & 0xffff), widen<Element>(two >> 16)};
@@ -44,6 +46,32 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
         st_global(p.lse2 + line, none ? -NEGATIVE_INFINITY : lse * static_cast<float>(LOG2E));
         st_global(p.delta + line, none ? 0.0f : sum);
     }
+}
+
+// dsinks = -sum(exp(sink - lse) delta) over the rows of a head: a sink is a key without a value,
+// whose dweights are 0. One CTA a head, and one order of sums. Rows without a key have lse = +inf.
+template <class F> __global__ void __launch_bounds__(SINKS_THREADS)
+    backward_sinks(const __grid_constant__ BackwardRowsParams p) {
+    constexpr int WARPS = SINKS_THREADS / 32;
+    int head = block_index();
+    float sink2 = sink_of(p.sinks, p.sink_type, head) * static_cast<float>(LOG2E), sum = 0;
+    for (int batch = 0; batch < p.batch; batch++) {
+        int64_t line = (static_cast<int64_t>(batch) * p.heads + head) * p.rows;
+#pragma unroll 4
+        for (int row = thread_index(); row < p.rows; row += SINKS_THREADS)
+            sum -= exp2_approx(sink2 - ld_global(p.lse2 + line + row)) *
+                   ld_global(p.delta + line + row);
+    }
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+    SharedAddress sums = dynamic_shared();
+    if (lane_index() == 0) st_shared(sums + 4 * warp_index(), sum);
+    sync_block();
+    if (thread_index() != 0) return;
+    sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) sum += ld_shared(sums + 4 * warp);
+    st_global(p.dsinks + head, sum);
 }
 
 // Two columns of a row a thread.

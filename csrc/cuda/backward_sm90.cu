@@ -18,6 +18,10 @@ std::string launch(const BackwardCall& call, int multiprocessors, cudaStream_t s
     backward_prepare<F><<<over_rows, ROWS_THREADS, 0, stream>>>(rows);
     error = state_of(cudaGetLastError());
     if (!error.empty()) return error;
+    if (call.dsinks)
+        error =
+            launch_large(backward_sinks<F>, rows.heads, SINKS_THREADS, SINKS_SHARED, stream, rows);
+    if (!error.empty()) return error;
     error = launch_large(backward_sm90<F>, p.kv_tiles * p.kv_heads * p.batch, F::THREADS,
                          F::SHARED_BYTES, stream, p);
     if (!error.empty()) return error;

@@ -222,19 +222,6 @@ template <class F> struct Consumer {
         softmax.template update<MASKED>(s, rescale);
     }
 
-    FASTATTN_DEVICE float sink_of(int head) const {
-        switch (p.sink_type) {
-            case SinkType::F32:
-                return ld_global(static_cast<const float*>(p.sinks) + head);
-            case SinkType::BF16:
-                return widen<Bf16>(ld_global(static_cast<const uint16_t*>(p.sinks) + head));
-            case SinkType::F16:
-                return widen<Fp16>(ld_global(static_cast<const uint16_t*>(p.sinks) + head));
-            default:
-                return NEGATIVE_INFINITY;
-        }
-    }
-
     FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
         typename F::QTile out{shared + F::OUT_AT};
         if constexpr (!Config::OUT_IN_Q) {
@@ -268,7 +255,7 @@ template <class F> struct Consumer {
     // Normalises the 64 rows and stores them and their lse.
     FASTATTN_DEVICE void store(float (&acc)[OUTPUTS], OnlineSoftmax& softmax, const Work& w) {
         float scale[2], lse[2];
-        softmax.finish(sink_of(w.head), scale, lse);
+        softmax.finish(sink_of(p.sinks, p.sink_type, w.head), scale, lse);
         scale_rows(acc, scale);
         bool leads = thread_index() % 128 == 0;
         // Rows past the sequence's last are its neighbour's.

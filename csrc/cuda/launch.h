@@ -44,6 +44,9 @@ struct BackwardCall {
     // Working memory, see BackwardSizes; sums and turns are zeros.
     float *lse2, *delta, *dq_sums;
     int* turns;
+    const void* sinks;  // [heads]; lse has them, and they are read for dsinks alone
+    SinkType sink_type;
+    float* dsinks;  // [heads] or null
 };
 
 // Numbers of elements of a BackwardCall's working memory.
@@ -176,7 +179,10 @@ template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c
             static_cast<int>(c.q.heads),
             static_cast<int>(c.q.rows),
             tiles * F::BLOCK_Q,
-            static_cast<float>(c.scale)};
+            static_cast<float>(c.scale),
+            c.sinks,
+            c.sink_type,
+            c.dsinks};
 }
 
 }  // namespace fastattn::cuda

@@ -8,6 +8,20 @@ namespace fastattn::cuda {
 
 enum class SinkType { NONE, F32, BF16, F16 };
 
+// A head's sink, -inf where there is none.
+FASTATTN_DEVICE float sink_of(const void* sinks, SinkType type, int head) {
+    switch (type) {
+        case SinkType::F32:
+            return ld_global(static_cast<const float*>(sinks) + head);
+        case SinkType::BF16:
+            return widen<Bf16>(ld_global(static_cast<const uint16_t*>(sinks) + head));
+        case SinkType::F16:
+            return widen<Fp16>(ld_global(static_cast<const uint16_t*>(sinks) + head));
+        default:
+            return -__builtin_huge_valf();
+    }
+}
+
 // Rows of a 16-bit tensor [batch, heads, rows, D]; strides in elements.
 struct Rows {
     uint16_t* data;
@@ -47,7 +61,7 @@ struct BackwardParams {
     int q_tiles, kv_tiles;
 };
 
-// Before: lse in base 2, and delta. After: dq of its sums.
+// Before: lse in base 2, and delta; of them dsinks. After: dq of its sums.
 struct BackwardRowsParams {
     Rows out, dout, dq;
     const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
@@ -55,6 +69,9 @@ struct BackwardRowsParams {
     const float* dq_sums;
     int batch, heads, q_len, rows;
     float scale;
+    const void* sinks;  // [heads]
+    SinkType sink_type;
+    float* dsinks;  // [heads] or null
 };
 
 enum class Schedule {

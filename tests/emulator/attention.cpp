@@ -63,6 +63,10 @@ template <class F> std::string backward(BackwardCall call, int grid, uint64_t se
     emulator::Launch small{grid, ROWS_THREADS, 0, seed};
     error = emulator::launch(small, [&] { backward_prepare<F>(rows); });
     if (!error.empty()) return error;
+    if (call.dsinks)
+        error = emulator::launch({rows.heads, SINKS_THREADS, SINKS_SHARED, seed},
+                                 [&] { backward_sinks<F>(rows); });
+    if (!error.empty()) return error;
     error = emulator::launch({p.kv_tiles * p.kv_heads * p.batch, F::THREADS, F::SHARED_BYTES, seed},
                              [&] { backward_sm90<F>(p); });
     if (!error.empty()) return error;
