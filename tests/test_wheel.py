@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 USE = """
 import json, torch, fastattn
-from fastattn import backends, ops
+from fastattn import ops
 q, k, v = (torch.randn(2, 4, 70, 64, requires_grad=True) for _ in range(3))
 out = fastattn.attention(q, k, v, causal=True, backend="cpu")
 plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
