@@ -4,6 +4,7 @@ demand. Each is narrow, so that a phone shows it whole."""
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
@@ -73,7 +74,8 @@ def speed(data: dict) -> Iterator[tuple[str, Figure]]:
                 colour = COLOURS.get(name, MUTED)
                 axes.plot(xs, rates, "o-", color=colour, label=name, markersize=4)
         lengths = [_keys(e) for e in entries]
-        axes.set(title=variant_name(key), xscale="log", xlabel="keys", ylabel="GFLOP/s, visible")
+        axes.set(title=textwrap.fill(variant_name(key), 36), xscale="log", xlabel="keys",
+                 ylabel="GFLOP/s, visible")  # fmt: skip
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.xaxis.minorticks_off()
         axes.set_ylim(bottom=0)
