@@ -84,10 +84,11 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
         int64_t line = i / (F::D / 2), which = line / p.q_len;
         int row = static_cast<int>(line % p.q_len);
         int64_t tile = which * (p.rows / F::BLOCK_Q) + row / F::BLOCK_Q;
-        const float* sum =
-            p.dq_sums + tile * F::BLOCK_Q * F::D + F::sum_index(row % F::BLOCK_Q, column);
-        uint32_t two =
-            pack<typename F::Element>(p.scale * ld_global(sum), p.scale * ld_global(sum + 1));
+        const float* sums = p.dq_sums + tile * F::BLOCK_Q * F::D;
+        int in_tile = row % F::BLOCK_Q;
+        uint32_t two = pack<typename F::Element>(
+            p.scale * ld_global(sums + F::sum_index(in_tile, column)),
+            p.scale * ld_global(sums + F::sum_index(in_tile, column + 1)));
         int64_t batch = which / p.heads, head = which % p.heads;
         uint16_t* to = p.dq.data + batch * p.dq.batch + head * p.dq.head + row * p.dq.row + column;
         st_global(reinterpret_cast<uint32_t*>(to), two);

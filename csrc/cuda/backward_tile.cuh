@@ -12,10 +12,10 @@ namespace fastattn::cuda {
 // of all threads side by side, so that each store is 16 bytes and banks do not conflict.
 constexpr FASTATTN_HD int dq_index(int t, int i) { return i / 4 * 512 + t * 4 + i % 4; }
 
-// The same of an even column of a row of the part; the column after it is the next number.
+// The same of a row and column of the part.
 constexpr FASTATTN_HD int dq_index_of(int row, int column) {
     return dq_index(row / 16 * 32 + row % 8 * 4 + column % 8 / 2,
-                    column / 8 * 4 + row % 16 / 8 * 2);
+                    column / 8 * 4 + row % 16 / 8 * 2 + column % 2);
 }
 
 // A tile of keys, and which rows see it.

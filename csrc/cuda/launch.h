@@ -146,14 +146,8 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
     return "";
 }
 
-template <class F, class Encode>
-std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode encode) {
-    p = {};
-    for (std::string error :
-         {tensor_map(p.q, c.q, F::BLOCK_Q, encode), tensor_map(p.dout, c.dout, F::BLOCK_Q, encode),
-          tensor_map(p.k, c.k, F::BLOCK_KV, encode), tensor_map(p.v, c.v, F::BLOCK_KV, encode),
-          tensor_map(p.dk, c.dk, 64, encode), tensor_map(p.dv, c.dv, 64, encode)})
-        if (!error.empty()) return error;
+// All but where the tensors are.
+template <class F, class Params> void set_backward(Params& p, const BackwardCall& c) {
     p.lse = c.lse2;
     p.delta = c.delta;
     p.dq_sums = c.dq_sums;
@@ -162,7 +156,25 @@ std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode enc
     set_shape(p, c);
     p.q_tiles = (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
     p.kv_tiles = (p.kv_len + F::BLOCK_KV - 1) / F::BLOCK_KV;
+}
+
+template <class F, class Encode>
+std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode encode) {
+    p = {};
+    for (std::string error :
+         {tensor_map(p.q, c.q, F::BLOCK_Q, encode), tensor_map(p.dout, c.dout, F::BLOCK_Q, encode),
+          tensor_map(p.k, c.k, F::BLOCK_KV, encode), tensor_map(p.v, c.v, F::BLOCK_KV, encode),
+          tensor_map(p.dk, c.dk, 64, encode), tensor_map(p.dv, c.dv, 64, encode)})
+        if (!error.empty()) return error;
+    set_backward<F>(p, c);
     return "";
+}
+
+template <class F> BackwardParamsSm80 backward_params_sm80(const BackwardCall& c) {
+    BackwardParamsSm80 p{rows_of(c.q),    rows_of(c.k),  rows_of(c.v),
+                         rows_of(c.dout), rows_of(c.dk), rows_of(c.dv)};
+    set_backward<F>(p, c);
+    return p;
 }
 
 template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c) {

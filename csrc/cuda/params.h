@@ -47,11 +47,12 @@ struct ForwardParams {
     int heads_per_section;  // heads that run side by side, so that L2 holds their keys and values
 };
 
-struct BackwardParams {
-    TensorMap q, k, v, dout, dk, dv;
+// Source: how a kernel finds a tensor.
+template <class Source> struct BackwardParamsOf {
+    Source q, k, v, dout, dk, dv;
     const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_rows.cuh
-    float* dq_sums;                  // [batch, heads, q_tiles, 2, PART], zeros at first
-    int* turns;                      // [batch, heads, q_tiles, 2], zeros; null: any order will do
+    float* dq_sums;                  // [batch, heads, q_tiles, BLOCK_Q * D], zeros at first
+    int* turns;                      // [batch, heads, q_tiles, PARTS], zeros; null: any order
     const int *kv_lens, *kv_starts;  // [batch] or null
     int batch, heads, kv_heads, q_len, kv_len;
     int left, right;
@@ -60,6 +61,8 @@ struct BackwardParams {
     float multiplier, before, after, scale;
     int q_tiles, kv_tiles;
 };
+using BackwardParams = BackwardParamsOf<TensorMap>;
+using BackwardParamsSm80 = BackwardParamsOf<Rows>;
 
 // Before: lse in base 2, and delta; of them dsinks. After: dq of its sums.
 struct BackwardRowsParams {
@@ -112,6 +115,32 @@ template <> struct BackwardConfig<64> {
 template <> struct BackwardConfig<128> {
     static constexpr int BLOCK_Q = 64;
     static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dweights
+};
+
+// Shared memory that a CTA can have: on sm_80, 90 and 100; on all others from sm_80 on.
+enum class Memory { LARGE, SMALL };
+constexpr FASTATTN_HD int shared_memory(Memory memory) {
+    return memory == Memory::LARGE ? 166912 : 101376;
+}
+
+// STAGES: tiles of rows in shared memory. With 192 registers of scores, dk and dv, or of dq, dk and
+// dv, 8 warps fill a multiprocessor. D 256 needs large memory.
+template <int D, Memory MEMORY> struct BackwardConfigSm80;
+
+template <> struct BackwardConfigSm80<64, Memory::LARGE> {
+    static constexpr int BLOCK_Q = 128, BLOCK_KV = 128, STAGES = 2;
+};
+template <> struct BackwardConfigSm80<64, Memory::SMALL> {
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, STAGES = 2;
+};
+template <> struct BackwardConfigSm80<128, Memory::LARGE> {
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, STAGES = 2;
+};
+template <> struct BackwardConfigSm80<128, Memory::SMALL> {
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, STAGES = 1;
+};
+template <> struct BackwardConfigSm80<256, Memory::LARGE> {
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, STAGES = 1;
 };
 
 }  // namespace fastattn::cuda

@@ -79,6 +79,9 @@ FASTATTN_DEVICE int ld_global_acquire(const int* p) {
 FASTATTN_DEVICE void add_global_release(int* p, int x) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
+FASTATTN_DEVICE void add_global(float* p, float x) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
+}
 FASTATTN_DEVICE int atomic_add_global(int* p, int x) { return atomicAdd(p, x); }
 FASTATTN_DEVICE void pause() { __nanosleep(64); }  // between two looks at a global flag
 

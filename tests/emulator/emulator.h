@@ -79,6 +79,7 @@ void shared_write(uint32_t address, const void* from, int bytes);
 void global_read(const void* from, void* to, int bytes);
 void global_write(void* to, const void* from, int bytes);
 int global_add(int* p, int x);
+void global_add(float* p, float x);
 void sync_warp();
 void barrier(int id, int threads, bool wait);
 uint32_t shuffle(uint32_t x, int from_lane);
@@ -156,6 +157,7 @@ template <class T> FASTATTN_DEVICE void st_global(T* p, T x) {
 }
 FASTATTN_DEVICE int ld_global_acquire(const int* p) { return ld_global(p); }
 FASTATTN_DEVICE void add_global_release(int* p, int x) { emulator::global_add(p, x); }
+FASTATTN_DEVICE void add_global(float* p, float x) { emulator::global_add(p, x); }
 FASTATTN_DEVICE int atomic_add_global(int* p, int x) { return emulator::global_add(p, x); }
 FASTATTN_DEVICE void pause() { emulator::yield(); }
 

@@ -160,4 +160,9 @@ int global_add(int* p, int x) {
     return old;
 }
 
+void global_add(float* p, float x) {
+    check_global(p, 4, 4, SITE, "an atomic addition");
+    *p += x;
+}
+
 }  // namespace fastattn::emulator
