@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL:
         Path(f"{target}.part").rename(target)
     loaded = ctypes.CDLL(str(target))
     loaded.emulated_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p]
-    for name in ("emulated_forward_sm90", "emulated_backward_sm90"):
+    for name in ("emulated_forward_sm90", "emulated_backward_sm90", "emulated_backward_sm80"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -157,8 +157,12 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns: bool = True):
-    """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order."""
+def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns: bool = True,
+             arch: str = "sm90", more: tuple = ()):
+    """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order.
+
+    arch: whose kernels; more: what else their entry in tests/emulator takes.
+    """
     q, k, v, spec, x = problem
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)
@@ -172,9 +176,8 @@ def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns:
         *(_address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
     )
     bf16 = q.dtype == torch.bfloat16
-    fault = library().emulated_backward_sm90(
-        ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed)
-    )
+    entry = getattr(library(), f"emulated_backward_{arch}")
+    fault = entry(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)
     if fault:
         raise Fault(fault.decode())
     return dq, dk, dv, dsinks

@@ -2,13 +2,35 @@
 // next: backward_sm80.cuh
 #include "backward_sm80.cuh"
 
-#include "backward_rows.cuh"
-#include "driver.h"
+#include "backward_launch.h"
+#include "sm80.h"
 
 namespace fastattn::cuda {
-template __global__ void backward_sm80<BackwardSm80<Bf16, 64, Memory::LARGE>>(const BackwardParamsSm80);
-template __global__ void backward_sm80<BackwardSm80<Bf16, 64, Memory::SMALL>>(const BackwardParamsSm80);
-template __global__ void backward_sm80<BackwardSm80<Bf16, 128, Memory::LARGE>>(const BackwardParamsSm80);
-template __global__ void backward_sm80<BackwardSm80<Bf16, 128, Memory::SMALL>>(const BackwardParamsSm80);
-template __global__ void backward_sm80<BackwardSm80<Bf16, 256, Memory::LARGE>>(const BackwardParamsSm80);
+namespace {
+
+template <class Element> std::string launch_of(const BackwardCall& call, Memory memory,
+                                               int multiprocessors, cudaStream_t stream) {
+    return with_backward_sm80<Element>(call.q.head_dim, memory, [&](auto kernel) {
+        using F = decltype(kernel);
+        BackwardParamsSm80 p = backward_params_sm80<F>(call);
+        return launch_backward<F>(call, multiprocessors, stream, [&] {
+            return launch_large(backward_sm80<F>, p.kv_tiles * p.kv_heads * p.batch, F::THREADS,
+                                F::SHARED_BYTES, stream, p);
+        });
+    });
 }
+
+}  // namespace
+
+std::string launch_backward_sm80(const BackwardCall& call, bool bf16, Memory memory,
+                                 int multiprocessors, cudaStream_t stream) {
+    return bf16 ? launch_of<Bf16>(call, memory, multiprocessors, stream)
+                : launch_of<Fp16>(call, memory, multiprocessors, stream);
+}
+
+BackwardSizes backward_sizes_sm80(const Operand& q, Memory memory) {
+    return with_backward_sm80<Bf16>(
+        q.head_dim, memory, [&](auto kernel) { return BackwardSizes::of<decltype(kernel)>(q); });
+}
+
+}  // namespace fastattn::cuda

@@ -171,7 +171,9 @@ template <class F> struct BackwardCta {
         }
     }
 
-    FASTATTN_DEVICE void step(Sums& sums, Step at, bool more) const {
+    FASTATTN_DEVICE void step(Sums& sums, Step at, bool more) {
+        shared = opaque(shared);
+        warp = opaque(warp);
         copy_wait<0>();
         sync_block();  // and the last step's products are done
         if (F::STAGES > 1 && more) load_rows(after(at));
@@ -210,7 +212,7 @@ template <class F> struct BackwardCta {
                       ld_shared4(tile.chunk(row, chunk)));
     }
 
-    FASTATTN_DEVICE void run() const {
+    FASTATTN_DEVICE void run() {
         Sums sums = {};
         copy(keys(), p.k, w.kv_head, w.key, w.first_key, w.keys);
         copy(values(), p.v, w.kv_head, w.key, w.first_key, w.keys);

@@ -1,33 +1,21 @@
 // The backward pass on sm_90a: what is instantiated, and its launch. next: backward_sm90.cuh
-#include "backward_rows.cuh"
 #include "backward_sm90.cuh"
-#include "driver.h"
+
+#include "backward_launch.h"
 #include "sm90.h"
 
 namespace fastattn::cuda {
 namespace {
-
-constexpr int ROWS_CTAS = 8;  // of the kernels over rows, on a multiprocessor
 
 template <class F>
 std::string launch(const BackwardCall& call, int multiprocessors, cudaStream_t stream) {
     BackwardParams p;
     std::string error = backward_params<F>(p, call, encode);
     if (!error.empty()) return error;
-    BackwardRowsParams rows = backward_rows_params<F>(call);
-    int over_rows = multiprocessors * ROWS_CTAS;
-    backward_prepare<F><<<over_rows, ROWS_THREADS, 0, stream>>>(rows);
-    error = state_of(cudaGetLastError());
-    if (!error.empty()) return error;
-    if (call.dsinks)
-        error =
-            launch_large(backward_sinks<F>, rows.heads, SINKS_THREADS, SINKS_SHARED, stream, rows);
-    if (!error.empty()) return error;
-    error = launch_large(backward_sm90<F>, p.kv_tiles * p.kv_heads * p.batch, F::THREADS,
-                         F::SHARED_BYTES, stream, p);
-    if (!error.empty()) return error;
-    backward_finish<F><<<over_rows, ROWS_THREADS, 0, stream>>>(rows);
-    return state_of(cudaGetLastError());
+    return launch_backward<F>(call, multiprocessors, stream, [&] {
+        return launch_large(backward_sm90<F>, p.kv_tiles * p.kv_heads * p.batch, F::THREADS,
+                            F::SHARED_BYTES, stream, p);
+    });
 }
 
 template <class Element>

@@ -171,8 +171,13 @@ std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode enc
 }
 
 template <class F> BackwardParamsSm80 backward_params_sm80(const BackwardCall& c) {
-    BackwardParamsSm80 p{rows_of(c.q),    rows_of(c.k),  rows_of(c.v),
-                         rows_of(c.dout), rows_of(c.dk), rows_of(c.dv)};
+    BackwardParamsSm80 p = {};
+    p.q = rows_of(c.q);
+    p.k = rows_of(c.k);
+    p.v = rows_of(c.v);
+    p.dout = rows_of(c.dout);
+    p.dk = rows_of(c.dk);
+    p.dv = rows_of(c.dv);
     set_backward<F>(p, c);
     return p;
 }

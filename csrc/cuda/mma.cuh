@@ -32,32 +32,55 @@ FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last
     }
 }
 
-// The chunk whose address this lane gives to ldmatrix for a block of 16 rows x 16 columns of a
-// tile: matrices 1 and 2 are the lower left and the upper right one, or the other way round.
-template <bool LOWER_FIRST, class T>
-FASTATTN_DEVICE SharedAddress block_chunk(T tile, int row, int column) {
-    int lane = lane_index(), low = lane % 8, one = lane / 8 % 2, two = lane / 16;
-    return tile.chunk(row + low + 8 * (LOWER_FIRST ? one : two),
-                      column / 8 + (LOWER_FIRST ? two : one));
+// From an address in a tile to one rows and columns on: constants, so that one register serves a
+// product. rows is a multiple of 8, columns one of 8 that shares no bit with the column there is, so
+// that the swizzle, an XOR, lets them be added.
+template <class T> FASTATTN_DEVICE SharedAddress move(SharedAddress at, int rows, int columns) {
+    return (at ^ columns % PANEL * 2) + columns / PANEL * T::PANEL_BYTES + rows * ROW_BYTES;
 }
 
-// A fragment [16 from m] x [16 from k].
-template <Major MAJOR, class T>
-FASTATTN_DEVICE void load_a(uint32_t (&a)[4], T tile, int m, int k) {
-    if constexpr (MAJOR == Major::K)
-        ldmatrix<false>(a, block_chunk<true>(tile, m, k));
-    else
-        ldmatrix<true>(a, block_chunk<false>(tile, k, m));
-}
+// What this lane gives to ldmatrix for blocks of 16 rows x 16 columns of a tile. Matrices 1 and 2
+// of a block are the lower left and the upper right one, or the other way round.
+template <class T> struct Blocks {
+    SharedAddress first;
 
-// Two fragments of B, [16 from k] x [8 from n] and [8 from n + 8]: b[0], b[1] and b[2], b[3].
-template <Major MAJOR, class T>
-FASTATTN_DEVICE void load_b(uint32_t (&b)[4], T tile, int n, int k) {
-    if constexpr (MAJOR == Major::K)
-        ldmatrix<false>(b, block_chunk<false>(tile, n, k));
-    else
-        ldmatrix<true>(b, block_chunk<true>(tile, k, n));
-}
+    FASTATTN_DEVICE Blocks(T tile, int row, int column, bool lower_first) {
+        int lane = lane_index(), low = lane % 8, one = lane / 8 % 2, two = lane / 16;
+        first = tile.chunk(row + low + 8 * (lower_first ? one : two),
+                           column / 8 + (lower_first ? two : one));
+    }
+    FASTATTN_DEVICE SharedAddress at(int rows, int columns) const {
+        return move<T>(first, rows, columns);
+    }
+};
+
+// Fragments [16 x 16] of A, from row m: of the block k columns on; m counts rows from the first.
+template <Major MAJOR, class T> struct FragmentsA {
+    Blocks<T> blocks;
+
+    FASTATTN_DEVICE FragmentsA(T tile, int m)
+        : blocks(tile, MAJOR == Major::K ? m : 0, MAJOR == Major::K ? 0 : m, MAJOR == Major::K) {}
+    FASTATTN_DEVICE void load(uint32_t (&a)[4], int m, int k) const {
+        if constexpr (MAJOR == Major::K)
+            ldmatrix<false>(a, blocks.at(m, k));
+        else
+            ldmatrix<true>(a, blocks.at(k, m));
+    }
+};
+
+// Two fragments of B a load, [16 from k] x [8 from n] and [8 from n + 8]: b[0], b[1] and b[2], b[3].
+template <Major MAJOR, class T> struct FragmentsB {
+    Blocks<T> blocks;
+
+    FASTATTN_DEVICE FragmentsB(T tile, int n)
+        : blocks(tile, MAJOR == Major::K ? n : 0, MAJOR == Major::K ? 0 : n, MAJOR == Major::MN) {}
+    FASTATTN_DEVICE void load(uint32_t (&b)[4], int n, int k) const {
+        if constexpr (MAJOR == Major::K)
+            ldmatrix<false>(b, blocks.at(n, k));
+        else
+            ldmatrix<true>(b, blocks.at(k, n));
+    }
+};
 
 // Columns [n, n + 16) of accumulators [16 x N] += a[16 x 16] * b[16 x 16].
 template <class Element, int BLOCKS, int SIZE>
@@ -77,14 +100,16 @@ template <class Element, Major A_MAJOR, Major B_MAJOR, int BLOCKS, int SIZE, cla
 FASTATTN_DEVICE void multiply_shared(float (&acc)[BLOCKS][SIZE], A a, int m, B b, int n) {
     constexpr int K = A_MAJOR == Major::K ? A::COLUMNS : A::ROWS;
     static_assert(K == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
+    FragmentsA<A_MAJOR, A> from_a(a, m);
+    FragmentsB<B_MAJOR, B> from_b(b, n);
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         uint32_t of_a[BLOCKS][4], of_b[4];
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) load_a<A_MAJOR>(of_a[i], a, m + 16 * i, k);
+        for (int i = 0; i < BLOCKS; i++) from_a.load(of_a[i], 16 * i, k);
 #pragma unroll
         for (int j = 0; j < 2 * SIZE; j += 16) {
-            load_b<B_MAJOR>(of_b, b, n + j, k);
+            from_b.load(of_b, j, k);
             multiply_block<Element>(acc, j, of_a, of_b);
         }
     }
@@ -95,6 +120,7 @@ template <class Element, Major B_MAJOR, int BLOCKS, int SIZE, int FRAGMENTS, cla
 FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
                                         const uint32_t (&a)[BLOCKS][FRAGMENTS][4], B b, int n) {
     static_assert(16 * FRAGMENTS == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
+    FragmentsB<B_MAJOR, B> from_b(b, n);
 #pragma unroll
     for (int k = 0; k < FRAGMENTS; k++) {
         uint32_t of_a[BLOCKS][4], of_b[4];
@@ -104,7 +130,7 @@ FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
             for (int j = 0; j < 4; j++) of_a[i][j] = a[i][k][j];
 #pragma unroll
         for (int j = 0; j < 2 * SIZE; j += 16) {
-            load_b<B_MAJOR>(of_b, b, n + j, 16 * k);
+            from_b.load(of_b, j, 16 * k);
             multiply_block<Element>(acc, j, of_a, of_b);
         }
     }
@@ -115,13 +141,12 @@ FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
 template <int FRAGMENTS, class T>
 FASTATTN_DEVICE void write_fragments(T tile, int row, int column,
                                      const uint32_t (&a)[FRAGMENTS][4]) {
-    int at = row + lane_index() / 4, within = lane_index() % 4 * 4;
+    SharedAddress at = tile.chunk(row + lane_index() / 4, column / 8) + lane_index() % 4 * 4;
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            st_shared(tile.chunk(at + 8 * (j % 2), column / 8 + 2 * i + j / 2) + within,
-                      float_of(a[i][j]));
+            st_shared(move<T>(at, 8 * (j % 2), 16 * i + 8 * (j / 2)), float_of(a[i][j]));
 }
 
 }  // namespace fastattn::cuda

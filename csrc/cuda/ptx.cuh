@@ -41,6 +41,13 @@ FASTATTN_DEVICE SharedAddress dynamic_shared() {
     return (start + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
 }
 
+// x, of which the compiler knows no more than that: what it is added to is not computed before a loop
+// and kept, which takes registers.
+FASTATTN_DEVICE SharedAddress opaque(SharedAddress x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // --- memory -------------------------------------------------------------------------------------
 
 FASTATTN_DEVICE float ld_shared(SharedAddress a) {

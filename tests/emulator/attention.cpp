@@ -1,10 +1,7 @@
 // The attention kernels as C functions, for ctypes. next: ../../csrc/cuda/forward_sm90.cuh
-#include "backward_rows.cuh"
 #include "backward_sm90.cuh"
 #include "forward_sm90.cuh"
-#include "launch.h"
-
-#include <vector>
+#include "hosts.h"
 
 using namespace fastattn;
 using namespace fastattn::cuda;
@@ -14,12 +11,6 @@ namespace {
 std::string encode(TensorMap& map, void* data, const uint64_t* sizes, const uint64_t* strides,
                    const uint32_t* box) {
     return emulator::encode_tiled(map, data, 4, 2, sizes, strides, box, emulator::Swizzle::B128);
-}
-
-const char* keep(std::string text) {
-    static std::string kept;
-    kept = std::move(text);
-    return kept.c_str();
 }
 
 template <class F> std::string forward(const ForwardCall& call, int grid, uint64_t seed) {
@@ -43,35 +34,15 @@ template <class Element> std::string forward_of(const ForwardCall& call, int gri
     }
 }
 
-// Working memory is made here; grid: of the kernels that go over rows.
-// call.turns: null, or anything else to take turns.
-template <class F> std::string backward(BackwardCall call, int grid, uint64_t seed) {
-    BackwardSizes sizes = BackwardSizes::of<F>(call.q);
-    std::vector<float> lse2(sizes.rows, NAN), delta(sizes.rows, NAN), sums(sizes.sums, 0.0f);
-    std::vector<int> turns(sizes.turns, 0);
-    emulator::register_memory(lse2.data(), 4 * lse2.size(), "lse2");
-    emulator::register_memory(delta.data(), 4 * delta.size(), "delta");
-    emulator::register_memory(sums.data(), 4 * sums.size(), "dq_sums");
-    emulator::register_memory(turns.data(), 4 * turns.size(), "turns");
-    call.lse2 = lse2.data();
-    call.delta = delta.data();
-    call.dq_sums = sums.data();
-    if (call.turns) call.turns = turns.data();
-    BackwardParams p;
-    std::string error = backward_params<F>(p, call, encode);
-    if (!error.empty()) return error;
-    BackwardRowsParams rows = backward_rows_params<F>(call);
-    emulator::Launch small{grid, ROWS_THREADS, 0, seed};
-    error = emulator::launch(small, [&] { backward_prepare<F>(rows); });
-    if (!error.empty()) return error;
-    if (call.dsinks)
-        error = emulator::launch({rows.heads, SINKS_THREADS, SINKS_SHARED, seed},
-                                 [&] { backward_sinks<F>(rows); });
-    if (!error.empty()) return error;
-    error = emulator::launch({p.kv_tiles * p.kv_heads * p.batch, F::THREADS, F::SHARED_BYTES, seed},
-                             [&] { backward_sm90<F>(p); });
-    if (!error.empty()) return error;
-    return emulator::launch(small, [&] { backward_finish<F>(rows); });
+template <class F> std::string backward(const BackwardCall& call, int grid, uint64_t seed) {
+    return emulated_backward<F>(call, grid, seed, [&](const BackwardCall& whole) {
+        BackwardParams p;
+        std::string error = backward_params<F>(p, whole, encode);
+        if (!error.empty()) return error;
+        int tiles = p.kv_tiles * p.kv_heads * p.batch;
+        return emulator::launch({tiles, F::THREADS, F::SHARED_BYTES, seed},
+                                [&] { backward_sm90<F>(p); });
+    });
 }
 
 template <class Element>

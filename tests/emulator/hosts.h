@@ -1,0 +1,45 @@
+// What the emulator's hosts of attention kernels share. next: attention.cpp, backward_sm80.cpp
+#pragma once
+#include "backward_rows.cuh"
+#include "launch.h"
+
+#include <string>
+#include <vector>
+
+namespace fastattn::cuda {
+
+// Kept until the next call, for ctypes.
+inline const char* keep(std::string text) {
+    static std::string kept;
+    kept = std::move(text);
+    return kept.c_str();
+}
+
+// The backward pass with main(call) as its main kernel. Working memory is made here; grid: of the
+// kernels that go over rows. call.turns: null, or anything else to take turns.
+template <class F, class Main>
+std::string emulated_backward(BackwardCall call, int grid, uint64_t seed, Main main) {
+    BackwardSizes sizes = BackwardSizes::of<F>(call.q);
+    std::vector<float> lse2(sizes.rows, NAN), delta(sizes.rows, NAN), sums(sizes.sums, 0.0f);
+    std::vector<int> turns(sizes.turns, 0);
+    emulator::register_memory(lse2.data(), 4 * lse2.size(), "lse2");
+    emulator::register_memory(delta.data(), 4 * delta.size(), "delta");
+    emulator::register_memory(sums.data(), 4 * sums.size(), "dq_sums");
+    emulator::register_memory(turns.data(), 4 * turns.size(), "turns");
+    call.lse2 = lse2.data();
+    call.delta = delta.data();
+    call.dq_sums = sums.data();
+    if (call.turns) call.turns = turns.data();
+    BackwardRowsParams rows = backward_rows_params<F>(call);
+    emulator::Launch small{grid, ROWS_THREADS, 0, seed};
+    std::string error = emulator::launch(small, [&] { backward_prepare<F>(rows); });
+    if (!error.empty()) return error;
+    if (call.dsinks)
+        error = emulator::launch({rows.heads, SINKS_THREADS, SINKS_SHARED, seed},
+                                 [&] { backward_sinks<F>(rows); });
+    if (error.empty()) error = main(call);
+    if (!error.empty()) return error;
+    return emulator::launch(small, [&] { backward_finish<F>(rows); });
+}
+
+}  // namespace fastattn::cuda
