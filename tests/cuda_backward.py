@@ -49,6 +49,8 @@ def check(
     wide = problem.to(torch.float64)
     out, lse, expected = gradients(lambda p: reference(*p), wide, dout, dlse)
     _, _, plain = gradients(plain_attention, problem, dout, dlse)
+    if case.packed:  # rows of no sequence
+        dout[:, :, sum(rows for rows, _ in case.packed) :] = torch.nan
     given = (out.to(dtype), lse.float().contiguous())
     got = kernel(problem, dout, dlse, *given, seed=seed, turns=turns)
     for name, x, true, rough in zip(("dq", "dk", "dv", "dsinks"), got, expected, plain):
@@ -66,3 +68,20 @@ def same_bits(kernel: Kernel) -> None:
     runs = [kernel(problem, dout, None, out, lse, seed=seed) for seed in range(3)]
     for other in runs[1:]:
         assert all(torch.equal(x, y) for x, y in zip(other, runs[0]))
+
+
+def sequences_are_apart(kernel: Kernel) -> None:
+    """NaN in one sequence, in rows, keys and cotangents alike, changes no bit of the others."""
+    packed = ((70, 90), (100, 60), (40, 140))
+    case = Case("cuda/packed", packed=packed, head_dim=kernel.dim, causal=True)
+    problem = case.make(torch.float16)
+    out, lse = reference(*problem)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).half()
+    expected = kernel(problem, dout, None, out, lse, seed=1)
+    own, theirs = slice(70, 170), slice(90, 150)
+    for x, middle in ((problem.q, own), (problem.k, theirs), (problem.v, theirs), (dout, own)):
+        x[:, :, middle] = torch.nan
+    got = kernel(problem, dout, None, out, lse, seed=1)
+    for x, y, middle in zip(got, expected, (own, theirs, theirs)):
+        for others in (slice(0, middle.start), slice(middle.stop, None)):
+            assert torch.equal(x[:, :, others], y[:, :, others])

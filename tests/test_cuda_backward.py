@@ -6,8 +6,8 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_backward import Kernel, check, same_bits
-from cuda_cases import MASKS, OPTIONS, SHAPES
+from cuda_backward import Kernel, check, same_bits, sequences_are_apart
+from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
@@ -31,6 +31,21 @@ def test_options(dim, option):
     seed = DIMS.index(dim) + list(OPTIONS).index(option)
     case = Case(f"cuda/{option}", **OPTIONS[option])
     check(Kernel("sm90", dim), case, torch.float16 if seed % 2 else torch.bfloat16, seed)
+
+
+@pytest.mark.parametrize("turns", (True, False), ids=("turns", "any-order"))
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("dim", DIMS)
+def test_packed_sequences(dim, name, turns):
+    seed = DIMS.index(dim) + list(PACKED).index(name) + turns
+    case = Case("cuda/packed", **PACKED[name])
+    dtype = torch.float16 if seed % 2 else torch.bfloat16
+    check(Kernel("sm90", dim), case, dtype, seed, turns=turns)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_packed_sequences_do_not_see_each_other(dim):
+    sequences_are_apart(Kernel("sm90", dim))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,8 +8,8 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_backward import Kernel, check, same_bits
-from cuda_cases import MASKS, OPTIONS, SHAPES
+from cuda_backward import Kernel, check, same_bits, sequences_are_apart
+from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
@@ -20,7 +20,7 @@ KERNELS = {
     f"{dim}-{'small' if small else 'large'}": Kernel("sm80", dim, (ctypes.c_bool(small),))
     for dim, small in [(64, False), (64, True), (128, False), (128, True), (256, False)]
 }
-NUMBERS = {name: number for number, name in enumerate([*KERNELS, *SHAPES, *MASKS, *OPTIONS])}
+NUMBERS = {name: number for number, name in enumerate([*KERNELS, *SHAPES, *MASKS, *OPTIONS, *PACKED])}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -40,6 +40,20 @@ def test_options(kernel, option):
     seed = NUMBERS[kernel] + NUMBERS[option]
     case = Case(f"cuda/{option}", **OPTIONS[option])
     check(KERNELS[kernel], case, torch.float16 if seed % 2 else torch.bfloat16, seed)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@every_kernel
+def test_packed_sequences(kernel, name):
+    seed = NUMBERS[kernel] + NUMBERS[name]
+    case = Case("cuda/packed", **PACKED[name])
+    dtype = torch.float16 if seed % 2 else torch.bfloat16
+    check(KERNELS[kernel], case, dtype, seed, turns=seed % 4 < 2)
+
+
+@every_kernel
+def test_packed_sequences_do_not_see_each_other(kernel):
+    sequences_are_apart(KERNELS[kernel])
 
 
 @pytest.mark.parametrize("seed", range(3))

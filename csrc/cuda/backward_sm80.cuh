@@ -98,20 +98,22 @@ template <class F> struct BackwardCta {
         return {at.head + last, last ? w.begin : at.tile + 1, (at.stage + 1) % F::STAGES};
     }
 
+    // Tile row r from row `row` + r of a head, where r is in [first, last); zeros elsewhere.
     template <class T> FASTATTN_DEVICE void copy(T tile, const Rows& from, int head, int row,
                                                  int first, int last) const {
-        EvenRows rows{from.data + w.batch * from.batch + head * from.head + row * from.row,
-                      from.row};
-        copy_rows<F::THREADS>(tile, rows, first - row, last - row);
+        EvenRows rows{from.at(w.batch, head, row), from.row};
+        copy_rows<F::THREADS>(tile, rows, first, last);
+    }
+    FASTATTN_DEVICE void load_keys(typename F::KVTile tile, const Rows& from) const {
+        copy(tile, from, w.kv_head, w.key_in_k + w.key, w.first_key - w.key, w.keys - w.key);
     }
     FASTATTN_DEVICE void load_rows(Step at) const {
-        int row = at.tile * F::BLOCK_Q;
-        copy(q(at), p.q, at.head, row, 0, p.q_len);
-        copy(dout(at), p.dout, at.head, row, 0, p.q_len);
+        int row = at.tile * F::BLOCK_Q, last = w.band.q_len - row;
+        copy(q(at), p.q, at.head, w.row_in_q + row, 0, last);
+        copy(dout(at), p.dout, at.head, w.row_in_q + row, 0, last);
         constexpr int CHUNKS = F::BLOCK_Q / 4;
         int chunk = thread_index() % CHUNKS;
-        int64_t line = (static_cast<int64_t>(w.batch) * p.heads + at.head) * p.q_tiles * F::BLOCK_Q;
-        int64_t from = line + row + 4 * chunk;
+        int64_t from = w.row_tile(p, at.head, at.tile) * F::BLOCK_Q + 4 * chunk;
         if (thread_index() < CHUNKS)
             copy_async(lse(at) + 16 * chunk, p.lse + from, true);
         else if (thread_index() < 2 * CHUNKS)
@@ -120,7 +122,7 @@ template <class F> struct BackwardCta {
 
     // Adds to the sums; in deterministic mode after those of earlier keys.
     FASTATTN_DEVICE void add_dq(const typename OfRows::Sums& dq, Step at) const {
-        int64_t tile = (static_cast<int64_t>(w.batch) * p.heads + at.head) * p.q_tiles + at.tile;
+        int64_t tile = w.row_tile(p, at.head, at.tile);
         float* sums = p.dq_sums + tile * F::BLOCK_Q * F::D + thread_index();
         if (p.turns) {
             int before = w.turn(at.tile, F::BLOCK_Q, F::BLOCK_KV);
@@ -205,17 +207,18 @@ template <class F> struct BackwardCta {
         }
         sync_block();
         constexpr int CHUNKS = F::D / 8;
-        uint16_t* start = to.data + w.batch * to.batch + w.kv_head * to.head + w.key * to.row;
-        int rows = imin(F::BLOCK_KV, p.kv_len - w.key), chunk = thread_index() % CHUNKS;
+        uint16_t* start = to.at(w.batch, w.kv_head, w.key_in_k + w.key);
+        int rows = imin(F::BLOCK_KV, w.all_keys - w.key), chunk = thread_index() % CHUNKS;
         for (int row = thread_index() / CHUNKS; row < rows; row += F::THREADS / CHUNKS)
             st_global(reinterpret_cast<uint4*>(start + row * to.row + 8 * chunk),
                       ld_shared4(tile.chunk(row, chunk)));
     }
 
     FASTATTN_DEVICE void run() {
+        if (w.empty()) return;
         Sums sums = {};
-        copy(keys(), p.k, w.kv_head, w.key, w.first_key, w.keys);
-        copy(values(), p.v, w.kv_head, w.key, w.first_key, w.keys);
+        load_keys(keys(), p.k);
+        load_keys(values(), p.v);
         int heads = p.heads / p.kv_heads, steps = heads * (w.end - w.begin);
         Step at{w.kv_head * heads, w.begin, 0};
         if (steps > 0) load_rows(at);
