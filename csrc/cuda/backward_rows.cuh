@@ -1,7 +1,7 @@
-// Before and after backward_sm90.cuh: what each row contributes, the gradient of sinks, and dq from
-// its fp32 sums.
+// Before and after the backward kernels: what each row contributes, the gradient of sinks, and dq
+// from its fp32 sums. next: backward_tile.cuh
 #pragma once
-#include "backward_sm90.cuh"
+#include "backward_tile.cuh"
 
 namespace fastattn::cuda {
 
@@ -84,12 +84,8 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
         int64_t line = i / (F::D / 2), which = line / p.q_len;
         int row = static_cast<int>(line % p.q_len);
         int64_t tile = which * (p.rows / F::BLOCK_Q) + row / F::BLOCK_Q;
-        int in_tile = row % F::BLOCK_Q;
-        int group = F::HALF_ROWS ? in_tile / 64 : column / F::DQ_COLUMNS;
-        int r = in_tile % 64, c = column % F::DQ_COLUMNS;
-        int thread = r / 16 * 32 + r % 8 * 4 + c % 8 / 2;
-        int index = dq_index(thread, c / 8 * 4 + r % 16 / 8 * 2);
-        const float* sum = p.dq_sums + (tile * F::CONSUMERS + group) * F::PART + index;
+        const float* sum =
+            p.dq_sums + tile * F::BLOCK_Q * F::D + F::sum_index(row % F::BLOCK_Q, column);
         uint32_t two =
             pack<typename F::Element>(p.scale * ld_global(sum), p.scale * ld_global(sum + 1));
         int64_t batch = which / p.heads, head = which % p.heads;

@@ -1,5 +1,6 @@
 // The backward pass on sm_90a: what is instantiated, and its launch. next: backward_sm90.cuh
 #include "backward_rows.cuh"
+#include "backward_sm90.cuh"
 #include "driver.h"
 #include "sm90.h"
 

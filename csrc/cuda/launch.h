@@ -55,7 +55,7 @@ struct BackwardSizes {
 
     template <class F> static BackwardSizes of(const Operand& q) {
         int64_t tiles = q.batch * q.heads * ((q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
-        return {tiles * F::BLOCK_Q, tiles * F::CONSUMERS * F::PART, tiles * F::CONSUMERS};
+        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS};
     }
 };
 

@@ -1,5 +1,6 @@
 // The attention kernels as C functions, for ctypes. next: ../../csrc/cuda/forward_sm90.cuh
 #include "backward_rows.cuh"
+#include "backward_sm90.cuh"
 #include "forward_sm90.cuh"
 #include "launch.h"
 
