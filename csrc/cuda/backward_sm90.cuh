@@ -68,29 +68,30 @@ template <class F> struct BackwardProducer {
             tma_load(T{at}.panel(i), map, bar, PANEL * i, row, head, batch, EVICT_LAST);
     }
     FASTATTN_DEVICE void load_rows(typename F::QRing& ring, int at, int stats_at,
-                                   const TensorMap* map, const float* stats, int row, int head,
-                                   int batch) {
+                                   const TensorMap* map, const float* stats, const KeyWork& w,
+                                   int head, int m) {
         using T = typename F::QTile;
         ring.acquire(T::BYTES + F::STATS);
-        load<T>(shared + at + ring.stage * T::BYTES, map, ring.full(), row, head, batch);
-        int64_t line = static_cast<int64_t>(batch) * p.heads + head;
+        load<T>(shared + at + ring.stage * T::BYTES, map, ring.full(), w.row_in_q + m * F::BLOCK_Q,
+                head, w.batch);
         bulk_load(shared + stats_at + ring.stage * F::STATS,
-                  stats + line * p.q_tiles * F::BLOCK_Q + row, F::STATS, ring.full());
+                  stats + w.row_tile(p, head, m) * F::BLOCK_Q, F::STATS, ring.full());
         ring.advance();
     }
 
     FASTATTN_DEVICE void run() {
         KeyWork w(p, block_index(), F::BLOCK_Q, F::BLOCK_KV);
+        if (w.empty()) return;
         using T = typename F::KVTile;
+        int key = w.key_in_k + w.key;
         kv_ring.acquire(2 * T::BYTES);
-        load<T>(shared + F::K_AT, &p.k, kv_ring.full(), w.key, w.kv_head, w.batch);
-        load<T>(shared + F::V_AT, &p.v, kv_ring.full(), w.key, w.kv_head, w.batch);
+        load<T>(shared + F::K_AT, &p.k, kv_ring.full(), key, w.kv_head, w.batch);
+        load<T>(shared + F::V_AT, &p.v, kv_ring.full(), key, w.kv_head, w.batch);
         int group = p.heads / p.kv_heads;
         for (int head = w.kv_head * group; head < (w.kv_head + 1) * group; head++)
             for (int m = w.begin; m < w.end; m++) {
-                int row = m * F::BLOCK_Q;
-                load_rows(q_ring, F::Q_AT, F::LSE_AT, &p.q, p.lse, row, head, w.batch);
-                load_rows(dout_ring, F::DOUT_AT, F::DELTA_AT, &p.dout, p.delta, row, head, w.batch);
+                load_rows(q_ring, F::Q_AT, F::LSE_AT, &p.q, p.lse, w, head, m);
+                load_rows(dout_ring, F::DOUT_AT, F::DELTA_AT, &p.dout, p.delta, w, head, m);
             }
     }
 };
@@ -119,19 +120,33 @@ template <class F> struct BackwardConsumer {
     FASTATTN_DEVICE typename F::KVTile keys() const { return {shared + F::K_AT}; }
     FASTATTN_DEVICE typename F::KVTile values() const { return {shared + F::V_AT}; }
 
-    // Keys and values that do not exist become zeros: theirs are other entries', or NaN.
-    FASTATTN_DEVICE void clear(const KeyWork& w) const {
-        int low = w.first_key - w.key, high = w.keys - w.key;
-        if (low <= 0 && high >= imin(F::BLOCK_KV, p.kv_len - w.key)) return;
-        constexpr int CHUNKS = F::D / 8, CONSUMING = 128 * F::CONSUMERS;
-        for (int i = thread_index() - 128; i < F::BLOCK_KV * CHUNKS; i += CONSUMING) {
-            int row = i / CHUNKS;
-            if (row >= low && row < high) continue;
-            st_shared4(keys().chunk(row, i % CHUNKS), uint4{0, 0, 0, 0});
-            st_shared4(values().chunk(row, i % CHUNKS), uint4{0, 0, 0, 0});
-        }
+    FASTATTN_DEVICE typename F::QTile rows() const {
+        return {shared + F::Q_AT + q_ring.stage * F::QTile::BYTES};
+    }
+    FASTATTN_DEVICE typename F::QTile dout() const {
+        return {shared + F::DOUT_AT + dout_ring.stage * F::QTile::BYTES};
+    }
+
+    // Rows outside [low, high) of both tiles become zeros: theirs are other entries', or NaN.
+    template <class T> FASTATTN_DEVICE void clear(T a, T b, int low, int high) const {
+        constexpr int CONSUMING = 128 * F::CONSUMERS;
+        clear_rows<CONSUMING>(a, low, high, thread_index() - 128);
+        clear_rows<CONSUMING>(b, low, high, thread_index() - 128);
         fence_proxy_async();
         barrier_sync(F::ALL_CONSUMERS, CONSUMING);
+    }
+    // Keys that do not exist; past the tensor's TMA gives zeros.
+    FASTATTN_DEVICE void clear_keys(const KeyWork& w) const {
+        int low = w.first_key - w.key, high = w.keys - w.key;
+        if (low > 0 || high < imin(F::BLOCK_KV, p.kv_len - w.key_in_k - w.key))
+            clear(keys(), values(), low, high);
+    }
+    // Rows past a sequence's end: their weights are 0, but what is there may be NaN.
+    FASTATTN_DEVICE void clear_rows_past(const KeyWork& w, int m) const {
+        int high = w.band.q_len - m * F::BLOCK_Q;
+        if (!p.cu_q || high >= F::BLOCK_Q) return;
+        dout_ring.wait();
+        clear(rows(), dout(), 0, high);
     }
 
     FASTATTN_DEVICE void issue_dq(float (&dq)[DQ], typename F::ScoreTile dscores) const {
@@ -159,8 +174,7 @@ template <class F> struct BackwardConsumer {
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
         if (!leads()) return;
-        int64_t tile = (static_cast<int64_t>(w.batch) * p.heads + head) * p.q_tiles + m;
-        int64_t part = tile * F::PARTS + group;
+        int64_t part = w.row_tile(p, head, m) * F::PARTS + group;
         int before = p.turns ? w.turn(m, F::BLOCK_Q, F::BLOCK_KV) : 0;
         if (p.turns)
             while (ld_global_acquire(p.turns + part) != before) pause();
@@ -189,14 +203,13 @@ template <class F> struct BackwardConsumer {
         float s[SCORES], d[SCORES], dq[DQ];
         uint32_t weights[F::BLOCK_Q / 16][4], dscores[F::BLOCK_Q / 16][4];
         q_ring.wait();
-        typename F::QTile q{shared + F::Q_AT + q_ring.stage * F::QTile::BYTES};
+        if constexpr (MASKED) clear_rows_past(w, m);
         wgmma_fence();
-        multiply_transposed<Element, F::BLOCK_Q>(s, keys(), 64 * group, q);
+        multiply_transposed<Element, F::BLOCK_Q>(s, keys(), 64 * group, rows());
         wgmma_commit();
         dout_ring.wait();
-        typename F::QTile dout{shared + F::DOUT_AT + dout_ring.stage * F::QTile::BYTES};
         wgmma_fence();
-        multiply_transposed<Element, F::BLOCK_Q>(d, values(), 64 * group, dout);
+        multiply_transposed<Element, F::BLOCK_Q>(d, values(), 64 * group, dout());
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
@@ -208,13 +221,12 @@ template <class F> struct BackwardConsumer {
         }
         wgmma_wait<0>();
         pin(d);
-        differentiate(d, s, transform, lse,
-                      shared + F::DELTA_AT + dout_ring.stage * F::STATS);
+        differentiate(d, s, transform, lse, shared + F::DELTA_AT + dout_ring.stage * F::STATS);
         if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::BLOCK_Q>(weights, s);
         to_fragments<Element, F::BLOCK_Q>(dscores, d);
 
         wgmma_fence();
-        multiply_add<Element, F::D>(sums.dv, weights, dout);
+        multiply_add<Element, F::D>(sums.dv, weights, dout());
         wgmma_commit();
         // Two buffers: whoever is a step ahead does not write what the other still multiplies.
         typename F::ScoreTile tile{shared + F::SCORES_AT + scores_stage * F::ScoreTile::BYTES};
@@ -224,7 +236,7 @@ template <class F> struct BackwardConsumer {
         barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);
         wgmma_fence();
         issue_dq(dq, tile);
-        multiply_add<Element, F::D>(sums.dk, dscores, q);
+        multiply_add<Element, F::D>(sums.dk, dscores, rows());
         wgmma_commit();
         wgmma_wait<1>();
         pin(dq);
@@ -236,10 +248,7 @@ template <class F> struct BackwardConsumer {
         release(q_ring);
     }
 
-    FASTATTN_DEVICE void store(Sums& sums, const KeyWork& w) const {
-#pragma unroll
-        for (int i = 0; i < OUTPUTS; i++) sums.dk[i] *= p.scale;
-        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);  // the other still multiplies with k
+    FASTATTN_DEVICE void store_tile(const Sums& sums, const KeyWork& w, int row) const {
         store_accumulator<Element, F::D>(keys(), 64 * group, sums.dk);
         store_accumulator<Element, F::D>(values(), 64 * group, sums.dv);
         fence_proxy_async();
@@ -247,22 +256,39 @@ template <class F> struct BackwardConsumer {
         if (!leads()) return;
 #pragma unroll
         for (int i = 0; i < F::KVTile::PANELS; i++) {
-            int offset = 64 * group * ROW_BYTES, row = w.key + 64 * group;
+            int offset = 64 * group * ROW_BYTES;
             tma_store(&p.dk, keys().panel(i) + offset, PANEL * i, row, w.kv_head, w.batch);
             tma_store(&p.dv, values().panel(i) + offset, PANEL * i, row, w.kv_head, w.batch);
         }
         bulk_commit();
-        bulk_wait<0>();
+    }
+    FASTATTN_DEVICE void store_rows(const Rows& to, const float (&acc)[OUTPUTS], const KeyWork& w,
+                                    int row, int rows) const {
+        store_accumulator_rows<Element, F::D>(to.at(w.batch, w.kv_head, row), to.row, rows, acc);
+    }
+    FASTATTN_DEVICE void store(Sums& sums, const KeyWork& w) const {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; i++) sums.dk[i] *= p.scale;
+        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);  // the other still multiplies with k
+        int row = w.key_in_k + w.key + 64 * group, rows = w.all_keys - w.key - 64 * group;
+        if (!p.cu_k || rows >= 64) {
+            store_tile(sums, w, row);
+        } else {  // keys past the sequence's last are its neighbour's
+            store_rows(p.dk_rows, sums.dk, w, row, rows);
+            store_rows(p.dv_rows, sums.dv, w, row, rows);
+        }
+        if (leads()) bulk_wait<0>();
     }
 
     FASTATTN_DEVICE void run() {
         KeyWork w(p, block_index(), F::BLOCK_Q, F::BLOCK_KV);
+        if (w.empty()) return;
         Transform transform{p.softcap, p.transform, p.before, p.after};
         Sums sums;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) sums.dk[i] = sums.dv[i] = 0;
         kv_ring.wait();
-        clear(w);
+        clear_keys(w);
         int heads = p.heads / p.kv_heads;
         for (int head = w.kv_head * heads; head < (w.kv_head + 1) * heads; head++) {
             int m = w.begin;

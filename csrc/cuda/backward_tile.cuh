@@ -3,6 +3,7 @@
 // transposed: a thread's two rows, 8 apart, are keys, and columns are rows of q.
 // next: backward_sm90.cuh
 #pragma once
+#include "packed.cuh"
 #include "params.h"
 #include "softmax.cuh"
 
@@ -18,10 +19,14 @@ constexpr FASTATTN_HD int dq_index_of(int row, int column) {
                     column / 8 * 4 + row % 16 / 8 * 2);
 }
 
-// A tile of keys, and which rows see it.
+// A tile of keys, and which rows see it. Keys and rows are counted within the entry, a batch's or a
+// packed sequence.
 struct KeyWork {
-    int batch, kv_head, key;  // key: the tile's first, of k's rows
-    int first_key, keys;      // of the entry: keys outside [first_key, keys) do not exist
+    int batch, kv_head, key;  // key: the tile's first
+    int all_keys;             // that have a place
+    int first_key, keys;      // those outside [first_key, keys) do not exist
+    int row_in_q, key_in_k;   // the entry's first
+    int first_slot;           // the entry's first tile of rows, of a head's
     Band band;                // counts keys from first_key
     int begin, end;           // tiles of rows
     int full_begin, full_end;
@@ -30,25 +35,50 @@ struct KeyWork {
     // rows then waits for no turn. Otherwise the first.
     template <class Params>
     FASTATTN_DEVICE KeyWork(const Params& p, int index, int block_q, int block_kv) {
-        int tile = index % p.kv_tiles;
-        key = (p.right >= 0 ? p.kv_tiles - 1 - tile : tile) * block_kv;
-        int which = index / p.kv_tiles;
+        int slot = index % p.kv_tiles, which = index / p.kv_tiles;
+        if (p.right >= 0) slot = p.kv_tiles - 1 - slot;
         kv_head = which % p.kv_heads;
         batch = which / p.kv_heads;
-        keys = p.kv_lens ? imax(0, imin(ld_global(p.kv_lens + batch), p.kv_len)) : p.kv_len;
-        first_key = p.kv_starts ? imax(0, imin(ld_global(p.kv_starts + batch), keys)) : 0;
-        int offset = (p.align_end ? keys - p.q_len : 0) - first_key;
-        band = {p.left, p.right, offset, p.q_len, keys - first_key};
+        row_in_q = key_in_k = first_slot = 0;
+        all_keys = keys = p.kv_len;
+        int entry = batch, rows = p.q_len;
+        if (p.cu_k) {
+            Sequence own = Sequence::of_slot(p.cu_k, p.sequences, p.kv_len, slot, block_kv);
+            entry = own.number;
+            slot -= own.first_slot;
+            key_in_k = own.begin;
+            all_keys = own.end - own.begin;
+            Sequence theirs(p.cu_q, p.sequences, p.q_len, entry, block_q);
+            row_in_q = theirs.begin;
+            rows = theirs.end - theirs.begin;
+            first_slot = theirs.first_slot;
+            keys = entry == p.sequences ? 0 : all_keys;  // keys of no sequence
+        }
+        key = slot * block_kv;
+        bool has_lengths = !p.cu_k || entry < p.sequences;
+        if (p.kv_lens && has_lengths) keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
+        first_key = 0;
+        if (p.kv_starts && has_lengths)
+            first_key = imax(0, imin(ld_global(p.kv_starts + entry), keys));
+        int offset = (p.align_end ? keys - rows : 0) - first_key;
+        band = {p.left, p.right, offset, rows, keys - first_key};
         int low = imax(key, first_key), high = imin(key + block_kv, keys);
         begin = end = full_begin = full_end = 0;
         if (low >= high) return;
-        Range rows = band.q_range(low - first_key, high - first_key);
-        if (rows.begin >= rows.end) return;
-        begin = rows.begin / block_q;
-        end = imax(begin, (rows.end + block_q - 1) / block_q);
+        Range range = band.q_range(low - first_key, high - first_key);
+        if (range.begin >= range.end) return;
+        begin = range.begin / block_q;
+        end = imax(begin, (range.end + block_q - 1) / block_q);
         bool whole = low == key && high == key + block_kv;
-        full_begin = whole ? imin(end, (rows.full_begin + block_q - 1) / block_q) : end;
-        full_end = whole ? imax(full_begin, rows.full_end / block_q) : end;
+        full_begin = whole ? imin(end, (range.full_begin + block_q - 1) / block_q) : end;
+        full_end = whole ? imax(full_begin, range.full_end / block_q) : end;
+    }
+    FASTATTN_DEVICE bool empty() const { return key >= all_keys; }
+
+    // Tile m of the entry's rows, of all tiles of all heads.
+    template <class Params>
+    FASTATTN_DEVICE int64_t row_tile(const Params& p, int head, int m) const {
+        return (static_cast<int64_t>(batch) * p.heads + head) * p.q_tiles + first_slot + m;
     }
 
     // How many tiles of keys add to tile m of rows before this one: all between it and the first
@@ -61,8 +91,8 @@ struct KeyWork {
     }
 };
 
-// scores^T become weights^T. key: the first of the thread's two, of k's rows; row: the tile's
-// first; lse: of the tile's rows, in base 2.
+// scores^T become weights^T. key: the first of the thread's two; row: the tile's first; lse: of the
+// tile's rows, in base 2.
 template <bool MASKED, int SIZE>
 FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float multiplier,
                            const KeyWork& w, int key, int row, SharedAddress lse) {
@@ -91,10 +121,10 @@ FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float m
 
 // dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the weight:
 // log2(weight) + lse = after tanh.
-template <int SIZE>
-FASTATTN_DEVICE void differentiate(float (&d)[SIZE], const float (&weights)[SIZE],
-                                   const Transform& transform, SharedAddress lse,
-                                   SharedAddress delta) {
+template <int SIZE> FASTATTN_DEVICE void differentiate(float (&d)[SIZE],
+                                                       const float (&weights)[SIZE],
+                                                       const Transform& transform,
+                                                       SharedAddress lse, SharedAddress delta) {
     int column = 2 * (lane_index() % 4);
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {

@@ -1,6 +1,7 @@
 // The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. A CTA
 // takes tiles of rows until none is left. next: launch.h (hosts), tile.cuh, softmax.cuh
 #pragma once
+#include "packed.cuh"
 #include "params.h"
 #include "pipeline.cuh"
 #include "softmax.cuh"
@@ -58,11 +59,12 @@ struct Work {
         int entry = batch, rows = p.q_len, keys = p.kv_len;
         first_row = first_key = 0;
         if (p.cu_q) {
-            entry = sequence_of(p, slot, block_q);
-            first_row = ld_global(p.cu_q + entry);
-            slot -= first_row / block_q + entry;
+            Sequence own = Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q);
+            entry = own.number;
+            slot -= own.first_slot;
+            first_row = own.begin;
+            rows = own.end - own.begin;
             bool none = entry == p.sequences;  // rows of no sequence
-            rows = (none ? p.q_len : ld_global(p.cu_q + entry + 1)) - first_row;
             first_key = none ? 0 : ld_global(p.cu_k + entry);
             keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
         }
@@ -76,19 +78,6 @@ struct Work {
         band = {p.left, p.right, (p.align_end ? keys - rows : 0) - start, rows, keys - start};
     }
 
-    // Sequences do not share tiles: that of number n has tiles from cu_q[n] / block_q + n on, which
-    // is more than enough; those past its end are empty.
-    FASTATTN_DEVICE static int sequence_of(const ForwardParams& p, int slot, int block_q) {
-        int low = 0, high = p.sequences;  // the last is of the rows past all sequences
-        while (low < high) {
-            int middle = (low + high + 1) / 2;
-            if (ld_global(p.cu_q + middle) / block_q + middle <= slot)
-                low = middle;
-            else
-                high = middle - 1;
-        }
-        return low;
-    }
     FASTATTN_DEVICE bool empty() const { return row >= band.q_len; }
 };
 
@@ -239,17 +228,9 @@ template <class F> struct Consumer {
         bulk_commit();
     }
     FASTATTN_DEVICE void store_rows(const float (&acc)[OUTPUTS], const Work& w) const {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = w.row + row_in_tile() + 8 * r;
-            if (row >= w.band.q_len) continue;
-            uint16_t* to = p.out_rows.data + w.batch * p.out_rows.batch + w.head * p.out_rows.head +
-                           (w.first_row + row) * p.out_rows.row + 2 * (lane_index() % 4);
-#pragma unroll
-            for (int i = 2 * r; i < OUTPUTS; i += 4)
-                st_global(reinterpret_cast<uint32_t*>(to + column_of(i)),
-                          pack<Element>(acc[i], acc[i + 1]));
-        }
+        int row = w.row + 64 * group;
+        uint16_t* to = p.out_rows.at(w.batch, w.head, w.first_row + row);
+        store_accumulator_rows<Element, F::D>(to, p.out_rows.row, w.band.q_len - row, acc);
     }
 
     // Normalises the 64 rows and stores them and their lse.
