@@ -158,8 +158,18 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns: bool = True,
-             arch: str = "sm90", more: tuple = ()):
+def backward(
+    problem,
+    dout,
+    dlse,
+    out,
+    lse,
+    seed: int = 0,
+    grid: int = 2,
+    turns: bool = True,
+    arch: str = "sm90",
+    more: tuple = (),
+):
     """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order.
 
     arch: whose kernels; more: what else their entry in tests/emulator takes.

@@ -22,7 +22,13 @@ DIMS = (64, 128)  # 256 is backward_sm80's
 def test_masks(dim, shape, mask):
     seed = DIMS.index(dim) + list(SHAPES).index(shape) + list(MASKS).index(mask)
     case = Case(f"cuda/{shape}-{mask}", **SHAPES[shape], **MASKS[mask])
-    check(Kernel("sm90", dim), case, torch.bfloat16 if seed % 2 else torch.float16, seed, with_dlse=seed % 3 > 0)
+    check(
+        Kernel("sm90", dim),
+        case,
+        torch.bfloat16 if seed % 2 else torch.float16,
+        seed,
+        with_dlse=seed % 3 > 0,
+    )
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -10,9 +10,9 @@ namespace {
 
 template <class Element> std::string launch_of(const BackwardCall& call, Memory memory,
                                                int multiprocessors, cudaStream_t stream) {
-    return with_backward_sm80<Element>(call.q.head_dim, memory, [&](auto kernel) {
+    return with_backward80<Element>(call.q.head_dim, memory, [&](auto kernel) {
         using F = decltype(kernel);
-        BackwardParamsSm80 p = backward_params_sm80<F>(call);
+        BackwardParams80 p = backward_params80<F>(call);
         return launch_backward<F>(call, multiprocessors, stream, [&] {
             return launch_large(backward_sm80<F>, p.kv_tiles * p.kv_heads * p.batch, F::THREADS,
                                 F::SHARED_BYTES, stream, p);
@@ -28,9 +28,8 @@ std::string launch_backward_sm80(const BackwardCall& call, bool bf16, Memory mem
                 : launch_of<Fp16>(call, memory, multiprocessors, stream);
 }
 
-BackwardSizes backward_sizes_sm80(const Operand& q, const int* cu_q, int sequences,
-                                  Memory memory) {
-    return with_backward_sm80<Bf16>(q.head_dim, memory, [&](auto kernel) {
+BackwardSizes backward_sizes_sm80(const Operand& q, const int* cu_q, int sequences, Memory memory) {
+    return with_backward80<Bf16>(q.head_dim, memory, [&](auto kernel) {
         return BackwardSizes::of<decltype(kernel)>(q, cu_q, sequences);
     });
 }

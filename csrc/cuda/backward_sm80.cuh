@@ -30,9 +30,9 @@ template <int ROWS, int COLUMNS> struct Split {
     }
 };
 
-template <class Element_, int D_, Memory MEMORY> struct BackwardSm80 {
+template <class Element_, int D_, Memory MEMORY> struct Backward80 {
     using Element = Element_;
-    using Config = BackwardConfigSm80<D_, MEMORY>;
+    using Config = BackwardConfig80<D_, MEMORY>;
     static constexpr int D = D_, BLOCK_Q = Config::BLOCK_Q, BLOCK_KV = Config::BLOCK_KV;
     static constexpr int STAGES = Config::STAGES, THREADS = 256;
 
@@ -66,7 +66,7 @@ template <class F> struct BackwardCta {
     using OfKeys = typename F::OfKeys;
     using OfRows = typename F::OfRows;
 
-    const BackwardParamsSm80& p;
+    const BackwardParams80& p;
     SharedAddress shared;
     KeyWork w;
     Transform transform;
@@ -236,24 +236,24 @@ template <class F> struct BackwardCta {
 
 template <class F, int SHARED_BYTES = F::SHARED_BYTES>
 __global__ void __launch_bounds__(F::THREADS, 1)
-    backward_sm80(const __grid_constant__ BackwardParamsSm80 p) {
+    backward_sm80(const __grid_constant__ BackwardParams80 p) {
     BackwardCta<F>{p, dynamic_shared(), KeyWork(p, block_index(), F::BLOCK_Q, F::BLOCK_KV),
                    Transform{p.softcap, p.transform, p.before, p.after}, warp_index()}
         .run();
 }
 
 // use(F{}) with the kernel F of a head dimension in this memory; 256 has none in the small one.
-template <class Element, class Use> auto with_backward_sm80(int64_t dim, Memory memory, Use use) {
+template <class Element, class Use> auto with_backward80(int64_t dim, Memory memory, Use use) {
     bool large = memory == Memory::LARGE;
     switch (dim) {
         case 64:
-            return large ? use(BackwardSm80<Element, 64, Memory::LARGE>{})
-                         : use(BackwardSm80<Element, 64, Memory::SMALL>{});
+            return large ? use(Backward80<Element, 64, Memory::LARGE>{})
+                         : use(Backward80<Element, 64, Memory::SMALL>{});
         case 128:
-            return large ? use(BackwardSm80<Element, 128, Memory::LARGE>{})
-                         : use(BackwardSm80<Element, 128, Memory::SMALL>{});
+            return large ? use(Backward80<Element, 128, Memory::LARGE>{})
+                         : use(Backward80<Element, 128, Memory::SMALL>{});
         default:
-            return use(BackwardSm80<Element, 256, Memory::LARGE>{});
+            return use(Backward80<Element, 256, Memory::LARGE>{});
     }
 }
 

@@ -178,8 +178,8 @@ std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode enc
     return "";
 }
 
-template <class F> BackwardParamsSm80 backward_params_sm80(const BackwardCall& c) {
-    BackwardParamsSm80 p = {};
+template <class F> BackwardParams80 backward_params80(const BackwardCall& c) {
+    BackwardParams80 p = {};
     p.q = rows_of(c.q);
     p.k = rows_of(c.k);
     p.v = rows_of(c.v);

@@ -90,8 +90,8 @@ FASTATTN_DEVICE void multiply_block(float (&acc)[BLOCKS][SIZE], int n,
     for (int i = 0; i < BLOCKS; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            mma<Element>(reinterpret_cast<float(&)[4]>(acc[i][n / 2 + 4 * half]), a[i], b[2 * half],
-                         b[2 * half + 1]);
+            mma<Element>(reinterpret_cast<float (&)[4]>(acc[i][n / 2 + 4 * half]), a[i],
+                         b[2 * half], b[2 * half + 1]);
 }
 
 // acc[i][16 x N] += a[rows from m + 16 i, K] * b[K, columns from n], both in shared memory. A

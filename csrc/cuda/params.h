@@ -70,7 +70,7 @@ template <class Source> struct BackwardParamsOf {
 struct BackwardParams : BackwardParamsOf<TensorMap> {
     Rows dk_rows, dv_rows;  // where a tile ends inside a sequence's neighbour
 };
-using BackwardParamsSm80 = BackwardParamsOf<Rows>;
+using BackwardParams80 = BackwardParamsOf<Rows>;
 
 // Before: lse in base 2, and delta; of them dsinks. After: dq of its sums.
 struct BackwardRowsParams {
@@ -134,21 +134,21 @@ constexpr FASTATTN_HD int shared_memory(Memory memory) {
 
 // STAGES: tiles of rows in shared memory. With 192 registers of scores, dk and dv, or of dq, dk and
 // dv, 8 warps fill a multiprocessor. D 256 needs large memory.
-template <int D, Memory MEMORY> struct BackwardConfigSm80;
+template <int D, Memory MEMORY> struct BackwardConfig80;
 
-template <> struct BackwardConfigSm80<64, Memory::LARGE> {
+template <> struct BackwardConfig80<64, Memory::LARGE> {
     static constexpr int BLOCK_Q = 128, BLOCK_KV = 128, STAGES = 2;
 };
-template <> struct BackwardConfigSm80<64, Memory::SMALL> {
+template <> struct BackwardConfig80<64, Memory::SMALL> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, STAGES = 2;
 };
-template <> struct BackwardConfigSm80<128, Memory::LARGE> {
+template <> struct BackwardConfig80<128, Memory::LARGE> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, STAGES = 2;
 };
-template <> struct BackwardConfigSm80<128, Memory::SMALL> {
+template <> struct BackwardConfig80<128, Memory::SMALL> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, STAGES = 1;
 };
-template <> struct BackwardConfigSm80<256, Memory::LARGE> {
+template <> struct BackwardConfig80<256, Memory::LARGE> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, STAGES = 1;
 };
 

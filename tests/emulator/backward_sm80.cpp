@@ -10,10 +10,10 @@ namespace {
 
 template <class Element>
 std::string backward_of(const BackwardCall& call, Memory memory, int grid, uint64_t seed) {
-    return with_backward_sm80<Element>(call.q.head_dim, memory, [&](auto kernel) {
+    return with_backward80<Element>(call.q.head_dim, memory, [&](auto kernel) {
         using F = decltype(kernel);
         return emulated_backward<F>(call, grid, seed, [&](const BackwardCall& whole) {
-            BackwardParamsSm80 p = backward_params_sm80<F>(whole);
+            BackwardParams80 p = backward_params80<F>(whole);
             int tiles = p.kv_tiles * p.kv_heads * p.batch;
             return emulator::launch({tiles, F::THREADS, F::SHARED_BYTES, seed},
                                     [&] { backward_sm80<F>(p); });
