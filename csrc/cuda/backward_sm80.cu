@@ -1,4 +1,4 @@
-// The backward pass on sm_80 and newer: what is instantiated, and its launch.
+// The backward pass on sm_80 and later: what is instantiated, and its launch.
 // next: backward_sm80.cuh
 #include "backward_sm80.cuh"
 

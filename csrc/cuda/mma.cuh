@@ -32,53 +32,29 @@ FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last
     }
 }
 
-// From an address in a tile to one rows and columns on: constants, so that one register serves a
-// product. rows is a multiple of 8, columns one of 8 that shares no bit with the column there is, so
-// that the swizzle, an XOR, lets them be added.
+// From an address in a tile to the one rows and columns on, both constants, so that one register
+// serves a product. rows is a multiple of 8; columns is one, and shares no bit with the column of
+// `at`: then the swizzle, an XOR, lets them be added.
 template <class T> FASTATTN_DEVICE SharedAddress move(SharedAddress at, int rows, int columns) {
     return (at ^ columns % PANEL * 2) + columns / PANEL * T::PANEL_BYTES + rows * ROW_BYTES;
 }
 
-// What this lane gives to ldmatrix for blocks of 16 rows x 16 columns of a tile. Matrices 1 and 2
-// of a block are the lower left and the upper right one, or the other way round.
-template <class T> struct Blocks {
-    SharedAddress first;
+// An operand from row (or column) `first` of M (or N) on. A load gives a fragment of A [16 x 16], or
+// two of B, [16 from k] x [8 from n] and [8 from n + 8], in b[0], b[1] and b[2], b[3].
+template <bool OF_A, Major MAJOR, class T> struct Fragments {
+    static constexpr bool IN_ROWS = MAJOR == Major::K;  // M or N is the tile's row
+    // Of the four matrices of a block, 1 and 2 are the lower left and the upper right one, or the
+    // other way round.
+    static constexpr bool LOWER_FIRST = IN_ROWS == OF_A;
+    SharedAddress start;
 
-    FASTATTN_DEVICE Blocks(T tile, int row, int column, bool lower_first) {
-        int lane = lane_index(), low = lane % 8, one = lane / 8 % 2, two = lane / 16;
-        first = tile.chunk(row + low + 8 * (lower_first ? one : two),
-                           column / 8 + (lower_first ? two : one));
+    FASTATTN_DEVICE Fragments(T tile, int first) {
+        int lane = lane_index(), one = lane / 8 % 2, two = lane / 16;
+        int row = lane % 8 + 8 * (LOWER_FIRST ? one : two), chunk = LOWER_FIRST ? two : one;
+        start = tile.chunk(row + (IN_ROWS ? first : 0), chunk + (IN_ROWS ? 0 : first / 8));
     }
-    FASTATTN_DEVICE SharedAddress at(int rows, int columns) const {
-        return move<T>(first, rows, columns);
-    }
-};
-
-// Fragments [16 x 16] of A, from row m: of the block k columns on; m counts rows from the first.
-template <Major MAJOR, class T> struct FragmentsA {
-    Blocks<T> blocks;
-
-    FASTATTN_DEVICE FragmentsA(T tile, int m)
-        : blocks(tile, MAJOR == Major::K ? m : 0, MAJOR == Major::K ? 0 : m, MAJOR == Major::K) {}
-    FASTATTN_DEVICE void load(uint32_t (&a)[4], int m, int k) const {
-        if constexpr (MAJOR == Major::K)
-            ldmatrix<false>(a, blocks.at(m, k));
-        else
-            ldmatrix<true>(a, blocks.at(k, m));
-    }
-};
-
-// Two fragments of B a load, [16 from k] x [8 from n] and [8 from n + 8]: b[0], b[1] and b[2], b[3].
-template <Major MAJOR, class T> struct FragmentsB {
-    Blocks<T> blocks;
-
-    FASTATTN_DEVICE FragmentsB(T tile, int n)
-        : blocks(tile, MAJOR == Major::K ? n : 0, MAJOR == Major::K ? 0 : n, MAJOR == Major::MN) {}
-    FASTATTN_DEVICE void load(uint32_t (&b)[4], int n, int k) const {
-        if constexpr (MAJOR == Major::K)
-            ldmatrix<false>(b, blocks.at(n, k));
-        else
-            ldmatrix<true>(b, blocks.at(k, n));
+    FASTATTN_DEVICE void load(uint32_t (&r)[4], int from_first, int k) const {
+        ldmatrix<!IN_ROWS>(r, move<T>(start, IN_ROWS ? from_first : k, IN_ROWS ? k : from_first));
     }
 };
 
@@ -100,8 +76,8 @@ template <class Element, Major A_MAJOR, Major B_MAJOR, int BLOCKS, int SIZE, cla
 FASTATTN_DEVICE void multiply_shared(float (&acc)[BLOCKS][SIZE], A a, int m, B b, int n) {
     constexpr int K = A_MAJOR == Major::K ? A::COLUMNS : A::ROWS;
     static_assert(K == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
-    FragmentsA<A_MAJOR, A> from_a(a, m);
-    FragmentsB<B_MAJOR, B> from_b(b, n);
+    Fragments<true, A_MAJOR, A> from_a(a, m);
+    Fragments<false, B_MAJOR, B> from_b(b, n);
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         uint32_t of_a[BLOCKS][4], of_b[4];
@@ -120,7 +96,7 @@ template <class Element, Major B_MAJOR, int BLOCKS, int SIZE, int FRAGMENTS, cla
 FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
                                         const uint32_t (&a)[BLOCKS][FRAGMENTS][4], B b, int n) {
     static_assert(16 * FRAGMENTS == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
-    FragmentsB<B_MAJOR, B> from_b(b, n);
+    Fragments<false, B_MAJOR, B> from_b(b, n);
 #pragma unroll
     for (int k = 0; k < FRAGMENTS; k++) {
         uint32_t of_a[BLOCKS][4], of_b[4];

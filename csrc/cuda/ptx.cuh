@@ -41,9 +41,8 @@ FASTATTN_DEVICE SharedAddress dynamic_shared() {
     return (start + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
 }
 
-// x, of which the compiler knows no more than that: what it is added to is not computed before a loop
-// and kept, which takes registers.
-FASTATTN_DEVICE SharedAddress opaque(SharedAddress x) {
+// x; what a loop computes with it is not computed before the loop, and kept in registers.
+template <class T> FASTATTN_DEVICE T opaque(T x) {
     asm volatile("" : "+r"(x));
     return x;
 }

@@ -1,4 +1,4 @@
-// What ops_cuda.cu calls for sm_80 and newer. next: backward_sm80.cu
+// What ops_cuda.cu calls for sm_80 and later. next: backward_sm80.cu
 #pragma once
 #include <string>
 

@@ -1,4 +1,5 @@
-// The backward kernels of sm_80 as a C function, for ctypes. next: ../../csrc/cuda/backward_sm80.cuh
+// The backward kernels of sm_80 as a C function, for ctypes.
+// next: ../../csrc/cuda/backward_sm80.cuh
 #include "backward_sm80.cuh"
 
 #include "hosts.h"

@@ -136,7 +136,7 @@ inline int warpgroup_index() { return thread_index() / 128; }
 constexpr int SHARED_ALIGNMENT = 1024;
 constexpr SharedAddress SHARED_BASE = 1024;
 inline SharedAddress dynamic_shared() { return SHARED_BASE; }
-inline SharedAddress opaque(SharedAddress x) { return x; }
+template <class T> FASTATTN_DEVICE T opaque(T x) { return x; }
 
 template <class T> FASTATTN_DEVICE T read_shared(SharedAddress a) {
     T x;
