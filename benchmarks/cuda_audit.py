@@ -27,7 +27,7 @@ STORED = ROOT / "benchmarks" / "results" / "cuda-audit.json"
 CACHE = ROOT / "build" / "cuda-audit"
 MAX_SHARED = 232448 - 1024  # bytes a CTA of sm_90 can have, less what aligning them may cost
 FLAGS = ("-O3", "-std=c++17", "-cubin", "-Xptxas", "-v,-warn-spills")
-ARCHS = {"_sm90": "90a"}  # by what a file is called
+ARCHS = {"_sm90": "90a", "_sm80": "80"}  # by what a file is called
 # matrix products, tensor loads, tensor stores, reductions into memory, register reallocation
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG")
 OVERLAP = "overlapped"

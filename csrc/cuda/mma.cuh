@@ -9,10 +9,11 @@ namespace fastattn::cuda {
 // Which index of an operand is contiguous in shared memory: a tile's columns are K, or M or N.
 enum class Major { K, MN };
 
-// Rows that lie evenly in memory. Other sources have the same two members.
+// Rows that lie evenly in memory. Other sources are called alike; of a row that is not there, they
+// may give any address, as it is not read.
 struct EvenRows {
-    const uint16_t* data;  // of any row: never read for a row that is not there
-    int64_t stride;        // elements
+    const uint16_t* data;
+    int64_t stride;  // elements
 
     FASTATTN_DEVICE const uint16_t* operator()(int row) const { return data + row * stride; }
 };
@@ -23,12 +24,11 @@ template <int THREADS, class T, class Source>
 FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last) {
     constexpr int CHUNKS = T::COLUMNS / 8, STEP = THREADS / CHUNKS;  // rows at a time
     static_assert(THREADS % CHUNKS == 0 && T::ROWS % STEP == 0);
-    int chunk = thread_index() % CHUNKS, start = thread_index() / CHUNKS;
+    int thread = thread_index_anew(), chunk = thread % CHUNKS, start = thread / CHUNKS;
 #pragma unroll
     for (int i = 0; i < T::ROWS; i += STEP) {
         int row = start + i;
-        bool there = row >= first && row < last;
-        copy_async(tile.chunk(row, chunk), (there ? source(row) : source.data) + 8 * chunk, there);
+        copy_async(tile.chunk(row, chunk), source(row) + 8 * chunk, row >= first && row < last);
     }
 }
 
