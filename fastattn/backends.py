@@ -131,15 +131,15 @@ def _cuda_refuses(spec, q, k, v, operands):
         return (
             f"q has {q.shape[2]} rows{among}; the kernels are for {CUDA_MIN_ROWS} and more of each"
         )
-    if torch.compiler.is_compiling() and (reason := _cuda_backward_refuses(q, operands)):
+    if torch.compiler.is_compiling() and (reason := _cuda_backward_refuses(q)):
         return f"torch.compile may want the backward, and {reason}"
     return None
 
 
-def _cuda_backward_refuses(q, operands):
+def _cuda_backward_refuses(q):
     if q.shape[3] > CUDA_MAX_BACKWARD_DIM:
         return f"q's head dimension is {q.shape[3]}; the backward kernels have 64 and 128"
-    return "the backward kernels take no cu_seqlens" if operands.packed else None
+    return None
 
 
 def _after_cuda(spec, q, k, v, operands, reason: str) -> Backend:
@@ -159,7 +159,7 @@ def _cuda_forward(q, k, v, spec, operands, num_splits):
 
 def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks):
     backward = _op_backward
-    if reason := _cuda_backward_refuses(q, operands):
+    if reason := _cuda_backward_refuses(q):
         backward = _after_cuda(spec, q, k, v, operands, reason).backward
     return backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
 

@@ -12,7 +12,7 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_cases import DIMS, MASKS, OPTIONS, SHAPES, check_forward
+from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES, check_forward
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
@@ -42,32 +42,14 @@ def test_options(arch, dim, option):
     check_forward(case, torch.float16 if seed % 2 else torch.bfloat16, seed, arch=arch)
 
 
-PACKED = {
-    "few": ((70, 150), (1, 1), (128, 128)),
-    "empty": ((0, 30), (50, 0), (0, 0), (65, 200)),
-    "causal": ((200, 200), (33, 90), (64, 64), (1, 300)),
-    "window": ((150, 260), (90, 40)),
-    "one": ((131, 131),),
-}
-
-
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("dim", DIMS)
 @archs
 def test_packed_sequences(arch, dim, name):
     seed = DIMS.index(dim) + list(PACKED).index(name)
-    masks = {"causal": {"causal": True}, "window": {"window": (60, 5), "sinks": True}}
-    case = Case("cuda/packed", packed=PACKED[name], head_dim=dim, **masks.get(name, {}))
+    case = Case("cuda/packed", head_dim=dim, **PACKED[name])
     dtype = torch.float16 if seed % 2 else torch.bfloat16
     check_forward(case, dtype, seed, grid=1 + seed % 2, arch=arch)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@archs
-def test_packed_sequences_with_lengths(arch, dim):
-    options = {"kv_lens": (100, 3, 0), "heads": 4, "kv_heads": 2, "causal": True}
-    case = Case("cuda/packed", packed=((70, 150), (90, 40), (20, 20)), head_dim=dim, **options)
-    check_forward(case, torch.bfloat16, dim, arch=arch)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,5 +1,6 @@
 // The backward pass on sm_90a: what is instantiated, and its launch. next: backward_sm90.cuh
 #include "backward_rows.cuh"
+#include "backward_sm90.cuh"
 #include "driver.h"
 #include "sm90.h"
 
@@ -43,9 +44,9 @@ std::string launch_backward_sm90(const BackwardCall& call, bool bf16, int multip
                 : launch_of<Fp16>(call, multiprocessors, stream);
 }
 
-BackwardSizes backward_sizes_sm90(const Operand& q) {
-    return q.head_dim == 64 ? BackwardSizes::of<Backward<Bf16, 64>>(q)
-                            : BackwardSizes::of<Backward<Bf16, 128>>(q);
+BackwardSizes backward_sizes_sm90(const Operand& q, const int* cu_q, int sequences) {
+    return q.head_dim == 64 ? BackwardSizes::of<Backward<Bf16, 64>>(q, cu_q, sequences)
+                            : BackwardSizes::of<Backward<Bf16, 128>>(q, cu_q, sequences);
 }
 
 }  // namespace fastattn::cuda

@@ -1,7 +1,7 @@
 // The backward pass on sm_90a. A CTA has one tile of keys: it walks over the tiles of rows that see
 // them, of every head that shares them, and keeps dk and dv in registers; what each tile adds to dq
 // goes to an fp32 sum in memory. delta and lse come from backward_rows.cuh, which also makes dq of
-// the sums. next: launch.h (hosts), backward_rows.cuh
+// the sums. next: launch.h (hosts), backward_tile.cuh, backward_rows.cuh
 //
 //     scores^T = k q^T, weights^T = exp2(.. - lse), dweights^T = v dout^T
 //     dscores = weights (dweights - delta)
@@ -9,9 +9,8 @@
 //
 // Scores are transposed, so that weights and dscores are the A operands of dv and dk as they stand.
 #pragma once
-#include "params.h"
+#include "backward_tile.cuh"
 #include "pipeline.cuh"
-#include "softmax.cuh"
 #include "tile.cuh"
 
 namespace fastattn::cuda {
@@ -33,7 +32,12 @@ template <class Element_, int D_> struct Backward {
     static constexpr bool HALF_ROWS = BLOCK_Q == 128;
     static constexpr int DQ_COLUMNS = HALF_ROWS ? D : D / 2;
     static_assert(HALF_ROWS || BLOCK_Q == 64);
-    static constexpr int PART = 64 * DQ_COLUMNS;  // fp32 numbers, in the order of dq_index()
+    // dq's sums: two parts a tile of rows, of fp32 numbers in the order of dq_index().
+    static constexpr int PARTS = CONSUMERS, PART = 64 * DQ_COLUMNS;
+    static constexpr FASTATTN_HD int sum_index(int row, int column) {
+        int part = HALF_ROWS ? row / 64 : column / DQ_COLUMNS;
+        return part * PART + dq_index_of(row % 64, column % DQ_COLUMNS);
+    }
 
     static constexpr int STATS = 4 * BLOCK_Q;  // bytes of lse or delta of a tile
     static constexpr int K_AT = 0, V_AT = KVTile::BYTES, Q_AT = 2 * KVTile::BYTES;
@@ -47,43 +51,6 @@ template <class Element_, int D_> struct Backward {
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448);
     static constexpr int RELEASES = 4 * CONSUMERS;
     static constexpr int ALL_CONSUMERS = 1, OWN = 2;  // named barriers
-};
-
-// Register i of thread t in a warpgroup's part of dq: where it is in memory. Four registers of all
-// threads side by side, so that each store is 16 bytes and banks do not conflict.
-constexpr FASTATTN_HD int dq_index(int t, int i) { return i / 4 * 512 + t * 4 + i % 4; }
-
-// A tile of keys, and which rows see it.
-struct KeyWork {
-    int batch, kv_head, key;  // key: the tile's first, of k's rows
-    int first_key, keys;      // of the entry: keys outside [first_key, keys) do not exist
-    Band band;                // counts keys from first_key
-    int begin, end;           // tiles of rows
-    int full_begin, full_end;
-
-    // Under a causal mask the last keys come first, and with them what is done soonest: a tile of
-    // rows then waits for no turn. Otherwise the first.
-    FASTATTN_DEVICE KeyWork(const BackwardParams& p, int index, int block_q, int block_kv) {
-        int tile = index % p.kv_tiles;
-        key = (p.right >= 0 ? p.kv_tiles - 1 - tile : tile) * block_kv;
-        int which = index / p.kv_tiles;
-        kv_head = which % p.kv_heads;
-        batch = which / p.kv_heads;
-        keys = p.kv_lens ? imax(0, imin(ld_global(p.kv_lens + batch), p.kv_len)) : p.kv_len;
-        first_key = p.kv_starts ? imax(0, imin(ld_global(p.kv_starts + batch), keys)) : 0;
-        int offset = (p.align_end ? keys - p.q_len : 0) - first_key;
-        band = {p.left, p.right, offset, p.q_len, keys - first_key};
-        int low = imax(key, first_key), high = imin(key + block_kv, keys);
-        begin = end = full_begin = full_end = 0;
-        if (low >= high) return;
-        Range rows = band.q_range(low - first_key, high - first_key);
-        if (rows.begin >= rows.end) return;
-        begin = rows.begin / block_q;
-        end = imax(begin, (rows.end + block_q - 1) / block_q);
-        bool whole = low == key && high == key + block_kv;
-        full_begin = whole ? imin(end, (rows.full_begin + block_q - 1) / block_q) : end;
-        full_end = whole ? imax(full_begin, rows.full_end / block_q) : end;
-    }
 };
 
 // --- the producer -------------------------------------------------------------------------------
@@ -101,29 +68,30 @@ template <class F> struct BackwardProducer {
             tma_load(T{at}.panel(i), map, bar, PANEL * i, row, head, batch, EVICT_LAST);
     }
     FASTATTN_DEVICE void load_rows(typename F::QRing& ring, int at, int stats_at,
-                                   const TensorMap* map, const float* stats, int row, int head,
-                                   int batch) {
+                                   const TensorMap* map, const float* stats, const KeyWork& w,
+                                   int head, int m) {
         using T = typename F::QTile;
         ring.acquire(T::BYTES + F::STATS);
-        load<T>(shared + at + ring.stage * T::BYTES, map, ring.full(), row, head, batch);
-        int64_t line = static_cast<int64_t>(batch) * p.heads + head;
+        load<T>(shared + at + ring.stage * T::BYTES, map, ring.full(), w.row_in_q + m * F::BLOCK_Q,
+                head, w.batch);
         bulk_load(shared + stats_at + ring.stage * F::STATS,
-                  stats + line * p.q_tiles * F::BLOCK_Q + row, F::STATS, ring.full());
+                  stats + w.row_tile(p, head, m) * F::BLOCK_Q, F::STATS, ring.full());
         ring.advance();
     }
 
     FASTATTN_DEVICE void run() {
         KeyWork w(p, block_index(), F::BLOCK_Q, F::BLOCK_KV);
+        if (w.empty()) return;
         using T = typename F::KVTile;
+        int key = w.key_in_k + w.key;
         kv_ring.acquire(2 * T::BYTES);
-        load<T>(shared + F::K_AT, &p.k, kv_ring.full(), w.key, w.kv_head, w.batch);
-        load<T>(shared + F::V_AT, &p.v, kv_ring.full(), w.key, w.kv_head, w.batch);
+        load<T>(shared + F::K_AT, &p.k, kv_ring.full(), key, w.kv_head, w.batch);
+        load<T>(shared + F::V_AT, &p.v, kv_ring.full(), key, w.kv_head, w.batch);
         int group = p.heads / p.kv_heads;
         for (int head = w.kv_head * group; head < (w.kv_head + 1) * group; head++)
             for (int m = w.begin; m < w.end; m++) {
-                int row = m * F::BLOCK_Q;
-                load_rows(q_ring, F::Q_AT, F::LSE_AT, &p.q, p.lse, row, head, w.batch);
-                load_rows(dout_ring, F::DOUT_AT, F::DELTA_AT, &p.dout, p.delta, row, head, w.batch);
+                load_rows(q_ring, F::Q_AT, F::LSE_AT, &p.q, p.lse, w, head, m);
+                load_rows(dout_ring, F::DOUT_AT, F::DELTA_AT, &p.dout, p.delta, w, head, m);
             }
     }
 };
@@ -146,76 +114,39 @@ template <class F> struct BackwardConsumer {
         if (lane_index() == 0) ring.release();
         ring.advance();
     }
+    FASTATTN_DEVICE int key_in_tile() const {
+        return 64 * group + thread_index() / 32 % 4 * 16 + lane_index() / 4;
+    }
     FASTATTN_DEVICE typename F::KVTile keys() const { return {shared + F::K_AT}; }
     FASTATTN_DEVICE typename F::KVTile values() const { return {shared + F::V_AT}; }
 
-    // Keys and values that do not exist become zeros: theirs are other entries', or NaN.
-    FASTATTN_DEVICE void clear(const KeyWork& w) const {
-        int low = w.first_key - w.key, high = w.keys - w.key;
-        if (low <= 0 && high >= imin(F::BLOCK_KV, p.kv_len - w.key)) return;
-        constexpr int CHUNKS = F::D / 8, CONSUMING = 128 * F::CONSUMERS;
-        for (int i = thread_index() - 128; i < F::BLOCK_KV * CHUNKS; i += CONSUMING) {
-            int row = i / CHUNKS;
-            if (row >= low && row < high) continue;
-            st_shared4(keys().chunk(row, i % CHUNKS), uint4{0, 0, 0, 0});
-            st_shared4(values().chunk(row, i % CHUNKS), uint4{0, 0, 0, 0});
-        }
+    FASTATTN_DEVICE typename F::QTile rows() const {
+        return {shared + F::Q_AT + q_ring.stage * F::QTile::BYTES};
+    }
+    FASTATTN_DEVICE typename F::QTile dout() const {
+        return {shared + F::DOUT_AT + dout_ring.stage * F::QTile::BYTES};
+    }
+
+    // Rows outside [low, high) of both tiles become zeros: theirs are other entries', or NaN.
+    template <class T> FASTATTN_DEVICE void clear(T a, T b, int low, int high) const {
+        constexpr int CONSUMING = 128 * F::CONSUMERS;
+        clear_rows<CONSUMING>(a, low, high, thread_index() - 128);
+        clear_rows<CONSUMING>(b, low, high, thread_index() - 128);
         fence_proxy_async();
         barrier_sync(F::ALL_CONSUMERS, CONSUMING);
     }
-
-    // scores^T become weights^T; columns are rows of q.
-    template <bool MASKED> FASTATTN_DEVICE void weigh(float (&s)[SCORES],
-                                                      const Transform& transform, const KeyWork& w,
-                                                      int row) const {
-        SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
-        int column = 2 * (lane_index() % 4);
-        transform(s);
-        if constexpr (MASKED) {
-            int low[2], high[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int key = w.key + 64 * group + thread_index() / 32 % 4 * 16 + lane_index() / 4;
-                key += 8 * r;
-                bool exists = key >= w.first_key && key < w.keys;
-                low[r] = w.band.first_row(key - w.first_key) - row - column;
-                high[r] = exists ? w.band.last_row(key - w.first_key) - row - column : -column;
-            }
-            mask_scores(s, low, high);
-        }
-#pragma unroll
-        for (int i = 0; i < SCORES; i += 4) {
-            float2 of = ld_shared2(lse + 4 * (column_of(i) + column));
-            s[i] = exp2_approx(s[i] * p.multiplier - of.x);
-            s[i + 1] = exp2_approx(s[i + 1] * p.multiplier - of.y);
-            s[i + 2] = exp2_approx(s[i + 2] * p.multiplier - of.x);
-            s[i + 3] = exp2_approx(s[i + 3] * p.multiplier - of.y);
-        }
+    // Keys that do not exist; past the tensor's TMA gives zeros.
+    FASTATTN_DEVICE void clear_keys(const KeyWork& w) const {
+        int low = w.first_key - w.key, high = w.keys - w.key;
+        if (low > 0 || high < imin(F::BLOCK_KV, p.kv_len - w.key_in_k - w.key))
+            clear(keys(), values(), low, high);
     }
-
-    // dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the
-    // weight: log2(weight) + lse = after tanh.
-    FASTATTN_DEVICE void differentiate(float (&d)[SCORES], const float (&weights)[SCORES],
-                                       const Transform& transform) const {
-        SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
-        SharedAddress delta = shared + F::DELTA_AT + dout_ring.stage * F::STATS;
-        int column = 2 * (lane_index() % 4);
-#pragma unroll
-        for (int i = 0; i < SCORES; i += 4) {
-            float2 of = ld_shared2(delta + 4 * (column_of(i) + column));
-            d[i] = weights[i] * (d[i] - of.x);
-            d[i + 1] = weights[i + 1] * (d[i + 1] - of.y);
-            d[i + 2] = weights[i + 2] * (d[i + 2] - of.x);
-            d[i + 3] = weights[i + 3] * (d[i + 3] - of.y);
-        }
-        if (!transform.softcap) return;
-        float inverse = 1 / transform.after;
-#pragma unroll
-        for (int i = 0; i < SCORES; i++) {
-            float tanh = log2_approx(weights[i]) + ld_shared(lse + 4 * (column_of(i) + column));
-            tanh *= inverse;
-            d[i] = weights[i] > 0 ? d[i] * (1 - tanh * tanh) : 0;
-        }
+    // Rows past a sequence's end: their weights are 0, but what is there may be NaN.
+    FASTATTN_DEVICE void clear_rows_past(const KeyWork& w, int m) const {
+        int high = w.band.q_len - m * F::BLOCK_Q;
+        if (!p.cu_q || high >= F::BLOCK_Q) return;
+        dout_ring.wait();
+        clear(rows(), dout(), 0, high);
     }
 
     FASTATTN_DEVICE void issue_dq(float (&dq)[DQ], typename F::ScoreTile dscores) const {
@@ -243,9 +174,8 @@ template <class F> struct BackwardConsumer {
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
         if (!leads()) return;
-        int64_t tile = (static_cast<int64_t>(w.batch) * p.heads + head) * p.q_tiles + m;
-        int64_t part = tile * F::CONSUMERS + group;
-        int before = p.turns ? turn(w, m) : 0;
+        int64_t part = w.row_tile(p, head, m) * F::PARTS + group;
+        int before = p.turns ? w.turn(m, F::BLOCK_Q, F::BLOCK_KV) : 0;
         if (p.turns)
             while (ld_global_acquire(p.turns + part) != before) pause();
         bulk_reduce_add(p.dq_sums + part * F::PART, at, 4 * F::PART);
@@ -254,15 +184,6 @@ template <class F> struct BackwardConsumer {
             bulk_wait<0>();  // written, not only read
             add_global_release(p.turns + part, 1);
         }
-    }
-
-    // How many tiles of keys add to tile m of rows before this one: all between it and the first
-    // that those rows see, or the last, in the order of KeyWork.
-    FASTATTN_DEVICE int turn(const KeyWork& w, int m) const {
-        int tile = w.key / F::BLOCK_KV;
-        if (p.right < 0) return tile - (w.first_key + w.band.lo(m * F::BLOCK_Q)) / F::BLOCK_KV;
-        int last_row = imin((m + 1) * F::BLOCK_Q, p.q_len) - 1;
-        return (w.first_key + w.band.hi(last_row) - 1) / F::BLOCK_KV - tile;
     }
 
     // 0 or positive, and depends on all weights, which are not negative.
@@ -282,30 +203,30 @@ template <class F> struct BackwardConsumer {
         float s[SCORES], d[SCORES], dq[DQ];
         uint32_t weights[F::BLOCK_Q / 16][4], dscores[F::BLOCK_Q / 16][4];
         q_ring.wait();
-        typename F::QTile q{shared + F::Q_AT + q_ring.stage * F::QTile::BYTES};
+        if constexpr (MASKED) clear_rows_past(w, m);
         wgmma_fence();
-        multiply_transposed<Element, F::BLOCK_Q>(s, keys(), 64 * group, q);
+        multiply_transposed<Element, F::BLOCK_Q>(s, keys(), 64 * group, rows());
         wgmma_commit();
         dout_ring.wait();
-        typename F::QTile dout{shared + F::DOUT_AT + dout_ring.stage * F::QTile::BYTES};
         wgmma_fence();
-        multiply_transposed<Element, F::BLOCK_Q>(d, values(), 64 * group, dout);
+        multiply_transposed<Element, F::BLOCK_Q>(d, values(), 64 * group, dout());
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        weigh<MASKED>(s, transform, w, m * F::BLOCK_Q);
+        SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
+        weigh<MASKED>(s, transform, p.multiplier, w, w.key + key_in_tile(), m * F::BLOCK_Q, lse);
         if constexpr (F::Config::PACK_EARLY) {
             to_fragments<Element, F::BLOCK_Q>(weights, s);
             finish_first(no_sign(weights), shared);
         }
         wgmma_wait<0>();
         pin(d);
-        differentiate(d, s, transform);
+        differentiate(d, s, transform, lse, shared + F::DELTA_AT + dout_ring.stage * F::STATS);
         if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::BLOCK_Q>(weights, s);
         to_fragments<Element, F::BLOCK_Q>(dscores, d);
 
         wgmma_fence();
-        multiply_add<Element, F::D>(sums.dv, weights, dout);
+        multiply_add<Element, F::D>(sums.dv, weights, dout());
         wgmma_commit();
         // Two buffers: whoever is a step ahead does not write what the other still multiplies.
         typename F::ScoreTile tile{shared + F::SCORES_AT + scores_stage * F::ScoreTile::BYTES};
@@ -315,7 +236,7 @@ template <class F> struct BackwardConsumer {
         barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);
         wgmma_fence();
         issue_dq(dq, tile);
-        multiply_add<Element, F::D>(sums.dk, dscores, q);
+        multiply_add<Element, F::D>(sums.dk, dscores, rows());
         wgmma_commit();
         wgmma_wait<1>();
         pin(dq);
@@ -327,10 +248,7 @@ template <class F> struct BackwardConsumer {
         release(q_ring);
     }
 
-    FASTATTN_DEVICE void store(Sums& sums, const KeyWork& w) const {
-#pragma unroll
-        for (int i = 0; i < OUTPUTS; i++) sums.dk[i] *= p.scale;
-        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);  // the other still multiplies with k
+    FASTATTN_DEVICE void store_tile(const Sums& sums, const KeyWork& w, int row) const {
         store_accumulator<Element, F::D>(keys(), 64 * group, sums.dk);
         store_accumulator<Element, F::D>(values(), 64 * group, sums.dv);
         fence_proxy_async();
@@ -338,22 +256,39 @@ template <class F> struct BackwardConsumer {
         if (!leads()) return;
 #pragma unroll
         for (int i = 0; i < F::KVTile::PANELS; i++) {
-            int offset = 64 * group * ROW_BYTES, row = w.key + 64 * group;
+            int offset = 64 * group * ROW_BYTES;
             tma_store(&p.dk, keys().panel(i) + offset, PANEL * i, row, w.kv_head, w.batch);
             tma_store(&p.dv, values().panel(i) + offset, PANEL * i, row, w.kv_head, w.batch);
         }
         bulk_commit();
-        bulk_wait<0>();
+    }
+    FASTATTN_DEVICE void store_rows(const Rows& to, const float (&acc)[OUTPUTS], const KeyWork& w,
+                                    int row, int rows) const {
+        store_accumulator_rows<Element, F::D>(to.at(w.batch, w.kv_head, row), to.row, rows, acc);
+    }
+    FASTATTN_DEVICE void store(Sums& sums, const KeyWork& w) const {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; i++) sums.dk[i] *= p.scale;
+        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);  // the other still multiplies with k
+        int row = w.key_in_k + w.key + 64 * group, rows = w.all_keys - w.key - 64 * group;
+        if (!p.cu_k || rows >= 64) {
+            store_tile(sums, w, row);
+        } else {  // keys past the sequence's last are its neighbour's
+            store_rows(p.dk_rows, sums.dk, w, row, rows);
+            store_rows(p.dv_rows, sums.dv, w, row, rows);
+        }
+        if (leads()) bulk_wait<0>();
     }
 
     FASTATTN_DEVICE void run() {
         KeyWork w(p, block_index(), F::BLOCK_Q, F::BLOCK_KV);
+        if (w.empty()) return;
         Transform transform{p.softcap, p.transform, p.before, p.after};
         Sums sums;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) sums.dk[i] = sums.dv[i] = 0;
         kv_ring.wait();
-        clear(w);
+        clear_keys(w);
         int heads = p.heads / p.kv_heads;
         for (int head = w.kv_head * heads; head < (w.kv_head + 1) * heads; head++) {
             int m = w.begin;

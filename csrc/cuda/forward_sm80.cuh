@@ -31,12 +31,14 @@ template <class Element_, int D_, bool FEW_> struct Forward80 : ForwardConfig80<
 
 // Rows of q or out as tiles count them, from an entry's row 0 and a group's first head.
 struct HeadRows {
+    static constexpr int TOGETHER = 16;
+
     uint16_t* data;
     int64_t head, row;  // strides
     int first, pack;
 
     FASTATTN_DEVICE HeadRows(const Rows& x, const Work& w, int pack_)
-        : data(x.data + w.batch * x.batch + w.head * x.head + w.first_row * x.row),
+        : data(x.at(w.batch, w.head, w.first_row)),
           head(x.head),
           row(x.row),
           first(w.row),
@@ -47,7 +49,9 @@ struct HeadRows {
 };
 
 // Rows of k or v in pages, counted from key `first`; none after `last` is looked up.
-struct PagedRows {
+template <int TOGETHER_> struct PagedRows {
+    static constexpr int TOGETHER = TOGETHER_;  // with 8, D 128 spills beside many rows
+
     const uint16_t* data;
     int64_t page, row;  // strides
     const int* pages;   // of the entry
@@ -83,16 +87,16 @@ template <class F> struct Loads {
     FASTATTN_DEVICE void start(T to, const Rows& x, int i) const {
         int tile = end - 1 - i, first = w.first_key + tile * F::BLOCK_KV;
         int count = w.band.kv_len - tile * F::BLOCK_KV;
-        const uint16_t* data = x.data + w.head / (p.heads / p.kv_heads) * x.head;
-        if (tile >= begin && p.page_table)
-            copy_rows<F::THREADS>(to,
-                                  PagedRows{data, x.batch, x.row,
-                                            p.page_table + w.entry * p.page_row, p.page_size, first,
-                                            first + count - 1},
-                                  0, count);
-        else if (tile >= begin)
-            copy_rows<F::THREADS>(to, EvenRows{data + w.batch * x.batch + first * x.row, x.row}, 0,
-                                  count);
+        int kv_head = w.head / (p.heads / p.kv_heads);
+        if (tile >= begin && p.page_table) {
+            const int* pages = p.page_table + w.entry * p.page_row;
+            PagedRows<F::FEW ? 8 : 2> rows{
+                x.at(0, kv_head, 0), x.batch, x.row, pages, p.page_size, first, first + count - 1};
+            copy_rows<F::THREADS>(to, rows, 0, count);
+        } else if (tile >= begin) {
+            EvenRows rows{x.at(w.batch, kv_head, first), x.row};
+            copy_rows<F::THREADS>(to, rows, 0, count);
+        }
         copy_commit();
     }
 
@@ -135,10 +139,15 @@ template <class F> struct Warp80 {
         return first_row() + 16 * block + lane_index() / 4 + 8 * r;
     }
 
-    // Tiles of keys for `count` rows of the tile from `row` on.
-    FASTATTN_DEVICE KeyTiles key_tiles(int row, int count) const {
-        int first = w.row + row, last = imin(first + count, w.rows) - 1;
-        return KeyTiles(w.band, first / pack(), last / pack() + 1, F::BLOCK_KV);
+    // What this warp's rows see of a tile of keys. Asked at each tile: kept, it would be spilled.
+    enum class Use { NONE, SOME, ALL };
+    FASTATTN_DEVICE Use use_of(int tile) const {
+        int row = w.row + thread_index_anew() / 32 * F::ROWS, key = tile * F::BLOCK_KV;
+        if (row >= w.rows) return Use::NONE;
+        int first = row / pack(), last = (imin(row + F::ROWS, w.rows) - 1) / pack();
+        if (key >= w.band.hi(last) || key + F::BLOCK_KV <= w.band.lo(first)) return Use::NONE;
+        bool all = key >= w.band.lo(last) && key + F::BLOCK_KV <= w.band.hi(first);
+        return all ? Use::ALL : Use::SOME;
     }
 
     // Weights are packed block by block: in both at once, they take 32 registers more.
@@ -214,15 +223,13 @@ template <class F> struct Warp80 {
     }
 
     FASTATTN_DEVICE void run(int part) const {
-        KeyTiles all = key_tiles(0, F::BLOCK_Q);
+        int last = imin(w.row + F::BLOCK_Q, w.rows) - 1;
+        KeyTiles all(w.band, w.row / pack(), last / pack() + 1, F::BLOCK_KV);
         if (F::FEW && p.splits > 1) {
             int each = (all.end - all.begin + p.splits - 1) / p.splits;
             all.begin = imin(all.begin + part * each, all.end);
             all.end = imin(all.begin + each, all.end);
         }
-        bool idle = w.row + first_row() >= w.rows;
-        KeyTiles own = key_tiles(idle ? 0 : first_row(), F::ROWS);
-        if (idle) own.begin = own.end;
         Transform transform{p.softcap, p.transform, p.before, p.after};
         OnlineSoftmax softmax[BLOCKS];
         float acc[BLOCKS][OUTPUTS];
@@ -240,14 +247,15 @@ template <class F> struct Warp80 {
         }
         for (int i = 0; i < all.end - all.begin; i++) {
             int n = all.end - 1 - i;
-            bool mine = n >= own.begin && n < own.end;
+            Use use = use_of(n);
             float s[BLOCKS][SCORES] = {};
             typename F::KVTile keys = loads.take_keys(i);
-            if (mine) multiply_shared<Element, Major::K, Major::K>(s, q, first_row(), keys, 0);
+            if (use != Use::NONE)
+                multiply_shared<Element, Major::K, Major::K>(s, q, first_row(), keys, 0);
             typename F::KVTile values = loads.take_values(i);
-            if (!mine) continue;
+            if (use == Use::NONE) continue;
             uint32_t weights[BLOCKS][F::BLOCK_KV / 16][4];
-            if (n >= own.full_begin && n < own.full_end)
+            if (use == Use::ALL)
                 weigh<false>(weights, s, acc, softmax, transform, n);
             else
                 weigh<true>(weights, s, acc, softmax, transform, n);

@@ -166,17 +166,9 @@ template <class F> struct Consumer {
         bulk_commit();
     }
     FASTATTN_DEVICE void store_rows(const float (&acc)[OUTPUTS], const Work& w) const {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = w.row + row_in_tile() + 8 * r;
-            if (row >= w.band.q_len) continue;
-            uint16_t* to = p.out_rows.data + w.batch * p.out_rows.batch + w.head * p.out_rows.head +
-                           (w.first_row + row) * p.out_rows.row + 2 * (lane_index() % 4);
-#pragma unroll
-            for (int i = 2 * r; i < OUTPUTS; i += 4)
-                st_global(reinterpret_cast<uint32_t*>(to + column_of(i)),
-                          pack<Element>(acc[i], acc[i + 1]));
-        }
+        int row = w.row + 64 * group;
+        uint16_t* to = p.out_rows.at(w.batch, w.head, w.first_row + row);
+        store_accumulator_rows<Element, F::D>(to, p.out_rows.row, w.band.q_len - row, acc);
     }
 
     // Normalises the 64 rows and stores them and their lse.

@@ -10,6 +10,11 @@
 
 namespace fastattn::cuda {
 
+// Tiles of a head; of packed sequences, slots (packed.cuh).
+inline int tiles_of(int64_t rows, int block, const int* cu, int sequences) {
+    return static_cast<int>(cu ? rows / block + sequences + 1 : (rows + block - 1) / block);
+}
+
 // A 16-bit tensor [batch, heads, rows, D]; strides in elements, that of D is 1.
 struct Operand {
     void* data;
@@ -46,6 +51,8 @@ struct BackwardCall {
     Operand q, k, v, out, dout, dq, dk, dv;
     const float *lse, *dlse;  // [batch, heads, q_len], contiguous; dlse may be null
     const int *kv_lens, *kv_starts;
+    const int *cu_q, *cu_k;  // [sequences + 1] or null
+    int sequences;
     double scale, softcap;
     int64_t left, right;
     bool align_end;
@@ -61,9 +68,9 @@ struct BackwardCall {
 struct BackwardSizes {
     int64_t rows, sums, turns;
 
-    template <class F> static BackwardSizes of(const Operand& q) {
-        int64_t tiles = q.batch * q.heads * ((q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
-        return {tiles * F::BLOCK_Q, tiles * F::CONSUMERS * F::PART, tiles * F::CONSUMERS};
+    template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
+        int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
+        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS};
     }
 };
 
@@ -112,6 +119,9 @@ template <class Params, class Call> void set_shape(Params& p, const Call& c) {
     constexpr int64_t FAR = int64_t(1) << 30;
     p.kv_lens = c.kv_lens;
     p.kv_starts = c.kv_starts;
+    p.cu_q = c.cu_q;
+    p.cu_k = c.cu_k;
+    p.sequences = c.sequences;
     p.batch = static_cast<int>(c.q.batch);
     p.heads = static_cast<int>(c.q.heads);
     p.kv_heads = static_cast<int>(c.k.heads);
@@ -135,15 +145,11 @@ inline int heads_per_section(const ForwardCall& c) {
 // Tiles of block_q rows; of p, pack is known.
 template <class Params> void set_forward(Params& p, const ForwardCall& c, int block_q) {
     p.lse = c.lse;
-    p.cu_q = c.cu_q;
-    p.cu_k = c.cu_k;
-    p.sequences = c.sequences;
     p.sinks = c.sinks;
     p.sink_type = c.sink_type;
     set_shape(p, c);
     p.kv_len = static_cast<int>(c.keys());
-    int rows = p.q_len * p.pack;
-    p.q_tiles = c.cu_q ? rows / block_q + p.sequences + 1 : (rows + block_q - 1) / block_q;
+    p.q_tiles = tiles_of(c.q.rows * p.pack, block_q, c.cu_q, c.sequences);
     p.tiles = p.q_tiles * (p.heads / p.pack) * p.batch;
     p.heads_per_section = heads_per_section(c) / p.pack;
 }
@@ -174,13 +180,15 @@ std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode enc
     p.turns = c.turns;
     p.scale = static_cast<float>(c.scale);
     set_shape(p, c);
-    p.q_tiles = (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
-    p.kv_tiles = (p.kv_len + F::BLOCK_KV - 1) / F::BLOCK_KV;
+    p.dk_rows = rows_of(c.dk);
+    p.dv_rows = rows_of(c.dv);
+    p.q_tiles = tiles_of(p.q_len, F::BLOCK_Q, c.cu_q, c.sequences);
+    p.kv_tiles = tiles_of(p.kv_len, F::BLOCK_KV, c.cu_k, c.sequences);
     return "";
 }
 
 template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c) {
-    int tiles = static_cast<int>((c.q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
+    int tiles = tiles_of(c.q.rows, F::BLOCK_Q, c.cu_q, c.sequences);
     return {rows_of(c.out),
             rows_of(c.dout),
             rows_of(c.dq),
@@ -189,6 +197,8 @@ template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c
             c.lse2,
             c.delta,
             c.dq_sums,
+            c.cu_q,
+            c.sequences,
             static_cast<int>(c.q.batch),
             static_cast<int>(c.q.heads),
             static_cast<int>(c.q.rows),

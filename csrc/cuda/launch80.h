@@ -1,5 +1,5 @@
-// From a call's tensors to the parameters of the sm_80 kernels: which rows share a tile, and into how
-// many parts the keys are cut. Shared by ops_cuda.cu and the emulator's host.
+// From a call's tensors to the parameters of the sm_80 kernels: which rows share a tile, and into
+// how many parts the keys are cut. Shared by ops_cuda.cu and the emulator's host.
 // next: forward_sm80.cuh, combine.cuh
 #pragma once
 #include "combine.cuh"
@@ -10,7 +10,7 @@ namespace fastattn::cuda {
 constexpr int FEW_ROWS = 64, MANY_ROWS = 128;  // of a tile
 constexpr int MIN_TILE_KEYS = 32;              // no more parts than tiles of keys
 constexpr int MIN_PART_KEYS = 256;             // unasked: a smaller part costs more than it brings
-constexpr int RESIDENT = 2;                    // CTAs for few rows that a multiprocessor has room for
+constexpr int RESIDENT = 2;                    // CTAs for few rows on a multiprocessor
 
 // few: tiles of FEW_ROWS. pack: heads that share keys and a tile's rows, one or, where rows are few
 // and that takes fewer tiles, the whole group. splits: parts of each tile's keys.
@@ -32,8 +32,8 @@ inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors) {
     if (c.splits <= 1 && rows > FEW_ROWS && 2 * tiles(MANY_ROWS, 1) > multiprocessors)
         return {false, 1, 1};
     int group = static_cast<int>(c.q.heads / c.k.heads);
-    bool packed = c.q.rows * group < int64_t(1) << 30 && tiles(FEW_ROWS, group) < tiles(FEW_ROWS, 1);
-    int pack = packed ? group : 1;
+    bool fits = c.q.rows * group < int64_t(1) << 30;
+    int pack = fits && tiles(FEW_ROWS, group) < tiles(FEW_ROWS, 1) ? group : 1;
     int64_t keys = c.keys();
     if (c.left >= 0 && c.right >= 0)
         keys = std::min(keys, c.left + c.right + std::min<int64_t>(rows, FEW_ROWS));

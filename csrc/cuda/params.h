@@ -26,6 +26,10 @@ FASTATTN_DEVICE float sink_of(const void* sinks, SinkType type, int head) {
 struct Rows {
     uint16_t* data;
     int64_t batch, head, row;
+
+    FASTATTN_DEVICE uint16_t* at(int b, int h, int r) const {
+        return data + b * batch + h * head + r * row;
+    }
 };
 
 // What all forward kernels are told.
@@ -53,14 +57,14 @@ struct ForwardParams : ForwardShape {
     static constexpr const int* page_table = nullptr;
 };
 
-// On sm_80: also packed heads (work.cuh), keys in pages, and keys in parts.
+// On sm_80: also heads that share tiles (work.cuh), keys in pages, and keys in parts.
 struct ForwardParams80 : ForwardShape {
     Rows q, k, v, out;
     int pack;
-    const int* page_table;   // [batch or sequences, page_row]; null: k and v are not in pages
-    int64_t page_row;        // else their batch is pages, their rows a page's
+    const int* page_table;  // [batch or sequences, page_row]; null: k and v are not in pages
+    int64_t page_row;       // else their batch is pages, their rows a page's
     int page_size;
-    int splits;              // parts of each tile's keys
+    int splits;                  // parts of each tile's keys
     float *part_out, *part_lse;  // [splits, batch, heads, q_len, D or 1], where there are parts
 };
 
@@ -80,22 +84,26 @@ struct BackwardParams {
     const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_rows.cuh
     float* dq_sums;                  // [batch, heads, q_tiles, 2, PART], zeros at first
     int* turns;                      // [batch, heads, q_tiles, 2], zeros; null: any order will do
-    const int *kv_lens, *kv_starts;  // [batch] or null
+    const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
+    const int *cu_q, *cu_k;          // [sequences + 1], then batch is 1; or null
+    int sequences;
+    Rows dk_rows, dv_rows;  // where a tile ends inside a sequence's neighbour
     int batch, heads, kv_heads, q_len, kv_len;
     int left, right;
     bool align_end;
     bool transform, softcap;
     float multiplier, before, after, scale;
-    int q_tiles, kv_tiles;
+    int q_tiles, kv_tiles;  // of a head; of sequences, slots (packed.cuh)
 };
 
 // Before: lse in base 2, and delta; of them dsinks. After: dq of its sums.
 struct BackwardRowsParams {
     Rows out, dout, dq;
     const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
-    float *lse2, *delta;      // [batch, heads, rows], rows beyond q_len are written too
+    float *lse2, *delta;      // [batch, heads, rows], rows beyond an entry's are written too
     const float* dq_sums;
-    int batch, heads, q_len, rows;
+    const int* cu_q;  // [sequences + 1] or null
+    int sequences, batch, heads, q_len, rows;
     float scale;
     const void* sinks;  // [heads]
     SinkType sink_type;
@@ -129,9 +137,9 @@ template <> struct ForwardConfig<256> {
     static constexpr Schedule SCHEDULE = Schedule::OVERLAP;
 };
 
-// On sm_80: WARPS warps of BLOCKS times 16 rows, tiles of BLOCK_KV keys, STAGES tiles of keys and of
-// values in shared memory. All fit the 99 KB of sm_86 and sm_89; with 32 rows a warp, a fragment of
-// keys or values that is read serves two products. FEW: for few rows, where all is waiting for
+// On sm_80: WARPS warps of BLOCKS times 16 rows, tiles of BLOCK_KV keys, STAGES tiles of keys and
+// of values in shared memory. All fit the 99 KB of sm_86 and sm_89; with 32 rows a warp, a fragment
+// of keys or values that is read serves two products. FEW: for few rows, where all is waiting for
 // memory: the next tiles are on their way while one is in use.
 template <int D, bool FEW> struct ForwardConfig80;
 

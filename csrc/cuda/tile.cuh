@@ -89,4 +89,28 @@ FASTATTN_DEVICE void store_accumulator(T tile, int row, const float (&d)[N / 2])
     store_fragments<N>(tile, row, a);
 }
 
+// The same to memory, where a tile has `rows` rows and the next are not this tile's.
+template <class Element, int N>
+FASTATTN_DEVICE void store_accumulator_rows(uint16_t* to, int64_t stride, int rows,
+                                            const float (&d)[N / 2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int row = thread_index() / 32 % 4 * 16 + lane_index() / 4 + 8 * r;
+        if (row >= rows) continue;
+        uint16_t* line = to + row * stride + 2 * (lane_index() % 4);
+#pragma unroll
+        for (int i = 2 * r; i < N / 2; i += 4)
+            st_global(reinterpret_cast<uint32_t*>(line + i / 4 * 8), pack<Element>(d[i], d[i + 1]));
+    }
+}
+
+// Rows outside [low, high) become zeros; thread `thread` of THREADS does its part.
+template <int THREADS, class T>
+FASTATTN_DEVICE void clear_rows(T tile, int low, int high, int thread) {
+    constexpr int CHUNKS = T::COLUMNS / 8;
+    for (int i = thread; i < T::ROWS * CHUNKS; i += THREADS)
+        if (i / CHUNKS < low || i / CHUNKS >= high)
+            st_shared4(tile.chunk(i / CHUNKS, i % CHUNKS), uint4{0, 0, 0, 0});
+}
+
 }  // namespace fastattn::cuda

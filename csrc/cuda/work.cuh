@@ -1,6 +1,7 @@
 // What a CTA of a forward kernel does: a tile of rows, the keys that they see, and of these the
 // tiles that need no mask. next: forward_sm90.cuh, forward_sm80.cuh
 #pragma once
+#include "packed.cuh"
 #include "params.h"
 
 namespace fastattn::cuda {
@@ -28,11 +29,13 @@ struct Work {
         int q_len = p.q_len, keys = p.kv_len;
         first_row = first_key = 0;
         if (p.cu_q) {
-            entry = sequence_of(p, slot, block_q);
-            first_row = ld_global(p.cu_q + entry);
-            slot -= first_row * p.pack / block_q + entry;
+            Sequence own =
+                Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q, p.pack);
+            entry = own.number;
+            slot -= own.first_slot;
+            first_row = own.begin;
+            q_len = own.end - own.begin;
             bool none = entry == p.sequences;  // rows of no sequence
-            q_len = (none ? p.q_len : ld_global(p.cu_q + entry + 1)) - first_row;
             first_key = none ? 0 : ld_global(p.cu_k + entry);
             keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
             if (p.page_table) first_key = 0;  // each sequence has its own pages
@@ -48,20 +51,6 @@ struct Work {
         band = {p.left, p.right, (p.align_end ? keys - q_len : 0) - start, q_len, keys - start};
     }
 
-    // Sequences do not share tiles: that of number n has tiles from cu_q[n] * pack / block_q + n
-    // on, which is more than enough; those past its end are empty.
-    template <class Params>
-    FASTATTN_DEVICE static int sequence_of(const Params& p, int slot, int block_q) {
-        int low = 0, high = p.sequences;  // the last is of the rows past all sequences
-        while (low < high) {
-            int middle = (low + high + 1) / 2;
-            if (ld_global(p.cu_q + middle) * p.pack / block_q + middle <= slot)
-                low = middle;
-            else
-                high = middle - 1;
-        }
-        return low;
-    }
     FASTATTN_DEVICE bool empty() const { return row >= rows; }
 };
 

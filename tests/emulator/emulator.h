@@ -127,10 +127,10 @@ template <> inline constexpr bool IS_BF16<Bf16> = true;
 constexpr uint64_t EVICT_FIRST = 0, EVICT_LAST = 0;
 
 inline int thread_index() { return emulator::thread_index(); }
-inline int thread_index_anew() { return thread_index(); }
 inline int lane_index() { return thread_index() % 32; }
 inline int block_index() { return emulator::block_index(); }
 inline int grid_size() { return emulator::grid_size(); }
+inline int thread_index_anew() { return thread_index(); }
 inline int warp_index() { return thread_index() / 32; }
 inline int warpgroup_index() { return thread_index() / 128; }
 constexpr int SHARED_ALIGNMENT = 1024;
