@@ -9,10 +9,13 @@ namespace fastattn::cuda {
 // Which index of an operand is contiguous in shared memory: a tile's columns are K, or M or N.
 enum class Major { K, MN };
 
-// Rows that lie evenly in memory. Other sources have the same two members.
+// Rows that lie evenly in memory. Other sources are called alike; of a row that is not there, they
+// may give any address, as it is not read. TOGETHER: how many addresses are in registers at once.
 struct EvenRows {
-    const uint16_t* data;  // of any row: never read for a row that is not there
-    int64_t stride;        // elements
+    static constexpr int TOGETHER = 16;
+
+    const uint16_t* data;
+    int64_t stride;  // elements
 
     FASTATTN_DEVICE const uint16_t* operator()(int row) const { return data + row * stride; }
 };
@@ -23,12 +26,11 @@ template <int THREADS, class T, class Source>
 FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last) {
     constexpr int CHUNKS = T::COLUMNS / 8, STEP = THREADS / CHUNKS;  // rows at a time
     static_assert(THREADS % CHUNKS == 0 && T::ROWS % STEP == 0);
-    int chunk = thread_index() % CHUNKS, start = thread_index() / CHUNKS;
-#pragma unroll
+    int thread = thread_index_anew(), chunk = thread % CHUNKS, start = thread / CHUNKS;
+#pragma unroll Source::TOGETHER
     for (int i = 0; i < T::ROWS; i += STEP) {
         int row = start + i;
-        bool there = row >= first && row < last;
-        copy_async(tile.chunk(row, chunk), (there ? source(row) : source.data) + 8 * chunk, there);
+        copy_async(tile.chunk(row, chunk), source(row) + 8 * chunk, row >= first && row < last);
     }
 }
 
@@ -49,7 +51,7 @@ template <bool OF_A, Major MAJOR, class T> struct Fragments {
     SharedAddress start;
 
     FASTATTN_DEVICE Fragments(T tile, int first) {
-        int lane = lane_index(), one = lane / 8 % 2, two = lane / 16;
+        int lane = thread_index_anew() % 32, one = lane / 8 % 2, two = lane / 16;
         int row = lane % 8 + 8 * (LOWER_FIRST ? one : two), chunk = LOWER_FIRST ? two : one;
         start = tile.chunk(row + (IN_ROWS ? first : 0), chunk + (IN_ROWS ? 0 : first / 8));
     }

@@ -1,12 +1,15 @@
-// What ops_cuda.cu calls for sm_80 and later. next: backward_sm80.cu
+// What ops_cuda.cu calls for sm_80 and later. next: forward_sm80.cu, backward_sm80.cu, launch80.h
 #pragma once
 #include <string>
 
-#include "launch.h"
+#include "launch80.h"
 
 namespace fastattn::cuda {
 
-// Launches on the current device and returns "" or what went wrong. A CTA can have this memory.
+// Both launch on the current device and return "" or what went wrong. The forward's call has
+// part_sizes() of working memory for the plan; memory: what a CTA can have.
+std::string launch_forward_sm80(const ForwardCall& call, const ForwardPlan& plan, bool bf16,
+                                cudaStream_t stream);
 std::string launch_backward_sm80(const BackwardCall& call, bool bf16, Memory memory,
                                  int multiprocessors, cudaStream_t stream);
 BackwardSizes backward_sizes_sm80(const Operand& q, const int* cu_q, int sequences, Memory memory);
