@@ -218,7 +218,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     int64_t entries = cu_seqlens_q ? sequences : q.size(0);
     const int* cu_q = lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q");
     CHECK(!need_dsinks || sinks, "need_dsinks, but there are no sinks");
-    CHECK(q.size(3) != 256, "the CUDA backward kernels have head dimensions 64 and 128, q has 256");
     check_numbers(scale, softcap, left, right);
     check_like(dout, q, "dout");
     check_like(out, q, "out");

@@ -8,15 +8,13 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES, plain_attention
+from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES, plain_attention
 
 from fastattn.reference import reference
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
-
-DIMS = (64, 128)  # 256 is another backend's
 
 
 def gradients(attention, problem, dout, dlse):
