@@ -30,8 +30,8 @@ template <class Element_, int D_> struct Backward {
     using DoutRing = Ring<DOUT_STAGES>;
     using KVRing = Ring<1>;
 
-    // A warpgroup has 64 of 128 keys: scores of all rows, and all columns of dk and dv. Or both have
-    // all 64 keys: scores of half of the rows, and half of the columns.
+    // A warpgroup has 64 of 128 keys, scores of all rows, and all columns of dk and dv. Or both
+    // have all 64 keys, scores of half of the rows, and half of the columns.
     static constexpr bool HALF_COLUMNS = Config::HALF_COLUMNS;
     static constexpr int KEYS_APART = HALF_COLUMNS ? 0 : 64;
     static constexpr int ROWS = HALF_COLUMNS ? BLOCK_Q / 2 : BLOCK_Q;
