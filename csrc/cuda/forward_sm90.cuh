@@ -29,8 +29,8 @@ template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
     static constexpr int BARRIERS_AT = Config::OUT_IN_Q ? END_AT : END_AT + QTile::BYTES;
     static constexpr int SHARED_BYTES = BARRIERS_AT + 2 * KVRing::BYTES + QRing::BYTES;
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448 && QTile::BYTES % GROUP_BYTES == 0);
-    static_assert(Config::PRODUCER_REGISTERS + Config::CONSUMERS * Config::CONSUMER_REGISTERS <=
-                  65536 / 128);
+    static_assert(registers_fit(THREADS, Config::PRODUCER_REGISTERS, Config::CONSUMERS,
+                                Config::CONSUMER_REGISTERS));
 
     // Who releases: a lane of each consumer warp; where the output lies in q, a thread of each
     // warpgroup, after the store has read it.
