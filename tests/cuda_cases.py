@@ -1,13 +1,19 @@
-"""Cases of the CUDA kernels: shapes around their tiles, masks, options; and plain attention."""
+"""Cases of the CUDA kernels: shapes around their tiles, masks, options; plain attention; and what
+the forward kernels are held to.
+"""
 
 from __future__ import annotations
 
+import emulated
 import torch
-from cases import Problem
+from cases import Case, Problem
 from torch import Tensor
 
+from fastattn.reference import reference
+
 DIMS = (64, 128, 256)
-# Tiles are 192 or 128 rows (64 a warpgroup) by 128 or 80 keys.
+# Tiles of sm_90 are 192 or 128 rows (64 a warpgroup) by 128 or 80 keys; of sm_80, 128 or 64 by 64
+# or 32.
 SHAPES = {
     "one": {"q_len": 1, "kv_len": 1},
     "row": {"q_len": 1, "kv_len": 300},
@@ -107,3 +113,19 @@ def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
     lse = scores.float().logsumexp(-1)
     weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(dead, 0)
     return weights @ v, lse.masked_fill(dead[..., 0], -torch.inf)
+
+
+def check_forward(case: Case, dtype: torch.dtype, seed: int, **how) -> None:
+    """Within twice the error of plain attention in dtype, and a rounding of the result."""
+    problem = case.make(dtype, seed)
+    out, lse = emulated.forward(problem, seed, **how)
+    expected, expected_lse = reference(*problem.to(torch.float64))
+    paged = problem.operands.paged  # then fp32 math, whose error is a rounding
+    plain, _ = reference(*problem) if paged else plain_attention(problem)
+    floor = (2 if paged else 1) * torch.finfo(dtype).eps * expected.abs().max()
+    limit = 2 * (plain.double() - expected).abs().max() + floor
+    assert (out.double() - expected).abs().max() <= limit
+    dead = expected_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, dead)
+    assert out[dead].eq(0).all()
+    torch.testing.assert_close(lse[~dead].double(), expected_lse[~dead], atol=2e-5, rtol=2e-6)
