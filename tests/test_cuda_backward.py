@@ -8,15 +8,13 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES, plain_attention
+from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES, plain_attention
 
 from fastattn.reference import reference
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
-
-DIMS = (64, 128)  # 256 is another backend's
 
 
 def gradients(attention, problem, dout, dlse):
@@ -48,7 +46,8 @@ def check(case: Case, dtype: torch.dtype, seed: int, with_dlse=True, turns=True)
                              turns=turns)  # fmt: skip
     for name, x, true, rough in zip(("dq", "dk", "dv", "dsinks"), got, expected, plain):
         limit = 3 * (rough.double() - true).abs().max()
-        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 1e-5
+        # dscores of an only key are 0, less the rounding of two fp32 sums over D, for each row
+        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 4e-5
         assert (x.double() - true).abs().max() <= limit, name
 
 

@@ -155,7 +155,7 @@ template <class F> struct Consumer {
             if (leads) bulk_wait_read<0>();  // of the tile before
             barrier_sync(F::OWN + group, 128);
         }
-        store_accumulator<Element, F::D>(out, 64 * group, acc);
+        store_accumulator<Element, F::D>(out, 64 * group, 0, acc);
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
         if (!leads) return;

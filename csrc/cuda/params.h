@@ -161,12 +161,21 @@ template <int D> struct BackwardConfig;
 // 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores,
 // 64 + 64 of dk and dv, 32 of dq.
 template <> struct BackwardConfig<64> {
-    static constexpr int BLOCK_Q = 128;
+    static constexpr int BLOCK_Q = 128, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = false;  // would spill
 };
 template <> struct BackwardConfig<128> {
-    static constexpr int BLOCK_Q = 64;
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dweights
+};
+// dk and dv of 64 keys would be 256 registers: a warpgroup has half of their columns, for all of 64
+// keys. 16 + 16 registers of scores, of half of the rows; 64 + 64 of dk and dv, 64 of dq.
+template <> struct BackwardConfig<256> {
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, DOUT_STAGES = 1;
+    static constexpr bool HALF_COLUMNS = true;
+    static constexpr bool PACK_EARLY = true;
 };
 
 }  // namespace fastattn::cuda

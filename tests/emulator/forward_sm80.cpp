@@ -21,7 +21,7 @@ std::string forward(const ForwardCall& call, const ForwardPlan& plan, uint64_t s
 // Working memory is made here.
 template <class Element, int D>
 std::string forward_of(ForwardCall call, int multiprocessors, uint64_t seed) {
-    ForwardPlan plan = forward_plan(call, multiprocessors);
+    ForwardPlan plan = forward_plan(call, multiprocessors, IDLE_SM80);
     auto [outs, lses] = part_sizes(call, plan);
     std::vector<float> part_out(outs, NAN), part_lse(lses, NAN);
     emulator::register_memory(part_out.data(), 4 * outs, "part_out");
