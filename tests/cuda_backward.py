@@ -55,14 +55,15 @@ def check(
     got = kernel(problem, dout, dlse, *given, seed=seed, turns=turns)
     for name, x, true, rough in zip(("dq", "dk", "dv", "dsinks"), got, expected, plain):
         limit = 3 * (rough.double() - true).abs().max()
-        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 2e-5  # of sums that are 0
+        # dscores of an only key are 0, less the rounding of two fp32 sums over D, for each row
+        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 4e-5
         assert (x.double() - true).abs().max() <= limit, name
 
 
-def same_bits(kernel: Kernel) -> None:
+def same_bits(kernel: Kernel, packed: tuple = ()) -> None:
     """Sums into dq are taken in turns, those into dsinks in a tree: no bit depends on time."""
     shape = {"heads": 4, "kv_heads": 2, "q_len": 200, "kv_len": 300, "head_dim": kernel.dim}
-    problem = Case("cuda/bits", causal=True, sinks=True, **shape).make(torch.float16)
+    problem = Case("cuda/bits", causal=True, sinks=True, packed=packed, **shape).make(torch.float16)
     out, lse = reference(*problem)
     dout = torch.randn_like(out)
     runs = [kernel(problem, dout, None, out, lse, seed=seed) for seed in range(3)]

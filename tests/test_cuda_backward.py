@@ -7,13 +7,11 @@ import pytest
 import torch
 from cases import Case
 from cuda_backward import Kernel, check, same_bits, sequences_are_apart
-from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES
+from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
-
-DIMS = (64, 128)  # 256 is backward_sm80's
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -69,6 +67,7 @@ def test_moments_of_asynchronous_work(dim, seed):
     check(Kernel("sm90", dim), case, torch.bfloat16, seed)
 
 
+@pytest.mark.parametrize("packed", ((), ((90, 200), (110, 100))), ids=("batch", "packed"))
 @pytest.mark.parametrize("dim", DIMS)
-def test_every_schedule_gives_the_same_bits(dim):
-    same_bits(Kernel("sm90", dim))
+def test_every_schedule_gives_the_same_bits(dim, packed):
+    same_bits(Kernel("sm90", dim), packed)

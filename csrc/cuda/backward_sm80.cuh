@@ -224,7 +224,8 @@ template <class F> struct BackwardCta {
         if (steps > 0) load_rows(at);
         copy_commit();
         for (; steps > 0; steps--, at = after(at)) step(sums, at, steps > 1);
-        w = KeyWork(p, opaque(block_index()), F::BLOCK_Q, F::BLOCK_KV);  // kept, it would be spilled
+        // Made anew: kept, it would be spilled.
+        w = KeyWork(p, opaque(block_index()), F::BLOCK_Q, F::BLOCK_KV);
 #pragma unroll
         for (int i = 0; i < OfKeys::N; i++)
             sums.dk[i / (OfKeys::N / 2)][i % (OfKeys::N / 2)] *= p.scale;

@@ -20,8 +20,14 @@ std::string launch(const BackwardCall& call, int multiprocessors, cudaStream_t s
 
 template <class Element>
 std::string launch_of(const BackwardCall& call, int multiprocessors, cudaStream_t stream) {
-    return call.q.head_dim == 64 ? launch<Backward<Element, 64>>(call, multiprocessors, stream)
-                                 : launch<Backward<Element, 128>>(call, multiprocessors, stream);
+    switch (call.q.head_dim) {
+        case 64:
+            return launch<Backward<Element, 64>>(call, multiprocessors, stream);
+        case 128:
+            return launch<Backward<Element, 128>>(call, multiprocessors, stream);
+        default:
+            return launch<Backward<Element, 256>>(call, multiprocessors, stream);
+    }
 }
 
 }  // namespace
@@ -33,8 +39,14 @@ std::string launch_backward_sm90(const BackwardCall& call, bool bf16, int multip
 }
 
 BackwardSizes backward_sizes_sm90(const Operand& q, const int* cu_q, int sequences) {
-    return q.head_dim == 64 ? BackwardSizes::of<Backward<Bf16, 64>>(q, cu_q, sequences)
-                            : BackwardSizes::of<Backward<Bf16, 128>>(q, cu_q, sequences);
+    switch (q.head_dim) {
+        case 64:
+            return BackwardSizes::of<Backward<Bf16, 64>>(q, cu_q, sequences);
+        case 128:
+            return BackwardSizes::of<Backward<Bf16, 128>>(q, cu_q, sequences);
+        default:
+            return BackwardSizes::of<Backward<Bf16, 256>>(q, cu_q, sequences);
+    }
 }
 
 }  // namespace fastattn::cuda

@@ -29,8 +29,8 @@ template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
     static constexpr int BARRIERS_AT = Config::OUT_IN_Q ? END_AT : END_AT + QTile::BYTES;
     static constexpr int SHARED_BYTES = BARRIERS_AT + 2 * KVRing::BYTES + QRing::BYTES;
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448 && QTile::BYTES % GROUP_BYTES == 0);
-    static_assert(Config::PRODUCER_REGISTERS + Config::CONSUMERS * Config::CONSUMER_REGISTERS <=
-                  65536 / 128);
+    static_assert(registers_fit(THREADS, Config::PRODUCER_REGISTERS, Config::CONSUMERS,
+                                Config::CONSUMER_REGISTERS));
 
     // Who releases: a lane of each consumer warp; where the output lies in q, a thread of each
     // warpgroup, after the store has read it.
@@ -155,7 +155,7 @@ template <class F> struct Consumer {
             if (leads) bulk_wait_read<0>();  // of the tile before
             barrier_sync(F::OWN + group, 128);
         }
-        store_accumulator<Element, F::D>(out, 64 * group, acc);
+        store_accumulator<Element, F::D>(out, 64 * group, 0, acc);
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
         if (!leads) return;

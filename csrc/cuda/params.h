@@ -118,6 +118,12 @@ struct BackwardRowsParams {
     float* dsinks;  // [heads] or null
 };
 
+// What a warpgroup gets of what others give up comes out of what the CTA was launched with: as many
+// registers as its threads leave for each, in eights.
+constexpr bool registers_fit(int threads, int producer, int consumers, int consumer) {
+    return producer + consumers * consumer <= threads / 128 * imin(255, 65536 / threads / 8 * 8);
+}
+
 enum class Schedule {
     OVERLAP,  // the products of a step are issued before the softmax of the step before
     PINGPONG  // and warpgroups take turns at issuing
@@ -169,12 +175,24 @@ template <int D> struct BackwardConfig;
 // 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores,
 // 64 + 64 of dk and dv, 32 of dq.
 template <> struct BackwardConfig<64> {
-    static constexpr int BLOCK_Q = 128;
+    static constexpr int BLOCK_Q = 128, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+    static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = false;  // would spill
 };
 template <> struct BackwardConfig<128> {
-    static constexpr int BLOCK_Q = 64;
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+    static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dweights
+};
+// dk and dv of 64 keys would be 256 registers: a warpgroup has half of their columns, for all of 64
+// keys. 16 + 16 registers of scores, of half of the rows; 64 + 64 of dk and dv, 64 of dq.
+template <> struct BackwardConfig<256> {
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, DOUT_STAGES = 1;
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+    static constexpr bool HALF_COLUMNS = true;
+    static constexpr bool PACK_EARLY = true;
 };
 
 // Shared memory that a CTA can have: on sm_80, 90 and 100; on all others from sm_80 on.

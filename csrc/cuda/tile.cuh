@@ -43,14 +43,14 @@ template <int ROWS_, int COLUMNS_> struct Tile {
     }
 };
 
-// acc[64 x N] = a[64 rows from a_row, K] * b[N, K]^T. Issues only: the caller fences, commits and
-// waits.
+// acc[64 x N] = a[64 rows from a_row, K] * b[N rows from b_row, K]^T. Issues only: the caller
+// fences, commits and waits.
 template <class Element, int N, class A, class B>
-FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b) {
-    static_assert(A::COLUMNS == B::COLUMNS && B::ROWS == N);
+FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b, int b_row = 0) {
+    static_assert(A::COLUMNS == B::COLUMNS && B::ROWS >= N);
 #pragma unroll
     for (int k = 0; k < A::COLUMNS; k += 16)
-        wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(0, k), k > 0);
+        wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(b_row, k), k > 0);
 }
 
 // acc[64 x N] += a[64 x K] * b[K, N], a in registers as K / 16 fragments.
@@ -60,6 +60,15 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGM
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; i++)
         wgmma_rs<N, Element, true>(acc, a[i], b.mn_major(16 * i, 0), true);
+}
+
+// acc[64 x N] += a[64 x K] * b[K, N columns from `column`]
+template <class Element, int N, class A, class B>
+FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], A a, B b, int column) {
+    static_assert(A::ROWS == 64 && A::COLUMNS == B::ROWS);
+#pragma unroll
+    for (int k = 0; k < B::ROWS; k += 16)
+        wgmma_ss<N, Element, false, true>(acc, a.k_major(0, k), b.mn_major(k, column), true);
 }
 
 // An accumulator [64 x N] rounded to 16 bits, as the A operand of the next product: the layouts of
@@ -72,21 +81,21 @@ FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / 16][4], const float (&d)[N /
         for (int j = 0; j < 4; j++) a[i][j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
 }
 
-// Writes the fragments of a [64 x N] accumulator to rows `row` and on of a tile.
+// Writes the fragments of a [64 x N] accumulator to a tile, from `row` and `column` on.
 template <int N, class T>
-FASTATTN_DEVICE void store_fragments(T tile, int row, const uint32_t (&a)[N / 16][4]) {
-    static_assert(T::COLUMNS == N);
+FASTATTN_DEVICE void store_fragments(T tile, int row, int column, const uint32_t (&a)[N / 16][4]) {
     int lane = lane_index(), warp = thread_index() / 32 % 4;
     int at = row + 16 * warp + lane % 16;  // matrices 0, 1: rows 0-7, 8-15; 2, 3: eight columns on
 #pragma unroll
-    for (int i = 0; i < N / 16; i++) stmatrix<false>(tile.chunk(at, 2 * i + lane / 16), a[i]);
+    for (int i = 0; i < N / 16; i++)
+        stmatrix<false>(tile.chunk(at, column / 8 + 2 * i + lane / 16), a[i]);
 }
 
 template <class Element, int N, class T>
-FASTATTN_DEVICE void store_accumulator(T tile, int row, const float (&d)[N / 2]) {
+FASTATTN_DEVICE void store_accumulator(T tile, int row, int column, const float (&d)[N / 2]) {
     uint32_t a[N / 16][4];
     to_fragments<Element, N>(a, d);
-    store_fragments<N>(tile, row, a);
+    store_fragments<N>(tile, row, column, a);
 }
 
 // The same to memory, where a tile has `rows` rows and the next are not this tile's.

@@ -52,6 +52,8 @@ std::string backward_of(const BackwardCall& call, int grid, uint64_t seed) {
             return backward<Backward<Element, 64>>(call, grid, seed);
         case 128:
             return backward<Backward<Element, 128>>(call, grid, seed);
+        case 256:
+            return backward<Backward<Element, 256>>(call, grid, seed);
         default:
             return "no kernel of this head dimension";
     }
