@@ -150,8 +150,7 @@ Gpu check_gpu(const Tensor& q) {
 // "" or what went wrong. On sm_90, wgmma serves many rows of keys that are not in pages.
 std::string run_forward(ForwardCall& call, const Tensor& q, const Gpu& gpu) {
     bool bf16 = q.scalar_type() == ScalarType::BFloat16, hopper = gpu.capability == 90;
-    ForwardPlan plan =
-        forward_plan(call, gpu.multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
+    ForwardPlan plan = forward_plan(call, gpu.multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
     if (hopper && !plan.few && !call.page_table)
         return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
     auto [outs, lses] = part_sizes(call, plan);

@@ -29,8 +29,7 @@ struct Work {
         int q_len = p.q_len, keys = p.kv_len;
         first_row = first_key = 0;
         if (p.cu_q) {
-            Sequence own =
-                Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q, p.pack);
+            Sequence own = Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q, p.pack);
             entry = own.number;
             slot -= own.first_slot;
             first_row = own.begin;
