@@ -77,7 +77,9 @@ template <class F> struct Loads {
     const Work& w;
     int begin, end;  // tiles
 
-    FASTATTN_DEVICE T keys(int i) const { return {shared + F::KV_AT + i % STAGES * 2 * T::BYTES}; }
+    FASTATTN_DEVICE T keys(int i) const {
+        return {shared + F::KV_AT + i % STAGES * 2 * T::BYTES};
+    }
     FASTATTN_DEVICE T values(int i) const { return {keys(i).base + T::BYTES}; }
 
     // Tile i counts from the end. Rows past the last key become zeros: their weights are 0, but
@@ -268,7 +270,8 @@ template <class F> struct Warp80 {
 // --- the kernel ---------------------------------------------------------------------------------
 
 // SHARED_BYTES is in the kernel's name for benchmarks/cuda_audit.py, which sees no launch.
-template <class F, int SHARED_BYTES = F::SHARED_BYTES> __global__ void __launch_bounds__(F::THREADS)
+template <class F, int SHARED_BYTES = F::SHARED_BYTES>
+__global__ void __launch_bounds__(F::THREADS)
     forward_sm80(const __grid_constant__ ForwardParams80 p) {
     int splits = F::FEW ? p.splits : 1;
     Work w(p, block_index() / splits, F::BLOCK_Q);
