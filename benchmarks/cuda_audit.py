@@ -32,14 +32,16 @@ ARCHS = {"_sm90": "90a", "_sm80": "80"}  # by what a file is called
 MAX_SHARED = {"_sm90": 232448 - 1024, "_sm80": 166912 - 1024}
 SMALL_SHARED = 101376 - 1024  # of sm_86 and sm_89
 # matrix products, tensor loads, tensor stores, reductions into memory, register reallocation;
-# and of sm_80: matrix products, asynchronous copies, loads of fragments
-COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG", "HMMA", "LDGSTS", "LDSM")
+# and of sm_80: matrix products, asynchronous copies, loads of fragments, additions to memory
+COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG", "HMMA", "LDGSTS", "LDSM", "RED")
+VARIANTS = {"ELb1EE": "few", "MemoryE1E": "small"}  # by what is in a mangled name
 OVERLAP = "overlapped"
 MIN_OVERLAP = 40  # exponentials of a row of 80 keys in a thread: the smallest tile
 REQUIRED = {  # by the kernel's name
     "forward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
     "backward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
     "forward_sm80": ("HMMA", "LDGSTS", "LDSM"),
+    "backward_sm80": ("HMMA", "LDGSTS", "LDSM", "RED"),
 }
 
 
@@ -110,14 +112,18 @@ def compiled(source: Path) -> tuple[Path, str]:
 
 
 def readable(symbol: str) -> str:
-    """`forward_sm80 bf16 D 64 few` of a kernel's mangled name."""
+    """`forward_sm80 bf16 D 64 few` of a kernel's mangled name; kernels over rows, which both
+    backwards have, are `backward_finish_sm80` of the one of sm_80."""
     kernel = re.match(r"_ZN8fastattn4cuda\d+([a-z_0-9]+?)I?NS", symbol)
     element = re.search(r"(Bf16|Fp16)", symbol)
     dim = re.search(r"(?:Bf16|Fp16)ELi(\d+)E", symbol)
     name = kernel.group(1).removesuffix("I") if kernel else symbol
+    if "Backward80" in symbol and not name.endswith("_sm80"):
+        name += "_sm80"
+    variant = [word for mark, word in VARIANTS.items() if mark in symbol]
     return " ".join(
         [name, *([element.group(1).lower()] if element else []),
-         *([f"D {dim.group(1)}"] if dim else []), *(["few"] if "ELb1EE" in symbol else [])]
+         *([f"D {dim.group(1)}"] if dim else []), *variant]
     )  # fmt: skip
 
 

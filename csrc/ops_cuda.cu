@@ -16,15 +16,21 @@ namespace fastattn::cuda {
 namespace {
 
 struct Gpu {
-    int capability, multiprocessors;
+    int capability, multiprocessors, shared_bytes;  // shared memory that a CTA can have
+
+    bool hopper() const { return capability == 90; }
+    Memory memory() const {
+        return shared_bytes >= shared_memory(Memory::LARGE) ? Memory::LARGE : Memory::SMALL;
+    }
 };
 
 Gpu gpu_of(const Tensor& q) {
-    int device = q.get_device_index(), major = 0, minor = 0, count = 0;
+    int device = q.get_device_index(), major = 0, minor = 0, count = 0, shared = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return {10 * major + minor, count};
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return {10 * major + minor, count, shared};
 }
 
 cudaStream_t stream_of(const Tensor& q) {
@@ -149,9 +155,10 @@ Gpu check_gpu(const Tensor& q) {
 
 // "" or what went wrong. On sm_90, wgmma serves many rows of keys that are not in pages.
 std::string run_forward(ForwardCall& call, const Tensor& q, const Gpu& gpu) {
-    bool bf16 = q.scalar_type() == ScalarType::BFloat16, hopper = gpu.capability == 90;
-    ForwardPlan plan = forward_plan(call, gpu.multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
-    if (hopper && !plan.few && !call.page_table)
+    bool bf16 = q.scalar_type() == ScalarType::BFloat16;
+    ForwardPlan plan =
+        forward_plan(call, gpu.multiprocessors, gpu.hopper() ? IDLE_SM90 : IDLE_SM80);
+    if (gpu.hopper() && !plan.few && !call.page_table)
         return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
     auto [outs, lses] = part_sizes(call, plan);
     Tensor part_out = new_tensor(q, {outs}, ScalarType::Float);
@@ -259,8 +266,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     check_like(dout, q, "dout");
     check_like(out, q, "out");
     Gpu gpu = check_gpu(q);
-    CHECK(gpu.capability == 90, "the CUDA backward kernels are for sm_90, this GPU is sm_",
-          gpu.capability);
+    CHECK(q.size(3) != 256 || gpu.memory() == Memory::LARGE,
+          "the CUDA backward of head dimension 256 takes ", shared_memory(Memory::LARGE),
+          " bytes of shared memory a CTA, this GPU has ", gpu.shared_bytes);
 
     torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     Tensor rows = for_tma(q), keys = for_tma(k), values = for_tma(v), cotangent = for_tma(dout);
@@ -275,7 +283,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
         for (Tensor t : {dq, dk, dv, dsinks}) torch::stable::fill_(t, 0);
         return {dq, dk, dv, none, dsinks};
     }
-    BackwardSizes sizes = backward_sizes_sm90(operand(rows), cu_q, static_cast<int>(sequences));
+    int count = static_cast<int>(sequences);
+    BackwardSizes sizes = gpu.hopper()
+                              ? backward_sizes_sm90(operand(rows), cu_q, count)
+                              : backward_sizes_sm80(operand(rows), cu_q, count, gpu.memory());
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
@@ -296,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       lengths(kv_starts, q, entries, "kv_starts"),
                       cu_q,
                       lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
-                      static_cast<int>(sequences),
+                      count,
                       scale,
                       softcap,
                       left,
@@ -310,7 +321,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       type,
                       need_dsinks ? static_cast<float*>(dsinks.data_ptr()) : nullptr};
     bool bf16 = q.scalar_type() == ScalarType::BFloat16;
-    std::string error = launch_backward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
+    cudaStream_t stream = stream_of(q);
+    std::string error =
+        gpu.hopper() ? launch_backward_sm90(call, bf16, gpu.multiprocessors, stream)
+                     : launch_backward_sm80(call, bf16, gpu.memory(), gpu.multiprocessors, stream);
     CHECK(error.empty(), error);
     return {dq, dk, dv, none, dsinks};
 }

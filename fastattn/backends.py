@@ -99,6 +99,7 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (64, 128, 256)
 CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k", "page_table")
 CUDA_CAPABILITY = (8, 0)  # and later
+CUDA_WIDE_BACKWARD = 166912  # bytes of shared memory that a CTA must have with head dimension 256
 
 
 def _cuda_why_not(spec, q, k, v, operands):
@@ -125,6 +126,27 @@ def _cuda_refuses(spec, q, k, v, operands):
     if other := [name for name in given if name not in CUDA_OPERANDS]:
         return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
     return None
+
+
+def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    backward = _op_backward
+    if q.shape[3] == 256 and q.is_cuda:
+        shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+        if shared < CUDA_WIDE_BACKWARD:
+            backward = _after_cuda(spec, q, k, v, operands, shared).backward
+    return backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+
+
+def _after_cuda(spec, q, k, v, operands, shared: int) -> Backend:
+    """The row that has the backward which the CUDA kernels lack on this GPU, and not in silence."""
+    rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
+    row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
+    _warn_once(
+        f"fastattn: {row.name} runs the backward of a call of the cuda backend: with head "
+        f"dimension 256 that takes {CUDA_WIDE_BACKWARD} bytes of shared memory a block, this GPU "
+        f"has {shared}."
+    )
+    return row
 
 
 MAX_TRITON_HEAD_DIM = 1024
@@ -178,7 +200,7 @@ def _reference_why_not(spec, q, k, v, operands):
 CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
-    Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _op_forward, _op_backward,
+    Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _op_forward, _cuda_backward,
             _cuda_refuses, weights_rounded=True),
     Backend("triton", "any GPU Triton supports",
             _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,

@@ -25,12 +25,15 @@ def test_kernels_compile_clean():
     rows = cuda_audit.audit()
     assert [row["name"] for row in rows if row["problems"]] == []
     names = {row["name"] for row in rows}
-    for kernel in ("forward_sm90 {}", "backward_sm90 {}", "forward_sm80 {}", "forward_sm80 {} few"):
-        for dim in (64, 128, 256):
+    kernels = ("forward_sm90 {}", "backward_sm90 {}", "forward_sm80 {}", "forward_sm80 {} few",
+               "backward_sm80 {}", "backward_sm80 {} small")  # fmt: skip
+    for kernel in kernels:
+        for dim in (64, 128) if "small" in kernel else (64, 128, 256):
             assert {kernel.format(f"{e} D {dim}") for e in ("bf16", "fp16")} <= names
     large = [row for row in rows if "_sm90" in row["name"]]
     assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED["_sm90"] for row in large)
-    assert all(row["sm_86"] for row in rows if row["name"].startswith("forward_sm80"))
+    small = [r for r in rows if r["name"].startswith("forward_sm80") or "small" in r["name"]]
+    assert all(row["sm_86"] for row in small)
 
 
 @needs_nvcc
@@ -109,6 +112,31 @@ def test_cpu_tensors_are_refused():
     q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)
     reason = backends.BY_NAME["cuda"].why_not(Spec(0.125), q, q, q, Operands())
     assert "q is on cpu" in reason
+
+
+def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
+    calls = []
+    able = backends.Backend(
+        "able", "", lambda *a: None, None, lambda *a: calls.append("able"), None
+    )
+    unable = backends.Backend("unable", "", lambda *a: "cannot", None, None, None)
+    rows = [backends.BY_NAME["cuda"], unable, able]
+    monkeypatch.setattr(backends, "BACKENDS", rows)
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "_op_backward", lambda *a: calls.append("cuda"))
+    gpu = type("Properties", (), {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+    def backward(shared, dim):
+        gpu.shared_memory_per_block_optin = shared
+        q = type("Q", (), {"device": None, "is_cuda": True, "shape": (1, 1, 64, dim)})
+        rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), Operands(), False, False)
+
+    backward(232448, 256)
+    backward(101376, 128)
+    with pytest.warns(UserWarning, match="able runs the backward .* this GPU has 101376"):
+        backward(101376, 256)
+    assert calls == ["cuda", "cuda", "able"]
 
 
 @pytest.mark.parametrize("found, reason", [((7, 5), "sm_75"), ((8, 0), None), ((12, 0), None)])
