@@ -101,6 +101,19 @@ CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k"
 CUDA_MIN_ROWS = 64  # of an entry: a warpgroup's. With fewer, splitting the keys is what counts
 
 
+def document_bounds(ids: torch.Tensor) -> torch.Tensor:
+    """int32 [B, n + 1] of document ids [B, S]: the first row of each document, then S. Entries with
+    fewer than n, the most, have empty ones at the end. Waits for the GPU: n is a shape."""
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    number = first.cumsum(1) - 1
+    most = int(number[:, -1].max()) + 1 if ids.numel() else 0
+    bounds = ids.new_full((ids.shape[0], most + 1), ids.shape[1], dtype=torch.int32)
+    entry, row = first.nonzero(as_tuple=True)
+    bounds[entry, number[entry, row]] = row.to(torch.int32)
+    return bounds
+
+
 def _cuda_why_not(spec, q, k, v, operands):
     if q.device.type != "cuda":
         return f"q is on {q.device} and this backend runs on NVIDIA GPUs"
