@@ -23,8 +23,8 @@ struct ForwardPlan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows are few where an entry has not more than a small tile's, or where large tiles would be for no
-// more than one in `idle` multiprocessors.
+// Rows are few where an entry has not more than a small tile's, or where large tiles would be for
+// no more than one in `idle` multiprocessors.
 inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int idle) {
     int64_t sequences = std::max(c.sequences, 1), entries = c.q.batch * sequences;
     int64_t rows = ceil_div(c.q.rows, sequences);
