@@ -130,15 +130,36 @@ void refuse(bool others) {
           "cu_seqlens and, forward, page_table; other operands are for another backend");
 }
 
-// How many packed sequences there are, 0 where none are packed.
-int64_t sequences_of(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                     const Tensor& q) {
-    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
-    CHECK(
-        !cu_seqlens_q || (q.size(0) == 1 && cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0),
-        "with cu_seqlens_q, q must have batch size 1 and cu_seqlens_q at least one element");
-    return cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : 0;
-}
+// cu_seqlens of packed sequences are [sequences + 1]; of documents, [batch, documents + 1].
+struct Sequences {
+    const int *cu_q = nullptr, *cu_k = nullptr;
+    int64_t number = 0, entries;  // in a row; with lengths of their own
+    bool documents = false;
+
+    Sequences(const OptionalTensor& q_cu, const OptionalTensor& k_cu, const Tensor& q)
+        : entries(q.size(0)) {
+        CHECK(!q_cu == !k_cu, "cu_seqlens_q and cu_seqlens_k come together");
+        if (!q_cu) return;
+        documents = q_cu->dim() == 2;
+        int64_t rows = documents ? q.size(0) : 1;
+        CHECK(q_cu->dim() >= 1 && q_cu->dim() <= 2 && q_cu->numel() >= rows && rows == q.size(0),
+              "cu_seqlens_q has shape ", shape_of(*q_cu), " and q batch size ", q.size(0),
+              "; [sequences + 1] goes with batch size 1, [batch, documents + 1] with any");
+        number = q_cu->size(q_cu->dim() - 1) - 1;
+        if (!documents) entries = number;
+        cu_q = checked(*q_cu, q, "cu_seqlens_q", rows);
+        cu_k = checked(*k_cu, q, "cu_seqlens_k", rows);
+    }
+
+    const int* checked(const Tensor& cu, const Tensor& q, const char* name, int64_t rows) const {
+        check_device(cu, q, name);
+        CHECK(cu.scalar_type() == ScalarType::Int && cu.is_contiguous() &&
+                  cu.numel() == rows * (number + 1),
+              name, " must be int32 of ", rows * (number + 1), " numbers, contiguous, got shape ",
+              shape_of(cu));
+        return static_cast<const int*>(cu.data_ptr());
+    }
+};
 
 void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
     CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
@@ -186,8 +207,8 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                                           double dropout_p, int64_t num_splits) {
     check_shapes(q, k, v, page_table.has_value());
     refuse(mask || bias || alibi_slopes || document_ids || dropout_seed || dropout_p > 0);
-    int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
-    int64_t entries = cu_seqlens_q ? sequences : q.size(0);
+    Sequences sequences(cu_seqlens_q, cu_seqlens_k, q);
+    CHECK(!page_table || !sequences.documents, "documents have no pages");
     check_numbers(scale, softcap, left, right);
     Gpu gpu = check_gpu(q);
     CHECK(num_splits >= 0 && num_splits < MAX_LENGTH, "num_splits must be >= 0, got ", num_splits);
@@ -200,11 +221,12 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                      operand(values),
                      operand(out),
                      static_cast<float*>(lse.data_ptr()),
-                     lengths(kv_lens, q, entries, "kv_lens"),
-                     lengths(kv_starts, q, entries, "kv_starts"),
-                     lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q"),
-                     lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
-                     static_cast<int>(sequences),
+                     lengths(kv_lens, q, sequences.entries, "kv_lens"),
+                     lengths(kv_starts, q, sequences.entries, "kv_starts"),
+                     sequences.cu_q,
+                     sequences.cu_k,
+                     static_cast<int>(sequences.number),
+                     sequences.documents,
                      sinks ? sinks->data_ptr() : nullptr,
                      sink_type(sinks, q),
                      scale,
@@ -218,7 +240,7 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                      static_cast<int>(num_splits),
                      nullptr,
                      nullptr};
-    set_pages(call, page_table, q, entries);
+    set_pages(call, page_table, q, sequences.entries);
     if (q.numel() == 0) return {out, lse};
     if (k.size(0) == 0 || call.keys() == 0) {
         torch::stable::fill_(out, 0);
@@ -258,9 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     check_shapes(q, k, v, false);
     refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
            dropout_p > 0 || need_dbias);
-    int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
-    int64_t entries = cu_seqlens_q ? sequences : q.size(0);
-    const int* cu_q = lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q");
+    Sequences sequences(cu_seqlens_q, cu_seqlens_k, q);
     CHECK(!need_dsinks || sinks, "need_dsinks, but there are no sinks");
     check_numbers(scale, softcap, left, right);
     check_like(dout, q, "dout");
@@ -283,10 +303,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
         for (Tensor t : {dq, dk, dv, dsinks}) torch::stable::fill_(t, 0);
         return {dq, dk, dv, none, dsinks};
     }
-    int count = static_cast<int>(sequences);
-    BackwardSizes sizes = gpu.hopper()
-                              ? backward_sizes_sm90(operand(rows), cu_q, count)
-                              : backward_sizes_sm80(operand(rows), cu_q, count, gpu.memory());
+    int count = static_cast<int>(sequences.number);
+    BackwardSizes sizes =
+        gpu.hopper() ? backward_sizes_sm90(operand(rows), sequences.cu_q, count)
+                     : backward_sizes_sm80(operand(rows), sequences.cu_q, count, gpu.memory());
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
@@ -303,11 +323,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       operand(dv),
                       static_cast<const float*>(row_lse.data_ptr()),
                       row_dlse ? static_cast<const float*>(row_dlse->data_ptr()) : nullptr,
-                      lengths(kv_lens, q, entries, "kv_lens"),
-                      lengths(kv_starts, q, entries, "kv_starts"),
-                      cu_q,
-                      lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
+                      lengths(kv_lens, q, sequences.entries, "kv_lens"),
+                      lengths(kv_starts, q, sequences.entries, "kv_starts"),
+                      sequences.cu_q,
+                      sequences.cu_k,
                       count,
+                      sequences.documents,
                       scale,
                       softcap,
                       left,

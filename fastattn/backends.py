@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,9 +97,31 @@ def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 # What csrc/cuda has kernels for: a closed table. Everything else is the next row's.
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (64, 128, 256)
-CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k", "page_table")
+CUDA_OPERANDS = (
+    "sinks", "kv_lens", "kv_starts", "document_ids", "cu_seqlens_q", "cu_seqlens_k", "page_table",
+)  # fmt: skip
 CUDA_CAPABILITY = (8, 0)  # and later
 CUDA_WIDE_BACKWARD = 166912  # bytes of shared memory that a CTA must have with head dimension 256
+
+
+def documents_as_sequences(x):
+    """Operands without document_ids: in their place, cu_seqlens of each entry, int32 [B, n + 1],
+    for the CUDA kernels. Entries with fewer than n documents, the most, have empty ones at the end.
+    Waits for the GPU, as n is a shape."""
+    if (ids := x.document_ids) is None:
+        return x
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    number = first.cumsum(1) - 1
+    most = int(number[:, -1].max()) + 1 if ids.numel() else 0
+    bounds = ids.new_full((ids.shape[0], most + 1), ids.shape[1], dtype=torch.int32)
+    entry, row = first.nonzero(as_tuple=True)
+    bounds[entry, number[entry, row]] = row.to(torch.int32)
+    return replace(x, document_ids=None, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+
+
+def _cuda_forward(q, k, v, spec, operands, num_splits):
+    return _op_forward(q, k, v, spec, documents_as_sequences(operands), num_splits)
 
 
 def _cuda_why_not(spec, q, k, v, operands):
@@ -125,6 +147,8 @@ def _cuda_refuses(spec, q, k, v, operands):
         )
     if other := [name for name in given if name not in CUDA_OPERANDS]:
         return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
+    if operands.document_ids is not None and torch.compiler.is_compiling():
+        return "torch.compile cannot know how many documents there are, which the kernels need"
     return None
 
 
@@ -134,6 +158,8 @@ def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
         shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
         if shared < CUDA_WIDE_BACKWARD:
             backward = _after_cuda(spec, q, k, v, operands, shared).backward
+    if backward is _op_backward:
+        operands = documents_as_sequences(operands)
     return backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
 
 
@@ -200,7 +226,7 @@ def _reference_why_not(spec, q, k, v, operands):
 CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
-    Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _op_forward, _cuda_backward,
+    Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _cuda_forward, _cuda_backward,
             _cuda_refuses, weights_rounded=True),
     Backend("triton", "any GPU Triton supports",
             _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,

@@ -101,11 +101,27 @@ def test_what_the_kernels_serve():
         ({"bias": torch.empty(1, 1, 1, 1)}, "bias is given"),
         ({"mask": torch.empty(1, 1, 1, 1)}, "mask is given"),
         ({"dropout_seed": torch.empty(2)}, "dropout_seed is given"),
-        ({"document_ids": torch.empty(1, 1)}, "document_ids is given"),
+        ({"alibi_slopes": torch.empty(2)}, "alibi_slopes is given"),
     ],
 )
 def test_what_they_do_not_serve_is_named(change, word):
     assert word in refusal(**change)
+
+
+def test_documents_wait_for_no_compiler(monkeypatch):
+    ids = torch.empty(1, 64, dtype=torch.int32)
+    assert refusal(document_ids=ids) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "how many documents" in refusal(document_ids=ids)
+
+
+def test_documents_become_sequences():
+    ids = torch.tensor([[0, 0, 1, 1, 5], [2, 2, 2, 2, 2]], dtype=torch.int32)
+    found = backends.documents_as_sequences(Operands(document_ids=ids))
+    assert found.document_ids is None and found.cu_seqlens_q is found.cu_seqlens_k
+    assert found.cu_seqlens_q.tolist() == [[0, 2, 4, 5], [0, 5, 5, 5]]
+    empty = Operands(document_ids=ids[:, :0])
+    assert backends.documents_as_sequences(empty).cu_seqlens_q.shape == (2, 1)
 
 
 def test_cpu_tensors_are_refused():
