@@ -73,12 +73,13 @@ def test_every_schedule_gives_the_same_bits(arch, dim):
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
-def test_what_tma_cannot_describe_is_named():
+@archs
+def test_what_no_copy_can_read_is_named(arch):
     q = torch.randn(1, 1, 64, 72).half()[..., :64]
     k = torch.randn(1, 1, 64, 68).half()[..., :64]
     problem = Case("cuda/strides", q_len=64, kv_len=64, head_dim=64).make(torch.float16)
     with pytest.raises(emulated.Fault, match="k has a stride of 68 elements"):
-        emulated.forward(problem._replace(q=q, k=k, v=q))
+        emulated.forward(problem._replace(q=q, k=k, v=q), arch=arch)
     odd = torch.randn(64 * 64 + 8).half()[1 : 64 * 64 + 1].view(1, 1, 64, 64)
     with pytest.raises(emulated.Fault, match="v does not start at a multiple of 16 bytes"):
-        emulated.forward(problem._replace(q=q, k=q, v=odd))
+        emulated.forward(problem._replace(q=q, k=q, v=odd), arch=arch)

@@ -8,8 +8,7 @@ namespace fastattn::cuda {
 
 constexpr int COMBINE_THREADS = 128, COMBINE_ROWS = COMBINE_THREADS / 32;  // of a CTA
 
-template <class Element, int D>
-__global__ void __launch_bounds__(COMBINE_THREADS)
+template <class Element, int D> __global__ void __launch_bounds__(COMBINE_THREADS)
     combine_parts(const __grid_constant__ CombineParams p) {
     int64_t rows = int64_t(p.batch) * p.heads * p.q_len;
     int64_t at = int64_t(block_index()) * COMBINE_ROWS + thread_index() / 32;

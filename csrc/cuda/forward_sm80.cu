@@ -7,35 +7,18 @@
 namespace fastattn::cuda {
 namespace {
 
-template <class F>
-std::string launch(const ForwardCall& call, const ForwardPlan& plan, cudaStream_t stream) {
-    ForwardParams80 p = forward_params80<F>(call, plan);
-    return launch_large(forward_sm80<F>, p.tiles * plan.splits, F::THREADS, F::SHARED_BYTES, stream,
-                        p);
-}
-
-template <class Element, int D>
-std::string launch_of(const ForwardCall& call, const ForwardPlan& plan, cudaStream_t stream) {
-    std::string error = plan.few ? launch<Forward80<Element, D, true>>(call, plan, stream)
-                                 : launch<Forward80<Element, D, false>>(call, plan, stream);
-    if (!error.empty() || plan.splits == 1) return error;
-    combine_parts<Element, D>
-        <<<combine_grid(call), COMBINE_THREADS, 0, stream>>>(combine_params(call, plan));
-    return state_of(cudaGetLastError());
-}
-
 template <class Element>
 std::string launch_of(const ForwardCall& call, const ForwardPlan& plan, cudaStream_t stream) {
-    switch (call.q.head_dim) {
-        case 64:
-            return launch_of<Element, 64>(call, plan, stream);
-        case 128:
-            return launch_of<Element, 128>(call, plan, stream);
-        case 256:
-            return launch_of<Element, 256>(call, plan, stream);
-        default:
-            return "the kernels have head dimensions 64, 128 and 256";
-    }
+    return with_forward80<Element>(call.q.head_dim, plan.few, [&](auto kernel) {
+        using F = decltype(kernel);
+        ForwardParams80 p = forward_params80<F>(call, plan);
+        std::string error = launch_large(forward_sm80<F>, p.tiles * plan.splits, F::THREADS,
+                                         F::SHARED_BYTES, stream, p);
+        if (!error.empty() || plan.splits == 1) return error;
+        combine_parts<Element, F::D>
+            <<<combine_grid(call), COMBINE_THREADS, 0, stream>>>(combine_params(call, plan));
+        return state_of(cudaGetLastError());
+    });
 }
 
 }  // namespace

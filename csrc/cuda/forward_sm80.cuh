@@ -2,6 +2,8 @@
 // CTA takes one tile of rows and all its keys, or a part of them (combine.cuh joins the parts).
 // next: launch80.h (hosts), work.cuh, softmax.cuh
 #pragma once
+#include <string>
+
 #include "mma.cuh"
 #include "params.h"
 #include "softmax.cuh"
@@ -75,17 +77,17 @@ template <class F> struct Loads {
     const ForwardParams80& p;
     SharedAddress shared;
     const Work& w;
-    int begin, end;  // tiles
+    int begin;  // the last tile
 
-    FASTATTN_DEVICE T keys(int i) const {
-        return {shared + F::KV_AT + i % STAGES * 2 * T::BYTES};
+    FASTATTN_DEVICE T keys(int tile) const {
+        return {shared + F::KV_AT + tile % STAGES * 2 * T::BYTES};
     }
-    FASTATTN_DEVICE T values(int i) const { return {keys(i).base + T::BYTES}; }
+    FASTATTN_DEVICE T values(int tile) const { return {keys(tile).base + T::BYTES}; }
 
-    // Tile i counts from the end. Rows past the last key become zeros: their weights are 0, but
-    // what is there may be NaN, or another entry's, or nothing.
-    FASTATTN_DEVICE void start(T to, const Rows& x, int i) const {
-        int tile = end - 1 - i, first = w.first_key + tile * F::BLOCK_KV;
+    // Rows past the last key become zeros: their weights are 0, but what is there may be NaN, or
+    // another entry's, or nothing.
+    FASTATTN_DEVICE void start(T to, const Rows& x, int tile) const {
+        int first = w.first_key + tile * F::BLOCK_KV;
         int count = w.band.kv_len - tile * F::BLOCK_KV;
         int kv_head = w.head / (p.heads / p.kv_heads);
         if (tile >= begin && p.page_table) {
@@ -100,25 +102,26 @@ template <class F> struct Loads {
         copy_commit();
     }
 
-    FASTATTN_DEVICE void prologue() const {  // the caller's copies of q are in the first group
-        start(keys(0), p.k, 0);
+    FASTATTN_DEVICE void prologue(int tile) const {  // the caller's copies of q are in the first
+        start(keys(tile), p.k, tile);
 #pragma unroll
         for (int i = 1; i < STAGES; i++) {
-            start(values(i - 1), p.v, i - 1);
-            start(keys(i), p.k, i);
+            start(values(tile - i + 1), p.v, tile - i + 1);
+            start(keys(tile - i), p.k, tile - i);
         }
     }
-    FASTATTN_DEVICE T take_keys(int i) const {
-        copy_wait<2 * STAGES - 2>();
-        sync_block();
-        start(values(i + STAGES - 1), p.v, i + STAGES - 1);
-        return keys(i);
+    FASTATTN_DEVICE T take_keys(int tile) const {
+        take(values(tile - STAGES + 1), p.v, tile - STAGES + 1);
+        return keys(tile);
     }
-    FASTATTN_DEVICE T take_values(int i) const {
+    FASTATTN_DEVICE T take_values(int tile) const {
+        take(keys(tile - STAGES), p.k, tile - STAGES);
+        return values(tile);
+    }
+    FASTATTN_DEVICE void take(T next, const Rows& x, int tile) const {
         copy_wait<2 * STAGES - 2>();
         sync_block();
-        start(keys(i + STAGES), p.k, i + STAGES);
-        return values(i);
+        start(next, x, tile);
     }
 };
 
@@ -137,7 +140,8 @@ template <class F> struct Warp80 {
     // What is opaque is computed at each use: kept, it would be spilled.
     FASTATTN_DEVICE int first_row() const { return opaque(thread_index() / 32) * F::ROWS; }
     FASTATTN_DEVICE int row_in_tile(int block, int r) const {
-        return first_row() + 16 * block + lane_index() / 4 + 8 * r;
+        int thread = thread_index_anew();
+        return thread / 32 * F::ROWS + 16 * block + thread % 32 / 4 + 8 * r;
     }
 
     // What this warp's rows see of a tile of keys. Asked at each tile: kept, it would be spilled.
@@ -241,19 +245,18 @@ template <class F> struct Warp80 {
             for (int j = 0; j < OUTPUTS; j++) acc[i][j] = 0;
         }
         typename F::QTile q{shared + F::Q_AT};
-        Loads<F> loads{p, shared, w, all.begin, all.end};
+        Loads<F> loads{p, shared, w, all.begin};
         if (all.begin < all.end) {
             copy_rows<F::THREADS>(q, HeadRows(p.q, w, pack()), 0, w.rows - w.row);
-            loads.prologue();
+            loads.prologue(all.end - 1);
         }
-        for (int i = 0; i < all.end - all.begin; i++) {
-            int n = all.end - 1 - i;
+        for (int n = all.end - 1; n >= all.begin; n--) {
             Use use = use_of(n);
             float s[BLOCKS][SCORES] = {};
-            typename F::KVTile keys = loads.take_keys(i);
+            typename F::KVTile keys = loads.take_keys(n);
             if (use != Use::NONE)
                 multiply_shared<Element, Major::K, Major::K>(s, q, first_row(), keys, 0);
-            typename F::KVTile values = loads.take_values(i);
+            typename F::KVTile values = loads.take_values(n);
             if (use == Use::NONE) continue;
             uint32_t weights[BLOCKS][F::BLOCK_KV / 16][4];
             if (use == Use::ALL)
@@ -262,7 +265,8 @@ template <class F> struct Warp80 {
                 weigh<true>(weights, s, acc, softmax, transform, n);
             multiply_registers<Element, Major::MN>(acc, weights, values, 0);
         }
-        w = Work(p, opaque(block_index()) / (F::FEW ? p.splits : 1), F::BLOCK_Q);
+        // What only the stores need: kept through the loop, it would be spilled at D 128.
+        if constexpr (!F::FEW) w = Work(p, opaque(block_index()), F::BLOCK_Q);
         store(acc, softmax, part);
     }
 };
@@ -270,12 +274,27 @@ template <class F> struct Warp80 {
 // --- the kernel ---------------------------------------------------------------------------------
 
 // SHARED_BYTES is in the kernel's name for benchmarks/cuda_audit.py, which sees no launch.
-template <class F, int SHARED_BYTES = F::SHARED_BYTES>
-__global__ void __launch_bounds__(F::THREADS)
+template <class F, int SHARED_BYTES = F::SHARED_BYTES> __global__ void __launch_bounds__(F::THREADS)
     forward_sm80(const __grid_constant__ ForwardParams80 p) {
     int splits = F::FEW ? p.splits : 1;
     Work w(p, block_index() / splits, F::BLOCK_Q);
     if (!w.empty()) Warp80<F>{p, dynamic_shared(), w}.run(block_index() % splits);
+}
+
+// use(F{}) with the kernel F of a head dimension, for few rows or many.
+template <class Element, class Use> std::string with_forward80(int64_t dim, bool few, Use use) {
+    switch (dim) {
+        case 64:
+            return few ? use(Forward80<Element, 64, true>{}) : use(Forward80<Element, 64, false>{});
+        case 128:
+            return few ? use(Forward80<Element, 128, true>{})
+                       : use(Forward80<Element, 128, false>{});
+        case 256:
+            return few ? use(Forward80<Element, 256, true>{})
+                       : use(Forward80<Element, 256, false>{});
+        default:
+            return "the kernels have head dimensions 64, 128 and 256";
+    }
 }
 
 }  // namespace fastattn::cuda

@@ -75,11 +75,8 @@ void emulated_forget() { emulator::forget_memory(); }
 
 // "" or the report of what went wrong. The grid is what the device would have room for.
 const char* emulated_forward_sm90(const ForwardCall* call, bool bf16, int grid, uint64_t seed) {
-    for (auto [operand, name] : {std::pair{&call->q, "q"}, std::pair{&call->k, "k"},
-                                 std::pair{&call->v, "v"}, std::pair{&call->out, "out"}}) {
-        std::string why = why_not_tma(*operand, name);
-        if (!why.empty()) return keep(why);
-    }
+    std::string why = why_not_tma(*call);
+    if (!why.empty()) return keep(why);
     return keep(bf16 ? forward_of<Bf16>(*call, grid, seed) : forward_of<Fp16>(*call, grid, seed));
 }
 }

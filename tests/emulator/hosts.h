@@ -1,4 +1,5 @@
-// What the emulator's hosts of attention kernels share. next: attention.cpp, backward_sm80.cpp
+// What the emulator's hosts of attention kernels share.
+// next: attention.cpp, forward_sm80.cpp, backward_sm80.cpp
 #pragma once
 #include "backward_rows.cuh"
 #include "launch.h"
@@ -13,6 +14,16 @@ inline const char* keep(std::string text) {
     static std::string kept;
     kept = std::move(text);
     return kept.c_str();
+}
+
+// "" or why the kernels cannot read or write one of the call's tensors.
+inline std::string why_not_tma(const ForwardCall& call) {
+    for (auto [operand, name] : {std::pair{&call.q, "q"}, std::pair{&call.k, "k"},
+                                 std::pair{&call.v, "v"}, std::pair{&call.out, "out"}}) {
+        std::string why = why_not_tma(*operand, name);
+        if (!why.empty()) return why;
+    }
+    return "";
 }
 
 // The backward pass with main(call) as its main kernel. Working memory is made here; grid: of the

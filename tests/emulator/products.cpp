@@ -61,8 +61,8 @@ const char* emulated_product(const uint16_t* a, const uint16_t* b, float* out, i
                   : majors == 1 ? product<K, MN>
                   : majors == 2 ? product<MN, K>
                                 : product<MN, MN>;
-    report = emulator::launch({1, 64, 3 * Block::BYTES, seed},
-                              [&] { kernel(a, b, out, first, last); });
+    report =
+        emulator::launch({1, 64, 3 * Block::BYTES, seed}, [&] { kernel(a, b, out, first, last); });
     return report.c_str();
 }
 }
