@@ -28,12 +28,16 @@ CACHE = ROOT / "build" / "cuda-audit"
 MAX_SHARED = 232448 - 1024  # bytes a CTA of sm_90 can have, less what aligning them may cost
 FLAGS = ("-O3", "-std=c++17", "-cubin", "-Xptxas", "-v,-warn-spills")
 ARCHS = {"_sm90": "90a"}  # by what a file is called
-# matrix products, tensor loads, tensor stores, reductions into memory, register reallocation
-COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG")
+# matrix products of 16 and of 8 bits, tensor loads and stores, reductions into memory, registers
+# that change hands
+COUNTED = ("HGMMA", "QGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG")
 OVERLAP = "overlapped"
-MIN_OVERLAP = 40  # exponentials of a row of 80 keys in a thread: the smallest tile
-REQUIRED = {  # by the kernel's name
+# By the start of the kernel's name, the last that fits. Exponentials: of a row of 80 keys in a
+# thread, the smallest tile; of 8 bits, D 256 leaves no registers for any.
+MIN_OVERLAP = {"forward_sm90": 40, "forward_sm90 e4m3 D 256": 0}
+REQUIRED = {
     "forward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
+    "forward_sm90 e4m3": ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
     "backward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
 }
 
@@ -101,8 +105,8 @@ def compiled(source: Path) -> tuple[Path, str]:
 def readable(symbol: str) -> str:
     """`forward_sm90 bf16 D 64` of a kernel's mangled name."""
     kernel = re.match(r"_ZN8fastattn4cuda\d+([a-z_0-9]+?)I?NS", symbol)
-    element = re.search(r"(Bf16|Fp16)", symbol)
-    dim = re.search(r"(?:Bf16|Fp16)ELi(\d+)E", symbol)
+    element = re.search(r"(Bf16|Fp16|E4m3)", symbol)
+    dim = re.search(r"(?:Bf16|Fp16|E4m3)ELi(\d+)E", symbol)
     name = kernel.group(1).removesuffix("I") if kernel else symbol
     return " ".join(
         [name, *([element.group(1).lower()] if element else []),
@@ -171,9 +175,14 @@ def audit() -> list[dict]:
     return sorted(rows, key=lambda row: row["name"])
 
 
+def _of(table: dict, name: str, nothing):
+    """The last entry of a table whose key a kernel's name starts with."""
+    keys = [key for key in table if f"{name} ".startswith(f"{key} ")]
+    return table[keys[-1]] if keys else nothing
+
+
 def problems(row: dict, notes: list[str]) -> list[str]:
     """What is wrong with a kernel, in sentences."""
-    kernel = row["name"].split()[0]
     found = [f"ptxas says: {note}" for note in notes]
     if row["spills"]:
         found.append(f"{row['spills']} bytes are spilled")
@@ -181,9 +190,9 @@ def problems(row: dict, notes: list[str]) -> list[str]:
         found.append(f"{row['stack']} bytes of local memory")
     if row["shared"] > MAX_SHARED:
         found.append(f"{row['shared']} bytes of shared memory, {MAX_SHARED} are there")
-    if kernel == "forward_sm90" and row[OVERLAP] < MIN_OVERLAP:
-        found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {MIN_OVERLAP} must")
-    missing = [name for name in REQUIRED.get(kernel, ()) if not row[name]]
+    if row[OVERLAP] < (least := _of(MIN_OVERLAP, row["name"], 0)):
+        found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {least} must")
+    missing = [name for name in _of(REQUIRED, row["name"], ()) if not row[name]]
     return found + [f"no {name} in the machine code" for name in missing]
 
 

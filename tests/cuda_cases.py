@@ -1,10 +1,18 @@
-"""Cases of the CUDA kernels: shapes around their tiles, masks, options; and plain attention."""
+"""Cases of the CUDA kernels: shapes around their tiles, masks, options; plain attention; and what
+the forward kernels are held to.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import emulated
 import torch
-from cases import Problem
+from cases import Case, Problem
 from torch import Tensor
+
+from fastattn.descales import E4M3
+from fastattn.reference import reference
 
 DIMS = (64, 128, 256)
 # Tiles are 192 or 128 rows (64 a warpgroup) by 128 or 80 keys.
@@ -69,9 +77,33 @@ def visible(problem: Problem) -> Tensor:
     ])[:, None]  # fmt: skip
 
 
+PACKED = {
+    "few": ((70, 150), (1, 1), (128, 128)),
+    "empty": ((0, 30), (50, 0), (0, 0), (65, 200)),
+    "causal": ((200, 200), (33, 90), (64, 64), (1, 300)),
+    "window": ((150, 260), (90, 40)),
+    "one": ((131, 131),),
+}
+PACKED_MASKS = {"causal": {"causal": True}, "window": {"window": (60, 5), "sinks": True}}
+
+
+def exact(problem: Problem) -> Problem:
+    """What is meant, in float64."""
+    wide = problem.to(torch.float64)
+    tensors = list(wide[:3])
+    for i, scale in enumerate(problem.operands.descales or ()):
+        if scale is not None:
+            of_heads = scale.double().repeat_interleave(tensors[i].shape[1] // scale.shape[-1], -1)
+            tensors[i] = tensors[i] * of_heads[..., None, None]
+    return Problem(*tensors, wide.spec, replace(wide.operands, descales=None))
+
+
 def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse), every step in the problem's dtype, as torch's own math would round it."""
-    q, k, v, spec, x = problem
+    """(out, lse), every step in the problem's dtype, as torch's own math would round it; of float8
+    the weights, 256 for the largest, and the result, in bfloat16.
+    """
+    float8 = problem.q.dtype == E4M3
+    q, k, v, spec, x = exact(problem) if float8 else problem
     seen, group = visible(problem), q.shape[1] // k.shape[1]
     k, v = (y.nan_to_num().repeat_interleave(group, 1) for y in (k, v))
     scores = (q @ k.mT) * spec.scale
@@ -85,4 +117,27 @@ def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
         scores = torch.cat([scores, sinks], -1)
     lse = scores.float().logsumexp(-1)
     weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(dead, 0)
-    return weights @ v, lse.masked_fill(dead[..., 0], -torch.inf)
+    if float8:
+        step = weights.amax(-1, keepdim=True).masked_fill(dead, 1) / 256
+        weights = (weights / step).to(E4M3).double() * step
+    out = (weights @ v).to(torch.bfloat16 if float8 else q.dtype)
+    return out, lse.masked_fill(dead[..., 0], -torch.inf)
+
+
+def check_forward(case: Case, dtype: torch.dtype, seed: int, **how) -> None:
+    check_problem(case.make(dtype, seed), seed, **how)
+
+
+def check_problem(problem: Problem, seed: int, **how) -> None:
+    """Within twice the error of plain attention in its dtype, and a rounding of the result."""
+    out, lse = emulated.forward(problem, seed, **how)
+    expected, expected_lse = reference(*exact(problem))
+    packed = problem.operands.packed  # then fp32 math, whose error is a rounding
+    plain, _ = reference(*problem) if packed else plain_attention(problem)
+    floor = (2 if packed else 1) * torch.finfo(out.dtype).eps * expected.abs().max()
+    limit = 2 * (plain.double() - expected).abs().max() + floor
+    assert (out.double() - expected).abs().max() <= limit
+    dead = expected_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, dead)
+    assert out[dead].eq(0).all()
+    torch.testing.assert_close(lse[~dead].double(), expected_lse[~dead], atol=2e-5, rtol=2e-6)

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastattn.spec import Descales
+
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests/emulator"
 FLAGS = [
@@ -83,11 +85,22 @@ class Operand(ctypes.Structure):
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "head_dim")),
         *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "row_stride")),
+        ("bytes", ctypes.c_int64),
     ]
 
     @classmethod
     def of(cls, x: Tensor) -> Operand:
-        return cls(x.data_ptr(), *x.shape, *x.stride()[:3])
+        return cls(x.data_ptr(), *x.shape, *x.stride()[:3], x.element_size())
+
+
+class Descale(ctypes.Structure):
+    """csrc/cuda/params.h: fp32 [kv_heads] or [entries, kv_heads], or None."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("entry", ctypes.c_int)]
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Descale:
+        return cls(_address(x), x.shape[1] if x is not None and x.dim() == 2 else 0)
 
 
 class ForwardCall(ctypes.Structure):
@@ -99,6 +112,7 @@ class ForwardCall(ctypes.Structure):
         *(("sequences", ctypes.c_int), ("sinks", ctypes.c_void_p), ("sink_type", ctypes.c_int)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
+        *((name, Descale) for name in ("q_descale", "k_descale", "v_descale")),
     ]
 
 
@@ -136,10 +150,13 @@ def register(**tensors: Tensor | None) -> None:
 def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
     """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
     q, k, v, spec, x = problem
-    out = torch.full_like(q, torch.nan)
+    float8 = q.dtype == torch.float8_e4m3fn
+    out = torch.full_like(q, torch.nan, dtype=torch.bfloat16 if float8 else q.dtype)
     lse = torch.full(q.shape[:3], torch.nan)
+    scales = x.descales or Descales()
     register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
-              cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks)  # fmt: skip
+              cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks,
+              **dict(zip(("q_descale", "k_descale", "v_descale"), scales)))  # fmt: skip
     call = ForwardCall(
         *map(Operand.of, (q, k, v, out)),
         *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
@@ -147,6 +164,7 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
         _address(x.sinks),
         _sink_type(x.sinks),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
+        *map(Descale.of, scales),
     )
     bf16 = q.dtype == torch.bfloat16
     fault = library().emulated_forward_sm90(

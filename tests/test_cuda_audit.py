@@ -24,7 +24,8 @@ def test_kernels_compile_clean():
     rows = cuda_audit.audit()
     assert [row["name"] for row in rows if row["problems"]] == []
     names = {row["name"] for row in rows}
-    assert {f"forward_sm90 {e} D {d}" for e in ("bf16", "fp16") for d in (64, 128, 256)} <= names
+    elements = ("bf16", "fp16", "e4m3")
+    assert {f"forward_sm90 {e} D {d}" for e in elements for d in (64, 128, 256)} <= names
     large = [row for row in rows if "_sm90" in row["name"]]
     assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED for row in large)
 
@@ -49,6 +50,15 @@ def test_the_stored_table_has_the_same_kernels():
 def test_problems_are_named(change, word):
     assert cuda_audit.problems(GOOD, []) == []
     assert word in cuda_audit.problems({**GOOD, **change}, [])[0]
+
+
+def test_eight_bits_have_products_of_their_own():
+    eight = {**GOOD, "name": "forward_sm90 e4m3 D 128", "HGMMA": 0}
+    assert cuda_audit.problems(eight, []) == []
+    assert "no QGMMA" in cuda_audit.problems({**eight, "QGMMA": 0}, [])[0]
+    assert "0 exponentials" in cuda_audit.problems({**eight, "overlapped": 0}, [])[0]
+    wide = {**eight, "name": "forward_sm90 e4m3 D 256", "overlapped": 0}
+    assert cuda_audit.problems(wide, []) == []
 
 
 def test_serialised_wgmma_is_a_problem():

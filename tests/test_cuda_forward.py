@@ -12,29 +12,11 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_cases import DIMS, MASKS, OPTIONS, SHAPES, plain_attention
-
-from fastattn.reference import reference
+from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, PACKED_MASKS, SHAPES, check_forward
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
-
-
-def check(case: Case, dtype: torch.dtype, seed: int, grid: int = 2) -> None:
-    """Within twice the error of plain attention in dtype, and a rounding of the result."""
-    problem = case.make(dtype, seed)
-    out, lse = emulated.forward(problem, seed, grid)
-    expected, expected_lse = reference(*problem.to(torch.float64))
-    packed = problem.operands.packed  # then fp32 math, whose error is a rounding
-    plain, _ = reference(*problem) if packed else plain_attention(problem)
-    floor = (2 if packed else 1) * torch.finfo(dtype).eps * expected.abs().max()
-    limit = 2 * (plain.double() - expected).abs().max() + floor
-    assert (out.double() - expected).abs().max() <= limit
-    dead = expected_lse == -torch.inf
-    assert torch.equal(lse == -torch.inf, dead)
-    assert out[dead].eq(0).all()
-    torch.testing.assert_close(lse[~dead].double(), expected_lse[~dead], atol=2e-5, rtol=2e-6)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -43,7 +25,8 @@ def check(case: Case, dtype: torch.dtype, seed: int, grid: int = 2) -> None:
 def test_masks(dim, shape, mask):
     seed = DIMS.index(dim) + list(SHAPES).index(shape) + list(MASKS).index(mask)
     case = Case(f"cuda/{shape}-{mask}", head_dim=dim, **SHAPES[shape], **MASKS[mask])
-    check(case, torch.bfloat16 if seed % 2 else torch.float16, seed, grid=1 + seed % 2)
+    dtype = torch.bfloat16 if seed % 2 else torch.float16
+    check_forward(case, dtype, seed, grid=1 + seed % 2)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -51,39 +34,31 @@ def test_masks(dim, shape, mask):
 def test_options(dim, option):
     seed = DIMS.index(dim) + list(OPTIONS).index(option)
     case = Case(f"cuda/{option}", head_dim=dim, **OPTIONS[option])
-    check(case, torch.float16 if seed % 2 else torch.bfloat16, seed)
-
-
-PACKED = {
-    "few": ((70, 150), (1, 1), (128, 128)),
-    "empty": ((0, 30), (50, 0), (0, 0), (65, 200)),
-    "causal": ((200, 200), (33, 90), (64, 64), (1, 300)),
-    "window": ((150, 260), (90, 40)),
-    "one": ((131, 131),),
-}
+    check_forward(case, torch.float16 if seed % 2 else torch.bfloat16, seed)
 
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("dim", DIMS)
 def test_packed_sequences(dim, name):
     seed = DIMS.index(dim) + list(PACKED).index(name)
-    masks = {"causal": {"causal": True}, "window": {"window": (60, 5), "sinks": True}}
-    case = Case("cuda/packed", packed=PACKED[name], head_dim=dim, **masks.get(name, {}))
-    check(case, torch.float16 if seed % 2 else torch.bfloat16, seed, grid=1 + seed % 2)
+    case = Case("cuda/packed", packed=PACKED[name], head_dim=dim, **PACKED_MASKS.get(name, {}))
+    dtype = torch.float16 if seed % 2 else torch.bfloat16
+    check_forward(case, dtype, seed, grid=1 + seed % 2)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_packed_sequences_with_lengths(dim):
     options = {"kv_lens": (100, 3, 0), "heads": 4, "kv_heads": 2, "causal": True}
     case = Case("cuda/packed", packed=((70, 150), (90, 40), (20, 20)), head_dim=dim, **options)
-    check(case, torch.bfloat16, dim)
+    check_forward(case, torch.bfloat16, dim)
 
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("dim", DIMS)
 def test_moments_of_asynchronous_work(dim, seed):
     case = Case("cuda/seeds", batch=1, q_len=260, kv_len=390, head_dim=dim, causal=True)
-    check(replace(case, window=(200, 0) if seed % 2 else None), torch.bfloat16, seed, grid=1)
+    case = replace(case, window=(200, 0) if seed % 2 else None)
+    check_forward(case, torch.bfloat16, seed, grid=1)
 
 
 @pytest.mark.parametrize("dim", DIMS)

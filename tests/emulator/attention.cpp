@@ -10,9 +10,10 @@ using namespace fastattn::cuda;
 
 namespace {
 
-std::string encode(TensorMap& map, void* data, const uint64_t* sizes, const uint64_t* strides,
-                   const uint32_t* box) {
-    return emulator::encode_tiled(map, data, 4, 2, sizes, strides, box, emulator::Swizzle::B128);
+std::string encode(TensorMap& map, void* data, int element_bytes, const uint64_t* sizes,
+                   const uint64_t* strides, const uint32_t* box) {
+    return emulator::encode_tiled(map, data, 4, element_bytes, sizes, strides, box,
+                                  emulator::Swizzle::B128);
 }
 
 const char* keep(std::string text) {
@@ -106,6 +107,7 @@ const char* emulated_forward_sm90(const ForwardCall* call, bool bf16, int grid, 
         std::string why = why_not_tma(*operand, name);
         if (!why.empty()) return keep(why);
     }
+    if (call->q.bytes == 1) return keep(forward_of<E4m3>(*call, grid, seed));
     return keep(bf16 ? forward_of<Bf16>(*call, grid, seed) : forward_of<Fp16>(*call, grid, seed));
 }
 }
