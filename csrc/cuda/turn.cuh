@@ -2,7 +2,7 @@
 // index, here the key, along the rows, and no instruction transposes bytes. next: forward_sm90.cuh
 //
 // A panel is 128 keys of 128 channels, one byte each, and becomes 128 channels of 128 keys. It is a
-// square, so blocks of 32 x 32 change places in pairs, and no warp waits for another. ldmatrix.trans
+// square, so blocks of 32 x 32 change places in pairs and no warp waits for another. ldmatrix.trans
 // moves pairs of channels; two registers of keys eight apart then hold what two rows of the result
 // get, and permute_bytes sorts them. Of each 32 keys the order becomes another one: four neighbours
 // are keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, of the first 16 or of the others, which is how
