@@ -18,7 +18,9 @@ Environment:
                     none  pure Python
                     asan  the CPU library under the address and undefined-behaviour sanitizers, left
                           in build/asan/_cpu.abi3.so: set FASTATTN_CPU_LIBRARY to it (make asan)
-    FASTATTN_CUDA_ARCHS  nvcc architectures, default "90a", which is all there are kernels for
+    FASTATTN_CUDA_ARCHS  nvcc architectures of the kernels that run on sm_80 and newer, default
+                    "80;90a"; what is compiled for them besides is PTX for GPUs that are newer
+                    still. The sm_90 kernels are always compiled for 90a, where alone they run
     CXX, CXXFLAGS, LDFLAGS, NVCC, MAX_JOBS  as everywhere
 
 Rebuild after editing C++:  python setup.py build_ext --inplace   (compiles what changed)
@@ -34,6 +36,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +48,8 @@ ROOT = Path(__file__).resolve().parent
 SUBPACKAGES = ("nn", "models", "hf", "flash_attn", "kernels", "benchmarks")
 MODES = ("auto", "cpu", "cuda", "wheel", "none", "asan")
 TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
-CUDA_ARCHS = "90a"
+CUDA_ARCHS = "80;90a"
+HOPPER = "90a"  # an architecture that has no successor: its instructions are nowhere else
 
 # The last is for GCC 12's own avx512fintrin.h.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
@@ -69,6 +73,7 @@ class Library:
     rule: str = "cxx"
     flags: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
+    flags_of: Callable[[str], list[str]] = lambda source: []  # those of one source
     stable: bool = True
     why_not: str | None = None
 
@@ -217,12 +222,20 @@ class Plan:
         if why_not:
             return Library("_cuda", why_not=why_not)
         includes, links = self._torch_flags()
-        gencodes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Icsrc"]
-        flags = [*flags, *host, *gencodes, *STABLE_ABI, "-DUSE_CUDA", *includes]
+        flags = [*flags, *host, *STABLE_ABI, "-DUSE_CUDA", *includes]
         links = [link.replace("-Wl,--as-needed", "-Xlinker --as-needed") for link in links]
-        return Library("_cuda", relative(sources), "nvcc", flags, ["-cudart", "static", *links])
+        links = ["-cudart", "static", *links]
+        return Library("_cuda", relative(sources), "nvcc", flags, links, self._gencodes)
+
+    def _gencodes(self, source: str) -> list[str]:
+        """Machine code for each architecture, and PTX of the oldest that newer GPUs can run."""
+        archs = [HOPPER] if source.endswith("_sm90.cu") else self.archs
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        if portable := sorted((a for a in archs if a.isdigit()), key=int)[:1]:
+            codes.append(f"-gencode=arch=compute_{portable[0]},code=compute_{portable[0]}")
+        return codes
 
     def _module(self, why_not: str | None) -> Library:
         source = ROOT / "csrc/module.cpp"
@@ -273,7 +286,7 @@ class Plan:
             for source in lib.sources:
                 objects.append(f"{self.folder}/{lib.name}/{source.replace('/', '_')}.o")
                 lines.append(f"build {objects[-1]}: {lib.rule} {source}")
-                lines.append(f"  flags = {shlex.join(lib.flags)}")
+                lines.append(f"  flags = {shlex.join([*lib.flags, *lib.flags_of(source)])}")
             output = self.output(lib).relative_to(ROOT)
             lines.append(f"build {output}: link_{lib.rule} {' '.join(objects)}")
             lines.append(f"  links = {' '.join(lib.links)}")

@@ -88,6 +88,15 @@ def row_json(result: Result, machine: Machine, options: list[str]) -> dict:
     return entry
 
 
+def base_and_others(entry: dict) -> tuple[dict, list[str]]:
+    """The side that the others are compared with, fastattn or the first of an A/A run, and the
+    others' names."""
+    names = list(entry["sides"])
+    twins = any(name.endswith(AGAIN) for name in names)
+    base = names[0] if twins and OURS not in names else OURS
+    return entry["sides"].get(base, {}), [name for name in names if name != base]
+
+
 def _side_json(side: Side, result: Result, machine: Machine, timed: bool) -> dict:
     entry = {
         "backend": side.backend,

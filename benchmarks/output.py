@@ -5,8 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .entries import noise_of, primary, rate, reds, said, slower, title
-from .measure import OURS
+from .entries import base_and_others, noise_of, primary, rate, reds, said, slower, title
 
 COLOURS = {"faster": "green", "slower": "red", "no difference": "yellow"}
 
@@ -99,9 +98,8 @@ def todo(data: dict) -> list[str]:
 
 def _lines(entry: dict) -> list[list[str]]:
     """One line for each competitor."""
-    ours, lines = entry["sides"].get(OURS, {}), []
+    (ours, others), lines = base_and_others(entry), []
     asked = f"{entry['floor']:g}" if entry["floor"] else ""
-    others = [name for name in entry["sides"] if name != OURS]
     for index, name in enumerate(others or [""]):
         side, ratio = entry["sides"].get(name, {}), entry["versus"].get(name)
         label = entry["name"] if index == 0 else ""
@@ -178,7 +176,7 @@ def every_row(rows: list[dict]) -> list[str]:
         "|---|---|--:|--:|--:|:-:|--:|--:|--:|",
     ]
     for entry in rows:
-        ours, name = entry["sides"].get(OURS, {}), entry["name"]
+        ours, name = base_and_others(entry)[0], entry["name"]
         for other in entry["versus"] or ["red" if entry["red"] else ""]:
             if entry["red"] or not other:
                 lines.append(f"| {name} | | | | {'RED' if entry['red'] else ''} | | | | |")

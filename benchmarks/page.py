@@ -10,8 +10,7 @@ import matplotlib
 from fastattn.report import CSS, STYLE, svg
 
 from . import figures
-from .entries import rate, reds, said, slower, title
-from .measure import OURS
+from .entries import base_and_others, rate, reds, said, slower, title
 from .output import EXPLAINED, header, megabytes
 
 STYLE_OF_PAGE = (
@@ -118,17 +117,14 @@ HEADS = (
 def _table(data: dict) -> str:
     slow = {entry["name"] for entry, _, _ in slower(data)} | {e["name"] for e in reds(data)}
     rows = sorted(data["rows"], key=lambda entry: entry["name"] not in slow)
-    lines = "".join(_line(entry, other) for entry in rows for other in _others(entry))
+    pairs = [(entry, other) for entry in rows for other in base_and_others(entry)[1] or [""]]
+    lines = "".join(_line(entry, other) for entry, other in pairs)
     heads = "".join(f"<th{' class=number' * (n > 0)}>{h}</th>" for n, h in enumerate(HEADS))
     return f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>'
 
 
-def _others(entry: dict) -> list[str]:
-    return [name for name in entry["sides"] if name != OURS] or [""]
-
-
 def _line(entry: dict, other: str) -> str:
-    ours, side = entry["sides"].get(OURS, {}), entry["sides"].get(other, {})
+    ours, side = base_and_others(entry)[0], entry["sides"].get(other, {})
     ratio, errors, verdict, shade = entry["versus"].get(other), ours.get("errors"), "", ""
     if entry["red"]:
         verdict, shade = "RED", "bad"

@@ -102,8 +102,18 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 void refuse(bool others) {
     CHECK(!others,
-          "the CUDA kernels take causal masks, windows, softcap, sinks, kv_lens, kv_starts and, "
-          "forward, cu_seqlens; other operands are for another backend");
+          "the CUDA kernels take causal masks, windows, softcap, sinks, kv_lens, kv_starts and "
+          "cu_seqlens; other operands are for another backend");
+}
+
+// How many packed sequences there are, 0 where none are packed.
+int64_t sequences_of(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                     const Tensor& q) {
+    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
+    CHECK(
+        !cu_seqlens_q || (q.size(0) == 1 && cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0),
+        "with cu_seqlens_q, q must have batch size 1 and cu_seqlens_q at least one element");
+    return cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : 0;
 }
 
 void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
@@ -137,11 +147,7 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
     check_shapes(q, k, v);
     refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
            dropout_p > 0);
-    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
-    CHECK(
-        !cu_seqlens_q || (q.size(0) == 1 && cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0),
-        "with cu_seqlens_q, q must have batch size 1 and cu_seqlens_q at least one element");
-    int64_t sequences = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : 0;
+    int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
     int64_t entries = cu_seqlens_q ? sequences : q.size(0);
     check_numbers(scale, softcap, left, right);
     Gpu gpu = check_gpu(q);
@@ -206,10 +212,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     double scale, double softcap, int64_t left, int64_t right, bool align_end, double dropout_p,
     bool need_dbias, bool need_dsinks) {
     check_shapes(q, k, v);
-    refuse(mask || bias || alibi_slopes || document_ids || cu_seqlens_q || cu_seqlens_k ||
-           page_table || dropout_seed || dropout_p > 0 || need_dbias);
+    refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
+           dropout_p > 0 || need_dbias);
+    int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
+    int64_t entries = cu_seqlens_q ? sequences : q.size(0);
+    const int* cu_q = lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q");
     CHECK(!need_dsinks || sinks, "need_dsinks, but there are no sinks");
-    CHECK(q.size(3) != 256, "the CUDA backward kernels have head dimensions 64 and 128, q has 256");
     check_numbers(scale, softcap, left, right);
     check_like(dout, q, "dout");
     check_like(out, q, "out");
@@ -228,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
         for (Tensor t : {dq, dk, dv, dsinks}) torch::stable::fill_(t, 0);
         return {dq, dk, dv, none, dsinks};
     }
-    BackwardSizes sizes = backward_sizes_sm90(operand(rows));
+    BackwardSizes sizes = backward_sizes_sm90(operand(rows), cu_q, static_cast<int>(sequences));
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
@@ -245,8 +253,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       operand(dv),
                       static_cast<const float*>(row_lse.data_ptr()),
                       row_dlse ? static_cast<const float*>(row_dlse->data_ptr()) : nullptr,
-                      lengths(kv_lens, q, q.size(0), "kv_lens"),
-                      lengths(kv_starts, q, q.size(0), "kv_starts"),
+                      lengths(kv_lens, q, entries, "kv_lens"),
+                      lengths(kv_starts, q, entries, "kv_starts"),
+                      cu_q,
+                      lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
+                      static_cast<int>(sequences),
                       scale,
                       softcap,
                       left,

@@ -98,7 +98,6 @@ def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (64, 128, 256)
 CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k")
-CUDA_MAX_BACKWARD_DIM = 128
 CUDA_MIN_ROWS = 64  # of an entry: a warpgroup's. With fewer, splitting the keys is what counts
 
 
@@ -131,15 +130,7 @@ def _cuda_refuses(spec, q, k, v, operands):
         return (
             f"q has {q.shape[2]} rows{among}; the kernels are for {CUDA_MIN_ROWS} and more of each"
         )
-    if torch.compiler.is_compiling() and (reason := _cuda_backward_refuses(q, operands)):
-        return f"torch.compile may want the backward, and {reason}"
     return None
-
-
-def _cuda_backward_refuses(q, operands):
-    if q.shape[3] > CUDA_MAX_BACKWARD_DIM:
-        return f"q's head dimension is {q.shape[3]}; the backward kernels have 64 and 128"
-    return "the backward kernels take no cu_seqlens" if operands.packed else None
 
 
 def _after_cuda(spec, q, k, v, operands, reason: str) -> Backend:
@@ -155,13 +146,6 @@ def _cuda_forward(q, k, v, spec, operands, num_splits):
         row = _after_cuda(spec, q, k, v, operands, "the CUDA kernels do not split the keys")
         return row.forward(q, k, v, spec, operands, num_splits)
     return _op_forward(q, k, v, spec, operands, num_splits)
-
-
-def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks):
-    backward = _op_backward
-    if reason := _cuda_backward_refuses(q, operands):
-        backward = _after_cuda(spec, q, k, v, operands, reason).backward
-    return backward(dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
 
 
 MAX_TRITON_HEAD_DIM = 1024
@@ -215,7 +199,7 @@ def _reference_why_not(spec, q, k, v, operands):
 CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
-    Backend("cuda", "NVIDIA sm_90", _cuda_why_not, _cuda_forward, _cuda_backward,
+    Backend("cuda", "NVIDIA sm_90", _cuda_why_not, _cuda_forward, _op_backward,
             _cuda_refuses, weights_rounded=True),
     Backend("triton", "any GPU Triton supports",
             _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,

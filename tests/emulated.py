@@ -121,7 +121,8 @@ class BackwardCall(ctypes.Structure):
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("lse", "dlse", "kv_lens", "kv_starts")),
+        *((n, ctypes.c_void_p) for n in ("lse", "dlse", "kv_lens", "kv_starts", "cu_q", "cu_k")),
+        ("sequences", ctypes.c_int),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
         *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns", "sinks")),
@@ -181,10 +182,12 @@ def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns:
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)
     register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,
-             kv_lens=x.kv_lens, kv_starts=x.kv_starts, sinks=x.sinks, dsinks=dsinks)  # fmt: skip
+             kv_lens=x.kv_lens, kv_starts=x.kv_starts, cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k,
+             sinks=x.sinks, dsinks=dsinks)  # fmt: skip
     call = BackwardCall(
         *map(Operand.of, (q, k, v, out, dout, dq, dk, dv)),
-        *map(_address, (lse, dlse, x.kv_lens, x.kv_starts)),
+        *map(_address, (lse, dlse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
+        len(x.cu_seqlens_q) - 1 if x.packed else 0,
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
         *(None, None, None, q.data_ptr() if turns else None),
         *(_address(x.sinks), _sink_type(x.sinks), _address(dsinks)),

@@ -9,7 +9,7 @@ import emulated
 import pytest
 import torch
 from cases import Case, Problem
-from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, PACKED_MASKS, SHAPES, check_problem
+from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES, check_problem
 
 from fastattn.descales import E4M3
 from fastattn.spec import Descales
@@ -81,17 +81,18 @@ def test_nan_stays_where_it_is():
 def test_packed_sequences_are_the_same_alone(dim, name):
     """Bit for bit, each sequence with scales of its own."""
     seed = DIMS.index(dim) + list(PACKED).index(name)
-    case = Case("fp8/packed", packed=PACKED[name], head_dim=dim, **PACKED_MASKS.get(name, {}))
+    case = Case("fp8/packed", head_dim=dim, **PACKED[name])
     problem = make(case, "entries", seed)
     q, k, v, spec, x = problem
     out, lse = emulated.forward(problem, seed, grid=1 + seed % 2)
-    ends = [[0, *accumulate(lengths)] for lengths in zip(*PACKED[name])]
+    ends = [[0, *accumulate(lengths)] for lengths in zip(*case.packed)]
     for i, ((a, b), (c, d)) in enumerate(zip(*map(pairwise, ends))):
         if a == b or c == d:
             assert out[:, :, a:b].eq(0).all() and lse[:, :, a:b].eq(-torch.inf).all()
             continue
-        own = Descales(*(y if y is None else y[i : i + 1] for y in x.descales))
-        rest = replace(x, cu_seqlens_q=None, cu_seqlens_k=None, descales=own)
+        lens, *own = (y if y is None else y[i : i + 1] for y in (x.kv_lens, *x.descales))
+        own = {"kv_lens": lens, "descales": Descales(*own)}
+        rest = replace(x, cu_seqlens_q=None, cu_seqlens_k=None, **own)
         alone = Problem(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], spec, rest)
         one, one_lse = emulated.forward(alone, seed)
         assert torch.equal(out[:, :, a:b], one) and torch.equal(lse[:, :, a:b], one_lse)

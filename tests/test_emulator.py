@@ -200,6 +200,25 @@ def test_warp_instructions(seed):
     assert torch.equal(transposed, a.T)
 
 
+@pytest.mark.parametrize("rows", [(0, 64), (3, 60), (40, 20)])
+@pytest.mark.parametrize("b_major", ["k", "mn"])
+@pytest.mark.parametrize("a_major", ["k", "mn"])
+def test_products_of_a_warp(a_major, b_major, rows):
+    """Operands either way round, copied with zeros outside the rows that are there."""
+    stored_a, stored_b = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    out = torch.full((3, 64, 64), torch.nan)
+    majors = 2 * (a_major == "mn") + (b_major == "mn")
+    arguments = (stored_a, stored_b, out, majors, *rows, ctypes.c_uint64(majors))
+    assert call("emulated_product", *arguments, a=stored_a, b=stored_b, out=out) == ""
+    at = torch.arange(64)[:, None]
+    a = stored_a.float().masked_fill((at < rows[0]) | (at >= rows[1]), 0)
+    a, b = a.T if a_major == "mn" else a, stored_b.float()
+    b = b if b_major == "mn" else b.T
+    torch.testing.assert_close(out[0], a @ b, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out[1], out[0].bfloat16().float() @ b, atol=1e-3, rtol=1e-3)
+    assert torch.equal(out[1], out[2])
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_bulk_reduction(seed):
     terms, sums = torch.randn(256), torch.randn(256)

@@ -1,7 +1,7 @@
-// Before and after backward_sm90.cuh: what each row contributes, the gradient of sinks, and dq from
-// its fp32 sums.
+// Before and after the backward kernels: what each row contributes, the gradient of sinks, and dq
+// from its fp32 sums. next: backward_tile.cuh
 #pragma once
-#include "backward_sm90.cuh"
+#include "backward_tile.cuh"
 
 namespace fastattn::cuda {
 
@@ -12,22 +12,28 @@ template <class Element> FASTATTN_DEVICE float2 widen_pair(uint32_t two) {
     return {widen<Element>(two & 0xffff), widen<Element>(two >> 16)};
 }
 
+// The row of q at a place of the padded rows, or -1: sequences begin with a tile of their own.
+template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int place) {
+    if (!p.cu_q) return place < p.q_len ? place : -1;
+    Sequence own = Sequence::of_slot(p.cu_q, p.sequences, p.q_len, place / F::BLOCK_Q, F::BLOCK_Q);
+    int row = own.begin + place - own.first_slot * F::BLOCK_Q;
+    return row < own.end ? row : -1;
+}
+
 // delta = sum(dout * out) - dlse: what all gradients of a row's weights have in common. One warp a
-// row. Rows past the last, and rows that see no key, get lse = +inf: their weights become 0.
+// row. Places without a row, and rows that see no key, get lse = +inf: their weights become 0.
 template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
     backward_prepare(const __grid_constant__ BackwardRowsParams p) {
     constexpr int WARPS = ROWS_THREADS / 32;
     int64_t lines = static_cast<int64_t>(p.batch) * p.heads * p.rows;
     for (int64_t line = static_cast<int64_t>(block_index()) * WARPS + warp_index(); line < lines;
          line += static_cast<int64_t>(grid_size()) * WARPS) {
-        int row = static_cast<int>(line % p.rows);
-        int64_t which = line / p.rows, batch = which / p.heads, head = which % p.heads;
+        int row = row_at<F>(p, static_cast<int>(line % p.rows));
+        int64_t which = line / p.rows;
+        int batch = static_cast<int>(which / p.heads), head = static_cast<int>(which % p.heads);
         float sum = 0, lse = NEGATIVE_INFINITY;
-        if (row < p.q_len) {
-            const uint16_t* out =
-                p.out.data + batch * p.out.batch + head * p.out.head + row * p.out.row;
-            const uint16_t* dout =
-                p.dout.data + batch * p.dout.batch + head * p.dout.head + row * p.dout.row;
+        if (row >= 0) {
+            const uint16_t *out = p.out.at(batch, head, row), *dout = p.dout.at(batch, head, row);
 #pragma unroll
             for (int i = 2 * lane_index(); i < F::D; i += 64) {
                 float2 a = widen_pair<typename F::Element>(
@@ -77,23 +83,19 @@ template <class F> __global__ void __launch_bounds__(SINKS_THREADS)
 // Two columns of a row a thread.
 template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
     backward_finish(const __grid_constant__ BackwardRowsParams p) {
-    int64_t pairs = static_cast<int64_t>(p.batch) * p.heads * p.q_len * (F::D / 2);
+    int64_t pairs = static_cast<int64_t>(p.batch) * p.heads * p.rows * (F::D / 2);
     for (int64_t i = static_cast<int64_t>(block_index()) * ROWS_THREADS + thread_index(); i < pairs;
          i += static_cast<int64_t>(grid_size()) * ROWS_THREADS) {
         int column = static_cast<int>(i % (F::D / 2)) * 2;
-        int64_t line = i / (F::D / 2), which = line / p.q_len;
-        int row = static_cast<int>(line % p.q_len);
-        int64_t tile = which * (p.rows / F::BLOCK_Q) + row / F::BLOCK_Q;
-        int in_tile = row % F::BLOCK_Q;
-        int group = F::HALF_ROWS ? in_tile / 64 : column / F::DQ_COLUMNS;
-        int r = in_tile % 64, c = column % F::DQ_COLUMNS;
-        int thread = r / 16 * 32 + r % 8 * 4 + c % 8 / 2;
-        int index = dq_index(thread, c / 8 * 4 + r % 16 / 8 * 2);
-        const float* sum = p.dq_sums + (tile * F::CONSUMERS + group) * F::PART + index;
+        int64_t line = i / (F::D / 2), which = line / p.rows;
+        int row = row_at<F>(p, static_cast<int>(line % p.rows));
+        if (row < 0) continue;
+        int in_tile = static_cast<int>(line % F::BLOCK_Q);
+        const float* sum = p.dq_sums + (line - in_tile) * F::D + F::sum_index(in_tile, column);
         uint32_t two =
             pack<typename F::Element>(p.scale * ld_global(sum), p.scale * ld_global(sum + 1));
-        int64_t batch = which / p.heads, head = which % p.heads;
-        uint16_t* to = p.dq.data + batch * p.dq.batch + head * p.dq.head + row * p.dq.row + column;
+        int batch = static_cast<int>(which / p.heads), head = static_cast<int>(which % p.heads);
+        uint16_t* to = p.dq.at(batch, head, row) + column;
         st_global(reinterpret_cast<uint32_t*>(to), two);
     }
 }

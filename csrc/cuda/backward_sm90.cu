@@ -1,5 +1,6 @@
 // The backward pass on sm_90a: what is instantiated, and its launch. next: backward_sm90.cuh
 #include "backward_rows.cuh"
+#include "backward_sm90.cuh"
 #include "driver.h"
 #include "sm90.h"
 
@@ -31,8 +32,14 @@ std::string launch(const BackwardCall& call, int multiprocessors, cudaStream_t s
 
 template <class Element>
 std::string launch_of(const BackwardCall& call, int multiprocessors, cudaStream_t stream) {
-    return call.q.head_dim == 64 ? launch<Backward<Element, 64>>(call, multiprocessors, stream)
-                                 : launch<Backward<Element, 128>>(call, multiprocessors, stream);
+    switch (call.q.head_dim) {
+        case 64:
+            return launch<Backward<Element, 64>>(call, multiprocessors, stream);
+        case 128:
+            return launch<Backward<Element, 128>>(call, multiprocessors, stream);
+        default:
+            return launch<Backward<Element, 256>>(call, multiprocessors, stream);
+    }
 }
 
 }  // namespace
@@ -43,9 +50,15 @@ std::string launch_backward_sm90(const BackwardCall& call, bool bf16, int multip
                 : launch_of<Fp16>(call, multiprocessors, stream);
 }
 
-BackwardSizes backward_sizes_sm90(const Operand& q) {
-    return q.head_dim == 64 ? BackwardSizes::of<Backward<Bf16, 64>>(q)
-                            : BackwardSizes::of<Backward<Bf16, 128>>(q);
+BackwardSizes backward_sizes_sm90(const Operand& q, const int* cu_q, int sequences) {
+    switch (q.head_dim) {
+        case 64:
+            return BackwardSizes::of<Backward<Bf16, 64>>(q, cu_q, sequences);
+        case 128:
+            return BackwardSizes::of<Backward<Bf16, 128>>(q, cu_q, sequences);
+        default:
+            return BackwardSizes::of<Backward<Bf16, 256>>(q, cu_q, sequences);
+    }
 }
 
 }  // namespace fastattn::cuda

@@ -1,17 +1,17 @@
 // The backward pass on sm_90a. A CTA has one tile of keys: it walks over the tiles of rows that see
 // them, of every head that shares them, and keeps dk and dv in registers; what each tile adds to dq
 // goes to an fp32 sum in memory. delta and lse come from backward_rows.cuh, which also makes dq of
-// the sums. next: launch.h (hosts), backward_rows.cuh
+// the sums. next: launch.h (hosts), backward_tile.cuh, backward_rows.cuh
 //
 //     scores^T = k q^T, weights^T = exp2(.. - lse), dweights^T = v dout^T
 //     dscores = weights (dweights - delta)
 //     dv += weights^T dout, dk += dscores^T q, dq += dscores k
 //
-// Scores are transposed, so that weights and dscores are the A operands of dv and dk as they stand.
+// Scores are transposed, so that weights and dscores are the A operands of dv and dk as they stand;
+// at D 256 the warpgroups exchange them first.
 #pragma once
-#include "params.h"
+#include "backward_tile.cuh"
 #include "pipeline.cuh"
-#include "softmax.cuh"
 #include "tile.cuh"
 
 namespace fastattn::cuda {
@@ -19,71 +19,54 @@ namespace fastattn::cuda {
 template <class Element_, int D_> struct Backward {
     using Element = Element_;
     using Config = BackwardConfig<D_>;
-    static constexpr int D = D_, BLOCK_Q = Config::BLOCK_Q, BLOCK_KV = 128, CONSUMERS = 2;
-    static constexpr int THREADS = 128 * (1 + CONSUMERS), STAGES = 2;
+    static constexpr int D = D_, BLOCK_Q = Config::BLOCK_Q, BLOCK_KV = Config::BLOCK_KV;
+    static constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
+    static constexpr int STAGES = 2, DOUT_STAGES = Config::DOUT_STAGES;
 
     using KVTile = Tile<BLOCK_KV, D>;
     using QTile = Tile<BLOCK_Q, D>;
-    using ScoreTile = Tile<BLOCK_KV, BLOCK_Q>;  // dscores^T, of both warpgroups
+    using ScoreTile = Tile<BLOCK_KV, BLOCK_Q>;  // of both warpgroups
     using QRing = Ring<STAGES>;
+    using DoutRing = Ring<DOUT_STAGES>;
     using KVRing = Ring<1>;
+
+    // A warpgroup has 64 of 128 keys: scores of all rows, and all columns of dk and dv. Or both have
+    // all 64 keys: scores of half of the rows, and half of the columns.
+    static constexpr bool HALF_COLUMNS = Config::HALF_COLUMNS;
+    static constexpr int KEYS_APART = HALF_COLUMNS ? 0 : 64;
+    static constexpr int ROWS = HALF_COLUMNS ? BLOCK_Q / 2 : BLOCK_Q;
+    static constexpr int ROWS_APART = HALF_COLUMNS ? ROWS : 0;
+    static constexpr int COLUMNS = HALF_COLUMNS ? D / 2 : D;
+    static constexpr int COLUMNS_APART = HALF_COLUMNS ? COLUMNS : 0;
+    static_assert(BLOCK_KV == 64 + KEYS_APART);
 
     // Each warpgroup multiplies half of dscores k: 64 rows and all columns, or all 64 rows and half
     // of the columns.
     static constexpr bool HALF_ROWS = BLOCK_Q == 128;
     static constexpr int DQ_COLUMNS = HALF_ROWS ? D : D / 2;
     static_assert(HALF_ROWS || BLOCK_Q == 64);
-    static constexpr int PART = 64 * DQ_COLUMNS;  // fp32 numbers, in the order of dq_index()
+    // dq's sums: two parts a tile of rows, of fp32 numbers in the order of dq_index(). They are
+    // added 64 columns at a time.
+    static constexpr int PARTS = CONSUMERS, PART = 64 * DQ_COLUMNS, PIECE = 64 * 64;
+    static constexpr FASTATTN_HD int sum_index(int row, int column) {
+        int part = HALF_ROWS ? row / 64 : column / DQ_COLUMNS;
+        return part * PART + dq_index_of(row % 64, column % DQ_COLUMNS);
+    }
 
     static constexpr int STATS = 4 * BLOCK_Q;  // bytes of lse or delta of a tile
     static constexpr int K_AT = 0, V_AT = KVTile::BYTES, Q_AT = 2 * KVTile::BYTES;
     static constexpr int DOUT_AT = Q_AT + STAGES * QTile::BYTES;
-    static constexpr int SCORES_AT = DOUT_AT + STAGES * QTile::BYTES;
-    static constexpr int DQ_AT = SCORES_AT + STAGES * ScoreTile::BYTES;
-    static constexpr int LSE_AT = DQ_AT + CONSUMERS * 4 * PART;
+    static constexpr int SCORES_AT = DOUT_AT + DOUT_STAGES * QTile::BYTES;  // dscores^T
+    static constexpr int WEIGHTS_AT = SCORES_AT + STAGES * ScoreTile::BYTES;
+    static constexpr int DQ_AT = WEIGHTS_AT + (HALF_COLUMNS ? STAGES * ScoreTile::BYTES : 0);
+    static constexpr int LSE_AT = DQ_AT + CONSUMERS * 4 * PIECE;
     static constexpr int DELTA_AT = LSE_AT + STAGES * STATS;
-    static constexpr int BARRIERS_AT = DELTA_AT + STAGES * STATS;
-    static constexpr int SHARED_BYTES = BARRIERS_AT + KVRing::BYTES + 2 * QRing::BYTES;
+    static constexpr int BARRIERS_AT = DELTA_AT + DOUT_STAGES * STATS;
+    static constexpr int SHARED_BYTES =
+        BARRIERS_AT + KVRing::BYTES + QRing::BYTES + DoutRing::BYTES;
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448);
     static constexpr int RELEASES = 4 * CONSUMERS;
     static constexpr int ALL_CONSUMERS = 1, OWN = 2;  // named barriers
-};
-
-// Register i of thread t in a warpgroup's part of dq: where it is in memory. Four registers of all
-// threads side by side, so that each store is 16 bytes and banks do not conflict.
-constexpr FASTATTN_HD int dq_index(int t, int i) { return i / 4 * 512 + t * 4 + i % 4; }
-
-// A tile of keys, and which rows see it.
-struct KeyWork {
-    int batch, kv_head, key;  // key: the tile's first, of k's rows
-    int first_key, keys;      // of the entry: keys outside [first_key, keys) do not exist
-    Band band;                // counts keys from first_key
-    int begin, end;           // tiles of rows
-    int full_begin, full_end;
-
-    // Under a causal mask the last keys come first, and with them what is done soonest: a tile of
-    // rows then waits for no turn. Otherwise the first.
-    FASTATTN_DEVICE KeyWork(const BackwardParams& p, int index, int block_q, int block_kv) {
-        int tile = index % p.kv_tiles;
-        key = (p.right >= 0 ? p.kv_tiles - 1 - tile : tile) * block_kv;
-        int which = index / p.kv_tiles;
-        kv_head = which % p.kv_heads;
-        batch = which / p.kv_heads;
-        keys = p.kv_lens ? imax(0, imin(ld_global(p.kv_lens + batch), p.kv_len)) : p.kv_len;
-        first_key = p.kv_starts ? imax(0, imin(ld_global(p.kv_starts + batch), keys)) : 0;
-        int offset = (p.align_end ? keys - p.q_len : 0) - first_key;
-        band = {p.left, p.right, offset, p.q_len, keys - first_key};
-        int low = imax(key, first_key), high = imin(key + block_kv, keys);
-        begin = end = full_begin = full_end = 0;
-        if (low >= high) return;
-        Range rows = band.q_range(low - first_key, high - first_key);
-        if (rows.begin >= rows.end) return;
-        begin = rows.begin / block_q;
-        end = imax(begin, (rows.end + block_q - 1) / block_q);
-        bool whole = low == key && high == key + block_kv;
-        full_begin = whole ? imin(end, (rows.full_begin + block_q - 1) / block_q) : end;
-        full_end = whole ? imax(full_begin, rows.full_end / block_q) : end;
-    }
 };
 
 // --- the producer -------------------------------------------------------------------------------
@@ -92,7 +75,8 @@ template <class F> struct BackwardProducer {
     const BackwardParams& p;
     SharedAddress shared;
     typename F::KVRing kv_ring;
-    typename F::QRing q_ring, dout_ring;
+    typename F::QRing q_ring;
+    typename F::DoutRing dout_ring;
 
     template <class T> FASTATTN_DEVICE void load(SharedAddress at, const TensorMap* map,
                                                  SharedAddress bar, int row, int head, int batch) {
@@ -100,30 +84,31 @@ template <class F> struct BackwardProducer {
         for (int i = 0; i < T::PANELS; i++)
             tma_load(T{at}.panel(i), map, bar, PANEL * i, row, head, batch, EVICT_LAST);
     }
-    FASTATTN_DEVICE void load_rows(typename F::QRing& ring, int at, int stats_at,
-                                   const TensorMap* map, const float* stats, int row, int head,
-                                   int batch) {
+    template <class R> FASTATTN_DEVICE void load_rows(R& ring, int at, int stats_at,
+                                                      const TensorMap* map, const float* stats,
+                                                      const KeyWork& w, int head, int m) {
         using T = typename F::QTile;
         ring.acquire(T::BYTES + F::STATS);
-        load<T>(shared + at + ring.stage * T::BYTES, map, ring.full(), row, head, batch);
-        int64_t line = static_cast<int64_t>(batch) * p.heads + head;
+        load<T>(shared + at + ring.stage * T::BYTES, map, ring.full(), w.row_in_q + m * F::BLOCK_Q,
+                head, w.batch);
         bulk_load(shared + stats_at + ring.stage * F::STATS,
-                  stats + line * p.q_tiles * F::BLOCK_Q + row, F::STATS, ring.full());
+                  stats + w.row_tile(p, head, m) * F::BLOCK_Q, F::STATS, ring.full());
         ring.advance();
     }
 
     FASTATTN_DEVICE void run() {
         KeyWork w(p, block_index(), F::BLOCK_Q, F::BLOCK_KV);
+        if (w.empty()) return;
         using T = typename F::KVTile;
+        int key = w.key_in_k + w.key;
         kv_ring.acquire(2 * T::BYTES);
-        load<T>(shared + F::K_AT, &p.k, kv_ring.full(), w.key, w.kv_head, w.batch);
-        load<T>(shared + F::V_AT, &p.v, kv_ring.full(), w.key, w.kv_head, w.batch);
+        load<T>(shared + F::K_AT, &p.k, kv_ring.full(), key, w.kv_head, w.batch);
+        load<T>(shared + F::V_AT, &p.v, kv_ring.full(), key, w.kv_head, w.batch);
         int group = p.heads / p.kv_heads;
         for (int head = w.kv_head * group; head < (w.kv_head + 1) * group; head++)
             for (int m = w.begin; m < w.end; m++) {
-                int row = m * F::BLOCK_Q;
-                load_rows(q_ring, F::Q_AT, F::LSE_AT, &p.q, p.lse, row, head, w.batch);
-                load_rows(dout_ring, F::DOUT_AT, F::DELTA_AT, &p.dout, p.delta, row, head, w.batch);
+                load_rows(q_ring, F::Q_AT, F::LSE_AT, &p.q, p.lse, w, head, m);
+                load_rows(dout_ring, F::DOUT_AT, F::DELTA_AT, &p.dout, p.delta, w, head, m);
             }
     }
 };
@@ -131,14 +116,15 @@ template <class F> struct BackwardProducer {
 // --- a consumer warpgroup: 64 keys --------------------------------------------------------------
 
 template <class F> struct BackwardConsumer {
-    static constexpr int SCORES = F::BLOCK_Q / 2, OUTPUTS = F::D / 2, DQ = F::DQ_COLUMNS / 2;
+    static constexpr int SCORES = F::ROWS / 2, OUTPUTS = F::COLUMNS / 2, DQ = F::DQ_COLUMNS / 2;
     using Element = typename F::Element;
 
     const BackwardParams& p;
     SharedAddress shared;
     int group;
     typename F::KVRing kv_ring;
-    typename F::QRing q_ring, dout_ring;
+    typename F::QRing q_ring;
+    typename F::DoutRing dout_ring;
     int scores_stage = 0;
 
     FASTATTN_DEVICE bool leads() const { return thread_index() % 128 == 0; }
@@ -146,76 +132,43 @@ template <class F> struct BackwardConsumer {
         if (lane_index() == 0) ring.release();
         ring.advance();
     }
+    // Of the tile: the warpgroup's first key, row of scores, column of dk and dv.
+    FASTATTN_DEVICE int first_key() const { return F::KEYS_APART * group; }
+    FASTATTN_DEVICE int first_row() const { return F::ROWS_APART * group; }
+    FASTATTN_DEVICE int first_column() const { return F::COLUMNS_APART * group; }
+    FASTATTN_DEVICE int key_in_tile() const {
+        return first_key() + thread_index() / 32 % 4 * 16 + lane_index() / 4;
+    }
     FASTATTN_DEVICE typename F::KVTile keys() const { return {shared + F::K_AT}; }
     FASTATTN_DEVICE typename F::KVTile values() const { return {shared + F::V_AT}; }
 
-    // Keys and values that do not exist become zeros: theirs are other entries', or NaN.
-    FASTATTN_DEVICE void clear(const KeyWork& w) const {
-        int low = w.first_key - w.key, high = w.keys - w.key;
-        if (low <= 0 && high >= imin(F::BLOCK_KV, p.kv_len - w.key)) return;
-        constexpr int CHUNKS = F::D / 8, CONSUMING = 128 * F::CONSUMERS;
-        for (int i = thread_index() - 128; i < F::BLOCK_KV * CHUNKS; i += CONSUMING) {
-            int row = i / CHUNKS;
-            if (row >= low && row < high) continue;
-            st_shared4(keys().chunk(row, i % CHUNKS), uint4{0, 0, 0, 0});
-            st_shared4(values().chunk(row, i % CHUNKS), uint4{0, 0, 0, 0});
-        }
+    FASTATTN_DEVICE typename F::QTile rows() const {
+        return {shared + F::Q_AT + q_ring.stage * F::QTile::BYTES};
+    }
+    FASTATTN_DEVICE typename F::QTile dout() const {
+        return {shared + F::DOUT_AT + dout_ring.stage * F::QTile::BYTES};
+    }
+
+    // Rows outside [low, high) of both tiles become zeros: theirs are other entries', or NaN.
+    template <class T> FASTATTN_DEVICE void clear(T a, T b, int low, int high) const {
+        constexpr int CONSUMING = 128 * F::CONSUMERS;
+        clear_rows<CONSUMING>(a, low, high, thread_index() - 128);
+        clear_rows<CONSUMING>(b, low, high, thread_index() - 128);
         fence_proxy_async();
         barrier_sync(F::ALL_CONSUMERS, CONSUMING);
     }
-
-    // scores^T become weights^T; columns are rows of q.
-    template <bool MASKED> FASTATTN_DEVICE void weigh(float (&s)[SCORES],
-                                                      const Transform& transform, const KeyWork& w,
-                                                      int row) const {
-        SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
-        int column = 2 * (lane_index() % 4);
-        transform(s);
-        if constexpr (MASKED) {
-            int low[2], high[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int key = w.key + 64 * group + thread_index() / 32 % 4 * 16 + lane_index() / 4;
-                key += 8 * r;
-                bool exists = key >= w.first_key && key < w.keys;
-                low[r] = w.band.first_row(key - w.first_key) - row - column;
-                high[r] = exists ? w.band.last_row(key - w.first_key) - row - column : -column;
-            }
-            mask_scores(s, low, high);
-        }
-#pragma unroll
-        for (int i = 0; i < SCORES; i += 4) {
-            float2 of = ld_shared2(lse + 4 * (column_of(i) + column));
-            s[i] = exp2_approx(s[i] * p.multiplier - of.x);
-            s[i + 1] = exp2_approx(s[i + 1] * p.multiplier - of.y);
-            s[i + 2] = exp2_approx(s[i + 2] * p.multiplier - of.x);
-            s[i + 3] = exp2_approx(s[i + 3] * p.multiplier - of.y);
-        }
+    // Keys that do not exist; past the tensor's TMA gives zeros.
+    FASTATTN_DEVICE void clear_keys(const KeyWork& w) const {
+        int low = w.first_key - w.key, high = w.keys - w.key;
+        if (low > 0 || high < imin(F::BLOCK_KV, p.kv_len - w.key_in_k - w.key))
+            clear(keys(), values(), low, high);
     }
-
-    // dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the
-    // weight: log2(weight) + lse = after tanh.
-    FASTATTN_DEVICE void differentiate(float (&d)[SCORES], const float (&weights)[SCORES],
-                                       const Transform& transform) const {
-        SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS;
-        SharedAddress delta = shared + F::DELTA_AT + dout_ring.stage * F::STATS;
-        int column = 2 * (lane_index() % 4);
-#pragma unroll
-        for (int i = 0; i < SCORES; i += 4) {
-            float2 of = ld_shared2(delta + 4 * (column_of(i) + column));
-            d[i] = weights[i] * (d[i] - of.x);
-            d[i + 1] = weights[i + 1] * (d[i + 1] - of.y);
-            d[i + 2] = weights[i + 2] * (d[i + 2] - of.x);
-            d[i + 3] = weights[i + 3] * (d[i + 3] - of.y);
-        }
-        if (!transform.softcap) return;
-        float inverse = 1 / transform.after;
-#pragma unroll
-        for (int i = 0; i < SCORES; i++) {
-            float tanh = log2_approx(weights[i]) + ld_shared(lse + 4 * (column_of(i) + column));
-            tanh *= inverse;
-            d[i] = weights[i] > 0 ? d[i] * (1 - tanh * tanh) : 0;
-        }
+    // Rows past a sequence's end: their weights are 0, but what is there may be NaN.
+    FASTATTN_DEVICE void clear_rows_past(const KeyWork& w, int m) const {
+        int high = w.band.q_len - m * F::BLOCK_Q;
+        if (!p.cu_q || high >= F::BLOCK_Q) return;
+        dout_ring.wait();
+        clear(rows(), dout(), 0, high);
     }
 
     FASTATTN_DEVICE void issue_dq(float (&dq)[DQ], typename F::ScoreTile dscores) const {
@@ -229,47 +182,52 @@ template <class F> struct BackwardConsumer {
 
     // Adds this warpgroup's part to the sums; in deterministic mode after those of earlier keys.
     FASTATTN_DEVICE void add_dq(const float (&dq)[DQ], const KeyWork& w, int head, int m) const {
-        SharedAddress at = shared + F::DQ_AT + group * 4 * F::PART;
-        if (!p.turns) {  // in turns the last reduction is over, and a barrier of all since
-            if (leads()) bulk_wait_read<0>();
-            barrier_sync(F::OWN + group, 128);
-        }
+        SharedAddress at = shared + F::DQ_AT + group * 4 * F::PIECE;
+        int64_t part = w.row_tile(p, head, m) * F::PARTS + group;
 #pragma unroll
-        for (int i = 0; i < DQ; i += 4) {
-            uint4 four = {bits_of(dq[i]), bits_of(dq[i + 1]), bits_of(dq[i + 2]),
-                          bits_of(dq[i + 3])};
-            st_shared4(at + 4 * dq_index(thread_index() % 128, i), four);
+        for (int piece = 0; piece < F::PART; piece += F::PIECE) {
+            if (!p.turns || piece > 0) {  // in turns the last sums are added, a barrier of all ago
+                if (leads()) bulk_wait_read<0>();
+                barrier_sync(F::OWN + group, 128);
+            }
+#pragma unroll
+            for (int i = 0; i < F::PIECE / 128; i += 4) {
+                const float* x = dq + piece / 128 + i;
+                uint4 four = {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
+                st_shared4(at + 4 * dq_index(thread_index() % 128, i), four);
+            }
+            fence_proxy_async();
+            barrier_sync(F::OWN + group, 128);
+            if (!leads()) continue;
+            if (p.turns && piece == 0) {
+                int before = w.turn(m, F::BLOCK_Q, F::BLOCK_KV);
+                while (ld_global_acquire(p.turns + part) != before) pause();
+            }
+            bulk_reduce_add(p.dq_sums + part * F::PART + piece, at, 4 * F::PIECE);
+            bulk_commit();
         }
-        fence_proxy_async();
-        barrier_sync(F::OWN + group, 128);
-        if (!leads()) return;
-        int64_t tile = (static_cast<int64_t>(w.batch) * p.heads + head) * p.q_tiles + m;
-        int64_t part = tile * F::CONSUMERS + group;
-        int before = p.turns ? turn(w, m) : 0;
-        if (p.turns)
-            while (ld_global_acquire(p.turns + part) != before) pause();
-        bulk_reduce_add(p.dq_sums + part * F::PART, at, 4 * F::PART);
-        bulk_commit();
-        if (p.turns) {
-            bulk_wait<0>();  // written, not only read
-            add_global_release(p.turns + part, 1);
-        }
+        if (!p.turns || !leads()) return;
+        bulk_wait<0>();  // written, not only read
+        add_global_release(p.turns + part, 1);
     }
 
-    // How many tiles of keys add to tile m of rows before this one: all between it and the first
-    // that those rows see, or the last, in the order of KeyWork.
-    FASTATTN_DEVICE int turn(const KeyWork& w, int m) const {
-        int tile = w.key / F::BLOCK_KV;
-        if (p.right < 0) return tile - (w.first_key + w.band.lo(m * F::BLOCK_Q)) / F::BLOCK_KV;
-        int last_row = imin((m + 1) * F::BLOCK_Q, p.q_len) - 1;
-        return (w.first_key + w.band.hi(last_row) - 1) / F::BLOCK_KV - tile;
+    using Fragments = uint32_t[F::ROWS / 16][4];
+
+    // acc += a^T b, where `own` is the warpgroup's part of a^T and `all` what both have stored.
+    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS], const Fragments& own,
+                                      typename F::ScoreTile all, typename F::QTile b) const {
+        if constexpr (F::HALF_COLUMNS)
+            multiply_add<Element, F::COLUMNS>(acc, all, b, first_column());
+        else
+            multiply_add<Element, F::COLUMNS>(acc, own, b);
+        wgmma_commit();
     }
 
     // 0 or positive, and depends on all weights, which are not negative.
-    FASTATTN_DEVICE static float no_sign(const uint32_t (&weights)[F::BLOCK_Q / 16][4]) {
+    FASTATTN_DEVICE static float no_sign(const Fragments& weights) {
         uint32_t all = 0;
 #pragma unroll
-        for (int i = 0; i < F::BLOCK_Q / 4; i++) all |= weights[i / 4][i % 4];
+        for (int i = 0; i < F::ROWS / 4; i++) all |= weights[i / 4][i % 4];
         return float_of(all);
     }
 
@@ -280,80 +238,105 @@ template <class F> struct BackwardConsumer {
     template <bool MASKED> FASTATTN_DEVICE void step(Sums& sums, const Transform& transform,
                                                      const KeyWork& w, int head, int m) {
         float s[SCORES], d[SCORES], dq[DQ];
-        uint32_t weights[F::BLOCK_Q / 16][4], dscores[F::BLOCK_Q / 16][4];
+        Fragments weights, dscores;
         q_ring.wait();
-        typename F::QTile q{shared + F::Q_AT + q_ring.stage * F::QTile::BYTES};
+        if constexpr (MASKED) clear_rows_past(w, m);
         wgmma_fence();
-        multiply_transposed<Element, F::BLOCK_Q>(s, keys(), 64 * group, q);
+        multiply_transposed<Element, F::ROWS>(s, keys(), first_key(), rows(), first_row());
         wgmma_commit();
         dout_ring.wait();
-        typename F::QTile dout{shared + F::DOUT_AT + dout_ring.stage * F::QTile::BYTES};
         wgmma_fence();
-        multiply_transposed<Element, F::BLOCK_Q>(d, values(), 64 * group, dout);
+        multiply_transposed<Element, F::ROWS>(d, values(), first_key(), dout(), first_row());
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        weigh<MASKED>(s, transform, w, m * F::BLOCK_Q);
+        SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS + 4 * first_row();
+        SharedAddress delta = shared + F::DELTA_AT + dout_ring.stage * F::STATS + 4 * first_row();
+        int key = w.key + key_in_tile(), row = m * F::BLOCK_Q + first_row();
+        weigh<MASKED>(s, transform, p.multiplier, w, key, row, lse);
         if constexpr (F::Config::PACK_EARLY) {
-            to_fragments<Element, F::BLOCK_Q>(weights, s);
+            to_fragments<Element, F::ROWS>(weights, s);
             finish_first(no_sign(weights), shared);
         }
         wgmma_wait<0>();
         pin(d);
-        differentiate(d, s, transform);
-        if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::BLOCK_Q>(weights, s);
-        to_fragments<Element, F::BLOCK_Q>(dscores, d);
+        differentiate(d, s, transform, lse, delta);
+        if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::ROWS>(weights, s);
+        to_fragments<Element, F::ROWS>(dscores, d);
 
-        wgmma_fence();
-        multiply_add<Element, F::D>(sums.dv, weights, dout);
-        wgmma_commit();
         // Two buffers: whoever is a step ahead does not write what the other still multiplies.
-        typename F::ScoreTile tile{shared + F::SCORES_AT + scores_stage * F::ScoreTile::BYTES};
+        int buffer = scores_stage * F::ScoreTile::BYTES;
+        typename F::ScoreTile all_weights{shared + F::WEIGHTS_AT + buffer};
+        typename F::ScoreTile all_dscores{shared + F::SCORES_AT + buffer};
         scores_stage ^= 1;
-        store_fragments<F::BLOCK_Q>(tile, 64 * group, dscores);
+        if constexpr (F::HALF_COLUMNS) {
+            store_fragments<F::ROWS>(all_weights, first_key(), first_row(), weights);
+        } else {
+            wgmma_fence();
+            issue_output(sums.dv, weights, all_weights, dout());
+        }
+        store_fragments<F::ROWS>(all_dscores, first_key(), first_row(), dscores);
         fence_proxy_async();
         barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);
         wgmma_fence();
-        issue_dq(dq, tile);
-        multiply_add<Element, F::D>(sums.dk, dscores, q);
-        wgmma_commit();
-        wgmma_wait<1>();
-        pin(dq);
+        if constexpr (F::HALF_COLUMNS) issue_output(sums.dv, weights, all_weights, dout());
+        issue_dq(dq, all_dscores);
+        issue_output(sums.dk, dscores, all_dscores, rows());
+        wgmma_wait<2>();
         pin(sums.dv);
         release(dout_ring);
+        wgmma_wait<1>();
+        pin(dq);
         add_dq(dq, w, head, m);
         wgmma_wait<0>();
         pin(sums.dk);
         release(q_ring);
     }
 
-    FASTATTN_DEVICE void store(Sums& sums, const KeyWork& w) const {
-#pragma unroll
-        for (int i = 0; i < OUTPUTS; i++) sums.dk[i] *= p.scale;
-        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);  // the other still multiplies with k
-        store_accumulator<Element, F::D>(keys(), 64 * group, sums.dk);
-        store_accumulator<Element, F::D>(values(), 64 * group, sums.dv);
+    FASTATTN_DEVICE void store_tile(const Sums& sums, const KeyWork& w, int row) const {
+        store_accumulator<Element, F::COLUMNS>(keys(), first_key(), first_column(), sums.dk);
+        store_accumulator<Element, F::COLUMNS>(values(), first_key(), first_column(), sums.dv);
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
         if (!leads()) return;
 #pragma unroll
-        for (int i = 0; i < F::KVTile::PANELS; i++) {
-            int offset = 64 * group * ROW_BYTES, row = w.key + 64 * group;
-            tma_store(&p.dk, keys().panel(i) + offset, PANEL * i, row, w.kv_head, w.batch);
-            tma_store(&p.dv, values().panel(i) + offset, PANEL * i, row, w.kv_head, w.batch);
+        for (int i = 0; i < F::COLUMNS; i += PANEL) {
+            int column = first_column() + i;
+            SharedAddress dk = keys().chunk(first_key(), column / 8);
+            SharedAddress dv = values().chunk(first_key(), column / 8);
+            tma_store(&p.dk, dk, column, row, w.kv_head, w.batch);
+            tma_store(&p.dv, dv, column, row, w.kv_head, w.batch);
         }
         bulk_commit();
-        bulk_wait<0>();
+    }
+    FASTATTN_DEVICE void store_rows(const Rows& to, const float (&acc)[OUTPUTS], const KeyWork& w,
+                                    int row, int rows) const {
+        store_accumulator_rows<Element, F::COLUMNS>(to.at(w.batch, w.kv_head, row) + first_column(),
+                                                    to.row, rows, acc);
+    }
+    FASTATTN_DEVICE void store(Sums& sums, const KeyWork& w) const {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; i++) sums.dk[i] *= p.scale;
+        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);  // the other still multiplies with k
+        int key = w.key + first_key(), row = w.key_in_k + key, rows = w.all_keys - key;
+        if (!p.cu_k || rows >= 64) {
+            store_tile(sums, w, row);
+        } else {  // keys past the sequence's last are its neighbour's
+            store_rows(p.dk_rows, sums.dk, w, row, rows);
+            store_rows(p.dv_rows, sums.dv, w, row, rows);
+        }
+        if (leads()) bulk_wait<0>();
     }
 
     FASTATTN_DEVICE void run() {
         KeyWork w(p, block_index(), F::BLOCK_Q, F::BLOCK_KV);
+        if (w.empty()) return;
         Transform transform{p.softcap, p.transform, p.before, p.after};
         Sums sums;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) sums.dk[i] = sums.dv[i] = 0;
         kv_ring.wait();
-        clear(w);
+        clear_keys(w);
         int heads = p.heads / p.kv_heads;
         for (int head = w.kv_head * heads; head < (w.kv_head + 1) * heads; head++) {
             int m = w.begin;
@@ -373,7 +356,7 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     SharedAddress shared = dynamic_shared();
     typename F::KVRing kv_ring{shared + F::BARRIERS_AT};
     typename F::QRing q_ring{kv_ring.barriers + F::KVRing::BYTES};
-    typename F::QRing dout_ring{q_ring.barriers + F::QRing::BYTES};
+    typename F::DoutRing dout_ring{q_ring.barriers + F::QRing::BYTES};
     if (thread_index() == 0) {
         kv_ring.init(F::RELEASES);
         q_ring.init(F::RELEASES);
@@ -385,7 +368,7 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     sync_block();
     int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-        registers_decrease<24>();
+        registers_decrease<32>();
         if (thread_index() == 0) BackwardProducer<F>{p, shared, kv_ring, q_ring, dout_ring}.run();
     } else {
         registers_increase<240>();

@@ -3,6 +3,7 @@
 #pragma once
 #include <type_traits>
 
+#include "packed.cuh"
 #include "params.h"
 #include "pipeline.cuh"
 #include "softmax.cuh"
@@ -73,11 +74,12 @@ struct Work {
         entry = batch;
         first_row = first_key = 0;
         if (p.cu_q) {
-            entry = sequence_of(p, slot, block_q);
-            first_row = ld_global(p.cu_q + entry);
-            slot -= first_row / block_q + entry;
+            Sequence own = Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q);
+            entry = own.number;
+            slot -= own.first_slot;
+            first_row = own.begin;
+            rows = own.end - own.begin;
             bool none = entry == p.sequences;  // rows of no sequence
-            rows = (none ? p.q_len : ld_global(p.cu_q + entry + 1)) - first_row;
             first_key = none ? 0 : ld_global(p.cu_k + entry);
             keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
         }
@@ -91,19 +93,6 @@ struct Work {
         band = {p.left, p.right, (p.align_end ? keys - rows : 0) - start, rows, keys - start};
     }
 
-    // Sequences do not share tiles: that of number n has tiles from cu_q[n] / block_q + n on, which
-    // is more than enough; those past its end are empty.
-    FASTATTN_DEVICE static int sequence_of(const ForwardParams& p, int slot, int block_q) {
-        int low = 0, high = p.sequences;  // the last is of the rows past all sequences
-        while (low < high) {
-            int middle = (low + high + 1) / 2;
-            if (ld_global(p.cu_q + middle) / block_q + middle <= slot)
-                low = middle;
-            else
-                high = middle - 1;
-        }
-        return low;
-    }
     FASTATTN_DEVICE bool empty() const { return row >= band.q_len; }
 };
 
@@ -277,7 +266,7 @@ template <class F> struct Consumer {
             if (leads) bulk_wait_read<0>();  // of the tile before
             barrier_sync(F::OWN + group, 128);
         }
-        store_accumulator<Out, F::D>(out, 64 * group, acc);
+        store_accumulator<Out, F::D>(out, 64 * group, 0, acc);
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
         if (!leads) return;
@@ -288,17 +277,9 @@ template <class F> struct Consumer {
         bulk_commit();
     }
     FASTATTN_DEVICE void store_rows(const float (&acc)[OUTPUTS], const Work& w) const {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = w.row + row_in_tile() + 8 * r;
-            if (row >= w.band.q_len) continue;
-            uint16_t* to = p.out_rows.data + w.batch * p.out_rows.batch + w.head * p.out_rows.head +
-                           (w.first_row + row) * p.out_rows.row + 2 * (lane_index() % 4);
-#pragma unroll
-            for (int i = 2 * r; i < OUTPUTS; i += 4)
-                st_global(reinterpret_cast<uint32_t*>(to + column_of(i)),
-                          pack<Out>(acc[i], acc[i + 1]));
-        }
+        int row = w.row + 64 * group;
+        uint16_t* to = p.out_rows.at(w.batch, w.head, w.first_row + row);
+        store_accumulator_rows<Out, F::D>(to, p.out_rows.row, w.band.q_len - row, acc);
     }
 
     // Normalises the 64 rows and stores them and their lse.
@@ -416,7 +397,10 @@ template <class F> struct Consumer {
             begin_output();
             finish_output();
         }
-        if constexpr (!Config::OUT_IN_Q) release(q_ring);
+        if constexpr (!Config::OUT_IN_Q) {
+            sync_warp();  // without keys nothing else makes the first lane wait for the others
+            release(q_ring);
+        }
         store(acc, softmax, w);
     }
 

@@ -10,6 +10,11 @@
 
 namespace fastattn::cuda {
 
+// Tiles of a head; of packed sequences, slots (packed.cuh).
+inline int tiles_of(int64_t rows, int block, const int* cu, int sequences) {
+    return static_cast<int>(cu ? rows / block + sequences + 1 : (rows + block - 1) / block);
+}
+
 // A tensor [batch, heads, rows, D]; strides in elements, that of D is 1.
 struct Operand {
     void* data;
@@ -40,6 +45,8 @@ struct BackwardCall {
     Operand q, k, v, out, dout, dq, dk, dv;
     const float *lse, *dlse;  // [batch, heads, q_len], contiguous; dlse may be null
     const int *kv_lens, *kv_starts;
+    const int *cu_q, *cu_k;  // [sequences + 1] or null
+    int sequences;
     double scale, softcap;
     int64_t left, right;
     bool align_end;
@@ -55,9 +62,9 @@ struct BackwardCall {
 struct BackwardSizes {
     int64_t rows, sums, turns;
 
-    template <class F> static BackwardSizes of(const Operand& q) {
-        int64_t tiles = q.batch * q.heads * ((q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
-        return {tiles * F::BLOCK_Q, tiles * F::CONSUMERS * F::PART, tiles * F::CONSUMERS};
+    template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
+        int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
+        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS};
     }
 };
 
@@ -106,6 +113,9 @@ template <class Params, class Call> void set_shape(Params& p, const Call& c) {
     constexpr int64_t FAR = int64_t(1) << 30;
     p.kv_lens = c.kv_lens;
     p.kv_starts = c.kv_starts;
+    p.cu_q = c.cu_q;
+    p.cu_k = c.cu_k;
+    p.sequences = c.sequences;
     p.batch = static_cast<int>(c.q.batch);
     p.heads = static_cast<int>(c.q.heads);
     p.kv_heads = static_cast<int>(c.k.heads);
@@ -134,9 +144,6 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
           tensor_map(p.v, c.v, F::BLOCK_KV, encode), tensor_map(p.out, c.out, 64, encode)})
         if (!error.empty()) return error;
     p.lse = c.lse;
-    p.cu_q = c.cu_q;
-    p.cu_k = c.cu_k;
-    p.sequences = c.sequences;
     p.out_rows = rows_of(c.out);
     p.sinks = c.sinks;
     p.sink_type = c.sink_type;
@@ -144,8 +151,7 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
     p.k_descale = c.k_descale;
     p.v_descale = c.v_descale;
     set_shape(p, c);
-    p.q_tiles =
-        c.cu_q ? p.q_len / F::BLOCK_Q + p.sequences + 1 : (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
+    p.q_tiles = tiles_of(p.q_len, F::BLOCK_Q, c.cu_q, c.sequences);
     p.tiles = p.q_tiles * p.heads * p.batch;
     p.heads_per_section = heads_per_section(c);
     return "";
@@ -165,13 +171,15 @@ std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode enc
     p.turns = c.turns;
     p.scale = static_cast<float>(c.scale);
     set_shape(p, c);
-    p.q_tiles = (p.q_len + F::BLOCK_Q - 1) / F::BLOCK_Q;
-    p.kv_tiles = (p.kv_len + F::BLOCK_KV - 1) / F::BLOCK_KV;
+    p.dk_rows = rows_of(c.dk);
+    p.dv_rows = rows_of(c.dv);
+    p.q_tiles = tiles_of(p.q_len, F::BLOCK_Q, c.cu_q, c.sequences);
+    p.kv_tiles = tiles_of(p.kv_len, F::BLOCK_KV, c.cu_k, c.sequences);
     return "";
 }
 
 template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c) {
-    int tiles = static_cast<int>((c.q.rows + F::BLOCK_Q - 1) / F::BLOCK_Q);
+    int tiles = tiles_of(c.q.rows, F::BLOCK_Q, c.cu_q, c.sequences);
     return {rows_of(c.out),
             rows_of(c.dout),
             rows_of(c.dq),
@@ -180,6 +188,8 @@ template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c
             c.lse2,
             c.delta,
             c.dq_sums,
+            c.cu_q,
+            c.sequences,
             static_cast<int>(c.q.batch),
             static_cast<int>(c.q.heads),
             static_cast<int>(c.q.rows),

@@ -36,6 +36,10 @@ struct Descale {
 struct Rows {
     uint16_t* data;
     int64_t batch, head, row;
+
+    FASTATTN_DEVICE uint16_t* at(int b, int h, int r) const {
+        return data + b * batch + h * head + r * row;
+    }
 };
 
 struct ForwardParams {
@@ -63,22 +67,26 @@ struct BackwardParams {
     const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_rows.cuh
     float* dq_sums;                  // [batch, heads, q_tiles, 2, PART], zeros at first
     int* turns;                      // [batch, heads, q_tiles, 2], zeros; null: any order will do
-    const int *kv_lens, *kv_starts;  // [batch] or null
+    const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
+    const int *cu_q, *cu_k;          // [sequences + 1], then batch is 1; or null
+    int sequences;
+    Rows dk_rows, dv_rows;  // where a tile ends inside a sequence's neighbour
     int batch, heads, kv_heads, q_len, kv_len;
     int left, right;
     bool align_end;
     bool transform, softcap;
     float multiplier, before, after, scale;
-    int q_tiles, kv_tiles;
+    int q_tiles, kv_tiles;  // of a head; of sequences, slots (packed.cuh)
 };
 
 // Before: lse in base 2, and delta; of them dsinks. After: dq of its sums.
 struct BackwardRowsParams {
     Rows out, dout, dq;
     const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
-    float *lse2, *delta;      // [batch, heads, rows], rows beyond q_len are written too
+    float *lse2, *delta;      // [batch, heads, rows], rows beyond an entry's are written too
     const float* dq_sums;
-    int batch, heads, q_len, rows;
+    const int* cu_q;  // [sequences + 1] or null
+    int sequences, batch, heads, q_len, rows;
     float scale;
     const void* sinks;  // [heads]
     SinkType sink_type;
@@ -122,13 +130,13 @@ template <> struct ForwardConfig<64, 1> {
 };
 template <> struct ForwardConfig<128, 1> {
     static constexpr int CONSUMERS = 2, BLOCK_KV = 128, STAGES = 4;
-    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
     static constexpr bool OUT_IN_Q = false;
     static constexpr Schedule SCHEDULE = Schedule::PINGPONG;
 };
 template <> struct ForwardConfig<256, 1> {
     static constexpr int CONSUMERS = 2, BLOCK_KV = 128, STAGES = 2;
-    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
     static constexpr bool OUT_IN_Q = false;                   // 224 of 227 KB are used
     static constexpr Schedule SCHEDULE = Schedule::SEQUENCE;  // registers are for no more
 };
@@ -138,12 +146,21 @@ template <int D> struct BackwardConfig;
 // 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores,
 // 64 + 64 of dk and dv, 32 of dq.
 template <> struct BackwardConfig<64> {
-    static constexpr int BLOCK_Q = 128;
+    static constexpr int BLOCK_Q = 128, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = false;  // would spill
 };
 template <> struct BackwardConfig<128> {
-    static constexpr int BLOCK_Q = 64;
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dweights
+};
+// dk and dv of 64 keys would be 256 registers: a warpgroup has half of their columns, for all of 64
+// keys. 16 + 16 registers of scores, of half of the rows; 64 + 64 of dk and dv, 64 of dq.
+template <> struct BackwardConfig<256> {
+    static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, DOUT_STAGES = 1;
+    static constexpr bool HALF_COLUMNS = true;
+    static constexpr bool PACK_EARLY = true;
 };
 
 }  // namespace fastattn::cuda

@@ -12,6 +12,6 @@ std::string launch_forward_sm90(const ForwardCall& call, bool bf16, int multipro
                                 cudaStream_t stream);
 std::string launch_backward_sm90(const BackwardCall& call, bool bf16, int multiprocessors,
                                  cudaStream_t stream);
-BackwardSizes backward_sizes_sm90(const Operand& q);
+BackwardSizes backward_sizes_sm90(const Operand& q, const int* cu_q, int sequences);
 
 }  // namespace fastattn::cuda

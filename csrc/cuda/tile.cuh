@@ -50,14 +50,14 @@ template <int ROWS_, int COLUMNS_, int ELEMENT = 2> struct Tile {  // ELEMENT: i
     }
 };
 
-// acc[64 x N] = a[64 rows from a_row, K] * b[N, K]^T. Issues only: the caller fences, commits and
-// waits.
+// acc[64 x N] = a[64 rows from a_row, K] * b[N rows from b_row, K]^T. Issues only: the caller
+// fences, commits and waits.
 template <class Element, int N, class A, class B>
-FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b) {
-    static_assert(A::COLUMNS == B::COLUMNS && B::ROWS == N);
+FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b, int b_row = 0) {
+    static_assert(A::COLUMNS == B::COLUMNS && B::ROWS >= N);
 #pragma unroll
     for (int k = 0; k < A::COLUMNS; k += K_STEP<Element>)
-        wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(0, k), k > 0);
+        wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(b_row, k), k > 0);
 }
 
 // acc[64 x N] += a[64 x K] * b[K, N], a in registers as fragments. An 8-bit b lies turned, that is
@@ -74,6 +74,15 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGM
         else
             wgmma_rs<N, Element, true>(acc, a[i], b.mn_major(K_STEP<Element> * i, 0), true);
     }
+}
+
+// acc[64 x N] += a[64 x K] * b[K, N columns from `column`]
+template <class Element, int N, class A, class B>
+FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], A a, B b, int column) {
+    static_assert(A::ROWS == 64 && A::COLUMNS == B::ROWS);
+#pragma unroll
+    for (int k = 0; k < B::ROWS; k += 16)
+        wgmma_ss<N, Element, false, true>(acc, a.k_major(0, k), b.mn_major(k, column), true);
 }
 
 // An accumulator [64 x N] rounded to Element, as the A operand of the next product. The layouts of
@@ -96,21 +105,45 @@ FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / K_STEP<Element>][4], const f
         }
 }
 
-// Writes the fragments of a [64 x N] accumulator to rows `row` and on of a tile.
+// Writes the fragments of a [64 x N] accumulator to a tile, from `row` and `column` on.
 template <int N, class T>
-FASTATTN_DEVICE void store_fragments(T tile, int row, const uint32_t (&a)[N / 16][4]) {
-    static_assert(T::COLUMNS == N);
+FASTATTN_DEVICE void store_fragments(T tile, int row, int column, const uint32_t (&a)[N / 16][4]) {
     int lane = lane_index(), warp = thread_index() / 32 % 4;
     int at = row + 16 * warp + lane % 16;  // matrices 0, 1: rows 0-7, 8-15; 2, 3: eight columns on
 #pragma unroll
-    for (int i = 0; i < N / 16; i++) stmatrix<false>(tile.chunk(at, 2 * i + lane / 16), a[i]);
+    for (int i = 0; i < N / 16; i++)
+        stmatrix<false>(tile.chunk(at, column / 8 + 2 * i + lane / 16), a[i]);
 }
 
 template <class Element, int N, class T>
-FASTATTN_DEVICE void store_accumulator(T tile, int row, const float (&d)[N / 2]) {
+FASTATTN_DEVICE void store_accumulator(T tile, int row, int column, const float (&d)[N / 2]) {
     uint32_t a[N / 16][4];
     to_fragments<Element, N>(a, d);
-    store_fragments<N>(tile, row, a);
+    store_fragments<N>(tile, row, column, a);
+}
+
+// The same to memory, where a tile has `rows` rows and the next are not this tile's.
+template <class Element, int N>
+FASTATTN_DEVICE void store_accumulator_rows(uint16_t* to, int64_t stride, int rows,
+                                            const float (&d)[N / 2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int row = thread_index() / 32 % 4 * 16 + lane_index() / 4 + 8 * r;
+        if (row >= rows) continue;
+        uint16_t* line = to + row * stride + 2 * (lane_index() % 4);
+#pragma unroll
+        for (int i = 2 * r; i < N / 2; i += 4)
+            st_global(reinterpret_cast<uint32_t*>(line + i / 4 * 8), pack<Element>(d[i], d[i + 1]));
+    }
+}
+
+// Rows outside [low, high) become zeros; thread `thread` of THREADS does its part.
+template <int THREADS, class T>
+FASTATTN_DEVICE void clear_rows(T tile, int low, int high, int thread) {
+    constexpr int CHUNKS = T::COLUMNS / 8;
+    for (int i = thread; i < T::ROWS * CHUNKS; i += THREADS)
+        if (i / CHUNKS < low || i / CHUNKS >= high)
+            st_shared4(tile.chunk(i / CHUNKS, i % CHUNKS), uint4{0, 0, 0, 0});
 }
 
 }  // namespace fastattn::cuda

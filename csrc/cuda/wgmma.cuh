@@ -33,11 +33,13 @@ FASTATTN_DEVICE void finish_first(float x, SharedAddress anywhere) {
 #define D8(i)                                                                                   \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
-#define D32 D8(0), D8(8), D8(16), D8(24)
+#define D16 D8(0), D8(8)
+#define D32 D16, D8(16), D8(24)
 #define D40 D32, D8(32)
 #define D64 D40, D8(40), D8(48), D8(56)
 #define D128 D64, D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
 #define TEN(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9,"
+#define P16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define P30 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," TEN("1") TEN("2")
 #define P60 P30 TEN("3") TEN("4") TEN("5")
 #define P120 P60 TEN("6") TEN("7") TEN("8") TEN("9") TEN("10") TEN("11")
@@ -81,6 +83,7 @@ template <int N, class Element, bool A_MN, bool B_MN> struct Wgmma;
     DEFINE_WGMMA_BOTH(N, HALF, __VA_ARGS__) \
     DEFINE_WGMMA(N, 32, HALF, E4m3, "e4m3", NONE, __VA_ARGS__)
 
+DEFINE_WGMMA_BOTH(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 DEFINE_WGMMA_ALL(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 DEFINE_WGMMA_BOTH(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 DEFINE_WGMMA_ALL(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")

@@ -1,5 +1,6 @@
 // The attention kernels as C functions, for ctypes. next: ../../csrc/cuda/forward_sm90.cuh
 #include "backward_rows.cuh"
+#include "backward_sm90.cuh"
 #include "forward_sm90.cuh"
 #include "launch.h"
 
@@ -46,7 +47,7 @@ template <class Element> std::string forward_of(const ForwardCall& call, int gri
 // Working memory is made here; grid: of the kernels that go over rows.
 // call.turns: null, or anything else to take turns.
 template <class F> std::string backward(BackwardCall call, int grid, uint64_t seed) {
-    BackwardSizes sizes = BackwardSizes::of<F>(call.q);
+    BackwardSizes sizes = BackwardSizes::of<F>(call.q, call.cu_q, call.sequences);
     std::vector<float> lse2(sizes.rows, NAN), delta(sizes.rows, NAN), sums(sizes.sums, 0.0f);
     std::vector<int> turns(sizes.turns, 0);
     emulator::register_memory(lse2.data(), 4 * lse2.size(), "lse2");
@@ -81,6 +82,8 @@ std::string backward_of(const BackwardCall& call, int grid, uint64_t seed) {
             return backward<Backward<Element, 64>>(call, grid, seed);
         case 128:
             return backward<Backward<Element, 128>>(call, grid, seed);
+        case 256:
+            return backward<Backward<Element, 256>>(call, grid, seed);
         default:
             return "no kernel of this head dimension";
     }

@@ -71,7 +71,7 @@ void consume(const Problem& p, Fault fault, SharedAddress shared, Ring<2> ring) 
         ring.advance();
     }
     Block out{shared + 4 * Block::BYTES};
-    store_accumulator<Bf16, 64>(out, 0, acc);
+    store_accumulator<Bf16, 64>(out, 0, 0, acc);
     if (fault != NO_PROXY_FENCE) fence_proxy_async();
     int threads = fault == BARRIER_COUNT ? 256 : 128;
     if (fault != NO_BARRIER_BEFORE_STORE) barrier_sync(1, threads);

@@ -1,0 +1,147 @@
+// What all backward kernels do with a tile of keys and a tile of rows: which rows see the keys, the
+// arithmetic between the products, and whose turn it is at dq. Accumulators lie as in softmax.cuh,
+// transposed: a thread's two rows, 8 apart, are keys, and columns are rows of q.
+// next: backward_sm90.cuh
+#pragma once
+#include "packed.cuh"
+#include "params.h"
+#include "softmax.cuh"
+
+namespace fastattn::cuda {
+
+// Register i of thread t, of 128, in a [64 x N] part of dq: where it is in memory. Four registers
+// of all threads side by side, so that each store is 16 bytes and banks do not conflict.
+constexpr FASTATTN_HD int dq_index(int t, int i) { return i / 4 * 512 + t * 4 + i % 4; }
+
+// The same of an even column of a row of the part; the column after it is the next number.
+constexpr FASTATTN_HD int dq_index_of(int row, int column) {
+    return dq_index(row / 16 * 32 + row % 8 * 4 + column % 8 / 2,
+                    column / 8 * 4 + row % 16 / 8 * 2);
+}
+
+// A tile of keys, and which rows see it. Keys and rows are counted within the entry, a batch's or a
+// packed sequence.
+struct KeyWork {
+    int batch, kv_head, key;  // key: the tile's first
+    int all_keys;             // that have a place
+    int first_key, keys;      // those outside [first_key, keys) do not exist
+    int row_in_q, key_in_k;   // the entry's first
+    int first_slot;           // the entry's first tile of rows, of a head's
+    Band band;                // counts keys from first_key
+    int begin, end;           // tiles of rows
+    int full_begin, full_end;
+
+    // Under a causal mask the last keys come first, and with them what is done soonest: a tile of
+    // rows then waits for no turn. Otherwise the first.
+    template <class Params>
+    FASTATTN_DEVICE KeyWork(const Params& p, int index, int block_q, int block_kv) {
+        int slot = index % p.kv_tiles, which = index / p.kv_tiles;
+        if (p.right >= 0) slot = p.kv_tiles - 1 - slot;
+        kv_head = which % p.kv_heads;
+        batch = which / p.kv_heads;
+        row_in_q = key_in_k = first_slot = 0;
+        all_keys = keys = p.kv_len;
+        int entry = batch, rows = p.q_len;
+        if (p.cu_k) {
+            Sequence own = Sequence::of_slot(p.cu_k, p.sequences, p.kv_len, slot, block_kv);
+            entry = own.number;
+            slot -= own.first_slot;
+            key_in_k = own.begin;
+            all_keys = own.end - own.begin;
+            Sequence theirs(p.cu_q, p.sequences, p.q_len, entry, block_q);
+            row_in_q = theirs.begin;
+            rows = theirs.end - theirs.begin;
+            first_slot = theirs.first_slot;
+            keys = entry == p.sequences ? 0 : all_keys;  // keys of no sequence
+        }
+        key = slot * block_kv;
+        bool has_lengths = !p.cu_k || entry < p.sequences;
+        if (p.kv_lens && has_lengths) keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
+        first_key = 0;
+        if (p.kv_starts && has_lengths)
+            first_key = imax(0, imin(ld_global(p.kv_starts + entry), keys));
+        int offset = (p.align_end ? keys - rows : 0) - first_key;
+        band = {p.left, p.right, offset, rows, keys - first_key};
+        int low = imax(key, first_key), high = imin(key + block_kv, keys);
+        begin = end = full_begin = full_end = 0;
+        if (low >= high) return;
+        Range range = band.q_range(low - first_key, high - first_key);
+        if (range.begin >= range.end) return;
+        begin = range.begin / block_q;
+        end = imax(begin, (range.end + block_q - 1) / block_q);
+        bool whole = low == key && high == key + block_kv;
+        full_begin = whole ? imin(end, (range.full_begin + block_q - 1) / block_q) : end;
+        full_end = whole ? imax(full_begin, range.full_end / block_q) : end;
+    }
+    FASTATTN_DEVICE bool empty() const { return key >= all_keys; }
+
+    // Tile m of the entry's rows, of all tiles of all heads.
+    template <class Params>
+    FASTATTN_DEVICE int64_t row_tile(const Params& p, int head, int m) const {
+        return (static_cast<int64_t>(batch) * p.heads + head) * p.q_tiles + first_slot + m;
+    }
+
+    // How many tiles of keys add to tile m of rows before this one: all between it and the first
+    // that those rows see, or the last, in the order of indices.
+    FASTATTN_DEVICE int turn(int m, int block_q, int block_kv) const {
+        int tile = key / block_kv;
+        if (band.right < 0) return tile - (first_key + band.lo(m * block_q)) / block_kv;
+        int last_row = imin((m + 1) * block_q, band.q_len) - 1;
+        return (first_key + band.hi(last_row) - 1) / block_kv - tile;
+    }
+};
+
+// scores^T become weights^T. key: the first of the thread's two; row: the tile's first; lse: of the
+// tile's rows, in base 2.
+template <bool MASKED, int SIZE>
+FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float multiplier,
+                           const KeyWork& w, int key, int row, SharedAddress lse) {
+    int column = 2 * (lane_index() % 4);
+    transform(s);
+    if constexpr (MASKED) {
+        int low[2], high[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int of = key + 8 * r;
+            bool exists = of >= w.first_key && of < w.keys;
+            low[r] = w.band.first_row(of - w.first_key) - row - column;
+            high[r] = exists ? w.band.last_row(of - w.first_key) - row - column : -column;
+        }
+        mask_scores(s, low, high);
+    }
+#pragma unroll
+    for (int i = 0; i < SIZE; i += 4) {
+        float2 of = ld_shared2(lse + 4 * (column_of(i) + column));
+        s[i] = exp2_approx(s[i] * multiplier - of.x);
+        s[i + 1] = exp2_approx(s[i + 1] * multiplier - of.y);
+        s[i + 2] = exp2_approx(s[i + 2] * multiplier - of.x);
+        s[i + 3] = exp2_approx(s[i + 3] * multiplier - of.y);
+    }
+}
+
+// dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the weight:
+// log2(weight) + lse = after tanh.
+template <int SIZE> FASTATTN_DEVICE void differentiate(float (&d)[SIZE],
+                                                       const float (&weights)[SIZE],
+                                                       const Transform& transform,
+                                                       SharedAddress lse, SharedAddress delta) {
+    int column = 2 * (lane_index() % 4);
+#pragma unroll
+    for (int i = 0; i < SIZE; i += 4) {
+        float2 of = ld_shared2(delta + 4 * (column_of(i) + column));
+        d[i] = weights[i] * (d[i] - of.x);
+        d[i + 1] = weights[i + 1] * (d[i + 1] - of.y);
+        d[i + 2] = weights[i + 2] * (d[i + 2] - of.x);
+        d[i + 3] = weights[i + 3] * (d[i + 3] - of.y);
+    }
+    if (!transform.softcap) return;
+    float inverse = 1 / transform.after;
+#pragma unroll
+    for (int i = 0; i < SIZE; i++) {
+        float tanh = log2_approx(weights[i]) + ld_shared(lse + 4 * (column_of(i) + column));
+        tanh *= inverse;
+        d[i] = weights[i] > 0 ? d[i] * (1 - tanh * tanh) : 0;
+    }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,127 @@
+// The products of a warp on sm_80: cp.async of rows into tiles, fragments by ldmatrix, mma.sync.
+// An accumulator [16 x N] has the layout of one warp of a warpgroup's, so softmax.cuh and
+// to_fragments serve it as they are. next: forward_sm80.cuh
+#pragma once
+#include "tile.cuh"
+
+namespace fastattn::cuda {
+
+// Which index of an operand is contiguous in shared memory: a tile's columns are K, or M or N.
+enum class Major { K, MN };
+
+// Rows that lie evenly in memory. Other sources have the same two members.
+struct EvenRows {
+    const uint16_t* data;  // of any row: never read for a row that is not there
+    int64_t stride;        // elements
+
+    FASTATTN_DEVICE const uint16_t* operator()(int row) const { return data + row * stride; }
+};
+
+// Rows of a tile by cp.async of THREADS threads: row r from source(r) where r is in [first, last),
+// zeros elsewhere. Neighbouring threads copy neighbouring 16 bytes. The caller commits and waits.
+template <int THREADS, class T, class Source>
+FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last) {
+    constexpr int CHUNKS = T::COLUMNS / 8, STEP = THREADS / CHUNKS;  // rows at a time
+    static_assert(THREADS % CHUNKS == 0 && T::ROWS % STEP == 0);
+    int chunk = thread_index() % CHUNKS, start = thread_index() / CHUNKS;
+#pragma unroll
+    for (int i = 0; i < T::ROWS; i += STEP) {
+        int row = start + i;
+        bool there = row >= first && row < last;
+        copy_async(tile.chunk(row, chunk), (there ? source(row) : source.data) + 8 * chunk, there);
+    }
+}
+
+// The chunk whose address this lane gives to ldmatrix for a block of 16 rows x 16 columns of a
+// tile: matrices 1 and 2 are the lower left and the upper right one, or the other way round.
+template <bool LOWER_FIRST, class T>
+FASTATTN_DEVICE SharedAddress block_chunk(T tile, int row, int column) {
+    int lane = lane_index(), low = lane % 8, one = lane / 8 % 2, two = lane / 16;
+    return tile.chunk(row + low + 8 * (LOWER_FIRST ? one : two),
+                      column / 8 + (LOWER_FIRST ? two : one));
+}
+
+// A fragment [16 from m] x [16 from k].
+template <Major MAJOR, class T>
+FASTATTN_DEVICE void load_a(uint32_t (&a)[4], T tile, int m, int k) {
+    if constexpr (MAJOR == Major::K)
+        ldmatrix<false>(a, block_chunk<true>(tile, m, k));
+    else
+        ldmatrix<true>(a, block_chunk<false>(tile, k, m));
+}
+
+// Two fragments of B, [16 from k] x [8 from n] and [8 from n + 8]: b[0], b[1] and b[2], b[3].
+template <Major MAJOR, class T>
+FASTATTN_DEVICE void load_b(uint32_t (&b)[4], T tile, int n, int k) {
+    if constexpr (MAJOR == Major::K)
+        ldmatrix<false>(b, block_chunk<false>(tile, n, k));
+    else
+        ldmatrix<true>(b, block_chunk<true>(tile, k, n));
+}
+
+// Columns [n, n + 16) of accumulators [16 x N] += a[16 x 16] * b[16 x 16].
+template <class Element, int BLOCKS, int SIZE>
+FASTATTN_DEVICE void multiply_block(float (&acc)[BLOCKS][SIZE], int n,
+                                    const uint32_t (&a)[BLOCKS][4], const uint32_t (&b)[4]) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            mma<Element>(reinterpret_cast<float(&)[4]>(acc[i][n / 2 + 4 * half]), a[i], b[2 * half],
+                         b[2 * half + 1]);
+}
+
+// acc[i][16 x N] += a[rows from m + 16 i, K] * b[K, columns from n], both in shared memory. A
+// fragment of b serves all blocks of rows: with two, half of what is read for each product.
+template <class Element, Major A_MAJOR, Major B_MAJOR, int BLOCKS, int SIZE, class A, class B>
+FASTATTN_DEVICE void multiply_shared(float (&acc)[BLOCKS][SIZE], A a, int m, B b, int n) {
+    constexpr int K = A_MAJOR == Major::K ? A::COLUMNS : A::ROWS;
+    static_assert(K == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        uint32_t of_a[BLOCKS][4], of_b[4];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) load_a<A_MAJOR>(of_a[i], a, m + 16 * i, k);
+#pragma unroll
+        for (int j = 0; j < 2 * SIZE; j += 16) {
+            load_b<B_MAJOR>(of_b, b, n + j, k);
+            multiply_block<Element>(acc, j, of_a, of_b);
+        }
+    }
+}
+
+// The same with a in registers: fragment k of block i is a[i][k].
+template <class Element, Major B_MAJOR, int BLOCKS, int SIZE, int FRAGMENTS, class B>
+FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
+                                        const uint32_t (&a)[BLOCKS][FRAGMENTS][4], B b, int n) {
+    static_assert(16 * FRAGMENTS == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
+#pragma unroll
+    for (int k = 0; k < FRAGMENTS; k++) {
+        uint32_t of_a[BLOCKS][4], of_b[4];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) of_a[i][j] = a[i][k][j];
+#pragma unroll
+        for (int j = 0; j < 2 * SIZE; j += 16) {
+            load_b<B_MAJOR>(of_b, b, n + j, 16 * k);
+            multiply_block<Element>(acc, j, of_a, of_b);
+        }
+    }
+}
+
+// Writes the fragments of a [16 x N] accumulator to rows from `row`, columns from `column` of a
+// tile, without the stmatrix that sm_90 has; the swizzle keeps the 32 lanes on 32 banks.
+template <int FRAGMENTS, class T>
+FASTATTN_DEVICE void write_fragments(T tile, int row, int column,
+                                     const uint32_t (&a)[FRAGMENTS][4]) {
+    int at = row + lane_index() / 4, within = lane_index() % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            st_shared(tile.chunk(at + 8 * (j % 2), column / 8 + 2 * i + j / 2) + within,
+                      float_of(a[i][j]));
+}
+
+}  // namespace fastattn::cuda
