@@ -6,8 +6,9 @@ Compiles each .cu of csrc/cuda and reads ptxas' report and the machine code: reg
 stack, shared memory, and how often the instructions occur that the speed comes from. Exits with 1
 where a kernel spills or uses local memory, where ptxas serialises wgmma (its notes C7510 to C7520),
 where an instruction that must be there is not, where the exponentials do not run beside matrix
-products (ptxas likes to move the wait between them), or shared memory is over 227 KB. Shows what
-differs from benchmarks/results/cuda-audit.json; --write replaces that file.
+products (ptxas likes to move the wait between them), or shared memory is over what a CTA can have.
+`sm_86` says whether it fits the 99 KB of sm_86 and sm_89 too. Shows what differs from
+benchmarks/results/cuda-audit.json; --write replaces that file.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "cuda-audit.json"
 CACHE = ROOT / "build" / "cuda-audit"
-MAX_SHARED = 232448 - 1024  # bytes a CTA of sm_90 can have, less what aligning them may cost
 FLAGS = ("-O3", "-std=c++17", "-cubin", "-Xptxas", "-v,-warn-spills")
-ARCHS = {"_sm90": "90a"}  # by what a file is called
+ARCHS = {"_sm90": "90a", "_sm80": "80"}  # by what a file is called
+# Bytes that a CTA can have, less what aligning them may cost.
+MAX_SHARED = {"_sm90": 232448 - 1024, "_sm80": 166912 - 1024}
+SMALL_SHARED = 101376 - 1024  # of sm_86 and sm_89
 # matrix products of 16 and of 8 bits, tensor loads and stores, reductions into memory, registers
-# that change hands
-COUNTED = ("HGMMA", "QGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG")
+# that change hands; and of sm_80: matrix products, asynchronous copies, loads of fragments
+COUNTED = (
+    *("HGMMA", "QGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
+    *("HMMA", "LDGSTS", "LDSM"),
+)
 OVERLAP = "overlapped"
 # By the start of the kernel's name, the last that fits. Exponentials: of a row of 80 keys in a
 # thread, the smallest tile; of 8 bits, D 256 leaves no registers for any.
@@ -39,6 +45,7 @@ REQUIRED = {
     "forward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
     "forward_sm90 e4m3": ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
     "backward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
+    "forward_sm80": ("HMMA", "LDGSTS", "LDSM"),
 }
 
 
@@ -80,11 +87,17 @@ def sources() -> list[Path]:
     return sorted((ROOT / "csrc/cuda").glob("*.cu"))
 
 
+def arch_of(source: str) -> str:
+    """The key of ARCHS that a file's name has."""
+    found = next((key for key in ARCHS if key in source), None)
+    if found is None:
+        raise ValueError(f"{source} names no architecture of {', '.join(ARCHS)}")
+    return found
+
+
 def compiled(source: Path) -> tuple[Path, str]:
     """(cubin, ptxas' report) of a source, from build/cuda-audit where nothing changed."""
-    arch = next((a for end, a in ARCHS.items() if end in source.stem), None)
-    if arch is None:
-        raise ValueError(f"{source.name} names no architecture of {', '.join(ARCHS)}")
+    arch = ARCHS[arch_of(source.name)]
     nvcc = find_tool("nvcc")
     digest = hashlib.sha256(repr((nvcc_version(), FLAGS, arch)).encode())
     for path in [source, *sorted((ROOT / "csrc").glob("*.h"))]:
@@ -103,14 +116,14 @@ def compiled(source: Path) -> tuple[Path, str]:
 
 
 def readable(symbol: str) -> str:
-    """`forward_sm90 bf16 D 64` of a kernel's mangled name."""
+    """`forward_sm80 bf16 D 64 few` of a kernel's mangled name."""
     kernel = re.match(r"_ZN8fastattn4cuda\d+([a-z_0-9]+?)I?NS", symbol)
     element = re.search(r"(Bf16|Fp16|E4m3)", symbol)
     dim = re.search(r"(?:Bf16|Fp16|E4m3)ELi(\d+)E", symbol)
     name = kernel.group(1).removesuffix("I") if kernel else symbol
     return " ".join(
         [name, *([element.group(1).lower()] if element else []),
-         *([f"D {dim.group(1)}"] if dim else [])]
+         *([f"D {dim.group(1)}"] if dim else []), *(["few"] if "ELb1EE" in symbol else [])]
     )  # fmt: skip
 
 
@@ -169,7 +182,8 @@ def audit() -> list[dict]:
         notes = re.findall(r"\(C75[12]\d\)[^\n]*", report)
         counts = _counts(cubin)
         for symbol, numbers in _numbers(report).items():
-            row = {**numbers, "source": source.name, **counts[symbol]}
+            small = {"sm_86": numbers["shared"] <= SMALL_SHARED}
+            row = {**numbers, **small, "source": source.name, **counts[symbol]}
             row["problems"] = problems(row, [n for n in notes if symbol in n])
             rows.append(row)
     return sorted(rows, key=lambda row: row["name"])
@@ -188,8 +202,8 @@ def problems(row: dict, notes: list[str]) -> list[str]:
         found.append(f"{row['spills']} bytes are spilled")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of local memory")
-    if row["shared"] > MAX_SHARED:
-        found.append(f"{row['shared']} bytes of shared memory, {MAX_SHARED} are there")
+    if row["shared"] > (most := MAX_SHARED[arch_of(row["source"])]):
+        found.append(f"{row['shared']} bytes of shared memory, {most} are there")
     if row[OVERLAP] < (least := _of(MIN_OVERLAP, row["name"], 0)):
         found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {least} must")
     missing = [name for name in _of(REQUIRED, row["name"], ()) if not row[name]]
@@ -200,7 +214,7 @@ def problems(row: dict, notes: list[str]) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    columns = ("name", "registers", "spills", "stack", "shared", *COUNTED, OVERLAP)
+    columns = ("name", "registers", "spills", "stack", "shared", "sm_86", *COUNTED, OVERLAP)
     lines = [[str(row[c]) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *lines]) for i in range(len(columns))]
     return "\n".join(

@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL:
         Path(f"{target}.part").rename(target)
     loaded = ctypes.CDLL(str(target))
     loaded.emulated_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p]
-    for name in ("emulated_forward_sm90", "emulated_backward_sm90"):
+    for name in ("emulated_forward_sm90", "emulated_forward_sm80", "emulated_backward_sm90"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -104,7 +104,7 @@ class Descale(ctypes.Structure):
 
 
 class ForwardCall(ctypes.Structure):
-    """csrc/cuda/launch.h"""
+    """csrc/cuda/launch.h; working memory is the emulator's."""
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out")),
@@ -112,6 +112,8 @@ class ForwardCall(ctypes.Structure):
         *(("sequences", ctypes.c_int), ("sinks", ctypes.c_void_p), ("sink_type", ctypes.c_int)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
+        *(("page_table", ctypes.c_void_p), ("pages", ctypes.c_int64), ("page_row", ctypes.c_int64)),
+        *(("splits", ctypes.c_int), ("part_out", ctypes.c_void_p), ("part_lse", ctypes.c_void_p)),
         *((name, Descale) for name in ("q_descale", "k_descale", "v_descale")),
     ]
 
@@ -148,16 +150,19 @@ def register(**tensors: Tensor | None) -> None:
             library().emulated_register(x.data_ptr(), size, name.encode())
 
 
-def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
+def forward(
+    problem, seed: int = 0, grid: int = 2, arch: str = "sm90", num_splits: int = 0
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
     q, k, v, spec, x = problem
+    pages = x.page_table
     float8 = q.dtype == torch.float8_e4m3fn
     out = torch.full_like(q, torch.nan, dtype=torch.bfloat16 if float8 else q.dtype)
     lse = torch.full(q.shape[:3], torch.nan)
     scales = x.descales or Descales()
     register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
-              cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks,
-              **dict(zip(("q_descale", "k_descale", "v_descale"), scales)))  # fmt: skip
+             cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks, pages=pages,
+             **dict(zip(("q_descale", "k_descale", "v_descale"), scales)))  # fmt: skip
     call = ForwardCall(
         *map(Operand.of, (q, k, v, out)),
         *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
@@ -165,12 +170,13 @@ def forward(problem, seed: int = 0, grid: int = 2) -> tuple[Tensor, Tensor]:
         _address(x.sinks),
         _sink_type(x.sinks),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
+        *(_address(pages), *((0, 0) if pages is None else (pages.shape[1], pages.stride(0)))),
+        *(num_splits, None, None),
         *map(Descale.of, scales),
     )
     bf16 = q.dtype == torch.bfloat16
-    fault = library().emulated_forward_sm90(
-        ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed)
-    )
+    run = getattr(library(), f"emulated_forward_{arch}")
+    fault = run(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed))
     if fault:
         raise Fault(fault.decode())
     return out, lse

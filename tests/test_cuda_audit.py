@@ -14,7 +14,8 @@ from fastattn.spec import Operands, Spec
 needs_nvcc = pytest.mark.skipif(cuda_audit.why_not() is not None, reason=str(cuda_audit.why_not()))
 
 GOOD = {
-    "name": "forward_sm90 bf16 D 64", "registers": 128, "spills": 0, "stack": 0, "shared": 1024,
+    "name": "forward_sm90 bf16 D 64", "source": "forward_sm90.cu", "registers": 128, "spills": 0,
+    "stack": 0, "shared": 1024,
     **dict.fromkeys(cuda_audit.COUNTED, 1), "overlapped": 64,
 }  # fmt: skip
 
@@ -24,11 +25,18 @@ def test_kernels_compile_clean():
     rows = cuda_audit.audit()
     assert [row["name"] for row in rows if row["problems"]] == []
     names = {row["name"] for row in rows}
-    elements = ("bf16", "fp16", "e4m3")
-    for kernel, dtypes in (("forward_sm90", elements), ("backward_sm90", elements[:2])):
-        assert {f"{kernel} {e} D {d}" for e in dtypes for d in (64, 128, 256)} <= names
+    halves = ("bf16", "fp16")
+    kernels = (
+        ("forward_sm90", (*halves, "e4m3"), ""),
+        ("backward_sm90", halves, ""),
+        ("forward_sm80", halves, ""),
+        ("forward_sm80", halves, " few"),
+    )
+    for kernel, elements, end in kernels:
+        assert {f"{kernel} {e} D {d}{end}" for e in elements for d in (64, 128, 256)} <= names
     large = [row for row in rows if "_sm90" in row["name"]]
-    assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED for row in large)
+    assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED["_sm90"] for row in large)
+    assert all(row["sm_86"] for row in rows if row["name"].startswith("forward_sm80"))
 
 
 @needs_nvcc
@@ -43,8 +51,10 @@ def test_the_stored_table_has_the_same_kernels():
         ({"spills": 8}, "spilled"),
         ({"stack": 16}, "local memory"),
         ({"shared": 231425}, "shared memory"),
+        ({"shared": 165889, "source": "forward_sm80.cu"}, "shared memory"),
         ({"HGMMA": 0}, "no HGMMA"),
         ({"UTMASTG": 0}, "no UTMASTG"),
+        ({"name": "forward_sm80 bf16 D 64", "LDGSTS": 0}, "no LDGSTS"),
         ({"overlapped": 0}, "0 exponentials run beside"),
     ],
 )

@@ -109,11 +109,12 @@ def test_moments_of_asynchronous_work(dim, seed):
     check(case, torch.bfloat16, seed)
 
 
+@pytest.mark.parametrize("packed", ((), ((90, 200), (110, 100))), ids=("batch", "packed"))
 @pytest.mark.parametrize("dim", DIMS)
-def test_every_schedule_gives_the_same_bits(dim):
+def test_every_schedule_gives_the_same_bits(dim, packed):
     """Sums into dq are taken in turns, those into dsinks in a tree: no bit depends on time."""
     shape = {"heads": 4, "kv_heads": 2, "q_len": 200, "kv_len": 300, "head_dim": dim}
-    case = Case("cuda/bits", causal=True, sinks=True, **shape)
+    case = Case("cuda/bits", causal=True, sinks=True, packed=packed, **shape)
     problem = case.make(torch.float16)
     out, lse = reference(*problem)
     dout = torch.randn_like(out)

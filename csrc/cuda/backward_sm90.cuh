@@ -30,8 +30,8 @@ template <class Element_, int D_> struct Backward {
     using DoutRing = Ring<DOUT_STAGES>;
     using KVRing = Ring<1>;
 
-    // A warpgroup has 64 of 128 keys: scores of all rows, and all columns of dk and dv. Or both have
-    // all 64 keys: scores of half of the rows, and half of the columns.
+    // A warpgroup has 64 of 128 keys, scores of all rows, and all columns of dk and dv. Or both
+    // have all 64 keys, scores of half of the rows, and half of the columns.
     static constexpr bool HALF_COLUMNS = Config::HALF_COLUMNS;
     static constexpr int KEYS_APART = HALF_COLUMNS ? 0 : 64;
     static constexpr int ROWS = HALF_COLUMNS ? BLOCK_Q / 2 : BLOCK_Q;
@@ -65,6 +65,8 @@ template <class Element_, int D_> struct Backward {
     static constexpr int SHARED_BYTES =
         BARRIERS_AT + KVRing::BYTES + QRing::BYTES + DoutRing::BYTES;
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448);
+    static_assert(registers_fit(THREADS, Config::PRODUCER_REGISTERS, CONSUMERS,
+                                Config::CONSUMER_REGISTERS));
     static constexpr int RELEASES = 4 * CONSUMERS;
     static constexpr int ALL_CONSUMERS = 1, OWN = 2;  // named barriers
 };
@@ -368,10 +370,10 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     sync_block();
     int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-        registers_decrease<32>();
+        registers_decrease<F::Config::PRODUCER_REGISTERS>();
         if (thread_index() == 0) BackwardProducer<F>{p, shared, kv_ring, q_ring, dout_ring}.run();
     } else {
-        registers_increase<240>();
+        registers_increase<F::Config::CONSUMER_REGISTERS>();
         BackwardConsumer<F>{p, shared, warpgroup - 1, kv_ring, q_ring, dout_ring}.run();
     }
 }

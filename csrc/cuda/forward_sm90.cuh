@@ -1,14 +1,14 @@
 // The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. A CTA
-// takes tiles of rows until none is left. next: launch.h (hosts), tile.cuh, softmax.cuh
+// takes tiles of rows until none is left. next: launch.h (hosts), work.cuh, softmax.cuh
 #pragma once
 #include <type_traits>
 
-#include "packed.cuh"
 #include "params.h"
 #include "pipeline.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
 #include "turn.cuh"
+#include "work.cuh"
 
 namespace fastattn::cuda {
 
@@ -42,8 +42,8 @@ template <class Element_, int D_> struct Forward {
     static constexpr int BARRIERS_AT = Config::OUT_IN_Q ? END_AT : END_AT + OutTile::BYTES;
     static constexpr int SHARED_BYTES = BARRIERS_AT + KRing::BYTES + VRing::BYTES + QRing::BYTES;
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448 && QTile::BYTES % GROUP_BYTES == 0);
-    static_assert(Config::PRODUCER_REGISTERS + Config::CONSUMERS * Config::CONSUMER_REGISTERS <=
-                  65536 / 128);
+    static_assert(registers_fit(THREADS, Config::PRODUCER_REGISTERS, Config::CONSUMERS,
+                                Config::CONSUMER_REGISTERS));
 
     // Who releases: a lane of each consumer warp; where the output lies in q, a thread of each
     // warpgroup, after the store has read it.
@@ -52,61 +52,6 @@ template <class Element_, int D_> struct Forward {
 
     // Named barriers; 0 is sync_block's.
     static constexpr int ALL_CONSUMERS = 1, OWN = 2, TURN = 2 + Config::CONSUMERS;
-};
-
-// The tile of rows with number `index`, and the keys its rows see. Longest first: later rows see
-// more keys under a causal mask.
-struct Work {
-    int batch, head, row;      // row: the tile's first, of its entry
-    int entry;                 // of the batch, or of the packed sequences
-    int first_row, first_key;  // of the tensors' rows: the entry's row 0, the band's key 0
-    Band band;
-
-    FASTATTN_DEVICE Work(const ForwardParams& p, int index, int block_q) {
-        int heads = p.batch * p.heads, per_section = p.heads_per_section * p.q_tiles;
-        int section = index / per_section, rest = index % per_section;
-        int first = section * p.heads_per_section;
-        int width = imin(p.heads_per_section, heads - first);
-        int which = first + rest % width, slot = p.q_tiles - 1 - rest / width;
-        batch = which / p.heads;
-        head = which % p.heads;
-        int rows = p.q_len, keys = p.kv_len;
-        entry = batch;
-        first_row = first_key = 0;
-        if (p.cu_q) {
-            Sequence own = Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q);
-            entry = own.number;
-            slot -= own.first_slot;
-            first_row = own.begin;
-            rows = own.end - own.begin;
-            bool none = entry == p.sequences;  // rows of no sequence
-            first_key = none ? 0 : ld_global(p.cu_k + entry);
-            keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
-        }
-        row = slot * block_q;
-        if (p.kv_lens && entry < imax(p.batch, p.sequences))
-            keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
-        int start = 0;
-        if (p.kv_starts && entry < imax(p.batch, p.sequences))
-            start = imax(0, imin(ld_global(p.kv_starts + entry), keys));
-        first_key += start;
-        band = {p.left, p.right, (p.align_end ? keys - rows : 0) - start, rows, keys - start};
-    }
-
-    FASTATTN_DEVICE bool empty() const { return row >= band.q_len; }
-};
-
-// Tiles of keys [begin, end), of which every row sees all of [full_begin, full_end).
-struct KeyTiles {
-    int begin, full_begin, full_end, end;
-
-    FASTATTN_DEVICE KeyTiles(const Band& band, int row_begin, int row_end, int block_kv) {
-        Range keys = band.kv_range(imin(row_begin, band.q_len - 1), imin(row_end, band.q_len));
-        begin = keys.begin / block_kv;
-        end = imax(begin, (keys.end + block_kv - 1) / block_kv);
-        full_begin = imin(end, (keys.full_begin + block_kv - 1) / block_kv);
-        full_end = imax(full_begin, keys.full_end / block_kv);
-    }
 };
 
 // --- the producer -------------------------------------------------------------------------------
@@ -246,18 +191,9 @@ template <class F> struct Consumer {
     template <bool MASKED> FASTATTN_DEVICE void weigh(float (&s)[SCORES], float (&rescale)[2],
                                                       Softmax& softmax, const Transform& transform,
                                                       const Work& w, int tile) const {
-        transform(s);
-        if constexpr (MASKED) {
-            int first = tile * F::BLOCK_KV + 2 * (lane_index() % 4), low[2], high[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int row = w.row + row_in_tile() + 8 * r;
-                low[r] = w.band.lo(row) - first;
-                high[r] = w.band.hi(row) - first;
-            }
-            mask_scores(s, low, high);
-        }
-        softmax.template update<MASKED>(s, rescale);
+        int row = w.row + row_in_tile();
+        to_weights<MASKED>(s, rescale, softmax, transform, w.band, {row, row + 8},
+                           tile * F::BLOCK_KV);
     }
 
     FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
@@ -285,7 +221,8 @@ template <class F> struct Consumer {
     // Normalises the 64 rows and stores them and their lse.
     FASTATTN_DEVICE void store(float (&acc)[OUTPUTS], Softmax& softmax, const Work& w) {
         float scale[2], lse[2];
-        softmax.finish(sink_of(p.sinks, p.sink_type, w.head), scale, lse);
+        float sink = sink_of(p.sinks, p.sink_type, w.head);
+        softmax.finish({sink, sink}, scale, lse);
         if constexpr (F::BYTES == 1) {
             float by = descale(p.v_descale, w);
             for (float& x : scale) x *= by;

@@ -38,7 +38,15 @@ struct ForwardCall {
     double scale, softcap;
     int64_t left, right;
     bool align_end;
-    Descale q_descale, k_descale, v_descale;
+    // On sm_80: int32 [batch or sequences, pages] and its stride, or null; parts of the keys, 0: as
+    // many as fill the GPU; and what they need, see forward_plan.
+    const int* page_table;
+    int64_t pages, page_row;
+    int splits;
+    float *part_out, *part_lse;
+    Descale q_descale, k_descale, v_descale;  // of e4m3
+
+    int64_t keys() const { return page_table ? pages * k.rows : k.rows; }
 };
 
 struct BackwardCall {
@@ -68,7 +76,7 @@ struct BackwardSizes {
     }
 };
 
-// "" or why TMA cannot describe this tensor, in a sentence.
+// "" or why neither TMA nor cp.async can read this tensor, in a sentence.
 inline std::string why_not_tma(const Operand& x, const char* name) {
     std::string who = std::string(name);
     if (reinterpret_cast<uintptr_t>(x.data) % 16)
@@ -130,10 +138,22 @@ template <class Params, class Call> void set_shape(Params& p, const Call& c) {
 // The largest power of two of heads whose keys and values fit in 32 of an H100's 50 MB of L2.
 inline int heads_per_section(const ForwardCall& c) {
     int64_t all = c.q.batch * c.q.heads, group = c.q.heads / c.k.heads;
-    int64_t bytes = 2 * c.k.bytes * c.k.rows * c.k.head_dim;  // of one head of k and of v
+    int64_t bytes = 2 * c.k.bytes * c.keys() * c.k.head_dim;  // of one head of k and of v
     int64_t kv_heads = 1;
     while (2 * kv_heads * bytes <= int64_t(32) << 20 && kv_heads * group < all) kv_heads *= 2;
     return static_cast<int>(std::min(all, kv_heads * group));
+}
+
+// Tiles of block_q rows; of p, pack is known.
+template <class Params> void set_forward(Params& p, const ForwardCall& c, int block_q) {
+    p.lse = c.lse;
+    p.sinks = c.sinks;
+    p.sink_type = c.sink_type;
+    set_shape(p, c);
+    p.kv_len = static_cast<int>(c.keys());
+    p.q_tiles = tiles_of(c.q.rows * p.pack, block_q, c.cu_q, c.sequences);
+    p.tiles = p.q_tiles * (p.heads / p.pack) * p.batch;
+    p.heads_per_section = heads_per_section(c) / p.pack;
 }
 
 template <class F, class Encode>
@@ -143,17 +163,11 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
          {tensor_map(p.q, c.q, F::BLOCK_Q, encode), tensor_map(p.k, c.k, F::BLOCK_KV, encode),
           tensor_map(p.v, c.v, F::BLOCK_KV, encode), tensor_map(p.out, c.out, 64, encode)})
         if (!error.empty()) return error;
-    p.lse = c.lse;
     p.out_rows = rows_of(c.out);
-    p.sinks = c.sinks;
-    p.sink_type = c.sink_type;
     p.q_descale = c.q_descale;
     p.k_descale = c.k_descale;
     p.v_descale = c.v_descale;
-    set_shape(p, c);
-    p.q_tiles = tiles_of(p.q_len, F::BLOCK_Q, c.cu_q, c.sequences);
-    p.tiles = p.q_tiles * p.heads * p.batch;
-    p.heads_per_section = heads_per_section(c);
+    set_forward(p, c, F::BLOCK_Q);
     return "";
 }
 

@@ -9,10 +9,13 @@ namespace fastattn::cuda {
 // Which index of an operand is contiguous in shared memory: a tile's columns are K, or M or N.
 enum class Major { K, MN };
 
-// Rows that lie evenly in memory. Other sources have the same two members.
+// Rows that lie evenly in memory. Other sources are called alike; of a row that is not there, they
+// may give any address, as it is not read. TOGETHER: how many addresses are in registers at once.
 struct EvenRows {
-    const uint16_t* data;  // of any row: never read for a row that is not there
-    int64_t stride;        // elements
+    static constexpr int TOGETHER = 16;
+
+    const uint16_t* data;
+    int64_t stride;  // elements
 
     FASTATTN_DEVICE const uint16_t* operator()(int row) const { return data + row * stride; }
 };
@@ -23,40 +26,39 @@ template <int THREADS, class T, class Source>
 FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last) {
     constexpr int CHUNKS = T::COLUMNS / 8, STEP = THREADS / CHUNKS;  // rows at a time
     static_assert(THREADS % CHUNKS == 0 && T::ROWS % STEP == 0);
-    int chunk = thread_index() % CHUNKS, start = thread_index() / CHUNKS;
-#pragma unroll
+    int thread = thread_index_anew(), chunk = thread % CHUNKS, start = thread / CHUNKS;
+#pragma unroll Source::TOGETHER
     for (int i = 0; i < T::ROWS; i += STEP) {
         int row = start + i;
-        bool there = row >= first && row < last;
-        copy_async(tile.chunk(row, chunk), (there ? source(row) : source.data) + 8 * chunk, there);
+        copy_async(tile.chunk(row, chunk), source(row) + 8 * chunk, row >= first && row < last);
     }
 }
 
 // The chunk whose address this lane gives to ldmatrix for a block of 16 rows x 16 columns of a
 // tile: matrices 1 and 2 are the lower left and the upper right one, or the other way round.
 template <bool LOWER_FIRST, class T>
-FASTATTN_DEVICE SharedAddress block_chunk(T tile, int row, int column) {
-    int lane = lane_index(), low = lane % 8, one = lane / 8 % 2, two = lane / 16;
+FASTATTN_DEVICE SharedAddress block_chunk(T tile, int row, int column, int lane) {
+    int low = lane % 8, one = lane / 8 % 2, two = lane / 16;
     return tile.chunk(row + low + 8 * (LOWER_FIRST ? one : two),
                       column / 8 + (LOWER_FIRST ? two : one));
 }
 
 // A fragment [16 from m] x [16 from k].
 template <Major MAJOR, class T>
-FASTATTN_DEVICE void load_a(uint32_t (&a)[4], T tile, int m, int k) {
+FASTATTN_DEVICE void load_a(uint32_t (&a)[4], T tile, int m, int k, int lane) {
     if constexpr (MAJOR == Major::K)
-        ldmatrix<false>(a, block_chunk<true>(tile, m, k));
+        ldmatrix<false>(a, block_chunk<true>(tile, m, k, lane));
     else
-        ldmatrix<true>(a, block_chunk<false>(tile, k, m));
+        ldmatrix<true>(a, block_chunk<false>(tile, k, m, lane));
 }
 
 // Two fragments of B, [16 from k] x [8 from n] and [8 from n + 8]: b[0], b[1] and b[2], b[3].
 template <Major MAJOR, class T>
-FASTATTN_DEVICE void load_b(uint32_t (&b)[4], T tile, int n, int k) {
+FASTATTN_DEVICE void load_b(uint32_t (&b)[4], T tile, int n, int k, int lane) {
     if constexpr (MAJOR == Major::K)
-        ldmatrix<false>(b, block_chunk<false>(tile, n, k));
+        ldmatrix<false>(b, block_chunk<false>(tile, n, k, lane));
     else
-        ldmatrix<true>(b, block_chunk<true>(tile, k, n));
+        ldmatrix<true>(b, block_chunk<true>(tile, k, n, lane));
 }
 
 // Columns [n, n + 16) of accumulators [16 x N] += a[16 x 16] * b[16 x 16].
@@ -77,14 +79,15 @@ template <class Element, Major A_MAJOR, Major B_MAJOR, int BLOCKS, int SIZE, cla
 FASTATTN_DEVICE void multiply_shared(float (&acc)[BLOCKS][SIZE], A a, int m, B b, int n) {
     constexpr int K = A_MAJOR == Major::K ? A::COLUMNS : A::ROWS;
     static_assert(K == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
+    int lane = thread_index_anew() % 32;
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         uint32_t of_a[BLOCKS][4], of_b[4];
 #pragma unroll
-        for (int i = 0; i < BLOCKS; i++) load_a<A_MAJOR>(of_a[i], a, m + 16 * i, k);
+        for (int i = 0; i < BLOCKS; i++) load_a<A_MAJOR>(of_a[i], a, m + 16 * i, k, lane);
 #pragma unroll
         for (int j = 0; j < 2 * SIZE; j += 16) {
-            load_b<B_MAJOR>(of_b, b, n + j, k);
+            load_b<B_MAJOR>(of_b, b, n + j, k, lane);
             multiply_block<Element>(acc, j, of_a, of_b);
         }
     }
@@ -95,6 +98,7 @@ template <class Element, Major B_MAJOR, int BLOCKS, int SIZE, int FRAGMENTS, cla
 FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
                                         const uint32_t (&a)[BLOCKS][FRAGMENTS][4], B b, int n) {
     static_assert(16 * FRAGMENTS == (B_MAJOR == Major::K ? B::COLUMNS : B::ROWS));
+    int lane = thread_index_anew() % 32;
 #pragma unroll
     for (int k = 0; k < FRAGMENTS; k++) {
         uint32_t of_a[BLOCKS][4], of_b[4];
@@ -104,7 +108,7 @@ FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
             for (int j = 0; j < 4; j++) of_a[i][j] = a[i][k][j];
 #pragma unroll
         for (int j = 0; j < 2 * SIZE; j += 16) {
-            load_b<B_MAJOR>(of_b, b, n + j, 16 * k);
+            load_b<B_MAJOR>(of_b, b, n + j, 16 * k, lane);
             multiply_block<Element>(acc, j, of_a, of_b);
         }
     }

@@ -42,13 +42,12 @@ struct Rows {
     }
 };
 
-struct ForwardParams {
-    TensorMap q, k, v, out;          // dimensions (D, rows, heads, batch), boxes of 128 bytes a row
+// What all forward kernels are told.
+struct ForwardShape {
     float* lse;                      // [batch, heads, q_len]
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
     const int *cu_q, *cu_k;          // [sequences + 1], then batch is 1; or null
     int sequences;
-    Rows out_rows;      // where a tile ends inside a sequence's neighbour, TMA cannot store it
     const void* sinks;  // [heads]
     SinkType sink_type;
     int batch, heads, kv_heads, q_len, kv_len;
@@ -59,7 +58,36 @@ struct ForwardParams {
     float multiplier, before, after;
     int q_tiles, tiles;     // of a head; of the call
     int heads_per_section;  // heads that run side by side, so that L2 holds their keys and values
+};
+
+struct ForwardParams : ForwardShape {
+    TensorMap q, k, v, out;  // dimensions (D, rows, heads, batch), boxes of 128 bytes a row
+    Rows out_rows;           // where a tile ends inside a sequence's neighbour, TMA cannot store it
     Descale q_descale, k_descale, v_descale;  // read where q, k and v are of 8 bits
+    static constexpr int pack = 1;
+    static constexpr const int* page_table = nullptr;
+};
+
+// On sm_80: also heads that share tiles (work.cuh), keys in pages, and keys in parts.
+struct ForwardParams80 : ForwardShape {
+    Rows q, k, v, out;
+    int pack;
+    const int* page_table;  // [batch or sequences, page_row]; null: k and v are not in pages
+    int64_t page_row;       // else their batch is pages, their rows a page's
+    int page_size;
+    int splits;                  // parts of each tile's keys
+    float *part_out, *part_lse;  // [splits, batch, heads, q_len, D or 1], where there are parts
+};
+
+// Parts, each normalised by itself, become out and lse.
+struct CombineParams {
+    const float *part_out, *part_lse;
+    int splits;
+    Rows out;
+    float* lse;
+    int batch, heads, q_len;
+    const void* sinks;  // [heads]
+    SinkType sink_type;
 };
 
 struct BackwardParams {
@@ -92,6 +120,12 @@ struct BackwardRowsParams {
     SinkType sink_type;
     float* dsinks;  // [heads] or null
 };
+
+// What a warpgroup gets of what others give up comes out of what the CTA was launched with: as many
+// registers as its threads leave for each, in eights.
+constexpr bool registers_fit(int threads, int producer, int consumers, int consumer) {
+    return producer + consumers * consumer <= threads / 128 * imin(255, 65536 / threads / 8 * 8);
+}
 
 enum class Schedule {
     OVERLAP,   // the products of a step are issued before the softmax of the step before
@@ -141,17 +175,38 @@ template <> struct ForwardConfig<256, 1> {
     static constexpr Schedule SCHEDULE = Schedule::SEQUENCE;  // registers are for no more
 };
 
+// On sm_80: WARPS warps of BLOCKS times 16 rows, tiles of BLOCK_KV keys, STAGES tiles of keys and
+// of values in shared memory. All fit the 99 KB of sm_86 and sm_89; with 32 rows a warp, a fragment
+// of keys or values that is read serves two products. FEW: for few rows, where all is waiting for
+// memory: the next tiles are on their way while one is in use.
+template <int D, bool FEW> struct ForwardConfig80;
+
+template <> struct ForwardConfig80<64, false> {
+    static constexpr int WARPS = 4, BLOCKS = 2, BLOCK_KV = 64, STAGES = 1;
+};
+template <> struct ForwardConfig80<128, false> {
+    static constexpr int WARPS = 4, BLOCKS = 2, BLOCK_KV = 64, STAGES = 1;
+};
+template <> struct ForwardConfig80<256, false> {
+    static constexpr int WARPS = 8, BLOCKS = 1, BLOCK_KV = 32, STAGES = 1;
+};
+template <int D> struct ForwardConfig80<D, true> {
+    static constexpr int WARPS = 4, BLOCKS = 1, BLOCK_KV = D == 256 ? 32 : 64, STAGES = 2;
+};
+
 template <int D> struct BackwardConfig;
 
 // 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores,
 // 64 + 64 of dk and dv, 32 of dq.
 template <> struct BackwardConfig<64> {
     static constexpr int BLOCK_Q = 128, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = false;  // would spill
 };
 template <> struct BackwardConfig<128> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, DOUT_STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static constexpr bool HALF_COLUMNS = false;
     static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dweights
 };
@@ -159,6 +214,7 @@ template <> struct BackwardConfig<128> {
 // keys. 16 + 16 registers of scores, of half of the rows; 64 + 64 of dk and dv, 64 of dq.
 template <> struct BackwardConfig<256> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, DOUT_STAGES = 1;
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
     static constexpr bool HALF_COLUMNS = true;
     static constexpr bool PACK_EARLY = true;
 };

@@ -29,6 +29,13 @@ FASTATTN_DEVICE int thread_index() { return threadIdx.x; }
 FASTATTN_DEVICE int lane_index() { return threadIdx.x % 32; }
 FASTATTN_DEVICE int block_index() { return blockIdx.x; }
 FASTATTN_DEVICE int grid_size() { return gridDim.x; }
+// Read again: what follows from it is not kept in registers since the last time. The remainder
+// tells the compiler that it is not negative.
+FASTATTN_DEVICE int thread_index_anew() {
+    uint32_t x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x % 1024;
+}
 // The same in all lanes, and the compiler knows it.
 FASTATTN_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 FASTATTN_DEVICE int warpgroup_index() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }

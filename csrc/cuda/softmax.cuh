@@ -1,6 +1,6 @@
-// Softmax over rows that arrive tile by tile, on accumulators [64 x N] of a warpgroup. A thread
-// holds two rows, 8 apart, of which four neighbouring lanes share the columns.
-// next: forward_sm90.cuh
+// Softmax over rows that arrive tile by tile, on accumulators [64 x N] of a warpgroup or [16 x N]
+// of a warp. A thread holds two rows, 8 apart, of which four neighbouring lanes share the columns.
+// next: forward_sm90.cuh, forward_sm80.cuh
 #pragma once
 #include "../spec.h"
 #include "ptx.cuh"
@@ -84,8 +84,8 @@ template <int BITS = 0> struct OnlineSoftmax {
     }
 
     // After the last tile. out_scale: for the accumulator; lse: natural, -inf for rows without
-    // keys. A sink is a logit that joins the denominator only; -inf where there is none.
-    FASTATTN_DEVICE void finish(float sink, float (&out_scale)[2], float (&lse)[2]) {
+    // keys. A row's sink is a logit that joins the denominator only; -inf where there is none.
+    FASTATTN_DEVICE void finish(const float (&sinks)[2], float (&out_scale)[2], float (&lse)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float sum = row_sum[r];
@@ -96,7 +96,7 @@ template <int BITS = 0> struct OnlineSoftmax {
                 lse[r] = NEGATIVE_INFINITY;
                 continue;
             }
-            float top = row_max[r] * multiplier, sink2 = sink * static_cast<float>(LOG2E);
+            float top = row_max[r] * multiplier, sink2 = sinks[r] * static_cast<float>(LOG2E);
             float m = fmaxf(top, sink2);
             float weight = exp2_approx(top - m);
             float base = m - BITS;
@@ -115,6 +115,26 @@ FASTATTN_DEVICE void mask_scores(float (&s)[SIZE], const int (&low)[2], const in
     for (int i = 0; i < SIZE; i++)
         if (column_of(i) < low[row_of(i)] || column_of(i) >= high[row_of(i)])
             s[i] = NEGATIVE_INFINITY;
+}
+
+// Products of rows and keys become weights, as OnlineSoftmax::update says. rows: the thread's two,
+// of the band; first: the tile's first key.
+template <bool MASKED, int BITS, int SIZE>
+FASTATTN_DEVICE void to_weights(float (&s)[SIZE], float (&rescale)[2], OnlineSoftmax<BITS>& softmax,
+                                const Transform& transform, const Band& band, const int (&rows)[2],
+                                int first) {
+    transform(s);
+    if constexpr (MASKED) {
+        first += 2 * (lane_index() % 4);
+        int low[2], high[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            low[r] = band.lo(rows[r]) - first;
+            high[r] = band.hi(rows[r]) - first;
+        }
+        mask_scores(s, low, high);
+    }
+    softmax.template update<MASKED>(s, rescale);
 }
 
 template <int SIZE> FASTATTN_DEVICE void scale_rows(float (&acc)[SIZE], const float (&by)[2]) {

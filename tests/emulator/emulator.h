@@ -138,6 +138,7 @@ inline int thread_index() { return emulator::thread_index(); }
 inline int lane_index() { return thread_index() % 32; }
 inline int block_index() { return emulator::block_index(); }
 inline int grid_size() { return emulator::grid_size(); }
+inline int thread_index_anew() { return thread_index(); }
 inline int warp_index() { return thread_index() / 32; }
 inline int warpgroup_index() { return thread_index() / 128; }
 constexpr int SHARED_ALIGNMENT = 1024;

@@ -390,7 +390,6 @@ std::string launch(const Launch& how, const std::function<void()>& kernel) {
         one.alive = how.threads;
         int registers = std::min(255, 65536 / how.threads / 8 * 8);
         for (Warpgroup& w : one.matrix) w.registers = registers;
-        one.register_pool = 65536 - registers * how.threads;
         for (int i = 0; i < how.threads; i++) {
             one.threads[i].index = i;
             one.threads[i].clock = nothing;

@@ -170,7 +170,7 @@ struct Cta {
     int looks = 0;  // of threads at flags in global memory, since something else was done
     uint32_t agent_epochs[AGENTS] = {};
     int next_agent = 0;
-    int register_pool = 0;
+    int register_pool = 0;  // what warpgroups gave up
     std::vector<std::pair<Thread*, int>> register_waiters;
     std::string error;
     Fiber main;

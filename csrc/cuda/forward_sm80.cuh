@@ -1,0 +1,279 @@
+// The forward pass on sm_80 and later: all warps load with cp.async and multiply with mma.sync. A
+// CTA takes one tile of rows and all its keys, or a part of them (combine.cuh joins the parts).
+// next: launch80.h (hosts), work.cuh, softmax.cuh
+#pragma once
+#include "mma.cuh"
+#include "params.h"
+#include "softmax.cuh"
+#include "work.cuh"
+
+namespace fastattn::cuda {
+
+template <class Element_, int D_, bool FEW_> struct Forward80 : ForwardConfig80<D_, FEW_> {
+    using Element = Element_;
+    using Config = ForwardConfig80<D_, FEW_>;
+    static constexpr int D = D_;
+    static constexpr bool FEW = FEW_;
+    static constexpr int ROWS = 16 * Config::BLOCKS;  // of a warp
+    static constexpr int BLOCK_Q = ROWS * Config::WARPS, BLOCK_KV = Config::BLOCK_KV;
+    static constexpr int THREADS = 32 * Config::WARPS;
+
+    using QTile = Tile<BLOCK_Q, D>;
+    using KVTile = Tile<BLOCK_KV, D>;
+
+    // Shared memory, in bytes from its start: q, then keys and values of each stage.
+    static constexpr int Q_AT = 0, KV_AT = QTile::BYTES;
+    static constexpr int SHARED_BYTES = KV_AT + 2 * Config::STAGES * KVTile::BYTES;
+    static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 99 * 1024);
+};
+
+// --- where rows are -----------------------------------------------------------------------------
+
+// Rows of q or out as tiles count them, from an entry's row 0 and a group's first head.
+struct HeadRows {
+    static constexpr int TOGETHER = 16;
+
+    uint16_t* data;
+    int64_t head, row;  // strides
+    int first, pack;
+
+    FASTATTN_DEVICE HeadRows(const Rows& x, const Work& w, int pack_)
+        : data(x.at(w.batch, w.head, w.first_row)),
+          head(x.head),
+          row(x.row),
+          first(w.row),
+          pack(pack_) {}
+    FASTATTN_DEVICE uint16_t* operator()(int i) const {
+        return data + (first + i) / pack * row + (first + i) % pack * head;
+    }
+};
+
+// Rows of k or v in pages, counted from key `first`; none after `last` is looked up.
+template <int TOGETHER_> struct PagedRows {
+    static constexpr int TOGETHER = TOGETHER_;  // with 8, D 128 spills beside many rows
+
+    const uint16_t* data;
+    int64_t page, row;  // strides
+    const int* pages;   // of the entry
+    int page_size, first, last;
+
+    FASTATTN_DEVICE const uint16_t* operator()(int i) const {
+        int key = imin(first + i, last), in_page = key % page_size;
+        return data + ld_global(pages + key / page_size) * page + in_page * row;
+    }
+};
+
+// --- loads --------------------------------------------------------------------------------------
+
+// Keys of the last tile, its values, keys of the tile before it, ...: each load is a group of
+// copies, and all but one place for a tile are filled ahead. The place that a load goes to is the
+// one that was used last before the use which starts it: the barrier says that all have left it.
+template <class F> struct Loads {
+    using T = typename F::KVTile;
+    static constexpr int STAGES = F::Config::STAGES;
+
+    const ForwardParams80& p;
+    SharedAddress shared;
+    const Work& w;
+    int begin, end;  // tiles
+
+    FASTATTN_DEVICE T keys(int i) const {
+        return {shared + F::KV_AT + i % STAGES * 2 * T::BYTES};
+    }
+    FASTATTN_DEVICE T values(int i) const { return {keys(i).base + T::BYTES}; }
+
+    // Tile i counts from the end. Rows past the last key become zeros: their weights are 0, but
+    // what is there may be NaN, or another entry's, or nothing.
+    FASTATTN_DEVICE void start(T to, const Rows& x, int i) const {
+        int tile = end - 1 - i, first = w.first_key + tile * F::BLOCK_KV;
+        int count = w.band.kv_len - tile * F::BLOCK_KV;
+        int kv_head = w.head / (p.heads / p.kv_heads);
+        if (tile >= begin && p.page_table) {
+            const int* pages = p.page_table + w.entry * p.page_row;
+            PagedRows<F::FEW ? 8 : 2> rows{
+                x.at(0, kv_head, 0), x.batch, x.row, pages, p.page_size, first, first + count - 1};
+            copy_rows<F::THREADS>(to, rows, 0, count);
+        } else if (tile >= begin) {
+            EvenRows rows{x.at(w.batch, kv_head, first), x.row};
+            copy_rows<F::THREADS>(to, rows, 0, count);
+        }
+        copy_commit();
+    }
+
+    FASTATTN_DEVICE void prologue() const {  // the caller's copies of q are in the first group
+        start(keys(0), p.k, 0);
+#pragma unroll
+        for (int i = 1; i < STAGES; i++) {
+            start(values(i - 1), p.v, i - 1);
+            start(keys(i), p.k, i);
+        }
+    }
+    FASTATTN_DEVICE T take_keys(int i) const {
+        copy_wait<2 * STAGES - 2>();
+        sync_block();
+        start(values(i + STAGES - 1), p.v, i + STAGES - 1);
+        return keys(i);
+    }
+    FASTATTN_DEVICE T take_values(int i) const {
+        copy_wait<2 * STAGES - 2>();
+        sync_block();
+        start(keys(i + STAGES), p.k, i + STAGES);
+        return values(i);
+    }
+};
+
+// --- a warp: 16 or 32 rows ----------------------------------------------------------------------
+
+template <class F> struct Warp80 {
+    static constexpr int BLOCKS = F::Config::BLOCKS;
+    static constexpr int SCORES = F::BLOCK_KV / 2, OUTPUTS = F::D / 2;  // registers a block of rows
+    using Element = typename F::Element;
+
+    const ForwardParams80& p;
+    SharedAddress shared;
+    const Work& w;
+
+    FASTATTN_DEVICE int pack() const { return F::FEW ? p.pack : 1; }
+    FASTATTN_DEVICE int first_row() const { return thread_index() / 32 * F::ROWS; }
+    FASTATTN_DEVICE int row_in_tile(int block, int r) const {
+        return first_row() + 16 * block + lane_index() / 4 + 8 * r;
+    }
+
+    // What this warp's rows see of a tile of keys. Asked at each tile: kept, it would be spilled.
+    enum class Use { NONE, SOME, ALL };
+    FASTATTN_DEVICE Use use_of(int tile) const {
+        int row = w.row + thread_index_anew() / 32 * F::ROWS, key = tile * F::BLOCK_KV;
+        if (row >= w.rows) return Use::NONE;
+        int first = row / pack(), last = (imin(row + F::ROWS, w.rows) - 1) / pack();
+        if (key >= w.band.hi(last) || key + F::BLOCK_KV <= w.band.lo(first)) return Use::NONE;
+        bool all = key >= w.band.lo(last) && key + F::BLOCK_KV <= w.band.hi(first);
+        return all ? Use::ALL : Use::SOME;
+    }
+
+    // Weights are packed block by block: in both at once, they take 32 registers more.
+    template <bool MASKED>
+    FASTATTN_DEVICE void weigh(uint32_t (&weights)[BLOCKS][F::BLOCK_KV / 16][4],
+                               float (&s)[BLOCKS][SCORES], float (&acc)[BLOCKS][OUTPUTS],
+                               OnlineSoftmax<> (&softmax)[BLOCKS], const Transform& transform,
+                               int tile) const {
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            float rescale[2];
+            int row = w.row + row_in_tile(i, 0);
+            to_weights<MASKED>(s[i], rescale, softmax[i], transform, w.band,
+                               {row / pack(), (row + 8) / pack()}, tile * F::BLOCK_KV);
+            scale_rows(acc[i], rescale);
+            to_fragments<Element, F::BLOCK_KV>(weights[i], s[i]);
+        }
+    }
+
+    // Through q's memory, of which nobody else reads this warp's rows.
+    FASTATTN_DEVICE void store_rows(const float (&acc)[BLOCKS][OUTPUTS]) const {
+        typename F::QTile out{shared + F::Q_AT};
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            uint32_t fragments[F::D / 16][4];
+            to_fragments<Element, F::D>(fragments, acc[i]);
+            write_fragments(out, first_row() + 16 * i, 0, fragments);
+        }
+        sync_warp();
+        HeadRows to(p.out, w, pack());
+        constexpr int CHUNKS = F::D / 8;
+#pragma unroll 4
+        for (int i = lane_index(); i < F::ROWS * CHUNKS; i += 32) {
+            int row = first_row() + i / CHUNKS, chunk = i % CHUNKS;
+            if (w.row + row < w.rows)
+                st_global(reinterpret_cast<uint4*>(to(row) + 8 * chunk),
+                          ld_shared4(out.chunk(row, chunk)));
+        }
+    }
+    FASTATTN_DEVICE void store_part(const float (&acc)[OUTPUTS], int r, int64_t at) const {
+        float* to = p.part_out + at * F::D + 2 * (lane_index() % 4);
+#pragma unroll
+        for (int i = 2 * r; i < OUTPUTS; i += 4)
+            st_global(reinterpret_cast<float2*>(to + column_of(i)), float2{acc[i], acc[i + 1]});
+    }
+
+    // Normalises the rows and stores them and their lse, or part number `part` of them.
+    FASTATTN_DEVICE void store(float (&acc)[BLOCKS][OUTPUTS], OnlineSoftmax<> (&softmax)[BLOCKS],
+                               int part) const {
+        bool parts = F::FEW && p.splits > 1;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            float sinks[2], scale[2], lse[2];
+            int head[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                head[r] = w.head + (w.row + row_in_tile(i, r)) % pack();
+                sinks[r] = parts ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head[r]);
+            }
+            softmax[i].finish(sinks, scale, lse);
+            scale_rows(acc[i], scale);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int row = w.row + row_in_tile(i, r);
+                if (row >= w.rows) continue;
+                int64_t entry = parts ? part * p.batch + w.batch : w.batch;
+                int64_t at = (entry * p.heads + head[r]) * p.q_len + w.first_row + row / pack();
+                if (lane_index() % 4 == 0) st_global((parts ? p.part_lse : p.lse) + at, lse[r]);
+                if (parts) store_part(acc[i], r, at);
+            }
+        }
+        if (!parts) store_rows(acc);
+    }
+
+    FASTATTN_DEVICE void run(int part) const {
+        int last = imin(w.row + F::BLOCK_Q, w.rows) - 1;
+        KeyTiles all(w.band, w.row / pack(), last / pack() + 1, F::BLOCK_KV);
+        if (F::FEW && p.splits > 1) {
+            int each = (all.end - all.begin + p.splits - 1) / p.splits;
+            all.begin = imin(all.begin + part * each, all.end);
+            all.end = imin(all.begin + each, all.end);
+        }
+        Transform transform{p.softcap, p.transform, p.before, p.after};
+        OnlineSoftmax<> softmax[BLOCKS];
+        float acc[BLOCKS][OUTPUTS];
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+            softmax[i].multiplier = p.multiplier;
+#pragma unroll
+            for (int j = 0; j < OUTPUTS; j++) acc[i][j] = 0;
+        }
+        typename F::QTile q{shared + F::Q_AT};
+        Loads<F> loads{p, shared, w, all.begin, all.end};
+        if (all.begin < all.end) {
+            copy_rows<F::THREADS>(q, HeadRows(p.q, w, pack()), 0, w.rows - w.row);
+            loads.prologue();
+        }
+        for (int i = 0; i < all.end - all.begin; i++) {
+            int n = all.end - 1 - i;
+            Use use = use_of(n);
+            float s[BLOCKS][SCORES] = {};
+            typename F::KVTile keys = loads.take_keys(i);
+            if (use != Use::NONE)
+                multiply_shared<Element, Major::K, Major::K>(s, q, first_row(), keys, 0);
+            typename F::KVTile values = loads.take_values(i);
+            if (use == Use::NONE) continue;
+            uint32_t weights[BLOCKS][F::BLOCK_KV / 16][4];
+            if (use == Use::ALL)
+                weigh<false>(weights, s, acc, softmax, transform, n);
+            else
+                weigh<true>(weights, s, acc, softmax, transform, n);
+            multiply_registers<Element, Major::MN>(acc, weights, values, 0);
+        }
+        store(acc, softmax, part);
+    }
+};
+
+// --- the kernel ---------------------------------------------------------------------------------
+
+// SHARED_BYTES is in the kernel's name for benchmarks/cuda_audit.py, which sees no launch.
+template <class F, int SHARED_BYTES = F::SHARED_BYTES>
+__global__ void __launch_bounds__(F::THREADS)
+    forward_sm80(const __grid_constant__ ForwardParams80 p) {
+    int splits = F::FEW ? p.splits : 1;
+    Work w(p, block_index() / splits, F::BLOCK_Q);
+    if (!w.empty()) Warp80<F>{p, dynamic_shared(), w}.run(block_index() % splits);
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,70 @@
+// What a CTA of a forward kernel does: a tile of rows, the keys that they see, and of these the
+// tiles that need no mask. next: forward_sm90.cuh, forward_sm80.cuh
+#pragma once
+#include "packed.cuh"
+#include "params.h"
+
+namespace fastattn::cuda {
+
+// The tile of rows with number `index`, and the keys its rows see. Longest first: later rows see
+// more keys under a causal mask. Where heads are packed (p.pack > 1), p.pack heads that share keys
+// count as one, and a tile's row r is row r / p.pack of head r % p.pack of these.
+struct Work {
+    int batch, head, row;      // head: the first; row: the tile's first, of its entry
+    int entry;                 // of lengths and pages
+    int first_row, first_key;  // of the tensors' rows: the entry's row 0, the band's key 0
+    int rows;                  // of the entry, as tiles count them
+    Band band;
+
+    template <class Params> FASTATTN_DEVICE Work(const Params& p, int index, int block_q) {
+        int heads = p.heads / p.pack, all = p.batch * heads;
+        int per_section = p.heads_per_section * p.q_tiles;
+        int section = index / per_section, rest = index % per_section;
+        int first = section * p.heads_per_section;
+        int width = imin(p.heads_per_section, all - first);
+        int which = first + rest % width, slot = p.q_tiles - 1 - rest / width;
+        batch = which / heads;
+        head = which % heads * p.pack;
+        entry = batch;
+        int q_len = p.q_len, keys = p.kv_len;
+        first_row = first_key = 0;
+        if (p.cu_q) {
+            Sequence own =
+                Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q, p.pack);
+            entry = own.number;
+            slot -= own.first_slot;
+            first_row = own.begin;
+            q_len = own.end - own.begin;
+            bool none = entry == p.sequences;  // rows of no sequence
+            first_key = none ? 0 : ld_global(p.cu_k + entry);
+            keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
+            if (p.page_table) first_key = 0;  // each sequence has its own pages
+        }
+        row = slot * block_q;
+        rows = q_len * p.pack;
+        if (p.kv_lens && entry < imax(p.batch, p.sequences))
+            keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
+        int start = 0;
+        if (p.kv_starts && entry < imax(p.batch, p.sequences))
+            start = imax(0, imin(ld_global(p.kv_starts + entry), keys));
+        first_key += start;
+        band = {p.left, p.right, (p.align_end ? keys - q_len : 0) - start, q_len, keys - start};
+    }
+
+    FASTATTN_DEVICE bool empty() const { return row >= rows; }
+};
+
+// Tiles of keys [begin, end), of which every row sees all of [full_begin, full_end).
+struct KeyTiles {
+    int begin, full_begin, full_end, end;
+
+    FASTATTN_DEVICE KeyTiles(const Band& band, int row_begin, int row_end, int block_kv) {
+        Range keys = band.kv_range(imin(row_begin, band.q_len - 1), imin(row_end, band.q_len));
+        begin = keys.begin / block_kv;
+        end = imax(begin, (keys.end + block_kv - 1) / block_kv);
+        full_begin = imin(end, (keys.full_begin + block_kv - 1) / block_kv);
+        full_end = imax(full_begin, keys.full_end / block_kv);
+    }
+};
+
+}  // namespace fastattn::cuda
