@@ -1,6 +1,6 @@
 // The CUDA operators: their checks, and what is registered with torch. fastattn/backends.py asks
 // before it calls; here the same is refused to those who call the operator themselves.
-// next: cuda/sm90.h
+// next: cuda/sm90.h, cuda/sm80.h
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "cuda/sm80.h"
 #include "cuda/sm90.h"
 #include "tensors.h"
 
@@ -58,6 +59,23 @@ const int* lengths(const OptionalTensor& t, const Tensor& q, int64_t size, const
     return static_cast<const int*>(t->data_ptr());
 }
 
+// Into the call, where there is one.
+void set_pages(ForwardCall& call, const OptionalTensor& page_table, const Tensor& q,
+               int64_t entries) {
+    if (!page_table) return;
+    check_device(page_table, q, "page_table");
+    CHECK(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
+              page_table->size(0) == entries &&
+              (page_table->size(1) <= 1 || page_table->stride(1) == 1),
+          "page_table must be int32 [", entries, ", pages], its rows contiguous, got shape ",
+          shape_of(*page_table));
+    call.page_table = static_cast<const int*>(page_table->data_ptr());
+    call.pages = page_table->size(1);
+    call.page_row = page_table->stride(0);
+    CHECK(call.keys() < MAX_LENGTH, "the pages of an entry hold ", call.keys(),
+          " keys, the limit is 2^30");
+}
+
 SinkType sink_type(const OptionalTensor& sinks, const Tensor& q) {
     if (!sinks) return SinkType::NONE;
     check_device(sinks, q, "sinks");
@@ -76,7 +94,7 @@ SinkType sink_type(const OptionalTensor& sinks, const Tensor& q) {
     }
 }
 
-void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
+void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, bool paged) {
     for (auto [t, name] : {std::pair{&q, "q"}, std::pair{&k, "k"}, std::pair{&v, "v"}}) {
         CHECK(t->dim() == 4, name, " must have 4 dimensions, got shape ", shape_of(*t));
         CHECK(t->is_cuda() && t->get_device_index() == q.get_device_index(), name,
@@ -93,7 +111,7 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
           "the CUDA kernels have head dimensions 64, 128 and 256, ", "q has ", d);
     CHECK(k.size(3) == d && v.size(3) == d, "q, k and v must have one head dimension, got ", d,
           ", ", k.size(3), " and ", v.size(3));
-    CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) &&
+    CHECK((paged || k.size(0) == q.size(0)) && v.size(0) == k.size(0) && k.size(1) == v.size(1) &&
               k.size(2) == v.size(2),
           "k has shape ", shape_of(k), " and v ", shape_of(v), ", q has batch size ", q.size(0));
     CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "q has ", q.size(1),
@@ -102,8 +120,8 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 void refuse(bool others) {
     CHECK(!others,
-          "the CUDA kernels take causal masks, windows, softcap, sinks, kv_lens, kv_starts and "
-          "cu_seqlens; other operands are for another backend");
+          "the CUDA kernels take causal masks, windows, softcap, sinks, kv_lens, kv_starts, "
+          "cu_seqlens and, forward, page_table; other operands are for another backend");
 }
 
 // How many packed sequences there are, 0 where none are packed.
@@ -124,8 +142,24 @@ void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
 
 Gpu check_gpu(const Tensor& q) {
     Gpu gpu = gpu_of(q);
-    CHECK(gpu.capability == 90, "the CUDA kernels are for sm_90, this GPU is sm_", gpu.capability);
+    CHECK(gpu.capability >= 80, "the CUDA kernels are for sm_80 and later, this GPU is sm_",
+          gpu.capability);
     return gpu;
+}
+
+// "" or what went wrong. On sm_90, wgmma serves many rows of keys that are not in pages.
+std::string run_forward(ForwardCall& call, const Tensor& q, const Gpu& gpu) {
+    bool bf16 = q.scalar_type() == ScalarType::BFloat16, hopper = gpu.capability == 90;
+    ForwardPlan plan =
+        forward_plan(call, gpu.multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
+    if (hopper && !plan.few && !call.page_table)
+        return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
+    auto [outs, lses] = part_sizes(call, plan);
+    Tensor part_out = new_tensor(q, {outs}, ScalarType::Float);
+    Tensor part_lse = new_tensor(q, {lses}, ScalarType::Float);
+    call.part_out = static_cast<float*>(part_out.data_ptr());
+    call.part_lse = static_cast<float*>(part_lse.data_ptr());
+    return launch_forward_sm80(call, plan, bf16, stream_of(q));
 }
 
 // A result in x's memory order where TMA can write that.
@@ -144,15 +178,13 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                                           OptionalTensor dropout_seed, double scale, double softcap,
                                           int64_t left, int64_t right, bool align_end,
                                           double dropout_p, int64_t num_splits) {
-    check_shapes(q, k, v);
-    refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
-           dropout_p > 0);
+    check_shapes(q, k, v, page_table.has_value());
+    refuse(mask || bias || alibi_slopes || document_ids || dropout_seed || dropout_p > 0);
     int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
     int64_t entries = cu_seqlens_q ? sequences : q.size(0);
     check_numbers(scale, softcap, left, right);
     Gpu gpu = check_gpu(q);
-    CHECK(num_splits == 0 || num_splits == 1, "the CUDA kernels do not split keys, num_splits is ",
-          num_splits);
+    CHECK(num_splits >= 0 && num_splits < MAX_LENGTH, "num_splits must be >= 0, got ", num_splits);
     torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     Tensor rows = for_tma(q), keys = for_tma(k), values = for_tma(v);
     Tensor out = result_like(q);
@@ -173,15 +205,21 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                      softcap,
                      left,
                      right,
-                     align_end};
+                     align_end,
+                     nullptr,
+                     0,
+                     0,
+                     static_cast<int>(num_splits),
+                     nullptr,
+                     nullptr};
+    set_pages(call, page_table, q, entries);
     if (q.numel() == 0) return {out, lse};
-    if (k.size(2) == 0) {
+    if (k.size(0) == 0 || call.keys() == 0) {
         torch::stable::fill_(out, 0);
         torch::stable::fill_(lse, -INFINITY);
         return {out, lse};
     }
-    bool bf16 = q.scalar_type() == ScalarType::BFloat16;
-    std::string error = launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
+    std::string error = run_forward(call, q, gpu);
     CHECK(error.empty(), error);
     return {out, lse};
 }
@@ -211,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor dropout_seed,
     double scale, double softcap, int64_t left, int64_t right, bool align_end, double dropout_p,
     bool need_dbias, bool need_dsinks) {
-    check_shapes(q, k, v);
+    check_shapes(q, k, v, false);
     refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
            dropout_p > 0 || need_dbias);
     int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
@@ -222,6 +260,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     check_like(dout, q, "dout");
     check_like(out, q, "out");
     Gpu gpu = check_gpu(q);
+    CHECK(gpu.capability == 90, "the CUDA backward kernels are for sm_90, this GPU is sm_",
+          gpu.capability);
 
     torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     Tensor rows = for_tma(q), keys = for_tma(k), values = for_tma(v), cotangent = for_tma(dout);

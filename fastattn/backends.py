@@ -97,8 +97,8 @@ def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 # What csrc/cuda has kernels for: a closed table. Everything else is the next row's.
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (64, 128, 256)
-CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k")
-CUDA_MIN_ROWS = 64  # of an entry: a warpgroup's. With fewer, splitting the keys is what counts
+CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k", "page_table")
+CUDA_CAPABILITY = (8, 0)  # and later
 
 
 def _cuda_why_not(spec, q, k, v, operands):
@@ -106,8 +106,8 @@ def _cuda_why_not(spec, q, k, v, operands):
         return f"q is on {q.device} and this backend runs on NVIDIA GPUs"
     if ops.CUDA_MISSING:
         return ops.CUDA_MISSING
-    if (found := torch.cuda.get_device_capability(q.device)) != (9, 0):
-        return f"the GPU is sm_{found[0]}{found[1]}; the kernels are for sm_90"
+    if (found := torch.cuda.get_device_capability(q.device)) < CUDA_CAPABILITY:
+        return f"the GPU is sm_{found[0]}{found[1]}; the kernels are for sm_80 and later"
     return _cuda_refuses(spec, q, k, v, operands)
 
 
@@ -124,28 +124,7 @@ def _cuda_refuses(spec, q, k, v, operands):
         )
     if other := [name for name in given if name not in CUDA_OPERANDS]:
         return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
-    sequences = operands.cu_seqlens_q.shape[0] - 1 if operands.packed else 1
-    if q.shape[2] < CUDA_MIN_ROWS * sequences:
-        among = f" in {sequences} sequences" if operands.packed else ""
-        return (
-            f"q has {q.shape[2]} rows{among}; the kernels are for {CUDA_MIN_ROWS} and more of each"
-        )
     return None
-
-
-def _after_cuda(spec, q, k, v, operands, reason: str) -> Backend:
-    """The row that does what the CUDA kernels have no part in, and not in silence."""
-    rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
-    row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
-    _warn_once(f"fastattn: {row.name} does a part of a call of the cuda backend: {reason}.")
-    return row
-
-
-def _cuda_forward(q, k, v, spec, operands, num_splits):
-    if num_splits > 1:
-        row = _after_cuda(spec, q, k, v, operands, "the CUDA kernels do not split the keys")
-        return row.forward(q, k, v, spec, operands, num_splits)
-    return _op_forward(q, k, v, spec, operands, num_splits)
 
 
 MAX_TRITON_HEAD_DIM = 1024
@@ -199,7 +178,7 @@ def _reference_why_not(spec, q, k, v, operands):
 CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
-    Backend("cuda", "NVIDIA sm_90", _cuda_why_not, _cuda_forward, _op_backward,
+    Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _op_forward, _op_backward,
             _cuda_refuses, weights_rounded=True),
     Backend("triton", "any GPU Triton supports",
             _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,

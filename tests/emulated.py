@@ -150,20 +150,10 @@ def register(**tensors: Tensor | None) -> None:
             library().emulated_register(x.data_ptr(), size, name.encode())
 
 
-def forward(
-    problem, seed: int = 0, grid: int = 2, arch: str = "sm90", num_splits: int = 0
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
+def _forward_call(problem, out: Tensor, lse: Tensor, num_splits: int) -> ForwardCall:
     q, k, v, spec, x = problem
     pages = x.page_table
-    float8 = q.dtype == torch.float8_e4m3fn
-    out = torch.full_like(q, torch.nan, dtype=torch.bfloat16 if float8 else q.dtype)
-    lse = torch.full(q.shape[:3], torch.nan)
-    scales = x.descales or Descales()
-    register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
-             cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks, pages=pages,
-             **dict(zip(("q_descale", "k_descale", "v_descale"), scales)))  # fmt: skip
-    call = ForwardCall(
+    return ForwardCall(
         *map(Operand.of, (q, k, v, out)),
         *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
         len(x.cu_seqlens_q) - 1 if x.packed else 0,
@@ -172,8 +162,31 @@ def forward(
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
         *(_address(pages), *((0, 0) if pages is None else (pages.shape[1], pages.stride(0)))),
         *(num_splits, None, None),
-        *map(Descale.of, scales),
+        *map(Descale.of, x.descales or Descales()),
     )
+
+
+def plan(problem, multiprocessors: int, num_splits: int = 0, hopper: bool = False) -> dict:
+    """csrc/cuda/launch80.h's ForwardPlan."""
+    numbers = (ctypes.c_int * 3)()
+    call = _forward_call(problem, problem.q, problem.q, num_splits)
+    library().emulated_forward_plan(ctypes.byref(call), multiprocessors, hopper, numbers)
+    return dict(zip(("few", "pack", "splits"), numbers))
+
+
+def forward(
+    problem, seed: int = 0, grid: int = 2, arch: str = "sm90", num_splits: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
+    q, k, v, _, x = problem
+    float8 = q.dtype == torch.float8_e4m3fn
+    out = torch.full_like(q, torch.nan, dtype=torch.bfloat16 if float8 else q.dtype)
+    lse = torch.full(q.shape[:3], torch.nan)
+    scales = zip(("q_descale", "k_descale", "v_descale"), x.descales or ())
+    register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
+             cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks,
+             page_table=x.page_table, **dict(scales))  # fmt: skip
+    call = _forward_call(problem, out, lse, num_splits)
     bf16 = q.dtype == torch.bfloat16
     run = getattr(library(), f"emulated_forward_{arch}")
     fault = run(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed))

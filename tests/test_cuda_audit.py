@@ -25,15 +25,10 @@ def test_kernels_compile_clean():
     rows = cuda_audit.audit()
     assert [row["name"] for row in rows if row["problems"]] == []
     names = {row["name"] for row in rows}
-    halves = ("bf16", "fp16")
-    kernels = (
-        ("forward_sm90", (*halves, "e4m3"), ""),
-        ("backward_sm90", halves, ""),
-        ("forward_sm80", halves, ""),
-        ("forward_sm80", halves, " few"),
-    )
-    for kernel, elements, end in kernels:
-        assert {f"{kernel} {e} D {d}{end}" for e in elements for d in (64, 128, 256)} <= names
+    for kernel in ("forward_sm90 {}", "backward_sm90 {}", "forward_sm80 {}", "forward_sm80 {} few"):
+        for dim in (64, 128, 256):
+            assert {kernel.format(f"{e} D {dim}") for e in ("bf16", "fp16")} <= names
+    assert {f"forward_sm90 e4m3 D {dim}" for dim in (64, 128, 256)} <= names
     large = [row for row in rows if "_sm90" in row["name"]]
     assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED["_sm90"] for row in large)
     assert all(row["sm_86"] for row in rows if row["name"].startswith("forward_sm80"))
@@ -101,6 +96,7 @@ def test_what_the_kernels_serve():
     some = torch.empty(2, device="meta")
     assert refusal(spec=Spec(0.1, 5.0, 3, 0, False), sinks=some, kv_lens=some) is None
     assert refusal(rows=64, cu_seqlens_q=some, cu_seqlens_k=some) is None
+    assert refusal(rows=1, kv_lens=some, page_table=some) is None
 
 
 @pytest.mark.parametrize(
@@ -109,12 +105,10 @@ def test_what_the_kernels_serve():
         ({"dtype": torch.float32}, "float32"),
         ({"dim": 96, "v_dim": 96}, "96"),
         ({"v_dim": 128}, "64 (q, k) and 128 (v)"),
-        ({"rows": 8}, "8 rows"),
         ({"bias": torch.empty(1, 1, 1, 1)}, "bias is given"),
         ({"mask": torch.empty(1, 1, 1, 1)}, "mask is given"),
         ({"dropout_seed": torch.empty(2)}, "dropout_seed is given"),
-        ({"page_table": torch.empty(1, 1)}, "page_table is given"),
-        ({"cu_seqlens_q": torch.empty(3), "rows": 100}, "100 rows in 2 sequences"),
+        ({"document_ids": torch.empty(1, 1)}, "document_ids is given"),
     ],
 )
 def test_what_they_do_not_serve_is_named(change, word):
@@ -127,19 +121,11 @@ def test_cpu_tensors_are_refused():
     assert "q is on cpu" in reason
 
 
-def test_splits_go_to_the_next_row(monkeypatch):
-    """And not in silence."""
-    calls = []
-    able = backends.Backend(
-        "able", "", lambda *a: None, lambda *a: calls.append("forward"), None, None
-    )
-    unable = backends.Backend("unable", "", lambda *a: "cannot", None, None, None)
-    rows = [backends.BY_NAME["cuda"], unable, able]
-    monkeypatch.setattr(backends, "BACKENDS", rows)
-    monkeypatch.setattr(backends, "_warned", set())
-    q = torch.zeros(1, 1, 64, 64)
-    with pytest.warns(
-        UserWarning, match="able does a part of a call of the cuda backend: the CUDA kernels do not"
-    ):
-        rows[0].forward(q, q, q, Spec(1.0), Operands(), 4)
-    assert calls == ["forward"]
+@pytest.mark.parametrize("found, reason", [((7, 5), "sm_75"), ((8, 0), None), ((12, 0), None)])
+def test_gpus_older_than_sm_80_are_refused(monkeypatch, found, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    monkeypatch.setattr(backends.ops, "CUDA_MISSING", None)
+    q = type("Q", (), {"device": torch.device("cuda"), "dtype": torch.float16})()
+    q.shape = (1, 1, 1, 64)
+    answer = backends.BY_NAME["cuda"].why_not(Spec(0.125), q, q, q, Operands())
+    assert answer is None if reason is None else reason in answer

@@ -97,8 +97,48 @@ def test_page_numbers_that_no_key_needs_are_not_read():
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("grid", [1, 100])
-def test_a_gpu_is_filled(grid):
-    """Unasked, keys are cut where rows leave multiprocessors idle: both give the same."""
+def test_a_gpu_is_filled():
+    """Unasked, keys are cut where rows leave multiprocessors idle."""
     case = decode(64, "plain", "gqa", kv_len=2100, batch=1)
-    check_forward(case, torch.float16, grid, grid=grid, arch="sm80")
+    check_forward(case, torch.float16, 1, grid=100, arch="sm80")
+
+
+FEW, MANY = {"few": 1, "pack": 1, "splits": 1}, {"few": 0, "pack": 1, "splits": 1}
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ({"q_len": 1, "kv_len": 200}, FEW),
+        ({"q_len": 1, "kv_len": 9000}, {**FEW, "splits": 35}),
+        ({"q_len": 1, "kv_len": 9000, "batch": 33}, {**FEW, "splits": 4}),
+        ({"q_len": 1, "kv_len": 9000, "batch": 500}, FEW),
+        ({"q_len": 1, "kv_len": 9000, "heads": 16}, {**FEW, "pack": 8, "splits": 35}),
+        ({"q_len": 1, "kv_len": 9000, "window": (600, 0)}, {**FEW, "splits": 2}),
+        ({"q_len": 1, "kv_len": 512, "page_size": 16}, {**FEW, "splits": 2}),
+        ({"q_len": 64, "kv_len": 300, "heads": 4, "batch": 99}, FEW),  # packing saves no tile
+        ({"q_len": 65, "kv_len": 300, "batch": 99}, MANY),
+        ({"q_len": 2000, "kv_len": 2000}, {**FEW, "splits": 4}),  # 32 tiles of 128
+        ({"q_len": 5000, "kv_len": 2000}, MANY),
+        ({"packed": ((1, 300), (3, 70)), "heads": 8}, {**FEW, "pack": 4}),
+        ({"packed": ((3000, 300), (3000, 70))}, MANY),
+    ],
+)
+def test_plans(shape, expected):
+    """Of 132 multiprocessors; 264 CTAs for few rows have room."""
+    case = Case("cuda/plan", **{"batch": 1, "heads": 2, "kv_heads": 2, "head_dim": 64, **shape})
+    assert emulated.plan(case.make(torch.float16), 132) == expected
+
+
+def test_splits_that_are_asked_for():
+    problem = Case("cuda/plan", q_len=300, kv_len=300, head_dim=64).make(torch.float16)
+    assert emulated.plan(problem, 1) == MANY
+    assert emulated.plan(problem, 1, num_splits=3) == {**FEW, "splits": 3}
+    assert emulated.plan(problem, 1, num_splits=99) == {**FEW, "splits": 10}  # 32 keys each
+    assert emulated.plan(problem, 132, num_splits=1) == FEW
+
+
+def test_hopper_has_another_choice():
+    problem = Case("cuda/plan", q_len=900, kv_len=9, head_dim=64, heads=6).make(torch.float16)
+    assert emulated.plan(problem, 200, hopper=False) == FEW
+    assert emulated.plan(problem, 200, hopper=True) == MANY

@@ -11,6 +11,8 @@ constexpr int FEW_ROWS = 64, MANY_ROWS = 128;  // of a tile
 constexpr int MIN_TILE_KEYS = 32;              // no more parts than tiles of keys
 constexpr int MIN_PART_KEYS = 256;             // unasked: a smaller part costs more than it brings
 constexpr int RESIDENT = 2;                    // CTAs for few rows on a multiprocessor
+// See forward_plan. On sm_90, the other choice is wgmma, which is twice as fast.
+constexpr int IDLE_SM80 = 2, IDLE_SM90 = 4;
 
 // few: tiles of FEW_ROWS. pack: heads that share keys and a tile's rows, one or, where rows are few
 // and that takes fewer tiles, the whole group. splits: parts of each tile's keys.
@@ -21,15 +23,15 @@ struct ForwardPlan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows are few where an entry has not more than a small tile's, or where large tiles would leave
-// half of the GPU idle.
-inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors) {
+// Rows are few where an entry has not more than a small tile's, or where large tiles would be for no
+// more than one in `idle` multiprocessors.
+inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int idle) {
     int64_t entries = c.cu_q ? std::max(c.sequences, 1) : c.q.batch;
     int64_t rows = c.cu_q ? ceil_div(c.q.rows, entries) : c.q.rows;
     auto tiles = [&](int block, int pack) {
         return entries * (c.q.heads / pack) * ceil_div(rows * pack, block);
     };
-    if (c.splits <= 1 && rows > FEW_ROWS && 2 * tiles(MANY_ROWS, 1) > multiprocessors)
+    if (c.splits <= 1 && rows > FEW_ROWS && idle * tiles(MANY_ROWS, 1) > multiprocessors)
         return {false, 1, 1};
     int group = static_cast<int>(c.q.heads / c.k.heads);
     bool fits = c.q.rows * group < int64_t(1) << 30;

@@ -21,7 +21,7 @@ std::string forward(const ForwardCall& call, const ForwardPlan& plan, uint64_t s
 // Working memory is made here.
 template <class Element, int D>
 std::string forward_of(ForwardCall call, int multiprocessors, uint64_t seed) {
-    ForwardPlan plan = forward_plan(call, multiprocessors);
+    ForwardPlan plan = forward_plan(call, multiprocessors, IDLE_SM80);
     auto [outs, lses] = part_sizes(call, plan);
     std::vector<float> part_out(outs, NAN), part_lse(lses, NAN);
     emulator::register_memory(part_out.data(), 4 * outs, "part_out");
@@ -53,6 +53,13 @@ std::string forward_of(const ForwardCall& call, int multiprocessors, uint64_t se
 }  // namespace
 
 extern "C" {
+
+void emulated_forward_plan(const ForwardCall* call, int multiprocessors, bool hopper, int* numbers) {
+    ForwardPlan plan = forward_plan(*call, multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
+    numbers[0] = plan.few;
+    numbers[1] = plan.pack;
+    numbers[2] = plan.splits;
+}
 
 const char* emulated_forward_sm80(const ForwardCall* call, bool bf16, int multiprocessors,
                                   uint64_t seed) {
