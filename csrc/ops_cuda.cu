@@ -35,9 +35,9 @@ cudaStream_t stream_of(const Tensor& q) {
 }
 
 Operand operand(const Tensor& t) {
-    return {t.data_ptr(), t.size(0),   t.size(1),   t.size(2),
-            t.size(3),    t.stride(0), t.stride(1), t.stride(2),
-            static_cast<int64_t>(t.element_size())};
+    return {t.data_ptr(), t.size(0),   t.size(1),
+            t.size(2),    t.size(3),   t.stride(0),
+            t.stride(1),  t.stride(2), static_cast<int64_t>(t.element_size())};
 }
 
 // x, or a copy that TMA can read.
@@ -147,15 +147,36 @@ void refuse(bool others) {
           "cu_seqlens and, forward, page_table; other operands are for another backend");
 }
 
-// How many packed sequences there are, 0 where none are packed.
-int64_t sequences_of(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                     const Tensor& q) {
-    CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
-    CHECK(
-        !cu_seqlens_q || (q.size(0) == 1 && cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0),
-        "with cu_seqlens_q, q must have batch size 1 and cu_seqlens_q at least one element");
-    return cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : 0;
-}
+// cu_seqlens of packed sequences are [sequences + 1]; of documents, [batch, documents + 1].
+struct Sequences {
+    const int *cu_q = nullptr, *cu_k = nullptr;
+    int64_t number = 0, entries;  // in a row; with lengths of their own
+    bool documents = false;
+
+    Sequences(const OptionalTensor& q_cu, const OptionalTensor& k_cu, const Tensor& q)
+        : entries(q.size(0)) {
+        CHECK(!q_cu == !k_cu, "cu_seqlens_q and cu_seqlens_k come together");
+        if (!q_cu) return;
+        documents = q_cu->dim() == 2;
+        int64_t rows = documents ? q.size(0) : 1;
+        CHECK(q_cu->dim() >= 1 && q_cu->dim() <= 2 && q_cu->numel() >= rows && rows == q.size(0),
+              "cu_seqlens_q has shape ", shape_of(*q_cu), " and q batch size ", q.size(0),
+              "; [sequences + 1] goes with batch size 1, [batch, documents + 1] with any");
+        number = q_cu->size(q_cu->dim() - 1) - 1;
+        if (!documents) entries = number;
+        cu_q = checked(*q_cu, q, "cu_seqlens_q", rows);
+        cu_k = checked(*k_cu, q, "cu_seqlens_k", rows);
+    }
+
+    const int* checked(const Tensor& cu, const Tensor& q, const char* name, int64_t rows) const {
+        check_device(cu, q, name);
+        CHECK(cu.scalar_type() == ScalarType::Int && cu.is_contiguous() &&
+                  cu.numel() == rows * (number + 1),
+              name, " must be int32 of ", rows * (number + 1), " numbers, contiguous, got shape ",
+              shape_of(cu));
+        return static_cast<const int*>(cu.data_ptr());
+    }
+};
 
 void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
     CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
@@ -175,8 +196,7 @@ std::string run_forward(ForwardCall& call, const Tensor& q, const Gpu& gpu) {
     bool bf16 = q.scalar_type() == ScalarType::BFloat16, hopper = gpu.capability == 90;
     if (call.q.bytes == 1)
         return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
-    ForwardPlan plan =
-        forward_plan(call, gpu.multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
+    ForwardPlan plan = forward_plan(call, gpu.multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
     if (hopper && !plan.few && !call.page_table)
         return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
     auto [outs, lses] = part_sizes(call, plan);
@@ -195,9 +215,9 @@ Tensor bf16_like(const Tensor& x) {
         strides[i] = x.stride(i);
     }
     AtenTensorHandle made;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        4, sizes, strides, aoti_torch_dtype_bfloat16(), aoti_torch_device_type_cuda(),
-        x.get_device_index(), &made));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(4, sizes, strides, aoti_torch_dtype_bfloat16(),
+                                 aoti_torch_device_type_cuda(), x.get_device_index(), &made));
     return Tensor(made);
 }
 
@@ -219,8 +239,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const OptionalTensor& page_table, double scale, double softcap,
                                    int64_t left, int64_t right, bool align_end, int64_t num_splits,
                                    const Gpu& gpu, Scales scales) {
-    int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
-    int64_t entries = cu_seqlens_q ? sequences : q.size(0);
+    Sequences sequences(cu_seqlens_q, cu_seqlens_k, q);
+    CHECK(!page_table || !sequences.documents, "documents have no pages");
     check_numbers(scale, softcap, left, right);
     CHECK(num_splits >= 0 && num_splits < MAX_LENGTH, "num_splits must be >= 0, got ", num_splits);
     torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -232,11 +252,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                      operand(values),
                      operand(out),
                      static_cast<float*>(lse.data_ptr()),
-                     lengths(kv_lens, q, entries, "kv_lens"),
-                     lengths(kv_starts, q, entries, "kv_starts"),
-                     lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q"),
-                     lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
-                     static_cast<int>(sequences),
+                     lengths(kv_lens, q, sequences.entries, "kv_lens"),
+                     lengths(kv_starts, q, sequences.entries, "kv_starts"),
+                     sequences.cu_q,
+                     sequences.cu_k,
+                     static_cast<int>(sequences.number),
+                     sequences.documents,
                      sinks ? sinks->data_ptr() : nullptr,
                      sink_type(sinks, q),
                      scale,
@@ -250,10 +271,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                      static_cast<int>(num_splits),
                      nullptr,
                      nullptr,
-                     Scales::of(scales.q, q, entries, k.size(1), "q_descale"),
-                     Scales::of(scales.k, q, entries, k.size(1), "k_descale"),
-                     Scales::of(scales.v, q, entries, k.size(1), "v_descale")};
-    set_pages(call, page_table, q, entries);
+                     Scales::of(scales.q, q, sequences.entries, k.size(1), "q_descale"),
+                     Scales::of(scales.k, q, sequences.entries, k.size(1), "k_descale"),
+                     Scales::of(scales.v, q, sequences.entries, k.size(1), "v_descale")};
+    set_pages(call, page_table, q, sequences.entries);
     if (q.numel() == 0) return {out, lse};
     if (k.size(0) == 0 || call.keys() == 0) {
         torch::stable::fill_(out, 0);
@@ -328,9 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     check_shapes(q, k, v, false);
     refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
            dropout_p > 0 || need_dbias);
-    int64_t sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, q);
-    int64_t entries = cu_seqlens_q ? sequences : q.size(0);
-    const int* cu_q = lengths(cu_seqlens_q, q, sequences + 1, "cu_seqlens_q");
+    Sequences sequences(cu_seqlens_q, cu_seqlens_k, q);
     CHECK(!need_dsinks || sinks, "need_dsinks, but there are no sinks");
     check_numbers(scale, softcap, left, right);
     check_like(dout, q, "dout");
@@ -352,7 +371,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
         for (Tensor t : {dq, dk, dv, dsinks}) torch::stable::fill_(t, 0);
         return {dq, dk, dv, none, dsinks};
     }
-    BackwardSizes sizes = backward_sizes_sm90(operand(rows), cu_q, static_cast<int>(sequences));
+    BackwardSizes sizes =
+        backward_sizes_sm90(operand(rows), sequences.cu_q, static_cast<int>(sequences.number));
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
@@ -369,11 +389,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       operand(dv),
                       static_cast<const float*>(row_lse.data_ptr()),
                       row_dlse ? static_cast<const float*>(row_dlse->data_ptr()) : nullptr,
-                      lengths(kv_lens, q, entries, "kv_lens"),
-                      lengths(kv_starts, q, entries, "kv_starts"),
-                      cu_q,
-                      lengths(cu_seqlens_k, q, sequences + 1, "cu_seqlens_k"),
-                      static_cast<int>(sequences),
+                      lengths(kv_lens, q, sequences.entries, "kv_lens"),
+                      lengths(kv_starts, q, sequences.entries, "kv_starts"),
+                      sequences.cu_q,
+                      sequences.cu_k,
+                      static_cast<int>(sequences.number),
+                      sequences.documents,
                       scale,
                       softcap,
                       left,

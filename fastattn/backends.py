@@ -12,13 +12,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import autograd, ops
 from .autograd import NO_OPERANDS
-from .descales import widened
+from .descales import E4M3, widened
 from .gpu import gpu_missing, interpreting, triton_missing
 from .reference import reference
 
@@ -97,8 +97,42 @@ def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
 # What csrc/cuda has kernels for: a closed table. Everything else is the next row's.
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CUDA_HEAD_DIMS = (64, 128, 256)
-CUDA_OPERANDS = ("sinks", "kv_lens", "kv_starts", "cu_seqlens_q", "cu_seqlens_k", "page_table")
+CUDA_OPERANDS = (
+    "sinks", "kv_lens", "kv_starts", "document_ids", "cu_seqlens_q", "cu_seqlens_k", "page_table",
+)  # fmt: skip
 CUDA_CAPABILITY = (8, 0)  # and later
+# float8 q, k and v are for the kernels of sm_90, which have no pages.
+CUDA_FLOAT8_CAPABILITY = (9, 0)
+CUDA_FLOAT8_OPERANDS = (*(name for name in CUDA_OPERANDS if name != "page_table"), "descales")
+
+
+def documents_as_sequences(x):
+    """Operands without document_ids: in their place, cu_seqlens of each entry, int32 [B, n + 1],
+    for the CUDA kernels. Entries with fewer than n documents, the most, have empty ones at the end.
+    Waits for the GPU, as n is a shape."""
+    if (ids := x.document_ids) is None:
+        return x
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    number = first.cumsum(1) - 1
+    most = int(number[:, -1].max()) + 1 if ids.numel() else 0
+    bounds = ids.new_full((ids.shape[0], most + 1), ids.shape[1], dtype=torch.int32)
+    entry, row = first.nonzero(as_tuple=True)
+    bounds[entry, number[entry, row]] = row.to(torch.int32)
+    return replace(x, document_ids=None, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+
+
+def _cuda_forward(q, k, v, spec, operands, num_splits):
+    operands = documents_as_sequences(operands)
+    if operands.descales is None:
+        return _op_forward(q, k, v, spec, operands, num_splits)
+    arguments = _op_arguments(spec, operands)
+    return ops.forward_float8(q, k, v, *arguments, num_splits, *operands.descales)
+
+
+def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    operands = documents_as_sequences(operands)
+    return _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
 
 
 def _cuda_why_not(spec, q, k, v, operands):
@@ -108,6 +142,8 @@ def _cuda_why_not(spec, q, k, v, operands):
         return ops.CUDA_MISSING
     if (found := torch.cuda.get_device_capability(q.device)) < CUDA_CAPABILITY:
         return f"the GPU is sm_{found[0]}{found[1]}; the kernels are for sm_80 and later"
+    if q.dtype == E4M3 and found != CUDA_FLOAT8_CAPABILITY:
+        return f"the GPU is sm_{found[0]}{found[1]}; the kernels of float8 are for sm_90"
     return _cuda_refuses(spec, q, k, v, operands)
 
 
@@ -115,15 +151,19 @@ def _cuda_refuses(spec, q, k, v, operands):
     """The part of why_not that looks at the call alone."""
     dims = (q.shape[3], v.shape[3])
     given = [n for n in operands.__slots__ if getattr(operands, n) is not None]
-    if q.dtype not in CUDA_DTYPES:
-        return f"q is {q.dtype}; the kernels take bfloat16 and float16"
+    float8 = q.dtype == E4M3
+    if q.dtype not in CUDA_DTYPES and not float8:
+        return f"q is {q.dtype}; the kernels take bfloat16, float16 and float8_e4m3fn"
     if dims[0] != dims[1] or dims[0] not in CUDA_HEAD_DIMS:
         return (
             f"head dimensions are {dims[0]} (q, k) and {dims[1]} (v); the kernels have 64, 128 "
             "and 256, the same for both"
         )
-    if other := [name for name in given if name not in CUDA_OPERANDS]:
-        return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
+    accepted = CUDA_FLOAT8_OPERANDS if float8 else CUDA_OPERANDS
+    if other := [name for name in given if name not in accepted]:
+        return f"{other[0]} is given; the kernels take {', '.join(accepted)}"
+    if operands.document_ids is not None and torch.compiler.is_compiling():
+        return "torch.compile cannot know how many documents there are, which the kernels need"
     return None
 
 
@@ -178,7 +218,7 @@ def _reference_why_not(spec, q, k, v, operands):
 CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
-    Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _op_forward, _op_backward,
+    Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _cuda_forward, _cuda_backward,
             _cuda_refuses, weights_rounded=True),
     Backend("triton", "any GPU Triton supports",
             _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,

@@ -65,6 +65,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
+# Sequences in one row after the other: packed ones, and documents.
 PACKED = {
     "few": {"packed": ((70, 150), (1, 1), (128, 128))},
     "empty": {"packed": ((0, 30), (50, 0), (0, 0), (65, 200))},
@@ -75,6 +76,21 @@ PACKED = {
         "packed": ((70, 150), (90, 40), (20, 20)), "kv_lens": (100, 3, 0), "heads": 4,
         "kv_heads": 2, "causal": True,
     },
+    "documents-few": {"documents": (1, 50, 17, 64, 7), "q_len": 139, "kv_len": 139},
+    "documents-gqa": {
+        "documents": (200, 3, 190), "q_len": 393, "kv_len": 393, "heads": 4, "kv_heads": 2,
+        "causal": True,
+    },
+    "documents-lengths": {
+        "documents": (130, 50, 20), "q_len": 200, "kv_len": 200, "batch": 4, "causal": True,
+        "kv_lens": (0, 60, 200, 170), "sinks": True,
+    },
+    "documents-starts": {
+        "documents": (130, 50, 20), "q_len": 200, "kv_len": 200, "batch": 3,
+        "kv_lens": (200, 150, 30), "kv_starts": (140, 0, 30), "window": (90, 5),
+    },
+    "documents-tiny": {"documents": (1,) * 65, "q_len": 65, "kv_len": 65, "causal": True},
+    "documents-one": {"documents": (139,), "q_len": 139, "kv_len": 139, "causal": True},
 }  # fmt: skip
 
 
@@ -95,6 +111,8 @@ def visible(problem: Problem) -> Tensor:
         start = 0 if x.kv_starts is None else x.kv_starts[entry].item()
         view |= (keys >= spec.lo(rows, len(rows), n)) & (keys < spec.hi(rows, len(rows), n))
         view &= (keys >= start) & (keys < n)
+        if x.document_ids is not None:
+            view &= x.document_ids[entry, :, None] == x.document_ids[entry]
     return seen[:, None]
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastattn.spec import Descales
+from fastattn.backends import documents_as_sequences
+from fastattn.spec import Descales, Operands
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests/emulator"
@@ -109,7 +110,8 @@ class ForwardCall(ctypes.Structure):
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_void_p) for name in ("lse", "kv_lens", "kv_starts", "cu_q", "cu_k")),
-        *(("sequences", ctypes.c_int), ("sinks", ctypes.c_void_p), ("sink_type", ctypes.c_int)),
+        *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
+        *(("sinks", ctypes.c_void_p), ("sink_type", ctypes.c_int)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
         *(("page_table", ctypes.c_void_p), ("pages", ctypes.c_int64), ("page_row", ctypes.c_int64)),
@@ -124,7 +126,7 @@ class BackwardCall(ctypes.Structure):
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((n, ctypes.c_void_p) for n in ("lse", "dlse", "kv_lens", "kv_starts", "cu_q", "cu_k")),
-        ("sequences", ctypes.c_int),
+        *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
         *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns", "sinks")),
@@ -138,6 +140,12 @@ def _address(x: Tensor | None) -> int | None:
 
 def _sink_type(sinks: Tensor | None) -> int:
     return 0 if sinks is None else SINK_TYPES[sinks.dtype]
+
+
+def _sequences(x: Operands) -> tuple[int, bool]:
+    """How many there are in a row, and whether they are documents."""
+    cu = x.cu_seqlens_q
+    return (0, False) if cu is None else (cu.shape[-1] - 1, cu.dim() == 2)
 
 
 def register(**tensors: Tensor | None) -> None:
@@ -156,9 +164,7 @@ def _forward_call(problem, out: Tensor, lse: Tensor, num_splits: int) -> Forward
     return ForwardCall(
         *map(Operand.of, (q, k, v, out)),
         *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
-        len(x.cu_seqlens_q) - 1 if x.packed else 0,
-        _address(x.sinks),
-        _sink_type(x.sinks),
+        *(*_sequences(x), _address(x.sinks), _sink_type(x.sinks)),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
         *(_address(pages), *((0, 0) if pages is None else (pages.shape[1], pages.stride(0)))),
         *(num_splits, None, None),
@@ -178,6 +184,7 @@ def forward(
     problem, seed: int = 0, grid: int = 2, arch: str = "sm90", num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
+    problem = problem._replace(operands=documents_as_sequences(problem.operands))
     q, k, v, _, x = problem
     float8 = q.dtype == torch.float8_e4m3fn
     out = torch.full_like(q, torch.nan, dtype=torch.bfloat16 if float8 else q.dtype)
@@ -198,6 +205,7 @@ def forward(
 def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns: bool = True):
     """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order."""
     q, k, v, spec, x = problem
+    x = documents_as_sequences(x)
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)
     register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,
@@ -206,7 +214,7 @@ def backward(problem, dout, dlse, out, lse, seed: int = 0, grid: int = 2, turns:
     call = BackwardCall(
         *map(Operand.of, (q, k, v, out, dout, dq, dk, dv)),
         *map(_address, (lse, dlse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
-        len(x.cu_seqlens_q) - 1 if x.packed else 0,
+        *_sequences(x),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
         *(None, None, None, q.data_ptr() if turns else None),
         *(_address(x.sinks), _sink_type(x.sinks), _address(dsinks)),

@@ -183,8 +183,7 @@ def test_aa_compares_torch_with_torch(tiny, capsys):
     data = history.load(tiny / "out/bench.json")
     assert data["noise"]["cells"] == 3
     assert all(list(entry["versus"]) == ["sdpa again"] for entry in data["rows"])
-    printed = capsys.readouterr().out
-    assert "of 3 cells" in printed and "not timed" not in printed
+    assert "of 3 cells" in (printed := capsys.readouterr().out) and "not timed" not in printed
 
 
 def test_a_report_that_cannot_be_written_costs_nothing_else(tiny, capsys):

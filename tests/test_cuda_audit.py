@@ -9,7 +9,7 @@ import torch
 from fastattn.benchmarks import cuda_audit
 
 from fastattn import backends
-from fastattn.spec import Operands, Spec
+from fastattn.spec import Descales, Operands, Spec
 
 needs_nvcc = pytest.mark.skipif(cuda_audit.why_not() is not None, reason=str(cuda_audit.why_not()))
 
@@ -108,11 +108,61 @@ def test_what_the_kernels_serve():
         ({"bias": torch.empty(1, 1, 1, 1)}, "bias is given"),
         ({"mask": torch.empty(1, 1, 1, 1)}, "mask is given"),
         ({"dropout_seed": torch.empty(2)}, "dropout_seed is given"),
-        ({"document_ids": torch.empty(1, 1)}, "document_ids is given"),
+        ({"alibi_slopes": torch.empty(2)}, "alibi_slopes is given"),
     ],
 )
 def test_what_they_do_not_serve_is_named(change, word):
     assert word in refusal(**change)
+
+
+FLOAT8 = {"dtype": torch.float8_e4m3fn, "descales": Descales()}
+
+
+def test_float8_has_kernels_of_its_own(monkeypatch):
+    some = torch.empty(2, device="meta")
+    for dim in backends.CUDA_HEAD_DIMS:
+        assert refusal(dim=dim, v_dim=dim, sinks=some, kv_lens=some, **FLOAT8) is None
+    assert "page_table is given" in refusal(page_table=some, **FLOAT8)
+    assert "96" in refusal(dim=96, v_dim=96, **FLOAT8)
+    assert "descales is given" in refusal(descales=Descales())
+    monkeypatch.setattr(backends.ops, "CUDA_MISSING", None)
+    q = type("Q", (), {"device": torch.device("cuda"), "dtype": torch.float8_e4m3fn})()
+    q.shape = (1, 1, 64, 64)
+    for found, reason in (((9, 0), None), ((8, 9), "sm_89"), ((10, 0), "sm_100")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, x=found: x)
+        answer = backends.BY_NAME["cuda"].why_not(
+            Spec(0.125), q, q, q, Operands(descales=FLOAT8["descales"])
+        )
+        assert answer is None if reason is None else reason in answer
+
+
+def test_float8_goes_to_its_operator(monkeypatch):
+    """With the operands' arguments, documents as sequences, and the descales at the end."""
+    calls = []
+    monkeypatch.setattr(backends.ops, "forward_float8", lambda *a: calls.append(a))
+    q, scale = torch.empty(1, 1, 2, 64), torch.ones(1)
+    ids = torch.zeros(1, 2, dtype=torch.int32)
+    operands = Operands(document_ids=ids, descales=Descales(None, scale, None))
+    backends.BY_NAME["cuda"].forward(q, q, q, Spec(0.5), operands, 0)
+    (*_, given_ids, cu_q, _, _, _), numbers = calls[0][3:14], calls[0][14:21]
+    assert given_ids is None and cu_q.tolist() == [[0, 2]]
+    assert numbers == (0.5, 0.0, -1, -1, True, 0.0, 0) and calls[0][21:] == (None, scale, None)
+
+
+def test_documents_wait_for_no_compiler(monkeypatch):
+    ids = torch.empty(1, 64, dtype=torch.int32)
+    assert refusal(document_ids=ids) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "how many documents" in refusal(document_ids=ids)
+
+
+def test_documents_become_sequences():
+    ids = torch.tensor([[0, 0, 1, 1, 5], [2, 2, 2, 2, 2]], dtype=torch.int32)
+    found = backends.documents_as_sequences(Operands(document_ids=ids))
+    assert found.document_ids is None and found.cu_seqlens_q is found.cu_seqlens_k
+    assert found.cu_seqlens_q.tolist() == [[0, 2, 4, 5], [0, 5, 5, 5]]
+    empty = Operands(document_ids=ids[:, :0])
+    assert backends.documents_as_sequences(empty).cu_seqlens_q.shape == (2, 1)
 
 
 def test_cpu_tensors_are_refused():

@@ -11,6 +11,7 @@ import torch
 from cases import Case, Problem
 from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES, check_problem
 
+from fastattn import ops
 from fastattn.descales import E4M3
 from fastattn.spec import Descales
 
@@ -76,7 +77,14 @@ def test_nan_stays_where_it_is():
     assert not out[0, 1, :, :7].isnan().any() and not out[0, 1, :, 8:].isnan().any()
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [name for name, case in PACKED.items() if "documents" in case])
+def test_documents(name):
+    seed = list(PACKED).index(name)
+    case = Case(f"fp8/{name}", head_dim=DIMS[seed % 3], **PACKED[name])
+    check_problem(make(case, "entries", seed), seed)
+
+
+@pytest.mark.parametrize("name", [name for name, case in PACKED.items() if "packed" in case])
 @pytest.mark.parametrize("dim", DIMS)
 def test_packed_sequences_are_the_same_alone(dim, name):
     """Bit for bit, each sequence with scales of its own."""
@@ -107,3 +115,17 @@ def test_every_schedule_gives_the_same_bits(dim):
     results = [emulated.forward(problem, seed, grid) for seed, grid in schedules]
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+# ---- the operator ------------------------------------------------------------------------------
+
+
+def test_operator_says_what_comes_and_has_no_gradient():
+    q = torch.empty(2, 50, 4, 64, dtype=E4M3, device="meta").transpose(1, 2)
+    k = torch.empty(2, 2, 90, 64, dtype=E4M3, device="meta")
+    numbers = (0.1, 0.0, -1, -1, True, 0.0, 0)
+    out, lse = ops.forward_float8(q, k, k, *(None,) * 11, *numbers)
+    assert out.dtype == torch.bfloat16 and out.shape == q.shape and out.stride() == q.stride()
+    assert lse.dtype == torch.float32 and lse.shape == q.shape[:3]
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        ops.forward_float8(q.requires_grad_(), k, k, *(None,) * 11, *numbers)

@@ -13,9 +13,10 @@ template <class Element> FASTATTN_DEVICE float2 widen_pair(uint32_t two) {
 }
 
 // The row of q at a place of the padded rows, or -1: sequences begin with a tile of their own.
-template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int place) {
+template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int batch, int place) {
     if (!p.cu_q) return place < p.q_len ? place : -1;
-    Sequence own = Sequence::of_slot(p.cu_q, p.sequences, p.q_len, place / F::BLOCK_Q, F::BLOCK_Q);
+    Sequence own = Sequence::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
+                                     place / F::BLOCK_Q, F::BLOCK_Q);
     int row = own.begin + place - own.first_slot * F::BLOCK_Q;
     return row < own.end ? row : -1;
 }
@@ -28,9 +29,9 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
     int64_t lines = static_cast<int64_t>(p.batch) * p.heads * p.rows;
     for (int64_t line = static_cast<int64_t>(block_index()) * WARPS + warp_index(); line < lines;
          line += static_cast<int64_t>(grid_size()) * WARPS) {
-        int row = row_at<F>(p, static_cast<int>(line % p.rows));
         int64_t which = line / p.rows;
         int batch = static_cast<int>(which / p.heads), head = static_cast<int>(which % p.heads);
+        int row = row_at<F>(p, batch, static_cast<int>(line % p.rows));
         float sum = 0, lse = NEGATIVE_INFINITY;
         if (row >= 0) {
             const uint16_t *out = p.out.at(batch, head, row), *dout = p.dout.at(batch, head, row);
@@ -88,13 +89,13 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
          i += static_cast<int64_t>(grid_size()) * ROWS_THREADS) {
         int column = static_cast<int>(i % (F::D / 2)) * 2;
         int64_t line = i / (F::D / 2), which = line / p.rows;
-        int row = row_at<F>(p, static_cast<int>(line % p.rows));
+        int batch = static_cast<int>(which / p.heads), head = static_cast<int>(which % p.heads);
+        int row = row_at<F>(p, batch, static_cast<int>(line % p.rows));
         if (row < 0) continue;
         int in_tile = static_cast<int>(line % F::BLOCK_Q);
         const float* sum = p.dq_sums + (line - in_tile) * F::D + F::sum_index(in_tile, column);
         uint32_t two =
             pack<typename F::Element>(p.scale * ld_global(sum), p.scale * ld_global(sum + 1));
-        int batch = static_cast<int>(which / p.heads), head = static_cast<int>(which % p.heads);
         uint16_t* to = p.dq.at(batch, head, row) + column;
         st_global(reinterpret_cast<uint32_t*>(to), two);
     }

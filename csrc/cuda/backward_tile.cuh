@@ -19,8 +19,7 @@ constexpr FASTATTN_HD int dq_index_of(int row, int column) {
                     column / 8 * 4 + row % 16 / 8 * 2);
 }
 
-// A tile of keys, and which rows see it. Keys and rows are counted within the entry, a batch's or a
-// packed sequence.
+// A tile of keys, and which rows see it. Keys and rows are counted within the entry (packed.cuh).
 struct KeyWork {
     int batch, kv_head, key;  // key: the tile's first
     int all_keys;             // that have a place
@@ -39,29 +38,23 @@ struct KeyWork {
         if (p.right >= 0) slot = p.kv_tiles - 1 - slot;
         kv_head = which % p.kv_heads;
         batch = which / p.kv_heads;
-        row_in_q = key_in_k = first_slot = 0;
-        all_keys = keys = p.kv_len;
-        int entry = batch, rows = p.q_len;
+        int sequence = first_slot = 0;
         if (p.cu_k) {
-            Sequence own = Sequence::of_slot(p.cu_k, p.sequences, p.kv_len, slot, block_kv);
-            entry = own.number;
+            Sequence own =
+                Sequence::of_slot(cu_of(p.cu_k, p, batch), p.sequences, p.kv_len, slot, block_kv);
+            sequence = own.number;
             slot -= own.first_slot;
-            key_in_k = own.begin;
-            all_keys = own.end - own.begin;
-            Sequence theirs(p.cu_q, p.sequences, p.q_len, entry, block_q);
-            row_in_q = theirs.begin;
-            rows = theirs.end - theirs.begin;
+            Sequence theirs(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, sequence, block_q);
             first_slot = theirs.first_slot;
-            keys = entry == p.sequences ? 0 : all_keys;  // keys of no sequence
         }
+        Entry e(p, batch, sequence);
+        row_in_q = e.first_row;
+        key_in_k = e.first_key;
+        all_keys = e.places;
+        first_key = e.begin;
+        keys = e.end;
         key = slot * block_kv;
-        bool has_lengths = !p.cu_k || entry < p.sequences;
-        if (p.kv_lens && has_lengths) keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
-        first_key = 0;
-        if (p.kv_starts && has_lengths)
-            first_key = imax(0, imin(ld_global(p.kv_starts + entry), keys));
-        int offset = (p.align_end ? keys - rows : 0) - first_key;
-        band = {p.left, p.right, offset, rows, keys - first_key};
+        band = {p.left, p.right, e.offset - first_key, e.rows, keys - first_key};
         int low = imax(key, first_key), high = imin(key + block_kv, keys);
         begin = end = full_begin = full_end = 0;
         if (low >= high) return;

@@ -31,8 +31,9 @@ struct ForwardCall {
     Operand q, k, v, out;
     float* lse;  // [batch, heads, q_len], contiguous
     const int *kv_lens, *kv_starts;
-    const int *cu_q, *cu_k;  // [sequences + 1] or null
-    int sequences;
+    const int *cu_q, *cu_k;  // [batch, sequences + 1] or null
+    int sequences;           // or, of each entry, documents
+    bool documents;
     const void* sinks;
     SinkType sink_type;
     double scale, softcap;
@@ -53,8 +54,9 @@ struct BackwardCall {
     Operand q, k, v, out, dout, dq, dk, dv;
     const float *lse, *dlse;  // [batch, heads, q_len], contiguous; dlse may be null
     const int *kv_lens, *kv_starts;
-    const int *cu_q, *cu_k;  // [sequences + 1] or null
-    int sequences;
+    const int *cu_q, *cu_k;  // [batch, sequences + 1] or null
+    int sequences;           // or, of each entry, documents
+    bool documents;
     double scale, softcap;
     int64_t left, right;
     bool align_end;
@@ -124,6 +126,7 @@ template <class Params, class Call> void set_shape(Params& p, const Call& c) {
     p.cu_q = c.cu_q;
     p.cu_k = c.cu_k;
     p.sequences = c.sequences;
+    p.documents = c.documents;
     p.batch = static_cast<int>(c.q.batch);
     p.heads = static_cast<int>(c.q.heads);
     p.kv_heads = static_cast<int>(c.k.heads);

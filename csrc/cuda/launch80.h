@@ -23,11 +23,11 @@ struct ForwardPlan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows are few where an entry has not more than a small tile's, or where large tiles would be for no
-// more than one in `idle` multiprocessors.
+// Rows are few where an entry has not more than a small tile's, or where large tiles would be for
+// no more than one in `idle` multiprocessors.
 inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int idle) {
-    int64_t entries = c.cu_q ? std::max(c.sequences, 1) : c.q.batch;
-    int64_t rows = c.cu_q ? ceil_div(c.q.rows, entries) : c.q.rows;
+    int64_t sequences = std::max(c.sequences, 1), entries = c.q.batch * sequences;
+    int64_t rows = ceil_div(c.q.rows, sequences);
     auto tiles = [&](int block, int pack) {
         return entries * (c.q.heads / pack) * ceil_div(rows * pack, block);
     };

@@ -46,8 +46,9 @@ struct Rows {
 struct ForwardShape {
     float* lse;                      // [batch, heads, q_len]
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
-    const int *cu_q, *cu_k;          // [sequences + 1], then batch is 1; or null
+    const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see packed.cuh
     int sequences;
+    bool documents;  // or else batch is 1
     const void* sinks;  // [heads]
     SinkType sink_type;
     int batch, heads, kv_heads, q_len, kv_len;
@@ -96,8 +97,9 @@ struct BackwardParams {
     float* dq_sums;                  // [batch, heads, q_tiles, 2, PART], zeros at first
     int* turns;                      // [batch, heads, q_tiles, 2], zeros; null: any order will do
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
-    const int *cu_q, *cu_k;          // [sequences + 1], then batch is 1; or null
+    const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see packed.cuh
     int sequences;
+    bool documents;  // or else batch is 1
     Rows dk_rows, dv_rows;  // where a tile ends inside a sequence's neighbour
     int batch, heads, kv_heads, q_len, kv_len;
     int left, right;
@@ -113,7 +115,7 @@ struct BackwardRowsParams {
     const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
     float *lse2, *delta;      // [batch, heads, rows], rows beyond an entry's are written too
     const float* dq_sums;
-    const int* cu_q;  // [sequences + 1] or null
+    const int* cu_q;  // [batch, sequences + 1] or null
     int sequences, batch, heads, q_len, rows;
     float scale;
     const void* sinks;  // [heads]

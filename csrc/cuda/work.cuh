@@ -25,30 +25,20 @@ struct Work {
         int which = first + rest % width, slot = p.q_tiles - 1 - rest / width;
         batch = which / heads;
         head = which % heads * p.pack;
-        entry = batch;
-        int q_len = p.q_len, keys = p.kv_len;
-        first_row = first_key = 0;
+        int sequence = 0;
         if (p.cu_q) {
-            Sequence own =
-                Sequence::of_slot(p.cu_q, p.sequences, p.q_len, slot, block_q, p.pack);
-            entry = own.number;
+            Sequence own = Sequence::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, slot,
+                                             block_q, p.pack);
+            sequence = own.number;
             slot -= own.first_slot;
-            first_row = own.begin;
-            q_len = own.end - own.begin;
-            bool none = entry == p.sequences;  // rows of no sequence
-            first_key = none ? 0 : ld_global(p.cu_k + entry);
-            keys = none ? 0 : ld_global(p.cu_k + entry + 1) - first_key;
-            if (p.page_table) first_key = 0;  // each sequence has its own pages
         }
+        Entry e(p, batch, sequence);
+        entry = e.number;
+        first_row = e.first_row;
+        first_key = e.begin + (p.page_table ? 0 : e.first_key);  // each entry has its own pages
         row = slot * block_q;
-        rows = q_len * p.pack;
-        if (p.kv_lens && entry < imax(p.batch, p.sequences))
-            keys = imax(0, imin(ld_global(p.kv_lens + entry), keys));
-        int start = 0;
-        if (p.kv_starts && entry < imax(p.batch, p.sequences))
-            start = imax(0, imin(ld_global(p.kv_starts + entry), keys));
-        first_key += start;
-        band = {p.left, p.right, (p.align_end ? keys - q_len : 0) - start, q_len, keys - start};
+        rows = e.rows * p.pack;
+        band = {p.left, p.right, e.offset - e.begin, e.rows, e.end - e.begin};
     }
 
     FASTATTN_DEVICE bool empty() const { return row >= rows; }

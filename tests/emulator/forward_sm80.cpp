@@ -54,7 +54,8 @@ std::string forward_of(const ForwardCall& call, int multiprocessors, uint64_t se
 
 extern "C" {
 
-void emulated_forward_plan(const ForwardCall* call, int multiprocessors, bool hopper, int* numbers) {
+void emulated_forward_plan(const ForwardCall* call, int multiprocessors, bool hopper,
+                           int* numbers) {
     ForwardPlan plan = forward_plan(*call, multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
     numbers[0] = plan.few;
     numbers[1] = plan.pack;
