@@ -31,14 +31,21 @@ ARCHS = {"_sm90": "90a", "_sm80": "80"}  # by what a file is called
 # Bytes that a CTA can have, less what aligning them may cost.
 MAX_SHARED = {"_sm90": 232448 - 1024, "_sm80": 166912 - 1024}
 SMALL_SHARED = 101376 - 1024  # of sm_86 and sm_89
-# matrix products, tensor loads, tensor stores, reductions into memory, register reallocation;
-# and of sm_80: matrix products, asynchronous copies, loads of fragments, additions to memory
-COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG", "HMMA", "LDGSTS", "LDSM", "RED")
+# matrix products of 16 and of 8 bits, tensor loads and stores, reductions into memory, registers
+# that change hands; and of sm_80: matrix products, asynchronous copies, loads of fragments,
+# additions to memory
+COUNTED = (
+    *("HGMMA", "QGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
+    *("HMMA", "LDGSTS", "LDSM", "RED"),
+)
 VARIANTS = {"ELb1EE": "few", "MemoryE1E": "small"}  # by what is in a mangled name
 OVERLAP = "overlapped"
-MIN_OVERLAP = 40  # exponentials of a row of 80 keys in a thread: the smallest tile
-REQUIRED = {  # by the kernel's name
+# By the start of the kernel's name, the last that fits. Exponentials: of a row of 80 keys in a
+# thread, the smallest tile; of 8 bits, D 256 leaves no registers for any.
+MIN_OVERLAP = {"forward_sm90": 40, "forward_sm90 e4m3 D 256": 0}
+REQUIRED = {
     "forward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
+    "forward_sm90 e4m3": ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
     "backward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
     "forward_sm80": ("HMMA", "LDGSTS", "LDSM"),
     "backward_sm80": ("HMMA", "LDGSTS", "LDSM", "RED"),
@@ -115,8 +122,8 @@ def readable(symbol: str) -> str:
     """`forward_sm80 bf16 D 64 few` of a kernel's mangled name; kernels over rows, which both
     backwards have, are `backward_finish_sm80` of the one of sm_80."""
     kernel = re.match(r"_ZN8fastattn4cuda\d+([a-z_0-9]+?)I?NS", symbol)
-    element = re.search(r"(Bf16|Fp16)", symbol)
-    dim = re.search(r"(?:Bf16|Fp16)ELi(\d+)E", symbol)
+    element = re.search(r"(Bf16|Fp16|E4m3)", symbol)
+    dim = re.search(r"(?:Bf16|Fp16|E4m3)ELi(\d+)E", symbol)
     name = kernel.group(1).removesuffix("I") if kernel else symbol
     if "Backward80" in symbol and not name.endswith("_sm80"):
         name += "_sm80"
@@ -189,9 +196,14 @@ def audit() -> list[dict]:
     return sorted(rows, key=lambda row: row["name"])
 
 
+def _of(table: dict, name: str, nothing):
+    """The last entry of a table whose key a kernel's name starts with."""
+    keys = [key for key in table if f"{name} ".startswith(f"{key} ")]
+    return table[keys[-1]] if keys else nothing
+
+
 def problems(row: dict, notes: list[str]) -> list[str]:
     """What is wrong with a kernel, in sentences."""
-    kernel = row["name"].split()[0]
     found = [f"ptxas says: {note}" for note in notes]
     if row["spills"]:
         found.append(f"{row['spills']} bytes are spilled")
@@ -199,9 +211,9 @@ def problems(row: dict, notes: list[str]) -> list[str]:
         found.append(f"{row['stack']} bytes of local memory")
     if row["shared"] > (most := MAX_SHARED[arch_of(row["source"])]):
         found.append(f"{row['shared']} bytes of shared memory, {most} are there")
-    if kernel == "forward_sm90" and row[OVERLAP] < MIN_OVERLAP:
-        found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {MIN_OVERLAP} must")
-    missing = [name for name in REQUIRED.get(kernel, ()) if not row[name]]
+    if row[OVERLAP] < (least := _of(MIN_OVERLAP, row["name"], 0)):
+        found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {least} must")
+    missing = [name for name in _of(REQUIRED, row["name"], ()) if not row[name]]
     return found + [f"no {name} in the machine code" for name in missing]
 
 

@@ -41,8 +41,9 @@ cudaStream_t stream_of(const Tensor& q) {
 }
 
 Operand operand(const Tensor& t) {
-    return {t.data_ptr(), t.size(0),   t.size(1),   t.size(2),
-            t.size(3),    t.stride(0), t.stride(1), t.stride(2)};
+    return {t.data_ptr(), t.size(0),   t.size(1),
+            t.size(2),    t.size(3),   t.stride(0),
+            t.stride(1),  t.stride(2), static_cast<int64_t>(t.element_size())};
 }
 
 // x, or a copy that TMA can read.
@@ -100,7 +101,26 @@ SinkType sink_type(const OptionalTensor& sinks, const Tensor& q) {
     }
 }
 
-void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, bool paged) {
+// Scales of float8 tensors: what is stored times its scale is what is meant; none: 1.
+struct Scales {
+    OptionalTensor q, k, v;
+
+    static Descale of(OptionalTensor& t, const Tensor& q, int64_t entries, int64_t kv_heads,
+                      const char* name) {
+        if (!t) return {};
+        check_device(t, q, name);
+        bool each = t->dim() == 2;
+        CHECK(t->scalar_type() == ScalarType::Float && (each || t->dim() == 1) &&
+                  t->size(each) == kv_heads && (!each || t->size(0) == entries),
+              name, " must be float32 [", kv_heads, "] or [", entries, ", ", kv_heads,
+              "], got shape ", shape_of(*t));
+        t = torch::stable::contiguous(*t);
+        return {static_cast<const float*>(t->data_ptr()), each ? static_cast<int>(kv_heads) : 0};
+    }
+};
+
+void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, bool paged,
+                  bool float8 = false) {
     for (auto [t, name] : {std::pair{&q, "q"}, std::pair{&k, "k"}, std::pair{&v, "v"}}) {
         CHECK(t->dim() == 4, name, " must have 4 dimensions, got shape ", shape_of(*t));
         CHECK(t->is_cuda() && t->get_device_index() == q.get_device_index(), name,
@@ -110,8 +130,11 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, bool paged)
             CHECK(t->size(i) < MAX_LENGTH, name, " has a dimension of ", t->size(i),
                   ", the limit is 2^30");
     }
-    CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
-          "the CUDA kernels take bfloat16 and float16");
+    if (float8)
+        CHECK(q.scalar_type() == ScalarType::Float8_e4m3fn, "these kernels take float8_e4m3fn");
+    else
+        CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
+              "the CUDA kernels take bfloat16 and float16");
     int64_t d = q.size(3);
     CHECK(d == 64 || d == 128 || d == 256,
           "the CUDA kernels have head dimensions 64, 128 and 256, ", "q has ", d);
@@ -177,6 +200,8 @@ Gpu check_gpu(const Tensor& q) {
 // "" or what went wrong. On sm_90, wgmma serves many rows of keys that are not in pages.
 std::string run_forward(ForwardCall& call, const Tensor& q, const Gpu& gpu) {
     bool bf16 = q.scalar_type() == ScalarType::BFloat16;
+    if (call.q.bytes == 1)
+        return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
     ForwardPlan plan =
         forward_plan(call, gpu.multiprocessors, gpu.hopper() ? IDLE_SM90 : IDLE_SM80);
     if (gpu.hopper() && !plan.few && !call.page_table)
@@ -189,28 +214,41 @@ std::string run_forward(ForwardCall& call, const Tensor& q, const Gpu& gpu) {
     return launch_forward_sm80(call, plan, bf16, stream_of(q));
 }
 
-// A result in x's memory order where TMA can write that.
-Tensor result_like(const Tensor& x) {
-    Tensor t = unit_stride(x);
-    if (is_dense(t) && why_not_tma(operand(t), "").empty()) return torch::stable::empty_like(t);
-    return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+// bfloat16 with x's sizes and strides.
+Tensor bf16_like(const Tensor& x) {
+    int64_t sizes[4], strides[4];
+    for (int i = 0; i < 4; i++) {
+        sizes[i] = x.size(i);
+        strides[i] = x.stride(i);
+    }
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(4, sizes, strides, aoti_torch_dtype_bfloat16(),
+                                 aoti_torch_device_type_cuda(), x.get_device_index(), &made));
+    return Tensor(made);
 }
 
-std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          OptionalTensor mask, OptionalTensor bias,
-                                          OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                          OptionalTensor kv_lens, OptionalTensor kv_starts,
-                                          OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
-                                          OptionalTensor cu_seqlens_k, OptionalTensor page_table,
-                                          OptionalTensor dropout_seed, double scale, double softcap,
-                                          int64_t left, int64_t right, bool align_end,
-                                          double dropout_p, int64_t num_splits) {
-    check_shapes(q, k, v, page_table.has_value());
-    refuse(mask || bias || alibi_slopes || document_ids || dropout_seed || dropout_p > 0);
+// A result in x's memory order where TMA can write that; of float8, in bfloat16.
+Tensor result_like(const Tensor& x) {
+    Tensor t = unit_stride(x);
+    bool float8 = x.scalar_type() == ScalarType::Float8_e4m3fn;
+    if (is_dense(t) && why_not_tma(operand(t), "").empty())
+        return float8 ? bf16_like(t) : torch::stable::empty_like(t);
+    return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)},
+                      float8 ? ScalarType::BFloat16 : x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const OptionalTensor& sinks, const OptionalTensor& kv_lens,
+                                   const OptionalTensor& kv_starts,
+                                   const OptionalTensor& cu_seqlens_q,
+                                   const OptionalTensor& cu_seqlens_k,
+                                   const OptionalTensor& page_table, double scale, double softcap,
+                                   int64_t left, int64_t right, bool align_end, int64_t num_splits,
+                                   const Gpu& gpu, Scales scales) {
     Sequences sequences(cu_seqlens_q, cu_seqlens_k, q);
     CHECK(!page_table || !sequences.documents, "documents have no pages");
     check_numbers(scale, softcap, left, right);
-    Gpu gpu = check_gpu(q);
     CHECK(num_splits >= 0 && num_splits < MAX_LENGTH, "num_splits must be >= 0, got ", num_splits);
     torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     Tensor rows = for_tma(q), keys = for_tma(k), values = for_tma(v);
@@ -239,7 +277,10 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
                      0,
                      static_cast<int>(num_splits),
                      nullptr,
-                     nullptr};
+                     nullptr,
+                     Scales::of(scales.q, q, sequences.entries, k.size(1), "q_descale"),
+                     Scales::of(scales.k, q, sequences.entries, k.size(1), "k_descale"),
+                     Scales::of(scales.v, q, sequences.entries, k.size(1), "v_descale")};
     set_pages(call, page_table, q, sequences.entries);
     if (q.numel() == 0) return {out, lse};
     if (k.size(0) == 0 || call.keys() == 0) {
@@ -250,6 +291,41 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
     std::string error = run_forward(call, q, gpu);
     CHECK(error.empty(), error);
     return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          OptionalTensor mask, OptionalTensor bias,
+                                          OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                          OptionalTensor kv_lens, OptionalTensor kv_starts,
+                                          OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
+                                          OptionalTensor cu_seqlens_k, OptionalTensor page_table,
+                                          OptionalTensor dropout_seed, double scale, double softcap,
+                                          int64_t left, int64_t right, bool align_end,
+                                          double dropout_p, int64_t num_splits) {
+    check_shapes(q, k, v, page_table.has_value());
+    refuse(mask || bias || alibi_slopes || document_ids || dropout_seed || dropout_p > 0);
+    return forward(q, k, v, sinks, kv_lens, kv_starts, cu_seqlens_q, cu_seqlens_k, page_table,
+                   scale, softcap, left, right, align_end, num_splits, check_gpu(q), {});
+}
+
+std::tuple<Tensor, Tensor> flash_attn_fwd_float8(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
+    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor dropout_seed,
+    double scale, double softcap, int64_t left, int64_t right, bool align_end, double dropout_p,
+    int64_t num_splits, OptionalTensor q_descale, OptionalTensor k_descale,
+    OptionalTensor v_descale) {
+    check_shapes(q, k, v, false, true);
+    refuse(mask || bias || alibi_slopes || document_ids || dropout_seed || dropout_p > 0);
+    CHECK(!page_table && num_splits <= 1,
+          "the CUDA kernels of float8 take no page_table and do not split keys");
+    Gpu gpu = check_gpu(q);
+    CHECK(gpu.capability == 90, "the CUDA kernels of float8 are for sm_90, this GPU is sm_",
+          gpu.capability);
+    return forward(q, k, v, sinks, kv_lens, kv_starts, cu_seqlens_q, cu_seqlens_k, page_table,
+                   scale, softcap, left, right, align_end, num_splits, gpu,
+                   {q_descale, k_descale, v_descale});
 }
 
 void check_like(const Tensor& t, const Tensor& q, const char* name) {
@@ -355,5 +431,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
     m.impl("flash_attn_fwd", TORCH_BOX(&fastattn::cuda::flash_attn_fwd));
+    m.impl("flash_attn_fwd_float8", TORCH_BOX(&fastattn::cuda::flash_attn_fwd_float8));
     m.impl("flash_attn_bwd", TORCH_BOX(&fastattn::cuda::flash_attn_bwd));
 }

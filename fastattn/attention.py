@@ -87,8 +87,9 @@ def attention(
             generator of q's device. Without dropout it has no effect.
         q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is what is
             stored times the scale of its kv head. None: 1. No gradient; out is bfloat16. Triton
-            multiplies q.k in 8 bits on GPUs that can and weights with v in bfloat16; the other
-            backends widen q, k and v to float32.
+            multiplies q.k in 8 bits on GPUs that can and weights with v in bfloat16; "cuda" does
+            both in 8 bits, with weights rounded to float8; the other backends widen q, k and v to
+            float32.
         k_descale: the same for k.
         v_descale: the same for v.
         return_lse: also return lse.

@@ -18,7 +18,7 @@ import torch
 
 from . import autograd, ops
 from .autograd import NO_OPERANDS
-from .descales import widened
+from .descales import E4M3, widened
 from .gpu import gpu_missing, interpreting, triton_missing
 from .reference import reference
 
@@ -102,6 +102,9 @@ CUDA_OPERANDS = (
 )  # fmt: skip
 CUDA_CAPABILITY = (8, 0)  # and later
 CUDA_WIDE_BACKWARD = 166912  # bytes of shared memory that a CTA must have with head dimension 256
+# float8 q, k and v are for the kernels of sm_90, which have no pages.
+CUDA_FLOAT8_CAPABILITY = (9, 0)
+CUDA_FLOAT8_OPERANDS = (*(name for name in CUDA_OPERANDS if name != "page_table"), "descales")
 
 
 def documents_as_sequences(x):
@@ -121,7 +124,11 @@ def documents_as_sequences(x):
 
 
 def _cuda_forward(q, k, v, spec, operands, num_splits):
-    return _op_forward(q, k, v, spec, documents_as_sequences(operands), num_splits)
+    operands = documents_as_sequences(operands)
+    if operands.descales is None:
+        return _op_forward(q, k, v, spec, operands, num_splits)
+    arguments = _op_arguments(spec, operands)
+    return ops.forward_float8(q, k, v, *arguments, num_splits, *operands.descales)
 
 
 def _cuda_why_not(spec, q, k, v, operands):
@@ -131,6 +138,10 @@ def _cuda_why_not(spec, q, k, v, operands):
         return ops.CUDA_MISSING
     if (found := torch.cuda.get_device_capability(q.device)) < CUDA_CAPABILITY:
         return f"the GPU is sm_{found[0]}{found[1]}; the kernels are for sm_80 and later"
+    if q.dtype == E4M3 and found != CUDA_FLOAT8_CAPABILITY:
+        return f"the GPU is sm_{found[0]}{found[1]}; the kernels of float8 are for sm_90"
+    if torch.compiler.is_compiling() and (reason := _cuda_backward_refuses(q)):
+        return f"torch.compile may want the backward, and {reason}"
     return _cuda_refuses(spec, q, k, v, operands)
 
 
@@ -138,41 +149,43 @@ def _cuda_refuses(spec, q, k, v, operands):
     """The part of why_not that looks at the call alone."""
     dims = (q.shape[3], v.shape[3])
     given = [n for n in operands.__slots__ if getattr(operands, n) is not None]
-    if q.dtype not in CUDA_DTYPES:
-        return f"q is {q.dtype}; the kernels take bfloat16 and float16"
+    float8 = q.dtype == E4M3
+    if q.dtype not in CUDA_DTYPES and not float8:
+        return f"q is {q.dtype}; the kernels take bfloat16, float16 and float8_e4m3fn"
     if dims[0] != dims[1] or dims[0] not in CUDA_HEAD_DIMS:
         return (
             f"head dimensions are {dims[0]} (q, k) and {dims[1]} (v); the kernels have 64, 128 "
             "and 256, the same for both"
         )
-    if other := [name for name in given if name not in CUDA_OPERANDS]:
-        return f"{other[0]} is given; the kernels take {', '.join(CUDA_OPERANDS)}"
+    accepted = CUDA_FLOAT8_OPERANDS if float8 else CUDA_OPERANDS
+    if other := [name for name in given if name not in accepted]:
+        return f"{other[0]} is given; the kernels take {', '.join(accepted)}"
     if operands.document_ids is not None and torch.compiler.is_compiling():
         return "torch.compile cannot know how many documents there are, which the kernels need"
     return None
 
 
-def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-    backward = _op_backward
-    if q.shape[3] == 256 and q.is_cuda:
-        shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-        if shared < CUDA_WIDE_BACKWARD:
-            backward = _after_cuda(spec, q, k, v, operands, shared).backward
-    if backward is _op_backward:
-        operands = documents_as_sequences(operands)
-    return backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
-
-
-def _after_cuda(spec, q, k, v, operands, shared: int) -> Backend:
-    """The row that has the backward which the CUDA kernels lack on this GPU, and not in silence."""
-    rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
-    row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
-    _warn_once(
-        f"fastattn: {row.name} runs the backward of a call of the cuda backend: with head "
-        f"dimension 256 that takes {CUDA_WIDE_BACKWARD} bytes of shared memory a block, this GPU "
-        f"has {shared}."
+def _cuda_backward_refuses(q):
+    """Why the backward kernels cannot follow on this GPU, if so."""
+    if q.shape[3] < 256 or not q.is_cuda:
+        return None
+    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    if shared >= CUDA_WIDE_BACKWARD:
+        return None
+    return (
+        f"with head dimension 256 it takes {CUDA_WIDE_BACKWARD} bytes of shared memory a block, "
+        f"this GPU has {shared}"
     )
-    return row
+
+
+def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    if reason := _cuda_backward_refuses(q):
+        rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
+        row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
+        _warn_once(f"fastattn: {row.name} runs a backward of the cuda backend: {reason}.")
+        return row.backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+    operands = documents_as_sequences(operands)
+    return _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
 
 
 MAX_TRITON_HEAD_DIM = 1024

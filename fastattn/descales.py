@@ -1,6 +1,6 @@
 """8-bit tensors and their scales (spec.Descales): what is meant is what is stored times the scale.
-Triton's kernels read them as they are; for the other backends they are widened here, and nowhere
-else. Next hop: back to backends.py.
+Triton's kernels read them as they are, and the CUDA kernels float8 q, k and v; for the other
+backends they are widened here, and nowhere else. Next hop: back to backends.py.
 """
 
 from __future__ import annotations

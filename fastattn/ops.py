@@ -1,5 +1,5 @@
 """The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd, and the same by Triton, with
-_triton after their names. Kernels: csrc/ops_cpu.cpp, kernels/launch.py.
+_triton after their names. Kernels: csrc/ops_cpu.cpp, csrc/ops_cuda.cu, kernels/launch.py.
 
 Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
 autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that attention.py
@@ -7,7 +7,8 @@ makes: q [B, heads, q_len, D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_le
 stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order.
 
 Triton's forward operator also takes 8-bit tensors, with the three `Descales` at the end: q, k and v
-(out is then bfloat16), or k and v alone; it has no gradient of these.
+(out is then bfloat16), or k and v alone; it has no gradient of these. flash_attn_fwd_float8 is the
+CUDA kernels' forward of float8_e4m3fn q, k and v, with the same arguments.
 """
 
 from __future__ import annotations
@@ -45,15 +46,17 @@ _OPERANDS = (
 _SPEC = "float scale, float softcap, int left, int right, bool align_end, float dropout_p"
 
 FAMILIES = ("", "_triton")  # ends of the operators' names: each pair is made by other kernels
+FLOAT8 = "_float8"  # and of a forward without a partner
 
 _DESCALES = ", Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None"
 
-for _end in FAMILIES:
+for _end in (*FAMILIES, FLOAT8):
     _LIBRARY.define(
         f"flash_attn_fwd{_end}(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, int num_splits"
         f"{_DESCALES if _end else ''}) -> (Tensor out, Tensor lse)",
         tags=_TAGS,
     )
+for _end in FAMILIES:
     _LIBRARY.define(
         f"flash_attn_bwd{_end}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q,"
         f" Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, bool need_dbias, bool need_dsinks)"
@@ -65,7 +68,9 @@ forward = torch.ops.fastattn.flash_attn_fwd.default
 backward = torch.ops.fastattn.flash_attn_bwd.default
 forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
 backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
+forward_float8 = torch.ops.fastattn.flash_attn_fwd_float8.default
 PAIRS = dict(zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton))))
+FORWARDS = {end: pair[0] for end, pair in PAIRS.items()} | {FLOAT8: forward_float8}
 
 
 # ---- the native library ------------------------------------------------------------------------
@@ -224,7 +229,7 @@ def _backward_vmap(backward, info, in_dims, *args):
 
 
 def _register_autocast(end: str, device_type: str, key: str) -> None:
-    forward, _ = PAIRS[end]
+    forward = FORWARDS[end]
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def autocast_forward(q, k, v, *rest):
@@ -246,26 +251,25 @@ def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 or is_8_bit(x) else x.to(dtype)
 
 
-# ---- all of that, for each pair ----------------------------------------------------------------
+# ---- all of that, for each forward and for each pair -------------------------------------------
 
 
-for _end, (_fwd, _bwd) in PAIRS.items():
-    _forward_name, _backward_name = (
-        f"fastattn::flash_attn_fwd{_end}",
-        f"fastattn::flash_attn_bwd{_end}",
+for _end, _fwd in FORWARDS.items():
+    _name, _bwd = f"fastattn::flash_attn_fwd{_end}", PAIRS.get(_end, (None, None))[1]
+    torch.library.register_fake(_name, _forward_fake, lib=_LIBRARY)
+    torch.library.register_autograd(  # without a partner, _forward_setup raises
+        _name, partial(_forward_grad, _bwd), setup_context=_forward_setup, lib=_LIBRARY
     )
-    torch.library.register_fake(_forward_name, _forward_fake, lib=_LIBRARY)
-    torch.library.register_fake(_backward_name, _backward_fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        _forward_name, partial(_forward_grad, _bwd), setup_context=_forward_setup, lib=_LIBRARY
-    )
-    torch.library.register_autograd(
-        _backward_name, _backward_grad, setup_context=_backward_setup, lib=_LIBRARY
-    )
-    torch.library.register_vmap(_forward_name, partial(_forward_vmap, _fwd), lib=_LIBRARY)
-    torch.library.register_vmap(_backward_name, partial(_backward_vmap, _bwd), lib=_LIBRARY)
+    torch.library.register_vmap(_name, partial(_forward_vmap, _fwd), lib=_LIBRARY)
     _register_autocast(_end, "cpu", "AutocastCPU")
     _register_autocast(_end, "cuda", "AutocastCUDA")
+for _end, (_, _bwd) in PAIRS.items():
+    _name = f"fastattn::flash_attn_bwd{_end}"
+    torch.library.register_fake(_name, _backward_fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        _name, _backward_grad, setup_context=_backward_setup, lib=_LIBRARY
+    )
+    torch.library.register_vmap(_name, partial(_backward_vmap, _bwd), lib=_LIBRARY)
 for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
     _LIBRARY.impl("flash_attn_fwd_triton", launcher("launch", "forward"), _key)
     _LIBRARY.impl("flash_attn_bwd_triton", launcher("launch", "backward"), _key)
@@ -327,8 +331,9 @@ def backward_flops(dout, dlse, out, lse, q, k, v, *rest, out_val=None, **_) -> i
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    for fwd, bwd in PAIRS.values():
+    for fwd in FORWARDS.values():
         register_flop_formula(fwd.overloadpacket, get_raw=True)(forward_flops)
+    for _, bwd in PAIRS.values():
         register_flop_formula(bwd.overloadpacket, get_raw=True)(backward_flops)
 
 

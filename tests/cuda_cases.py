@@ -4,11 +4,14 @@ the forward kernels are held to.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import emulated
 import torch
 from cases import Case, Problem
 from torch import Tensor
 
+from fastattn.descales import E4M3
 from fastattn.reference import reference
 
 DIMS = (64, 128, 256)
@@ -113,9 +116,23 @@ def visible(problem: Problem) -> Tensor:
     return seen[:, None]
 
 
+def exact(problem: Problem) -> Problem:
+    """What is meant, in float64."""
+    wide = problem.to(torch.float64)
+    tensors = list(wide[:3])
+    for i, scale in enumerate(problem.operands.descales or ()):
+        if scale is not None:
+            of_heads = scale.double().repeat_interleave(tensors[i].shape[1] // scale.shape[-1], -1)
+            tensors[i] = tensors[i] * of_heads[..., None, None]
+    return Problem(*tensors, wide.spec, replace(wide.operands, descales=None))
+
+
 def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse), every step in the problem's dtype, as torch's own math would round it."""
-    q, k, v, spec, x = problem
+    """(out, lse), every step in the problem's dtype, as torch's own math would round it; of float8
+    the weights, 256 for the largest, and the result, in bfloat16.
+    """
+    float8 = problem.q.dtype == E4M3
+    q, k, v, spec, x = exact(problem) if float8 else problem
     q = q.nan_to_num()
     seen, group = visible(problem), q.shape[1] // k.shape[1]
     k, v = (y.nan_to_num().repeat_interleave(group, 1) for y in (k, v))
@@ -130,17 +147,24 @@ def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
         scores = torch.cat([scores, sinks], -1)
     lse = scores.float().logsumexp(-1)
     weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(dead, 0)
-    return weights @ v, lse.masked_fill(dead[..., 0], -torch.inf)
+    if float8:
+        step = weights.amax(-1, keepdim=True).masked_fill(dead, 1) / 256
+        weights = (weights / step).to(E4M3).double() * step
+    out = (weights @ v).to(torch.bfloat16 if float8 else q.dtype)
+    return out, lse.masked_fill(dead[..., 0], -torch.inf)
 
 
 def check_forward(case: Case, dtype: torch.dtype, seed: int, **how) -> None:
-    """Within twice the error of plain attention in dtype, and a rounding of the result."""
-    problem = case.make(dtype, seed)
+    check_problem(case.make(dtype, seed), seed, **how)
+
+
+def check_problem(problem: Problem, seed: int, **how) -> None:
+    """Within twice the error of plain attention in its dtype, and a rounding of the result."""
     out, lse = emulated.forward(problem, seed, **how)
-    expected, expected_lse = reference(*problem.to(torch.float64))
+    expected, expected_lse = reference(*exact(problem))
     paged = problem.operands.paged  # then fp32 math, whose error is a rounding
     plain, _ = reference(*problem) if paged else plain_attention(problem)
-    floor = (2 if paged else 1) * torch.finfo(dtype).eps * expected.abs().max()
+    floor = (2 if paged else 1) * torch.finfo(out.dtype).eps * expected.abs().max()
     limit = 2 * (plain.double() - expected).abs().max() + floor
     assert (out.double() - expected).abs().max() <= limit
     dead = expected_lse == -torch.inf

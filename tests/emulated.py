@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import documents_as_sequences
-from fastattn.spec import Operands
+from fastattn.spec import Descales, Operands
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests/emulator"
@@ -86,11 +86,22 @@ class Operand(ctypes.Structure):
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "head_dim")),
         *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "row_stride")),
+        ("bytes", ctypes.c_int64),
     ]
 
     @classmethod
     def of(cls, x: Tensor) -> Operand:
-        return cls(x.data_ptr(), *x.shape, *x.stride()[:3])
+        return cls(x.data_ptr(), *x.shape, *x.stride()[:3], x.element_size())
+
+
+class Descale(ctypes.Structure):
+    """csrc/cuda/params.h: fp32 [kv_heads] or [entries, kv_heads], or None."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("entry", ctypes.c_int)]
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Descale:
+        return cls(_address(x), x.shape[1] if x is not None and x.dim() == 2 else 0)
 
 
 class ForwardCall(ctypes.Structure):
@@ -105,6 +116,7 @@ class ForwardCall(ctypes.Structure):
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
         *(("page_table", ctypes.c_void_p), ("pages", ctypes.c_int64), ("page_row", ctypes.c_int64)),
         *(("splits", ctypes.c_int), ("part_out", ctypes.c_void_p), ("part_lse", ctypes.c_void_p)),
+        *((name, Descale) for name in ("q_descale", "k_descale", "v_descale")),
     ]
 
 
@@ -156,6 +168,7 @@ def _forward_call(problem, out: Tensor, lse: Tensor, num_splits: int) -> Forward
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
         *(_address(pages), *((0, 0) if pages is None else (pages.shape[1], pages.stride(0)))),
         *(num_splits, None, None),
+        *map(Descale.of, x.descales or Descales()),
     )
 
 
@@ -173,11 +186,13 @@ def forward(
     """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
     problem = problem._replace(operands=documents_as_sequences(problem.operands))
     q, k, v, _, x = problem
-    out = torch.full_like(q, torch.nan)
+    float8 = q.dtype == torch.float8_e4m3fn
+    out = torch.full_like(q, torch.nan, dtype=torch.bfloat16 if float8 else q.dtype)
     lse = torch.full(q.shape[:3], torch.nan)
+    scales = zip(("q_descale", "k_descale", "v_descale"), x.descales or ())
     register(q=q, k=k, v=v, out=out, lse=lse, kv_lens=x.kv_lens, kv_starts=x.kv_starts,
              cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k, sinks=x.sinks,
-             page_table=x.page_table)  # fmt: skip
+             page_table=x.page_table, **dict(scales))  # fmt: skip
     call = _forward_call(problem, out, lse, num_splits)
     bf16 = q.dtype == torch.bfloat16
     run = getattr(library(), f"emulated_forward_{arch}")

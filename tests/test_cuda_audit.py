@@ -9,7 +9,7 @@ import torch
 from fastattn.benchmarks import cuda_audit
 
 from fastattn import backends
-from fastattn.spec import Operands, Spec
+from fastattn.spec import Descales, Operands, Spec
 
 needs_nvcc = pytest.mark.skipif(cuda_audit.why_not() is not None, reason=str(cuda_audit.why_not()))
 
@@ -30,6 +30,7 @@ def test_kernels_compile_clean():
     for kernel in kernels:
         for dim in (64, 128) if "small" in kernel else (64, 128, 256):
             assert {kernel.format(f"{e} D {dim}") for e in ("bf16", "fp16")} <= names
+    assert {f"forward_sm90 e4m3 D {dim}" for dim in (64, 128, 256)} <= names
     large = [row for row in rows if "_sm90" in row["name"]]
     assert all(100_000 < row["shared"] <= cuda_audit.MAX_SHARED["_sm90"] for row in large)
     small = [r for r in rows if r["name"].startswith("forward_sm80") or "small" in r["name"]]
@@ -58,6 +59,15 @@ def test_the_stored_table_has_the_same_kernels():
 def test_problems_are_named(change, word):
     assert cuda_audit.problems(GOOD, []) == []
     assert word in cuda_audit.problems({**GOOD, **change}, [])[0]
+
+
+def test_eight_bits_have_products_of_their_own():
+    eight = {**GOOD, "name": "forward_sm90 e4m3 D 128", "HGMMA": 0}
+    assert cuda_audit.problems(eight, []) == []
+    assert "no QGMMA" in cuda_audit.problems({**eight, "QGMMA": 0}, [])[0]
+    assert "0 exponentials" in cuda_audit.problems({**eight, "overlapped": 0}, [])[0]
+    wide = {**eight, "name": "forward_sm90 e4m3 D 256", "overlapped": 0}
+    assert cuda_audit.problems(wide, []) == []
 
 
 def test_serialised_wgmma_is_a_problem():
@@ -108,6 +118,40 @@ def test_what_they_do_not_serve_is_named(change, word):
     assert word in refusal(**change)
 
 
+FLOAT8 = {"dtype": torch.float8_e4m3fn, "descales": Descales()}
+
+
+def test_float8_has_kernels_of_its_own(monkeypatch):
+    some = torch.empty(2, device="meta")
+    for dim in backends.CUDA_HEAD_DIMS:
+        assert refusal(dim=dim, v_dim=dim, sinks=some, kv_lens=some, **FLOAT8) is None
+    assert "page_table is given" in refusal(page_table=some, **FLOAT8)
+    assert "96" in refusal(dim=96, v_dim=96, **FLOAT8)
+    assert "descales is given" in refusal(descales=Descales())
+    monkeypatch.setattr(backends.ops, "CUDA_MISSING", None)
+    q = type("Q", (), {"device": torch.device("cuda"), "dtype": torch.float8_e4m3fn})()
+    q.shape = (1, 1, 64, 64)
+    for found, reason in (((9, 0), None), ((8, 9), "sm_89"), ((10, 0), "sm_100")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, x=found: x)
+        answer = backends.BY_NAME["cuda"].why_not(
+            Spec(0.125), q, q, q, Operands(descales=FLOAT8["descales"])
+        )
+        assert answer is None if reason is None else reason in answer
+
+
+def test_float8_goes_to_its_operator(monkeypatch):
+    """With the operands' arguments, documents as sequences, and the descales at the end."""
+    calls = []
+    monkeypatch.setattr(backends.ops, "forward_float8", lambda *a: calls.append(a))
+    q, scale = torch.empty(1, 1, 2, 64), torch.ones(1)
+    ids = torch.zeros(1, 2, dtype=torch.int32)
+    operands = Operands(document_ids=ids, descales=Descales(None, scale, None))
+    backends.BY_NAME["cuda"].forward(q, q, q, Spec(0.5), operands, 0)
+    (*_, given_ids, cu_q, _, _, _), numbers = calls[0][3:14], calls[0][14:21]
+    assert given_ids is None and cu_q.tolist() == [[0, 2]]
+    assert numbers == (0.5, 0.0, -1, -1, True, 0.0, 0) and calls[0][21:] == (None, scale, None)
+
+
 def test_documents_wait_for_no_compiler(monkeypatch):
     ids = torch.empty(1, 64, dtype=torch.int32)
     assert refusal(document_ids=ids) is None
@@ -150,7 +194,7 @@ def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
 
     backward(232448, 256)
     backward(101376, 128)
-    with pytest.warns(UserWarning, match="able runs the backward .* this GPU has 101376"):
+    with pytest.warns(UserWarning, match="able runs a backward .* this GPU has 101376"):
         backward(101376, 256)
     assert calls == ["cuda", "cuda", "able"]
 

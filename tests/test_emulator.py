@@ -80,7 +80,10 @@ def run(fault: int, seed: int, matrices) -> tuple[str, bool]:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_reported(fault, seed, matrices):
     report, right = run(list(FAULTS).index(fault), seed, matrices)
-    expected = FAULTS[fault]
+    judge(FAULTS[fault], report, right)
+
+
+def judge(expected: str | None, report: str, right: bool) -> None:
     if expected is None:
         assert report == "" and right
     elif report == "":
@@ -122,19 +125,21 @@ def swizzled(address: int, swizzle: int) -> int:
 
 @pytest.mark.parametrize("column, row", [(0, 0), (48, 30), (-8, -3), (16, 5)])
 @pytest.mark.parametrize("swizzle", range(4))
-def test_tma_box(swizzle, column, row):
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int8])
+def test_tma_box(dtype, swizzle, column, row):
     """A box lies swizzled in shared memory, zeros where it leaves the tensor."""
-    columns, rows, box_rows, box_columns = 80, 40, 16, 8 << swizzle
-    data = torch.arange(1, columns * rows + 1, dtype=torch.int16).view(rows, columns)
-    out = torch.zeros(box_rows * box_columns, dtype=torch.int16)
-    numbers = (columns, rows, swizzle, box_columns, box_rows, column, row)
+    size = dtype.itemsize
+    columns, rows, box_rows, box_columns = 80, 40, 16, (16 << swizzle) // size
+    data = torch.arange(1, columns * rows + 1).to(dtype).view(rows, columns)
+    out = torch.zeros(box_rows * box_columns, dtype=dtype)
+    numbers = (size, columns, rows, swizzle, box_columns, box_rows, column, row)
     arguments = (data, *numbers, out, ctypes.c_uint64(swizzle))
     assert call("emulated_box", *arguments, data=data, out=out) == ""
     for i in range(box_rows):
         for j in range(box_columns):
             inside = 0 <= row + i < rows and 0 <= column + j < columns
             expected = int(data[row + i, column + j]) if inside else 0
-            assert out[swizzled(2 * (i * box_columns + j), swizzle) // 2] == expected
+            assert out[swizzled(size * (i * box_columns + j), swizzle) // size] == expected
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -143,6 +148,46 @@ def test_wgmma_reads_operands_along_their_rows(seed):
     out = torch.full((64, 128), torch.nan)
     assert call("emulated_transposed", a, b, out, ctypes.c_uint64(seed), a=a, b=b, out=out) == ""
     torch.testing.assert_close(out, a.float().T @ b.float(), atol=1e-4, rtol=1e-4)
+
+
+# In the order of Fault8 in self_test.cpp, as FAULTS.
+FAULTS8 = {
+    "none": None,
+    "no wait for the turned": "nobody has written it|race|no fence.proxy.async|numbers",
+    "no proxy fence": "no fence.proxy.async",
+    "no wait for data": "nobody has written it|race",
+    "MN-major bytes": "8-bit operands of wgmma are K-major",
+    "not turned": "",
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", FAULTS8)
+def test_products_of_bytes(fault, seed):
+    """e4m3 from memory and registers, and values turned in place; one fault at a time."""
+    draw = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(n, 128, generator=draw).to(torch.float8_e4m3fn) for n in (64, 128))
+    out = torch.full((64, 128), torch.nan)
+    arguments = (list(FAULTS8).index(fault), ctypes.c_uint64(seed), a, b, out)
+    report = call("emulated_self_test8", *arguments, a=a, b=b, out=out)
+    scores = a.double() @ b.double().T
+    expected = scores.clamp(-448, 448).to(torch.float8_e4m3fn).double() @ b.double()
+    right = bool(((out.double() - expected).abs() <= 0.01 * expected.abs() + 2).all())
+    judge(FAULTS8[fault], report, right)
+
+
+def test_bytes_of_e4m3():
+    """To nearest, ties to even, and no larger than 448; back exactly; as torch does it."""
+    exact = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = exact[exact.isfinite()].sort().values
+    x = torch.cat([x, (x[1:] + x[:-1]) / 2, 60 * torch.randn(2000), torch.tensor([1e9, -449.0])])
+    x = x[: len(x) // 4 * 4]
+    out, back = torch.zeros(len(x), dtype=torch.float8_e4m3fn), torch.zeros(len(x))
+    function = emulated.library().emulated_e4m3
+    function(*(ctypes.c_void_p(y.data_ptr()) for y in (x, out, back)), len(x))
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(back, expected.float())
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -49,6 +49,30 @@ def test_real_sizes(backend, dtype, dim, length, options):
         assert comparison.passed, f"{name}: {comparison}"
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float8_at_real_sizes(backend, dim, options):
+    """The error is what comes of weights rounded to float8, each by itself; products lose nothing
+    that shows beside it."""
+    torch.manual_seed(0)
+    q, k, v = (draw(1, heads, 4001, dim).to(torch.float8_e4m3fn) for heads in (4, 2, 2))
+    scale = torch.rand(2, device="cuda") + 0.5
+    skip_what_is_refused(backend, q, k, v, q_descale=scale, **options)
+    options = options | {"return_lse": True}
+    out, lse = fastattn.attention(q, k, v, q_descale=scale, **options, backend=backend)
+    q, k, v = (x.double() for x in (q, k, v))
+    q = q * scale.double().repeat_interleave(2)[:, None, None]
+    want, want_lse = fastattn.attention(q, k, v, **options, backend="reference")
+    # weights^2 v^2: of twice the scores, but for the denominator
+    options = options | {"scale": 2 * dim**-0.5, "backend": "reference"}
+    squares, lse2 = fastattn.attention(q, k, v.square(), **options)
+    squares = squares * (lse2 - 2 * want_lse).exp()[..., None]
+    rounded = 2**-4 * 3**-0.5 * squares.mean().sqrt() + 2**-9 * want.square().mean().sqrt()
+    assert (out - want).square().mean().sqrt() <= rounded
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_graphs_streams_and_no_waiting(backend):
     q = draw(2, 4, 512, 64)

@@ -17,13 +17,15 @@ inline PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
     return ok ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found) : nullptr;
 }
 
-inline std::string encode(TensorMap& map, void* data, const uint64_t* sizes,
+inline std::string encode(TensorMap& map, void* data, int element_bytes, const uint64_t* sizes,
                           const uint64_t* strides, const uint32_t* box) {
     static const PFN_cuTensorMapEncodeTiled_v12000 encoder = find_encoder();
     if (!encoder) return "the NVIDIA driver has no cuTensorMapEncodeTiled; 12.0 or newer is needed";
     const uint32_t element_strides[4] = {1, 1, 1, 1};
+    CUtensorMapDataType type =
+        element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
     CUresult result =
-        encoder(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, data, sizes, strides, box, element_strides,
+        encoder(&map, type, 4, data, sizes, strides, box, element_strides,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS

@@ -160,7 +160,7 @@ template <class F> struct Warp80 {
     template <bool MASKED>
     FASTATTN_DEVICE void weigh(uint32_t (&weights)[BLOCKS][F::BLOCK_KV / 16][4],
                                float (&s)[BLOCKS][SCORES], float (&acc)[BLOCKS][OUTPUTS],
-                               OnlineSoftmax (&softmax)[BLOCKS], const Transform& transform,
+                               OnlineSoftmax<> (&softmax)[BLOCKS], const Transform& transform,
                                int tile) const {
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
@@ -201,7 +201,7 @@ template <class F> struct Warp80 {
     }
 
     // Normalises the rows and stores them and their lse, or part number `part` of them.
-    FASTATTN_DEVICE void store(float (&acc)[BLOCKS][OUTPUTS], OnlineSoftmax (&softmax)[BLOCKS],
+    FASTATTN_DEVICE void store(float (&acc)[BLOCKS][OUTPUTS], OnlineSoftmax<> (&softmax)[BLOCKS],
                                int part) const {
         bool parts = F::FEW && p.splits > 1;
 #pragma unroll
@@ -237,7 +237,7 @@ template <class F> struct Warp80 {
             all.end = imin(all.begin + each, all.end);
         }
         Transform transform{p.softcap, p.transform, p.before, p.after};
-        OnlineSoftmax softmax[BLOCKS];
+        OnlineSoftmax<> softmax[BLOCKS];
         float acc[BLOCKS][OUTPUTS];
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {

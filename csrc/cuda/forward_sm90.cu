@@ -33,6 +33,7 @@ std::string launch_of(const ForwardCall& call, int multiprocessors, cudaStream_t
 
 std::string launch_forward_sm90(const ForwardCall& call, bool bf16, int multiprocessors,
                                 cudaStream_t stream) {
+    if (call.q.bytes == 1) return launch_of<E4m3>(call, multiprocessors, stream);
     return bf16 ? launch_of<Bf16>(call, multiprocessors, stream)
                 : launch_of<Fp16>(call, multiprocessors, stream);
 }

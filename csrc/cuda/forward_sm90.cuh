@@ -1,24 +1,37 @@
 // The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. A CTA
 // takes tiles of rows until none is left. next: launch.h (hosts), work.cuh, softmax.cuh
 #pragma once
+#include <type_traits>
+
 #include "params.h"
 #include "pipeline.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
+#include "turn.cuh"
 #include "work.cuh"
 
 namespace fastattn::cuda {
 
-template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
+template <class Element_, int D_> struct Forward {
     using Element = Element_;
-    using Config = ForwardConfig<D_>;
-    static constexpr int D = D_;
+    static constexpr int D = D_, BYTES = BYTES_OF<Element>;
+    using Config = ForwardConfig<D, BYTES>;
     static constexpr int BLOCK_Q = 64 * Config::CONSUMERS, BLOCK_KV = Config::BLOCK_KV;
     static constexpr int THREADS = 128 * (1 + Config::CONSUMERS);
 
-    using QTile = Tile<BLOCK_Q, D>;
-    using KVTile = Tile<BLOCK_KV, D>;
-    using KVRing = Ring<Config::STAGES>;
+    // 8-bit values are turned by the three warps beside the one that loads, the result has 16 bits,
+    // and weights are rounded to 8 bits too: the largest is 2^8, of the 448 that there are.
+    static constexpr bool TURNED = BYTES == 1;
+    static constexpr int TURNERS = 3, WEIGHT_BITS = TURNED ? 8 : 0;
+    static_assert(!TURNED || BLOCK_KV == TURNED_SIDE);
+    using Out = std::conditional_t<TURNED, Bf16, Element>;
+
+    using QTile = Tile<BLOCK_Q, D, BYTES>;
+    using OutTile = Tile<BLOCK_Q, D>;
+    using KVTile = Tile<BLOCK_KV, D, BYTES>;
+    using VTile = std::conditional_t<TURNED, Tile<D, BLOCK_KV, BYTES>, KVTile>;  // the operand
+    using KRing = Ring<Config::STAGES>;
+    using VRing = std::conditional_t<TURNED, TurnedRing<Config::STAGES>, KRing>;
     using QRing = Ring<1>;
 
     // Shared memory, in bytes from its start.
@@ -26,8 +39,8 @@ template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
     static constexpr int V_AT = K_AT + Config::STAGES * KVTile::BYTES;
     static constexpr int END_AT = V_AT + Config::STAGES * KVTile::BYTES;
     static constexpr int OUT_AT = Config::OUT_IN_Q ? Q_AT : END_AT;
-    static constexpr int BARRIERS_AT = Config::OUT_IN_Q ? END_AT : END_AT + QTile::BYTES;
-    static constexpr int SHARED_BYTES = BARRIERS_AT + 2 * KVRing::BYTES + QRing::BYTES;
+    static constexpr int BARRIERS_AT = Config::OUT_IN_Q ? END_AT : END_AT + OutTile::BYTES;
+    static constexpr int SHARED_BYTES = BARRIERS_AT + KRing::BYTES + VRing::BYTES + QRing::BYTES;
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 232448 && QTile::BYTES % GROUP_BYTES == 0);
     static_assert(registers_fit(THREADS, Config::PRODUCER_REGISTERS, Config::CONSUMERS,
                                 Config::CONSUMER_REGISTERS));
@@ -46,7 +59,8 @@ template <class Element_, int D_> struct Forward : ForwardConfig<D_> {
 template <class F> struct Producer {
     const ForwardParams& p;
     SharedAddress shared;
-    typename F::KVRing k_ring, v_ring;
+    typename F::KRing k_ring;
+    typename F::VRing v_ring;
     typename F::QRing q_ring;
 
     template <class T> FASTATTN_DEVICE void load(SharedAddress at, const TensorMap* map,
@@ -54,11 +68,12 @@ template <class F> struct Producer {
                                                  uint64_t hint) {
 #pragma unroll
         for (int i = 0; i < T::PANELS; i++)
-            tma_load(T{at}.panel(i), map, bar, PANEL * i, row, head, batch, hint);
+            tma_load(T{at}.panel(i), map, bar, T::WIDTH * i, row, head, batch, hint);
     }
 
-    FASTATTN_DEVICE void load_keys(typename F::KVRing& ring, SharedAddress at, const TensorMap* map,
-                                   const Work& w, int tile) {
+    template <class R> FASTATTN_DEVICE void load_keys(R& ring, SharedAddress at,
+                                                      const TensorMap* map, const Work& w,
+                                                      int tile) {
         using T = typename F::KVTile;
         ring.acquire(T::BYTES);
         load<T>(at + ring.stage * T::BYTES, map, ring.full(), w.first_key + tile * F::BLOCK_KV,
@@ -86,19 +101,52 @@ template <class F> struct Producer {
     }
 };
 
+// --- a warp that turns values of 8 bits ---------------------------------------------------------
+
+template <class F> struct Turner {
+    const ForwardParams& p;
+    SharedAddress shared;
+    int warp;  // of F::TURNERS
+    typename F::VRing ring;
+
+    FASTATTN_DEVICE void run() {
+        for (int index = block_index(); index < p.tiles; index += grid_size()) {
+            Work w(p, index, F::BLOCK_Q);
+            if (w.empty()) continue;
+            KeyTiles tiles(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
+            for (int n = tiles.end - 1; n >= tiles.begin; n--) {
+                ring.wait_loaded();
+                turn_tile<F::D>(shared + F::V_AT + ring.stage * F::KVTile::BYTES,
+                                w.band.kv_len - n * F::BLOCK_KV, warp, F::TURNERS);
+                fence_proxy_async();
+                sync_warp();
+                if (lane_index() == 0) ring.turn();
+                ring.advance();
+            }
+        }
+    }
+};
+
 // --- a consumer warpgroup: 64 rows --------------------------------------------------------------
 
 template <class F> struct Consumer {
     static constexpr int SCORES = F::BLOCK_KV / 2, OUTPUTS = F::D / 2;  // registers a thread
     using Element = typename F::Element;
+    using Out = typename F::Out;
     using Config = typename F::Config;
+    using Softmax = OnlineSoftmax<F::WEIGHT_BITS>;
+    using Weights = uint32_t[F::BLOCK_KV / K_STEP<Element>][4];
 
     const ForwardParams& p;
     SharedAddress shared;
     int group;  // of the consumers
-    typename F::KVRing k_ring, v_ring;
+    typename F::KRing k_ring;
+    typename F::VRing v_ring;
     typename F::QRing q_ring;
 
+    FASTATTN_DEVICE float descale(const Descale& x, const Work& w) const {
+        return x.of(imin(w.entry, imax(p.batch, p.sequences) - 1), w.head / (p.heads / p.kv_heads));
+    }
     FASTATTN_DEVICE bool leads_warp() const { return lane_index() == 0; }
     FASTATTN_DEVICE int row_in_tile() const {
         return 64 * group + thread_index() / 32 % 4 * 16 + lane_index() / 4;
@@ -118,9 +166,8 @@ template <class F> struct Consumer {
         multiply_transposed<Element, F::BLOCK_KV>(s, q, 64 * group, k);
         wgmma_commit();
     }
-    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS],
-                                      const uint32_t (&weights)[F::BLOCK_KV / 16][4]) const {
-        typename F::KVTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
+    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS], const Weights& weights) const {
+        typename F::VTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
         multiply_add<Element, F::D>(acc, weights, v);
         wgmma_commit();
     }
@@ -141,26 +188,26 @@ template <class F> struct Consumer {
         barrier_sync(F::ALL_CONSUMERS, CONSUMING);
     }
 
-    template <bool MASKED>
-    FASTATTN_DEVICE void weigh(float (&s)[SCORES], float (&rescale)[2], OnlineSoftmax& softmax,
-                               const Transform& transform, const Work& w, int tile) const {
+    template <bool MASKED> FASTATTN_DEVICE void weigh(float (&s)[SCORES], float (&rescale)[2],
+                                                      Softmax& softmax, const Transform& transform,
+                                                      const Work& w, int tile) const {
         int row = w.row + row_in_tile();
         to_weights<MASKED>(s, rescale, softmax, transform, w.band, {row, row + 8},
                            tile * F::BLOCK_KV);
     }
 
     FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
-        typename F::QTile out{shared + F::OUT_AT};
+        typename F::OutTile out{shared + F::OUT_AT};
         if constexpr (!Config::OUT_IN_Q) {
             if (leads) bulk_wait_read<0>();  // of the tile before
             barrier_sync(F::OWN + group, 128);
         }
-        store_accumulator<Element, F::D>(out, 64 * group, 0, acc);
+        store_accumulator<Out, F::D>(out, 64 * group, 0, acc);
         fence_proxy_async();
         barrier_sync(F::OWN + group, 128);
         if (!leads) return;
 #pragma unroll
-        for (int i = 0; i < F::QTile::PANELS; i++)
+        for (int i = 0; i < F::OutTile::PANELS; i++)
             tma_store(&p.out, out.panel(i) + 64 * group * ROW_BYTES, PANEL * i,
                       w.first_row + w.row + 64 * group, w.head, w.batch);
         bulk_commit();
@@ -168,14 +215,18 @@ template <class F> struct Consumer {
     FASTATTN_DEVICE void store_rows(const float (&acc)[OUTPUTS], const Work& w) const {
         int row = w.row + 64 * group;
         uint16_t* to = p.out_rows.at(w.batch, w.head, w.first_row + row);
-        store_accumulator_rows<Element, F::D>(to, p.out_rows.row, w.band.q_len - row, acc);
+        store_accumulator_rows<Out, F::D>(to, p.out_rows.row, w.band.q_len - row, acc);
     }
 
     // Normalises the 64 rows and stores them and their lse.
-    FASTATTN_DEVICE void store(float (&acc)[OUTPUTS], OnlineSoftmax& softmax, const Work& w) {
+    FASTATTN_DEVICE void store(float (&acc)[OUTPUTS], Softmax& softmax, const Work& w) {
         float scale[2], lse[2];
         float sink = sink_of(p.sinks, p.sink_type, w.head);
         softmax.finish({sink, sink}, scale, lse);
+        if constexpr (F::BYTES == 1) {
+            float by = descale(p.v_descale, w);
+            for (float& x : scale) x *= by;
+        }
         scale_rows(acc, scale);
         bool leads = thread_index() % 128 == 0;
         // Rows past the sequence's last are its neighbour's.
@@ -207,14 +258,19 @@ template <class F> struct Consumer {
         KeyTiles all(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
         KeyTiles own(w.band, w.row + 64 * group, w.row + 64 * group + 64, F::BLOCK_KV);
         Transform transform{p.softcap, p.transform, p.before, p.after};
-        OnlineSoftmax softmax;
+        Softmax softmax;
         softmax.multiplier = p.multiplier;
+        if constexpr (F::BYTES == 1) {
+            float by = descale(p.q_descale, w) * descale(p.k_descale, w);
+            softmax.multiplier = transform.descale(p.multiplier, by);
+        }
         float acc[OUTPUTS], s[SCORES], rescale[2];
-        uint32_t weights[F::BLOCK_KV / 16][4];
+        Weights weights;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) acc[i] = 0;
         // Keys past the entry's are other entries' or nobody's; past the tensor's TMA gives zeros.
-        int clear = w.first_key + w.band.kv_len < p.kv_len
+        // Who turns values has cleared them.
+        int clear = !F::TURNED && w.first_key + w.band.kv_len < p.kv_len
                         ? imin(F::BLOCK_KV, w.band.kv_len - (all.end - 1) * F::BLOCK_KV)
                         : F::BLOCK_KV;
 
@@ -232,28 +288,41 @@ template <class F> struct Consumer {
             weigh<true>(s, rescale, softmax, transform, w, n);
             to_fragments<Element, F::BLOCK_KV>(weights, s);
 
+            constexpr bool OVERLAPS = Config::SCHEDULE != Schedule::SEQUENCE;
+            auto begin_output = [&] {
+                v_ring.wait();
+                wgmma_fence();
+                issue_output(acc, weights);
+            };
+            auto finish_output = [&] {
+                wgmma_wait<0>();
+                pin(acc);
+                release(v_ring);
+            };
             // Scores of tile n and the output of tile n + 1 are in flight together.
             auto step = [&](auto masked) {
                 if (clear < F::BLOCK_KV) {  // before a turn, in which nobody else can come here
                     clear_values(clear);
                     clear = F::BLOCK_KV;
                 }
+                if constexpr (!OVERLAPS) {
+                    begin_output();
+                    finish_output();
+                }
                 k_ring.wait();
                 take_turn();
                 wgmma_fence();
                 issue_scores(s);
-                v_ring.wait();
-                wgmma_fence();
-                issue_output(acc, weights);
+                if constexpr (OVERLAPS) begin_output();
                 pass_turn();
-                wgmma_wait<1>();
+                wgmma_wait<OVERLAPS ? 1 : 0>();
                 pin(s);
                 release(k_ring);
                 weigh<decltype(masked)::value>(s, rescale, softmax, transform, w, n);
-                finish_first(softmax.row_sum[0] + softmax.row_sum[1], shared);
-                wgmma_wait<0>();
-                pin(acc);
-                release(v_ring);
+                if constexpr (OVERLAPS) {
+                    finish_first(softmax.row_sum[0] + softmax.row_sum[1], shared);
+                    finish_output();
+                }
                 scale_rows(acc, rescale);
                 to_fragments<Element, F::BLOCK_KV>(weights, s);
             };
@@ -262,14 +331,13 @@ template <class F> struct Consumer {
             for (; n >= all.begin; n--) step(Masked{});
 
             if (clear < F::BLOCK_KV) clear_values(clear);
-            v_ring.wait();
-            wgmma_fence();
-            issue_output(acc, weights);
-            wgmma_wait<0>();
-            pin(acc);
-            release(v_ring);
+            begin_output();
+            finish_output();
         }
-        if constexpr (!Config::OUT_IN_Q) release(q_ring);
+        if constexpr (!Config::OUT_IN_Q) {
+            sync_warp();  // without keys nothing else makes the first lane wait for the others
+            release(q_ring);
+        }
         store(acc, softmax, w);
     }
 
@@ -298,12 +366,15 @@ template <class F, int SHARED_BYTES = F::SHARED_BYTES>
 __global__ void __launch_bounds__(F::THREADS, 1)
     forward_sm90(const __grid_constant__ ForwardParams p) {
     SharedAddress shared = dynamic_shared();
-    typename F::KVRing k_ring{shared + F::BARRIERS_AT};
-    typename F::KVRing v_ring{k_ring.barriers + F::KVRing::BYTES};
-    typename F::QRing q_ring{v_ring.barriers + F::KVRing::BYTES};
+    typename F::KRing k_ring{shared + F::BARRIERS_AT};
+    typename F::VRing v_ring{{k_ring.barriers + F::KRing::BYTES}};
+    typename F::QRing q_ring{v_ring.barriers + F::VRing::BYTES};
     if (thread_index() == 0) {
         k_ring.init(F::RELEASES);
-        v_ring.init(F::RELEASES);
+        if constexpr (F::TURNED)
+            v_ring.init(F::RELEASES, F::TURNERS);
+        else
+            v_ring.init(F::RELEASES);
         q_ring.init(F::Q_RELEASES);
         fence_mbarrier_init();
         for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.out}) prefetch_tensor_map(map);
@@ -311,10 +382,12 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     sync_block();
     int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
-        registers_decrease<F::PRODUCER_REGISTERS>();
+        registers_decrease<F::Config::PRODUCER_REGISTERS>();
+        if constexpr (F::TURNED)
+            if (int warp = warp_index(); warp > 0) Turner<F>{p, shared, warp - 1, v_ring}.run();
         if (thread_index() == 0) Producer<F>{p, shared, k_ring, v_ring, q_ring}.run();
     } else {
-        registers_increase<F::CONSUMER_REGISTERS>();
+        registers_increase<F::Config::CONSUMER_REGISTERS>();
         Consumer<F>{p, shared, warpgroup - 1, k_ring, v_ring, q_ring}.run();
     }
 }

@@ -15,11 +15,12 @@ inline int tiles_of(int64_t rows, int block, const int* cu, int sequences) {
     return static_cast<int>(cu ? rows / block + sequences + 1 : (rows + block - 1) / block);
 }
 
-// A 16-bit tensor [batch, heads, rows, D]; strides in elements, that of D is 1.
+// A tensor [batch, heads, rows, D]; strides in elements, that of D is 1.
 struct Operand {
     void* data;
     int64_t batch, heads, rows, head_dim;
     int64_t batch_stride, head_stride, row_stride;
+    int64_t bytes;  // of an element: 2, or 1 for e4m3
 };
 
 inline Rows rows_of(const Operand& x) {
@@ -44,6 +45,7 @@ struct ForwardCall {
     int64_t pages, page_row;
     int splits;
     float *part_out, *part_lse;
+    Descale q_descale, k_descale, v_descale;  // of e4m3
 
     int64_t keys() const { return page_table ? pages * k.rows : k.rows; }
 };
@@ -83,11 +85,11 @@ inline std::string why_not_tma(const Operand& x, const char* name) {
         return who + " does not start at a multiple of 16 bytes";
     for (auto [size, stride] : {std::pair{x.rows, x.row_stride}, std::pair{x.heads, x.head_stride},
                                 std::pair{x.batch, x.batch_stride}}) {
-        if (size > 1 && (stride < 0 || stride % 8))
-            return who + " has a stride of " + std::to_string(stride) +
-                   " elements; multiples of 8 are accepted";
-        if (size > 1 && stride >= int64_t(1) << 39)
-            return who + " has a stride of 2^39 elements or more";
+        if (size > 1 && (stride < 0 || stride * x.bytes % 16))
+            return who + " has a stride of " + std::to_string(stride) + " elements; multiples of " +
+                   std::to_string(16 / x.bytes) + " are accepted";
+        if (size > 1 && stride * x.bytes >= int64_t(1) << 40)
+            return who + " has a stride of 2^40 bytes or more";
         if (size >= int64_t(1) << 31) return who + " has a dimension of 2^31 or more";
     }
     return "";
@@ -97,14 +99,14 @@ inline std::string why_not_tma(const Operand& x, const char* name) {
 template <class Encode>
 std::string tensor_map(TensorMap& map, const Operand& x, int box_rows, Encode encode) {
     uint64_t sizes[4], strides[3];
-    uint32_t box[4] = {64, static_cast<uint32_t>(box_rows), 1, 1};
+    uint32_t box[4] = {static_cast<uint32_t>(128 / x.bytes), static_cast<uint32_t>(box_rows), 1, 1};
     const int64_t shape[4] = {x.head_dim, x.rows, x.heads, x.batch};
     const int64_t steps[3] = {x.row_stride, x.head_stride, x.batch_stride};
     for (int i = 0; i < 4; i++) sizes[i] = static_cast<uint64_t>(shape[i]);
     // The stride of a dimension of size 1 means nothing, and torch leaves anything there.
     for (int i = 0; i < 3; i++)
-        strides[i] = static_cast<uint64_t>(shape[i + 1] == 1 ? x.head_dim : steps[i]) * 2;
-    return encode(map, x.data, sizes, strides, box);
+        strides[i] = static_cast<uint64_t>((shape[i + 1] == 1 ? x.head_dim : steps[i]) * x.bytes);
+    return encode(map, x.data, static_cast<int>(x.bytes), sizes, strides, box);
 }
 
 // Scores are multiplier * (q k), or multiplier * transform(q k); exponents are base 2.
@@ -139,7 +141,7 @@ template <class Params, class Call> void set_shape(Params& p, const Call& c) {
 // The largest power of two of heads whose keys and values fit in 32 of an H100's 50 MB of L2.
 inline int heads_per_section(const ForwardCall& c) {
     int64_t all = c.q.batch * c.q.heads, group = c.q.heads / c.k.heads;
-    int64_t bytes = 4 * c.keys() * c.k.head_dim;  // of one head of k and of v
+    int64_t bytes = 2 * c.k.bytes * c.keys() * c.k.head_dim;  // of one head of k and of v
     int64_t kv_heads = 1;
     while (2 * kv_heads * bytes <= int64_t(32) << 20 && kv_heads * group < all) kv_heads *= 2;
     return static_cast<int>(std::min(all, kv_heads * group));
@@ -165,6 +167,9 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
           tensor_map(p.v, c.v, F::BLOCK_KV, encode), tensor_map(p.out, c.out, 64, encode)})
         if (!error.empty()) return error;
     p.out_rows = rows_of(c.out);
+    p.q_descale = c.q_descale;
+    p.k_descale = c.k_descale;
+    p.v_descale = c.v_descale;
     set_forward(p, c, F::BLOCK_Q);
     return "";
 }

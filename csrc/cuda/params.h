@@ -22,6 +22,16 @@ FASTATTN_DEVICE float sink_of(const void* sinks, SinkType type, int head) {
     }
 }
 
+// Scales of an 8-bit tensor, [kv_heads] for each entry, or (`entry` 0) for all; null: 1.
+struct Descale {
+    const float* data;
+    int entry;
+
+    FASTATTN_DEVICE float of(int batch, int head) const {
+        return data ? ld_global(data + static_cast<int64_t>(batch) * entry + head) : 1;
+    }
+};
+
 // Rows of a 16-bit tensor [batch, heads, rows, D]; strides in elements.
 struct Rows {
     uint16_t* data;
@@ -38,7 +48,7 @@ struct ForwardShape {
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
     const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see packed.cuh
     int sequences;
-    bool documents;  // or else batch is 1
+    bool documents;     // or else batch is 1
     const void* sinks;  // [heads]
     SinkType sink_type;
     int batch, heads, kv_heads, q_len, kv_len;
@@ -52,8 +62,9 @@ struct ForwardShape {
 };
 
 struct ForwardParams : ForwardShape {
-    TensorMap q, k, v, out;  // dimensions (D, rows, heads, batch), boxes of 64 columns
+    TensorMap q, k, v, out;  // dimensions (D, rows, heads, batch), boxes of 128 bytes a row
     Rows out_rows;           // where a tile ends inside a sequence's neighbour, TMA cannot store it
+    Descale q_descale, k_descale, v_descale;  // read where q, k and v are of 8 bits
     static constexpr int pack = 1;
     static constexpr const int* page_table = nullptr;
 };
@@ -127,12 +138,13 @@ constexpr bool registers_fit(int threads, int producer, int consumers, int consu
 }
 
 enum class Schedule {
-    OVERLAP,  // the products of a step are issued before the softmax of the step before
-    PINGPONG  // and warpgroups take turns at issuing
+    OVERLAP,   // the products of a step are issued before the softmax of the step before
+    PINGPONG,  // and warpgroups take turns at issuing
+    SEQUENCE   // one after the other: a softmax runs beside the products of other warpgroups
 };
 
-// Tiles of BLOCK_Q rows, 64 for each consumer warpgroup, and BLOCK_KV keys.
-template <int D> struct ForwardConfig;
+// Tiles of BLOCK_Q rows, 64 for each consumer warpgroup, and BLOCK_KV keys. BYTES: of an element.
+template <int D, int BYTES = 2> struct ForwardConfig;
 
 template <> struct ForwardConfig<64> {
     static constexpr int CONSUMERS = 3, BLOCK_KV = 128, STAGES = 2;
@@ -151,6 +163,26 @@ template <> struct ForwardConfig<256> {
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static constexpr bool OUT_IN_Q = true;  // 224 of 227 KB are q, k and v
     static constexpr Schedule SCHEDULE = Schedule::OVERLAP;
+};
+
+// Of 8 bits. The producer's warpgroup turns values too (turn.cuh), in tiles of 128 keys.
+template <> struct ForwardConfig<64, 1> {
+    static constexpr int CONSUMERS = 3, BLOCK_KV = 128, STAGES = 4;
+    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
+    static constexpr bool OUT_IN_Q = false;
+    static constexpr Schedule SCHEDULE = Schedule::PINGPONG;
+};
+template <> struct ForwardConfig<128, 1> {
+    static constexpr int CONSUMERS = 2, BLOCK_KV = 128, STAGES = 4;
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+    static constexpr bool OUT_IN_Q = false;
+    static constexpr Schedule SCHEDULE = Schedule::PINGPONG;
+};
+template <> struct ForwardConfig<256, 1> {
+    static constexpr int CONSUMERS = 2, BLOCK_KV = 128, STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+    static constexpr bool OUT_IN_Q = false;                   // 224 of 227 KB are used
+    static constexpr Schedule SCHEDULE = Schedule::SEQUENCE;  // registers are for no more
 };
 
 // On sm_80: WARPS warps of BLOCKS times 16 rows, tiles of BLOCK_KV keys, STAGES tiles of keys and

@@ -41,4 +41,23 @@ template <int STAGES> struct Ring {
     FASTATTN_DEVICE void release() const { mbarrier_arrive(empty()); }
 };
 
+// A ring whose buffers are worked on in place between the producer and the consumers, by warps that
+// wait with wait_loaded() and pass on with turn().
+template <int STAGES> struct TurnedRing : Ring<STAGES> {
+    static constexpr int BYTES = 3 * STAGES * 8;
+
+    FASTATTN_DEVICE SharedAddress turned() const {
+        return this->barriers + 8 * (2 * STAGES + this->stage);
+    }
+    FASTATTN_DEVICE void init(int releases, int turns) const {
+        Ring<STAGES>::init(releases);
+#pragma unroll
+        for (int i = 0; i < STAGES; i++)
+            mbarrier_init(this->barriers + 8 * (2 * STAGES + i), turns);
+    }
+    FASTATTN_DEVICE void wait_loaded() const { Ring<STAGES>::wait(); }
+    FASTATTN_DEVICE void turn() const { mbarrier_arrive(turned()); }
+    FASTATTN_DEVICE void wait() const { mbarrier_wait(turned(), this->phase); }
+};
+
 }  // namespace fastattn::cuda

@@ -19,6 +19,7 @@ using SharedAddress = uint32_t;
 
 struct Bf16 {};  // names of element types; values travel as uint32_t, two at a time
 struct Fp16 {};
+struct E4m3 {};  // four at a time
 
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
@@ -283,6 +284,21 @@ template <> FASTATTN_DEVICE uint32_t pack<Fp16>(float low, float high) {
     uint32_t r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
+}
+// Four values, x0 in the lowest byte; beyond +-448 they are that.
+FASTATTN_DEVICE uint32_t pack4_e4m3(float x0, float x1, float x2, float x3) {
+    uint32_t r;
+    asm("{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}"
+        : "=r"(r)
+        : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+    return r;
+}
+// Byte i of the result is byte n of x, or n - 4 of y, n being hexadecimal digit i of the selector.
+FASTATTN_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+    return __byte_perm(x, y, selector);
 }
 // One 16-bit value, given as its bits.
 template <class Element> FASTATTN_DEVICE float widen(uint32_t bits);

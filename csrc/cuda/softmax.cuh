@@ -19,6 +19,21 @@ struct Transform {
     bool softcap, on;
     float before, after;
 
+    // What is meant is `by` times the product; returns what `multiplier` becomes.
+    FASTATTN_DEVICE float descale(float multiplier, float by) {
+        if (softcap) {
+            before *= by;
+        } else if (on) {
+            after *= by;
+        } else if (by > 0) {
+            multiplier *= by;
+        } else {
+            on = true;
+            after = multiplier * by;
+            multiplier = 1;
+        }
+        return multiplier;
+    }
     template <int SIZE> FASTATTN_DEVICE void operator()(float (&s)[SIZE]) const {
         if (!on) return;
         if (softcap) {
@@ -34,7 +49,9 @@ struct Transform {
     }
 };
 
-struct OnlineSoftmax {
+// Weights and their sums come times 2^BITS, which is for weights that are rounded to 8 bits: the
+// largest is 2^BITS then.
+template <int BITS = 0> struct OnlineSoftmax {
     float row_max[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // of scores before `multiplier`
     float row_sum[2] = {0, 0};                                  // this thread's columns only
     float multiplier;                                           // takes scores to base-2 exponents
@@ -53,8 +70,9 @@ struct OnlineSoftmax {
             m = fmaxf(m, shuffle_xor(m, 1));
             m = fmaxf(m, shuffle_xor(m, 2));
             float safe = MASKED && m == NEGATIVE_INFINITY ? 0 : m;
-            shift[r] = safe * multiplier;
-            rescale[r] = exp2_approx(row_max[r] * multiplier - shift[r]);
+            float top = safe * multiplier;
+            rescale[r] = exp2_approx(row_max[r] * multiplier - top);
+            shift[r] = top - BITS;
             row_max[r] = m;
             row_sum[r] *= rescale[r];
         }
@@ -81,9 +99,10 @@ struct OnlineSoftmax {
             float top = row_max[r] * multiplier, sink2 = sinks[r] * static_cast<float>(LOG2E);
             float m = fmaxf(top, sink2);
             float weight = exp2_approx(top - m);
-            sum = sum * weight + exp2_approx(sink2 - m);
+            float base = m - BITS;
+            sum = sum * weight + exp2_approx(sink2 - base);
             out_scale[r] = weight / sum;
-            lse[r] = (m + log2_approx(sum)) * static_cast<float>(LN2);
+            lse[r] = (base + log2_approx(sum)) * static_cast<float>(LN2);
         }
     }
 };
@@ -100,8 +119,8 @@ FASTATTN_DEVICE void mask_scores(float (&s)[SIZE], const int (&low)[2], const in
 
 // Products of rows and keys become weights, as OnlineSoftmax::update says. rows: the thread's two,
 // of the band; first: the tile's first key.
-template <bool MASKED, int SIZE>
-FASTATTN_DEVICE void to_weights(float (&s)[SIZE], float (&rescale)[2], OnlineSoftmax& softmax,
+template <bool MASKED, int BITS, int SIZE>
+FASTATTN_DEVICE void to_weights(float (&s)[SIZE], float (&rescale)[2], OnlineSoftmax<BITS>& softmax,
                                 const Transform& transform, const Band& band, const int (&rows)[2],
                                 int first) {
     transform(s);

@@ -1,6 +1,8 @@
-// Tiles of 16-bit elements in shared memory, and the products of whole tiles. next: pipeline.cuh
+// Tiles of 16-bit and 8-bit elements in shared memory, and the products of whole tiles.
+// next: pipeline.cuh
 //
-// A tile lies in panels of 64 columns. A panel's rows are 128 bytes, one after the other; the eight
+// A tile lies in panels of 64 columns, 128 of 8 bits; where it has fewer, the rest of each row goes
+// unused. A panel's rows are 128 bytes, one after the other; the eight
 // 16-byte chunks of row r are permuted by XOR with r % 8, which is what TMA and wgmma call the
 // 128-byte swizzle. One stored tile serves as either operand: rows as M or N index and columns as K
 // (k_major), or rows as K index and columns as M or N (mn_major).
@@ -9,9 +11,13 @@
 
 namespace fastattn::cuda {
 
-constexpr int PANEL = 64;          // columns
+constexpr int PANEL = 64;          // columns of 16 bits
 constexpr int ROW_BYTES = 128;     // of a panel
 constexpr int GROUP_BYTES = 1024;  // eight rows: the period of the swizzle
+
+template <class Element> constexpr int BYTES_OF = 2;
+template <> inline constexpr int BYTES_OF<E4m3> = 1;
+template <class Element> constexpr int K_STEP = 32 / BYTES_OF<Element>;  // of one wgmma
 
 // Bits 0-13 address, 16-29 leading and 32-45 stride offset, all / 16; 62: 128-byte swizzle.
 FASTATTN_DEVICE uint64_t descriptor(SharedAddress start, uint32_t leading) {
@@ -20,24 +26,25 @@ FASTATTN_DEVICE uint64_t descriptor(SharedAddress start, uint32_t leading) {
            static_cast<uint64_t>(GROUP_BYTES >> 4) << 32 | uint64_t(1) << 62;
 }
 
-template <int ROWS_, int COLUMNS_> struct Tile {
-    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, PANELS = COLUMNS / PANEL;
+template <int ROWS_, int COLUMNS_, int ELEMENT = 2> struct Tile {  // ELEMENT: its bytes
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WIDTH = ROW_BYTES / ELEMENT;
+    static constexpr int PANELS = (COLUMNS + WIDTH - 1) / WIDTH;
     static constexpr int PANEL_BYTES = ROWS * ROW_BYTES, BYTES = PANELS * PANEL_BYTES;
-    static_assert(ROWS % 8 == 0 && COLUMNS % PANEL == 0);
+    static_assert(ROWS % 8 == 0 && (COLUMNS % WIDTH == 0 || COLUMNS == PANEL));
 
     SharedAddress base;  // a multiple of 1024
 
     FASTATTN_DEVICE SharedAddress panel(int i) const { return base + i * PANEL_BYTES; }
 
-    // Columns [8 * chunk, 8 * chunk + 8) of a row.
+    // 16 bytes: columns [8 * chunk, 8 * chunk + 8) of a row, or 16 of 8 bits.
     FASTATTN_DEVICE SharedAddress chunk(int row, int chunk) const {
         return panel(chunk / 8) + row * ROW_BYTES + ((chunk % 8) ^ (row % 8)) * 16;
     }
-    // Operand [rows from `row`, multiple of 8] x [16 columns from `k`].
+    // Operand [rows from `row`, multiple of 8] x [32 bytes of columns from `k`].
     FASTATTN_DEVICE uint64_t k_major(int row, int k) const {
-        return descriptor(panel(k / PANEL) + row * ROW_BYTES + k % PANEL * 2, 16);
+        return descriptor(panel(k / WIDTH) + row * ROW_BYTES + k % WIDTH * ELEMENT, 16);
     }
-    // Operand [16 rows from `k`] x [columns from `column`, multiple of 64].
+    // Of 16 bits. Operand [16 rows from `k`] x [columns from `column`, multiple of 64].
     FASTATTN_DEVICE uint64_t mn_major(int k, int column) const {
         return descriptor(panel(column / PANEL) + k * ROW_BYTES, PANEL_BYTES);
     }
@@ -49,17 +56,24 @@ template <class Element, int N, class A, class B>
 FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b, int b_row = 0) {
     static_assert(A::COLUMNS == B::COLUMNS && B::ROWS >= N);
 #pragma unroll
-    for (int k = 0; k < A::COLUMNS; k += 16)
+    for (int k = 0; k < A::COLUMNS; k += K_STEP<Element>)
         wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(b_row, k), k > 0);
 }
 
-// acc[64 x N] += a[64 x K] * b[K, N], a in registers as K / 16 fragments.
+// acc[64 x N] += a[64 x K] * b[K, N], a in registers as fragments. An 8-bit b lies turned, that is
+// as [N, K], its columns in the order of the fragments' (turn.cuh).
 template <class Element, int N, int FRAGMENTS, class B>
 FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGMENTS][4], B b) {
-    static_assert(B::ROWS == 16 * FRAGMENTS && B::COLUMNS == N);
+    constexpr bool TURNED = BYTES_OF<Element> == 1;
+    static_assert((TURNED ? B::COLUMNS : B::ROWS) == K_STEP<Element> * FRAGMENTS);
+    static_assert((TURNED ? B::ROWS : B::COLUMNS) == N);
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS; i++)
-        wgmma_rs<N, Element, true>(acc, a[i], b.mn_major(16 * i, 0), true);
+    for (int i = 0; i < FRAGMENTS; i++) {
+        if constexpr (TURNED)
+            wgmma_rs<N, Element, false>(acc, a[i], b.k_major(0, K_STEP<Element> * i), true);
+        else
+            wgmma_rs<N, Element, true>(acc, a[i], b.mn_major(K_STEP<Element> * i, 0), true);
+    }
 }
 
 // acc[64 x N] += a[64 x K] * b[K, N columns from `column`]
@@ -71,14 +85,24 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], A a, B b, int column) {
         wgmma_ss<N, Element, false, true>(acc, a.k_major(0, k), b.mn_major(k, column), true);
 }
 
-// An accumulator [64 x N] rounded to 16 bits, as the A operand of the next product: the layouts of
-// the two agree, so nothing moves between threads.
+// An accumulator [64 x N] rounded to Element, as the A operand of the next product. The layouts of
+// the two agree for 16 bits. For 8 bits a register is two neighbouring pairs, eight columns apart,
+// and their order in the product is another than in the accumulator: turn.cuh has it too. So
+// nothing moves between threads.
 template <class Element, int N>
-FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / 16][4], const float (&d)[N / 2]) {
+FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / K_STEP<Element>][4], const float (&d)[N / 2]) {
 #pragma unroll
-    for (int i = 0; i < N / 16; i++)
+    for (int i = 0; i < N / K_STEP<Element>; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) a[i][j] = pack<Element>(d[8 * i + 2 * j], d[8 * i + 2 * j + 1]);
+        for (int j = 0; j < 4; j++) {
+            if constexpr (BYTES_OF<Element> == 1) {
+                int at = 16 * i + 8 * (j / 2) + 2 * (j % 2);
+                a[i][j] = pack4_e4m3(d[at], d[at + 1], d[at + 4], d[at + 5]);
+            } else {
+                int at = 8 * i + 2 * j;
+                a[i][j] = pack<Element>(d[at], d[at + 1]);
+            }
+        }
 }
 
 // Writes the fragments of a [64 x N] accumulator to a tile, from `row` and `column` on.

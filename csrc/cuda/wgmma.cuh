@@ -1,4 +1,5 @@
-// wgmma: a warpgroup multiplies [64 x 16] by [16 x N] out of shared memory, asynchronously.
+// wgmma: a warpgroup multiplies [64 x 16] by [16 x N], of 8-bit elements [64 x 32] by [32 x N], out
+// of shared memory, asynchronously.
 // Between an issue and the wait_group that covers it, nobody may touch d, a or the memory of a, b.
 #pragma once
 #include <cstdint>
@@ -47,39 +48,46 @@ FASTATTN_DEVICE void finish_first(float x, SharedAddress anywhere) {
 #define P64 P60 "%60,%61,%62,%63"
 #define P128 P120 "%120,%121,%122,%123,%124,%125,%126,%127"
 
-#define WGMMA(N, TYPE, P, OPERANDS, FLAG)                                                      \
+#define WGMMA(N, K, TYPE, P, OPERANDS, FLAG)                                                   \
     "{\n.reg .pred keep;\nsetp.ne.b32 keep, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64n" N \
-    "k16.f32." TYPE "." TYPE " {" P "}, " OPERANDS ";\n}"
+    "k" K ".f32." TYPE "." TYPE " {" P "}, " OPERANDS ";\n}"
 
 // d = (accumulate ? d : 0) + a * b, with a and b descriptors (tile.cuh). *_MN: the operand is
-// stored with its M or N index contiguous.
+// stored with its M or N index contiguous; 8-bit ones cannot be, and their instruction has no such
+// immediates.
 template <int N, class Element, bool A_MN, bool B_MN> struct Wgmma;
 
-#define DEFINE_WGMMA(N, HALF, ELEMENT, TYPE, I0, I1, I2, I3, I4, I5, I6)                           \
+#define IMMEDIATE(i) ", " i
+#define NONE(i) ""
+#define DEFINE_WGMMA(N, K, HALF, ELEMENT, TYPE, MN, I0, I1, I2, I3, I4, I5, I6)                    \
     template <bool A_MN, bool B_MN> struct Wgmma<N, ELEMENT, A_MN, B_MN> {                         \
+        static_assert(K == 16 || !(A_MN || B_MN));                                                 \
         static FASTATTN_DEVICE void ss(float (&d)[HALF], uint64_t a, uint64_t b, int accumulate) { \
-            asm volatile(WGMMA(#N, TYPE, P##HALF, I0 ", " I1 ", keep, 1, 1, " I3 ", " I4, I2)      \
+            asm volatile(WGMMA(#N, #K, TYPE, P##HALF, I0 ", " I1 ", keep, 1, 1" MN(I3) MN(I4), I2) \
                          : D##HALF                                                                 \
                          : "l"(a), "l"(b), "r"(accumulate), "n"(A_MN), "n"(B_MN));                 \
         }                                                                                          \
         static FASTATTN_DEVICE void rs(float (&d)[HALF], const uint32_t (&a)[4], uint64_t b,       \
                                        int accumulate) {                                           \
-            asm volatile(WGMMA(#N, TYPE, P##HALF,                                                  \
-                               "{" I0 "," I1 "," I2 "," I3 "}, " I4 ", keep, 1, 1, " I6, I5)       \
+            asm volatile(WGMMA(#N, #K, TYPE, P##HALF,                                              \
+                               "{" I0 "," I1 "," I2 "," I3 "}, " I4 ", keep, 1, 1" MN(I6), I5)     \
                          : D##HALF                                                                 \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),    \
                            "n"(B_MN));                                                             \
         }                                                                                          \
     };
-#define DEFINE_WGMMA_BOTH(N, HALF, ...)              \
-    DEFINE_WGMMA(N, HALF, Bf16, "bf16", __VA_ARGS__) \
-    DEFINE_WGMMA(N, HALF, Fp16, "f16", __VA_ARGS__)
+#define DEFINE_WGMMA_BOTH(N, HALF, ...)                             \
+    DEFINE_WGMMA(N, 16, HALF, Bf16, "bf16", IMMEDIATE, __VA_ARGS__) \
+    DEFINE_WGMMA(N, 16, HALF, Fp16, "f16", IMMEDIATE, __VA_ARGS__)
+#define DEFINE_WGMMA_ALL(N, HALF, ...)      \
+    DEFINE_WGMMA_BOTH(N, HALF, __VA_ARGS__) \
+    DEFINE_WGMMA(N, 32, HALF, E4m3, "e4m3", NONE, __VA_ARGS__)
 
 DEFINE_WGMMA_BOTH(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
-DEFINE_WGMMA_BOTH(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+DEFINE_WGMMA_ALL(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 DEFINE_WGMMA_BOTH(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
-DEFINE_WGMMA_BOTH(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-DEFINE_WGMMA_BOTH(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+DEFINE_WGMMA_ALL(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+DEFINE_WGMMA_ALL(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 template <int N, class Element, bool A_MN, bool B_MN>
 FASTATTN_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {

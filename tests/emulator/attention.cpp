@@ -8,9 +8,10 @@ using namespace fastattn::cuda;
 
 namespace {
 
-std::string encode(TensorMap& map, void* data, const uint64_t* sizes, const uint64_t* strides,
-                   const uint32_t* box) {
-    return emulator::encode_tiled(map, data, 4, 2, sizes, strides, box, emulator::Swizzle::B128);
+std::string encode(TensorMap& map, void* data, int element_bytes, const uint64_t* sizes,
+                   const uint64_t* strides, const uint32_t* box) {
+    return emulator::encode_tiled(map, data, 4, element_bytes, sizes, strides, box,
+                                  emulator::Swizzle::B128);
 }
 
 template <class F> std::string forward(const ForwardCall& call, int grid, uint64_t seed) {
@@ -77,6 +78,7 @@ void emulated_forget() { emulator::forget_memory(); }
 const char* emulated_forward_sm90(const ForwardCall* call, bool bf16, int grid, uint64_t seed) {
     std::string why = why_not_tma(*call);
     if (!why.empty()) return keep(why);
+    if (call->q.bytes == 1) return keep(forward_of<E4m3>(*call, grid, seed));
     return keep(bf16 ? forward_of<Bf16>(*call, grid, seed) : forward_of<Fp16>(*call, grid, seed));
 }
 }

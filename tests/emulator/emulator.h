@@ -106,12 +106,16 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int groups);
 
+enum class Format { BF16, FP16, E4M3 };
+
 struct Wgmma {
     float* d;
     const uint32_t* a_registers;  // null: a is a descriptor
     uint64_t a, b;
     int n;
-    bool accumulate, bf16, a_mn, b_mn;
+    Format format;
+    bool accumulate, a_mn, b_mn;
+    int k() const { return format == Format::E4M3 ? 32 : 16; }  // 32 bytes
 };
 void wgmma(const Wgmma& w);
 
@@ -123,8 +127,12 @@ using TensorMap = emulator::TensorMap;
 using SharedAddress = uint32_t;
 struct Bf16 {};
 struct Fp16 {};
+struct E4m3 {};
 template <class E> constexpr bool IS_BF16 = false;
 template <> inline constexpr bool IS_BF16<Bf16> = true;
+template <class E> constexpr emulator::Format FORMAT = emulator::Format::BF16;
+template <> inline constexpr emulator::Format FORMAT<Fp16> = emulator::Format::FP16;
+template <> inline constexpr emulator::Format FORMAT<E4m3> = emulator::Format::E4M3;
 constexpr uint64_t EVICT_FIRST = 0, EVICT_LAST = 0;
 
 inline int thread_index() { return emulator::thread_index(); }
@@ -235,12 +243,12 @@ template <int N> FASTATTN_DEVICE void pin(float (&)[N]) {}
 FASTATTN_DEVICE void finish_first(float, SharedAddress) {}
 template <int N, class E, bool A_MN, bool B_MN>
 FASTATTN_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-    emulator::wgmma({d, nullptr, a, b, N, accumulate, IS_BF16<E>, A_MN, B_MN});
+    emulator::wgmma({d, nullptr, a, b, N, FORMAT<E>, accumulate, A_MN, B_MN});
 }
 template <int N, class E, bool B_MN> FASTATTN_DEVICE void wgmma_rs(float (&d)[N / 2],
                                                                    const uint32_t (&a)[4],
                                                                    uint64_t b, bool accumulate) {
-    emulator::wgmma({d, a, 0, b, N, accumulate, IS_BF16<E>, false, B_MN});
+    emulator::wgmma({d, a, 0, b, N, FORMAT<E>, accumulate, false, B_MN});
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
@@ -264,6 +272,18 @@ template <class E> uint32_t pack(float low, float high) {
     else
         return narrow_fp16(low) | static_cast<uint32_t>(narrow_fp16(high)) << 16;
 }
+uint8_t narrow_e4m3(float x);
+inline uint32_t pack4_e4m3(float x0, float x1, float x2, float x3) {
+    return narrow_e4m3(x0) | narrow_e4m3(x1) << 8 | narrow_e4m3(x2) << 16 |
+           static_cast<uint32_t>(narrow_e4m3(x3)) << 24;
+}
+inline uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+    uint64_t both = x | static_cast<uint64_t>(y) << 32;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) r |= (both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return r;
+}
+float widen_e4m3(uint8_t bits);
 float widen_bits(uint16_t bits, bool bf16);
 template <class E> float widen(uint32_t bits) {
     return widen_bits(static_cast<uint16_t>(bits), IS_BF16<E>);

@@ -21,10 +21,12 @@ bool is_poison(float x) {
     return bits == 0x7fa0dead;
 }
 
-float half_at(const uint8_t* p, bool bf16) {
+// Element i of a row.
+float element(const uint8_t* row, int i, Format format) {
+    if (format == Format::E4M3) return cuda::widen_e4m3(row[i]);
     uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    return cuda::widen_bits(bits, bf16);
+    std::memcpy(&bits, row + 2 * i, 2);
+    return cuda::widen_bits(bits, format == Format::BF16);
 }
 
 }  // namespace
@@ -109,7 +111,7 @@ namespace {
 Warpgroup& my_matrix() { return cta->matrix[cta->current->index / 128]; }
 Meeting& my_warpgroup() { return cta->warpgroups[cta->current->index / 128]; }
 
-// Where a descriptor says that eight elements lie: of row mn from k (K-major), or of row k from mn.
+// Where a descriptor says that 16 bytes lie: of row mn from k (K-major), or of row k from mn.
 struct Descriptor {
     uint32_t start, lead, stride;
     Swizzle swizzle;
@@ -128,9 +130,9 @@ struct Descriptor {
                : swizzle == Swizzle::B32 ? 32
                                          : 16;
     }
-    uint32_t k_major(int mn, int k) const {
-        uint32_t chunk = swizzle == Swizzle::NONE ? k / 8 * lead : k / 8 * 16;
-        return swizzled(start + mn % 8 * span() + mn / 8 * stride + chunk, swizzle);
+    uint32_t k_major(int mn, int chunk) const {
+        uint32_t along = chunk * (swizzle == Swizzle::NONE ? lead : 16);
+        return swizzled(start + mn % 8 * span() + mn / 8 * stride + along, swizzle);
     }
     uint32_t mn_major(int mn, int k) const {
         int wide = span() / 2;  // elements in a panel
@@ -140,11 +142,11 @@ struct Descriptor {
     }
 };
 
-// [16][count]: k, then the M or N index.
-std::vector<float> load_operand(uint64_t bits, int count, bool mn_major, bool bf16,
+// [k][count], then the M or N index.
+std::vector<float> load_operand(uint64_t bits, int count, bool mn_major, const Wgmma& call,
                                 const Accessor& who) {
     Descriptor d(bits, who.site);
-    std::vector<float> x(16 * count);
+    std::vector<float> x(call.k() * count);
     auto chunk = [&](uint32_t address) {
         check_range(address, 16, 16, who.site, "a wgmma operand");
         return read_cells(address, 16, who);
@@ -153,29 +155,32 @@ std::vector<float> load_operand(uint64_t bits, int count, bool mn_major, bool bf
         for (int k = 0; k < 16; k++)
             for (int mn = 0; mn < count; mn += 8) {
                 const uint8_t* p = chunk(d.mn_major(mn, k));
-                for (int i = 0; i < 8; i++) x[k * count + mn + i] = half_at(p + 2 * i, bf16);
+                for (int i = 0; i < 8; i++) x[k * count + mn + i] = element(p, i, call.format);
             }
     } else {
+        int wide = call.k() / 2;
         for (int mn = 0; mn < count; mn++)
-            for (int k = 0; k < 16; k += 8) {
-                const uint8_t* p = chunk(d.k_major(mn, k));
-                for (int i = 0; i < 8; i++) x[(k + i) * count + mn] = half_at(p + 2 * i, bf16);
+            for (int c = 0; c < 2; c++) {
+                const uint8_t* p = chunk(d.k_major(mn, c));
+                for (int i = 0; i < wide; i++)
+                    x[(wide * c + i) * count + mn] = element(p, i, call.format);
             }
     }
     return x;
 }
 
 std::vector<float> registers_as_a(const Multiply& m) {
-    std::vector<float> x(16 * 64);
+    std::vector<float> x(m.call.k() * 64);
+    int each = m.call.k() / 8;  // elements of a register
     for (int t = 0; t < 128; t++)
         for (int i = 0; i < 4; i++) {
             uint32_t value = m.a_values[4 * t + i];
             if (std::memcmp(&m.a[t][i], &value, 4) != 0)
                 fail(m.async->site, "the A registers of this wgmma were written while it ran");
-            int r = t / 32 * 16 + t % 32 / 4 + 8 * (i & 1), k = 2 * (t % 4) + 8 * (i >> 1);
-            for (int e = 0; e < 2; e++)
+            int r = t / 32 * 16 + t % 32 / 4 + 8 * (i & 1), k = each * (t % 4 + 4 * (i >> 1));
+            for (int e = 0; e < each; e++)
                 x[(k + e) * 64 + r] =
-                    cuda::widen_bits(static_cast<uint16_t>(value >> 16 * e), m.call.bf16);
+                    element(reinterpret_cast<const uint8_t*>(&value), e, m.call.format);
         }
     return x;
 }
@@ -191,12 +196,12 @@ void execute(const Multiply& m) {
     Accessor who = m.async->accessor();
     std::vector<float> a = m.call.a_registers
                                ? registers_as_a(m)
-                               : load_operand(m.call.a, 64, m.call.a_mn, m.call.bf16, who);
-    std::vector<float> b = load_operand(m.call.b, n, m.call.b_mn, m.call.bf16, who);
+                               : load_operand(m.call.a, 64, m.call.a_mn, m.call, who);
+    std::vector<float> b = load_operand(m.call.b, n, m.call.b_mn, m.call, who);
     std::vector<float>& sum = *m.sum;
     if (!m.call.accumulate) std::fill(sum.begin(), sum.end(), 0.0f);
     for (int r = 0; r < 64; r++)
-        for (int k = 0; k < 16; k++) {
+        for (int k = 0; k < m.call.k(); k++) {
             float x = a[k * 64 + r];
             const float* row = &b[k * n];
             float* out = &sum[r * n];
@@ -265,8 +270,10 @@ void wgmma(const Wgmma& w) {
     int t = cta->current->index % 128;
     m.pointers[t] = w.d;
     m.sources[t] = w.a_registers;
-    uint64_t key = w.a * 31 + w.b * 17 + w.n * 16 + w.accumulate * 8 + w.bf16 * 4 + w.a_mn * 2 +
-                   w.b_mn + (w.a_registers ? 1ull << 60 : 0);
+    if (w.format == Format::E4M3 && (w.a_mn || w.b_mn))
+        fail(site, "8-bit operands of wgmma are K-major, both");
+    uint64_t key = w.a * 31 + w.b * 17 + w.n * 16 + w.accumulate * 8 + w.a_mn * 2 + w.b_mn +
+                   static_cast<uint64_t>(w.format) * 4096 + (w.a_registers ? 1ull << 60 : 0);
     meet(m, 128, Op::WGMMA, key, site, [&] { issue(w, m, site); });
 }
 
@@ -312,7 +319,7 @@ void wgmma_wait(int groups) {
 
 }  // namespace fastattn::emulator
 
-// ---- 16-bit formats ----------------------------------------------------------------------------
+// ---- formats -----------------------------------------------------------------------------------
 
 namespace fastattn::cuda {
 
@@ -340,6 +347,34 @@ uint16_t narrow_fp16(float x) {
     uint16_t bits;
     std::memcpy(&bits, &h, 2);
     return bits;
+}
+
+// Four bits of exponent with bias 7, three of mantissa; no infinity, 0x7f and 0xff are NaN.
+float widen_e4m3(uint8_t bits) {
+    struct Table {
+        float of[256];
+        Table() {
+            for (int i = 0; i < 128; i++) {
+                int exponent = i >> 3, mantissa = i & 7;
+                float x = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+                of[i] = i == 0x7f ? NAN : x;
+                of[i + 128] = -of[i];
+            }
+        }
+    };
+    static const Table table;
+    return table.of[bits];
+}
+
+// As cvt.rn.satfinite: to nearest, ties to even, the largest, 448, from there on.
+uint8_t narrow_e4m3(float x) {
+    uint8_t sign = std::signbit(x) ? 0x80 : 0;
+    if (std::isnan(x)) return 0x7f;
+    float size = std::fabs(x);
+    if (size >= 448) return sign | 0x7e;
+    int exponent = std::max(-6, std::ilogb(size));
+    int steps = static_cast<int>(std::nearbyint(ldexpf(size, 3 - exponent)));  // of 1/8
+    return static_cast<uint8_t>(sign | (steps + 8 * (exponent + 6)));
 }
 
 }  // namespace fastattn::cuda

@@ -2,6 +2,7 @@
 // planted at a time, and single instructions. Driven by ../test_emulator.py.
 #include "pipeline.cuh"
 #include "tile.cuh"
+#include "turn.cuh"
 
 using namespace fastattn;
 using namespace fastattn::cuda;
@@ -130,15 +131,79 @@ void product(const Problem& p, Fault fault) {
     }
 }
 
-TensorMap map_of(void* data, int columns, int rows, emulator::Swizzle swizzle, int box_columns,
-                 int box_rows) {
+TensorMap map_of(const void* data, int columns, int rows, emulator::Swizzle swizzle,
+                 int box_columns, int box_rows, int bytes = 2) {
     TensorMap map;
     uint64_t sizes[4] = {uint64_t(columns), uint64_t(rows), 1, 1};
-    uint64_t strides[3] = {uint64_t(columns) * 2, 16, 16};
+    uint64_t strides[3] = {uint64_t(columns) * bytes, 16, 16};
     uint32_t box[4] = {uint32_t(box_columns), uint32_t(box_rows), 1, 1};
-    std::string error = emulator::encode_tiled(map, data, 4, 2, sizes, strides, box, swizzle);
+    std::string error = emulator::encode_tiled(map, const_cast<void*>(data), 4, bytes, sizes,
+                                               strides, box, swizzle);
     if (!error.empty()) std::abort();
     return map;
+}
+
+// As the kernel of attention does it in 8 bits: a product of bytes, rounded to bytes, times values
+// that three warps turn meanwhile. One line is left out of it, or changed.
+enum class Fault8 {
+    NONE,
+    NO_WAIT_FOR_TURN,
+    NO_PROXY_FENCE,
+    NO_WAIT_FOR_DATA,
+    MN_MAJOR,
+    NOT_TURNED
+};
+
+struct Problem8 {
+    TensorMap a, b;  // [64, 128], [128, 128]
+    float* out;      // [64, 128]
+};
+
+void product8(const Problem8& p, Fault8 fault) {
+    constexpr int SIDE = TURNED_SIDE;
+    using Keys = Tile<SIDE, SIDE, 1>;
+    SharedAddress shared = dynamic_shared();
+    Keys keys{shared}, values{shared + Keys::BYTES};
+    Tile<64, SIDE, 1> rows{shared + 2 * Keys::BYTES};
+    TurnedRing<1> ring{{rows.base + rows.BYTES}};
+    if (thread_index() == 0) {
+        ring.init(1, 3);
+        fence_mbarrier_init();
+    }
+    sync_block();
+    int warp = warp_index();
+    if (thread_index() == 0) {
+        ring.acquire(2 * Keys::BYTES + rows.BYTES);
+        tma_load(rows.base, &p.a, ring.full(), 0, 0, 0, 0, EVICT_FIRST);
+        for (Keys tile : {keys, values})
+            tma_load(tile.base, &p.b, ring.full(), 0, 0, 0, 0, EVICT_FIRST);
+    } else if (warp >= 1 && warp <= 3) {
+        if (fault != Fault8::NO_WAIT_FOR_DATA) ring.wait_loaded();
+        if (fault != Fault8::NOT_TURNED) turn_tile<SIDE>(values.base, SIDE, warp - 1, 3);
+        if (fault != Fault8::NO_PROXY_FENCE) fence_proxy_async();
+        sync_warp();
+        if (lane_index() == 0) ring.turn();
+    } else if (warp >= 4) {
+        float scores[SIDE / 2], acc[SIDE / 2] = {};
+        uint32_t weights[SIDE / 32][4];
+        ring.wait_loaded();
+        wgmma_fence();
+        multiply_transposed<E4m3, SIDE>(scores, rows, 0, keys);
+        wgmma_commit();
+        wgmma_wait<0>();
+        to_fragments<E4m3, SIDE>(weights, scores);
+        if (fault != Fault8::NO_WAIT_FOR_TURN) ring.wait();
+        wgmma_fence();
+        if (fault == Fault8::MN_MAJOR)
+            wgmma_rs<SIDE, E4m3, true>(acc, weights[0], values.mn_major(0, 0), true);
+        multiply_add<E4m3, SIDE>(acc, weights, values);
+        wgmma_commit();
+        wgmma_wait<0>();
+        int t = thread_index() % 128, row = t / 32 * 16 + t % 32 / 4;
+        for (int i = 0; i < SIDE / 2; i++)
+            st_global(p.out + (row + 8 * (i / 2 % 2)) * SIDE + i / 4 * 8 + 2 * (t % 4) + i % 2,
+                      acc[i]);
+    }
 }
 
 const char* keep(std::string text) {
@@ -161,14 +226,16 @@ const char* emulated_self_test(int fault, uint64_t seed, void* a, void* b, void*
                                  [&] { product(p, static_cast<Fault>(fault)); }));
 }
 
-// One box [box_rows, box_columns] at (row, column) of a 16-bit matrix, as it lies in shared memory.
-const char* emulated_box(const void* data, int columns, int rows, int swizzle, int box_columns,
-                         int box_rows, int column, int row, float* bytes_out, uint64_t seed) {
-    TensorMap map = map_of(const_cast<void*>(data), columns, rows,
-                           static_cast<emulator::Swizzle>(swizzle), box_columns, box_rows);
+// One box [box_rows, box_columns] at (row, column) of a matrix of elements of so many bytes, as it
+// lies in shared memory.
+const char* emulated_box(const void* data, int element_bytes, int columns, int rows, int swizzle,
+                         int box_columns, int box_rows, int column, int row, float* bytes_out,
+                         uint64_t seed) {
+    TensorMap map = map_of(data, columns, rows, static_cast<emulator::Swizzle>(swizzle),
+                           box_columns, box_rows, element_bytes);
     return keep(emulator::launch({1, 32, 16384 + 64, seed}, [&] {
         SharedAddress shared = dynamic_shared(), bar = shared + 16384;
-        int bytes = box_columns * box_rows * 2;
+        int bytes = box_columns * box_rows * element_bytes;
         if (thread_index() == 0) {
             mbarrier_init(bar, 1);
             fence_mbarrier_init();
@@ -186,8 +253,8 @@ const char* emulated_box(const void* data, int columns, int rows, int swizzle, i
 const char* emulated_transposed(const void* a, const void* b, float* out, uint64_t seed) {
     constexpr int N = 128;
     auto b128 = emulator::Swizzle::B128;
-    TensorMap ma = map_of(const_cast<void*>(a), 64, 64, b128, 64, 64);
-    TensorMap mb = map_of(const_cast<void*>(b), N, 64, b128, 64, 64);
+    TensorMap ma = map_of(a, 64, 64, b128, 64, 64);
+    TensorMap mb = map_of(b, N, 64, b128, 64, 64);
     return keep(emulator::launch({1, 128, 3 * Block::BYTES + 64, seed}, [&] {
         SharedAddress shared = dynamic_shared(), bar = shared + 3 * Block::BYTES;
         if (thread_index() == 0) {
@@ -259,5 +326,21 @@ const char* emulated_reduce(const float* terms, float* sums, int n, uint64_t see
         bulk_commit();
         bulk_wait<0>();
     }));
+}
+// out [64, 128] fp32 = e4m3(a b^T) b, of a [64, 128] and b [128, 128] in e4m3.
+const char* emulated_self_test8(int fault, uint64_t seed, const void* a, const void* b,
+                                float* out) {
+    constexpr int SIDE = TURNED_SIDE;
+    auto b128 = emulator::Swizzle::B128;
+    Problem8 p{map_of(a, SIDE, 64, b128, SIDE, 64, 1), map_of(b, SIDE, SIDE, b128, SIDE, SIDE, 1),
+               out};
+    return keep(emulator::launch({1, 256, 5 * 64 * SIDE + 64, seed},
+                                 [&] { product8(p, static_cast<Fault8>(fault)); }));
+}
+
+// n numbers, a multiple of 4, to e4m3 and back.
+void emulated_e4m3(const float* x, uint32_t* bytes, float* back, int n) {
+    for (int i = 0; i < n; i += 4) bytes[i / 4] = pack4_e4m3(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    for (int i = 0; i < n; i++) back[i] = widen_e4m3(reinterpret_cast<uint8_t*>(bytes)[i]);
 }
 }
