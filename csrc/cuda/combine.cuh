@@ -14,6 +14,7 @@ template <class Element, int D> __global__ void __launch_bounds__(COMBINE_THREAD
     int64_t at = int64_t(block_index()) * COMBINE_ROWS + thread_index() / 32;
     if (at >= rows) return;
     int row = static_cast<int>(at % p.q_len), head = static_cast<int>(at / p.q_len % p.heads);
+    int batch = static_cast<int>(at / p.q_len / p.heads);
     float top = NEGATIVE_INFINITY;
     for (int i = 0; i < p.splits; i++) top = fmaxf(top, ld_global(p.part_lse + i * rows + at));
     bool dead = top == NEGATIVE_INFINITY;
@@ -22,6 +23,7 @@ template <class Element, int D> __global__ void __launch_bounds__(COMBINE_THREAD
     float sum = exp2_approx((sink - top) * static_cast<float>(LOG2E));
     constexpr int COLUMNS = D / 32;  // of a lane, two side by side
     float acc[COLUMNS] = {};
+#pragma unroll 4
     for (int i = 0; i < p.splits; i++) {
         float lse = ld_global(p.part_lse + i * rows + at);
         float weight = exp2_approx((lse - top) * static_cast<float>(LOG2E));
@@ -35,8 +37,7 @@ template <class Element, int D> __global__ void __launch_bounds__(COMBINE_THREAD
         }
     }
     float scale = dead ? 0 : 1 / sum;
-    uint16_t* to = p.out.data + at / p.q_len / p.heads * p.out.batch + head * p.out.head +
-                   row * p.out.row + 2 * lane_index();
+    uint16_t* to = p.out.at(batch, head, row) + 2 * lane_index();
 #pragma unroll
     for (int j = 0; j < COLUMNS; j += 2)
         st_global(reinterpret_cast<uint32_t*>(to + 32 * j),

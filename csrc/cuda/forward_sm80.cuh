@@ -77,7 +77,7 @@ template <class F> struct Loads {
     const ForwardParams80& p;
     SharedAddress shared;
     const Work& w;
-    int begin;  // the last tile
+    int begin;  // the first tile, which is taken last
 
     FASTATTN_DEVICE T keys(int tile) const {
         return {shared + F::KV_AT + tile % STAGES * 2 * T::BYTES};
@@ -102,7 +102,8 @@ template <class F> struct Loads {
         copy_commit();
     }
 
-    FASTATTN_DEVICE void prologue(int tile) const {  // the caller's copies of q are in the first
+    // Loads of the last tile and on; the caller's copies of q are in the first group.
+    FASTATTN_DEVICE void prologue(int tile) const {
         start(keys(tile), p.k, tile);
 #pragma unroll
         for (int i = 1; i < STAGES; i++) {
