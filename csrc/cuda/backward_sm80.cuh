@@ -1,6 +1,6 @@
 // The backward pass on sm_80 and later. As on sm_90 a CTA has one tile of keys, walks over the
-// tiles of rows that see them, of every head that shares them, and keeps dk and dv in registers;
-// here all warps do the same, and what a tile adds to dq goes from registers to fp32 sums in memory.
+// tiles of rows that see them, of every head that shares them, and keeps dk and dv in registers.
+// Here all warps do the same, and what a tile adds to dq goes from registers to sums in memory.
 // next: mma.cuh, backward_tile.cuh, backward_rows.cuh
 //
 // Weights and dscores go through shared memory, both before one barrier, so that warps multiply 32

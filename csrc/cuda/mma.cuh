@@ -41,8 +41,8 @@ template <class T> FASTATTN_DEVICE SharedAddress move(SharedAddress at, int rows
     return (at ^ columns % PANEL * 2) + columns / PANEL * T::PANEL_BYTES + rows * ROW_BYTES;
 }
 
-// An operand from row (or column) `first` of M (or N) on. A load gives a fragment of A [16 x 16], or
-// two of B, [16 from k] x [8 from n] and [8 from n + 8], in b[0], b[1] and b[2], b[3].
+// An operand from index `first` of M or N on. A load gives a fragment of A [16 x 16], or two of B:
+// [16 from k] x [8 from n] and [8 from n + 8], in b[0], b[1] and b[2], b[3].
 template <bool OF_A, Major MAJOR, class T> struct Fragments {
     static constexpr bool IN_ROWS = MAJOR == Major::K;  // M or N is the tile's row
     // Of the four matrices of a block, 1 and 2 are the lower left and the upper right one, or the

@@ -48,7 +48,7 @@ struct ForwardShape {
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
     const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see packed.cuh
     int sequences;
-    bool documents;  // or else batch is 1
+    bool documents;     // or else batch is 1
     const void* sinks;  // [heads]
     SinkType sink_type;
     int batch, heads, kv_heads, q_len, kv_len;
