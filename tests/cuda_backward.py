@@ -56,7 +56,7 @@ def check(
     for name, x, true, rough in zip(("dq", "dk", "dv", "dsinks"), got, expected, plain):
         limit = 3 * (rough.double() - true).abs().max()
         # dscores of an only key are 0, less the rounding of two fp32 sums over D, for each row
-        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 4e-5
+        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 1e-5 * kernel.dim / 64
         assert (x.double() - true).abs().max() <= limit, name
 
 
