@@ -321,7 +321,7 @@ std::tuple<Tensor, Tensor> flash_attn_fwd_float8(
     CHECK(!page_table && num_splits <= 1,
           "the CUDA kernels of float8 take no page_table and do not split keys");
     Gpu gpu = check_gpu(q);
-    CHECK(gpu.capability == 90, "the CUDA kernels of float8 are for sm_90, this GPU is sm_",
+    CHECK(gpu.hopper(), "the CUDA kernels of float8 are for sm_90, this GPU is sm_",
           gpu.capability);
     return forward(q, k, v, sinks, kv_lens, kv_starts, cu_seqlens_q, cu_seqlens_k, page_table,
                    scale, softcap, left, right, align_end, num_splits, gpu,
