@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case
 from cuda_backward import Kernel, check, same_bits, sequences_are_apart
-from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES
+from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES, thinned
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
@@ -27,28 +27,34 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
 # Every shape with the two most used kernels; with all, the one that ends in the midst of tiles.
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    "kernel, shape",
-    [(k, s) for k in KERNELS for s in SHAPES if k in ("64-large", "128-large") or s == "odd"],
+    "kernel_and_shape, mask",
+    thinned(
+        [
+            f"{k} {s}"
+            for k in KERNELS
+            for s in SHAPES
+            if k in ("64-large", "128-large") or s == "odd"
+        ],
+        MASKS,
+    ),
 )
-def test_masks(kernel, shape, mask):
+def test_masks(kernel_and_shape, mask):
+    kernel, shape = kernel_and_shape.split()
     seed = NUMBERS[kernel] + NUMBERS[shape] + NUMBERS[mask]
     case = Case(f"cuda/{shape}-{mask}", **SHAPES[shape], **MASKS[mask])
     dtype = torch.bfloat16 if seed % 2 else torch.float16
     check(KERNELS[kernel], case, dtype, seed, with_dlse=seed % 3 > 0)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@every_kernel
+@pytest.mark.parametrize("kernel, option", thinned(KERNELS, OPTIONS))
 def test_options(kernel, option):
     seed = NUMBERS[kernel] + NUMBERS[option]
     case = Case(f"cuda/{option}", **OPTIONS[option])
     check(KERNELS[kernel], case, torch.float16 if seed % 2 else torch.bfloat16, seed)
 
 
-@pytest.mark.parametrize("name", PACKED)
-@every_kernel
+@pytest.mark.parametrize("kernel, name", thinned(KERNELS, PACKED))
 def test_packed_sequences(kernel, name):
     seed = NUMBERS[kernel] + NUMBERS[name]
     case = Case("cuda/packed", **PACKED[name])

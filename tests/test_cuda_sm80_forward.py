@@ -10,7 +10,7 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_cases import DIMS, check_forward
+from cuda_cases import DIMS, check_forward, thinned
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
@@ -40,9 +40,7 @@ def decode(dim: int, option: str, heads: str = "mha", **more) -> Case:
     return Case(f"cuda/{option}", **{**shape, **DECODE[option], **more})
 
 
-@pytest.mark.parametrize("splits", [1, 3, 99])
-@pytest.mark.parametrize("option", DECODE)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim, option, splits", thinned(DIMS, DECODE, [1, 3, 99]))
 def test_few_rows(dim, option, splits):
     seed = DIMS.index(dim) + list(DECODE).index(option) + splits
     heads = list(HEADS)[seed % 3] if option != "one-kv-head" else "mha"
@@ -50,9 +48,10 @@ def test_few_rows(dim, option, splits):
     check_forward(decode(dim, option, heads), dtype, seed, arch="sm80", num_splits=splits)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 24, 256])
-@pytest.mark.parametrize("option", [n for n in DECODE if n not in ("bshd", "one-kv-head")])
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(
+    "dim, option, page_size",
+    thinned(DIMS, [n for n in DECODE if n not in ("bshd", "one-kv-head")], [1, 16, 24, 256]),
+)
 def test_pages(dim, option, page_size):
     """What is in unused pages, and in the unused part of a page, is NaN."""
     seed = DIMS.index(dim) + list(DECODE).index(option) + page_size
