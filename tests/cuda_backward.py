@@ -56,7 +56,8 @@ def check(
     for name, x, true, rough in zip(("dq", "dk", "dv", "dsinks"), got, expected, plain):
         limit = 3 * (rough.double() - true).abs().max()
         # dscores of an only key are 0, less the rounding of two fp32 sums over D, for each row
-        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + 1e-5 * kernel.dim / 64
+        rounding = 4e-5 if kernel.dim == 256 else 1e-5
+        limit += 2 * torch.finfo(dtype).eps * true.abs().max() + rounding
         assert (x.double() - true).abs().max() <= limit, name
 
 

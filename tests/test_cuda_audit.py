@@ -174,6 +174,13 @@ def test_cpu_tensors_are_refused():
     assert "q is on cpu" in reason
 
 
+def test_the_shared_memory_of_a_cta_is_the_same_number_everywhere():
+    params = (cuda_audit.ROOT / "csrc/cuda/params.h").read_text()
+    small = cuda_audit.SMALL_SHARED + 1024
+    assert f"Memory::LARGE ? {backends.CUDA_WIDE_BACKWARD} : {small};" in params
+    assert cuda_audit.MAX_SHARED["_sm80"] + 1024 == backends.CUDA_WIDE_BACKWARD
+
+
 def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
     calls = []
     able = backends.Backend(
