@@ -32,8 +32,10 @@ help:
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
 
+# One process a core, one thread a process; a worker without tests takes some of another's. One
+# process again, for a debugger: make test ARGS="-n 0 --pdb tests/test_cpu.py".
 test: build
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal $(ARGS)
 
 bench: build
 	$(BIN)/python -m fastattn bench --quick $(ARGS)

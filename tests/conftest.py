@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import pkgutil
 import random
+import re
 
 import fastattn.kernels
 import numpy
@@ -53,6 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # `make test` runs several processes, which must agree on the names
+        if re.search(r" at 0x[0-9a-f]{6}", item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid} has an address in its name: give it an id")
     if native_is_built():
         return
     skip = pytest.mark.skip(reason="the C++ library (fastattn/_cpu*.so) is not built")

@@ -8,11 +8,13 @@ The library is kept in build/emulator under a hash of its sources and of the com
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -48,9 +50,17 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """The emulator with the kernels and its own tests in it, built if it is not there."""
+@contextmanager
+def locked(folder: Path):
+    """Alone in a folder that several processes build in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _built() -> Path:
+    """The library, compiled if it is not there."""
     sources = sorted(EMULATOR.glob("*.cpp"))
     read = [*sources, *EMULATOR.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
     read += [p for p in (ROOT / "csrc/cuda").iterdir() if p.is_file()]
@@ -59,8 +69,9 @@ def library() -> ctypes.CDLL:
         digest.update(path.read_bytes())
     folder = ROOT / "build/emulator"
     target = folder / f"emulator-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if target.exists():
+            return target
         for old in folder.glob("emulator-*.so"):
             old.unlink()
         objects = [folder / f"{path.stem}.o" for path in sources]
@@ -69,7 +80,13 @@ def library() -> ctypes.CDLL:
             list(pool.map(_run, jobs))
         _run(["g++", "-shared", *map(str, objects), "-o", f"{target}.part", "-ldl"])
         Path(f"{target}.part").rename(target)
-    loaded = ctypes.CDLL(str(target))
+    return target
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The emulator with the kernels and its own tests in it."""
+    loaded = ctypes.CDLL(str(_built()))
     loaded.emulated_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p]
     for name in ("forward_sm90", "forward_sm80", "backward_sm90", "backward_sm80"):
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p

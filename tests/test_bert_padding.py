@@ -129,7 +129,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("function, arguments, kind, sentence", REFUSED, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    "function, arguments, kind, sentence",
+    REFUSED,
+    ids=lambda x: getattr(x, "__name__", str(x))[:30],
+)
 def test_refusals(function, arguments, kind, sentence):
     with pytest.raises(kind, match=sentence):
         function(*arguments)
