@@ -343,66 +343,65 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
     m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
 }
 
-// --- aten's own CPU flash operator, served by the same kernels -----------------------------------
-// aten gives a float mask that is added, or a bool one; causal is aligned to the start.
+// --- torch's C++ autograd over these kernels -----------------------------------------------------
+// aten::_scaled_dot_product_efficient_attention has a derivative and, in torch, no kernel for the CPU.
+// With ours under it, override.py's calls without a mask have torch's C++ autograd, which is several
+// times cheaper than a Python one, and their backward is ours whatever has been switched since.
+// Causal is aligned to the start. override.py gives neither a bias nor dropout.
 
-Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p, bool is_causal,
-               OptionalTensor attn_mask, std::optional<double> scale) {
-    CHECK(dropout_p == 0, "aten's CPU flash operator has no dropout");
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, bool has_bias, double dropout_p,
+               bool is_causal, std::optional<double> scale) {
+    CHECK(!has_bias && dropout_p == 0,
+          "attn_bias and dropout_p are not served by this operator on the CPU; "
+          "F.scaled_dot_product_attention takes both");
+    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
     Call call{};
     call.q = q;
     call.k = k;
     call.v = v;
-    if (attn_mask && attn_mask->defined()) {  // autograd passes an undefined one for none
-        Tensor mask = *attn_mask;
-        if (mask.dim() == 2) mask = torch::stable::unsqueeze(torch::stable::unsqueeze(mask, 0), 0);
-        (mask.scalar_type() == ScalarType::Bool ? call.mask : call.bias) = mask;
-    }
-    call.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(q.dim() - 1)));
+    call.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
     call.left = -1;
     call.right = is_causal ? 0 : -1;
     return call;
 }
 
-std::tuple<Tensor, Tensor> aten_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                        double dropout_p, bool is_causal, OptionalTensor attn_mask,
-                                        std::optional<double> scale) {
-    Call call = aten_call(q, k, v, dropout_p, is_causal, attn_mask, scale);
-    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
-    // [B, Sq, H] in memory, as aten's shape function says
-    Tensor lse = torch::stable::transpose(
-        new_tensor(q, {q.size(0), q.size(2), q.size(1)}, accumulate_type(q)), 1, 2);
-    return forward_into_new(call, lse, 0);
+// Beside out and lse: the dropout's seed and offset, which are undefined.
+FourTensors aten_forward(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
+                         bool /*compute_log_sumexp: always, it costs nothing*/, double dropout_p,
+                         bool is_causal, std::optional<double> scale) {
+    Call call = aten_call(q, k, v, bias && bias->defined(), dropout_p, is_causal, scale);
+    auto [out, lse] = forward_into_new(call, new_lse(q), 0);
+    return {out, lse, Tensor(), Tensor()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> aten_backward(const Tensor& dout, const Tensor& q,
-                                                 const Tensor& k, const Tensor& v,
-                                                 const Tensor& out, const Tensor& lse,
-                                                 double dropout_p, bool is_causal,
-                                                 OptionalTensor attn_mask,
-                                                 std::optional<double> scale) {
-    Call call = aten_call(q, k, v, dropout_p, is_causal, attn_mask, scale);
+// An undefined dout is a zero one, as everywhere in autograd, and so are undefined results.
+FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& bias, const Tensor& out, const Tensor& lse,
+                          const Tensor& /*seed*/, const Tensor& /*offset*/, double dropout_p,
+                          std::vector<bool> /*which gradients are needed: all come at once*/,
+                          bool is_causal, std::optional<double> scale) {
+    if (!dout.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
+    Call call = aten_call(q, k, v, bias.defined(), dropout_p, is_causal, scale);
     Gradients g = backward_into_new(call, dout, std::nullopt, out, lse, false, false);
-    return {g.dq, g.dk, g.dv};
+    return {g.dq, g.dk, g.dv, Tensor()};
 }
 
 }  // namespace
 }  // namespace fastattn::cpu
 
-// Puts these kernels under aten's CPU flash operator (on = 1) or gives it back (on = 0). Called by
-// fastattn/override.py, which serialises the calls. Returns whether the kernels are now in place.
-extern "C" __attribute__((visibility("default"))) int fastattn_override_sdpa(int on) {
+// Gives aten's operator these kernels, once and for the rest of the process: another thread may be in
+// them at any time, so they are never taken away. Called by fastattn/override.py.
+extern "C" __attribute__((visibility("default"))) void fastattn_register_sdpa() {
     using torch::stable::detail::StableLibrary;
-    static std::unique_ptr<StableLibrary> library;
-    if (on && !library) {
-        library.reset(
-            new StableLibrary(StableLibrary::Kind::IMPL, "aten", "CPU", "ops_cpu.cpp", 0));
-        library->impl("_scaled_dot_product_flash_attention_for_cpu",
-                      TORCH_BOX(&fastattn::cpu::aten_forward));
-        library->impl("_scaled_dot_product_flash_attention_for_cpu_backward",
-                      TORCH_BOX(&fastattn::cpu::aten_backward));
-    } else if (!on) {
-        library.reset();
-    }
-    return library != nullptr;
+    static StableLibrary* library = [] {
+        auto* made = new StableLibrary(StableLibrary::Kind::IMPL, "aten", "CPU", "ops_cpu.cpp", 0);
+        made->impl("_scaled_dot_product_efficient_attention",
+                   TORCH_BOX(&fastattn::cpu::aten_forward));
+        made->impl("_scaled_dot_product_efficient_attention_backward",
+                   TORCH_BOX(&fastattn::cpu::aten_backward));
+        return made;
+    }();
+    (void)library;
 }

@@ -118,19 +118,34 @@ class Task:
     """What an example brings.
 
     batch(step) gives all rows of a step, over all processes: a pure function of the step. Every
-    tensor in it has the rows first. loss(model, rows) is a mean over weight(rows) things, so that
-    cutting a step into parts changes nothing. evaluate(model) gives numbers to log.
+    tensor in it has the rows first. loss(model, rows) is a mean over weight(rows) things; or
+    several means by name, which are added, and weight(rows) says of each over how many things it
+    is. So a step's means are over all its rows, however it is cut into parts and processes.
+    evaluate(model) gives numbers to log.
     """
 
     model: nn.Module
     batch: Callable[[int], Batch]
-    loss: Callable[[nn.Module, Batch], Tensor] = _loss
-    weight: Callable[[Batch], float] = rows
+    loss: Callable[[nn.Module, Batch], Tensor | dict[str, Tensor]] = _loss
+    weight: Callable[[Batch], float | dict[str, float]] = rows
     tokens: Callable[[Batch], int] = lambda batch: batch["input_ids"].numel()
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     flops: Callable[[Batch], float] | None = None  # of a step, forward and backward: for MFU
     data: str = ""  # a fingerprint: a checkpoint made with other data is refused
     time_attention: Callable[[nn.Module, Clock], None] = lambda model, clock: clock.watch(model)
+
+
+def share_of_loss(task: Task, model: nn.Module, piece: Batch, whole: Batch) -> Tensor:
+    """What some rows of a step add to its loss: each of their means in the proportion of the things
+    that it is over, so that the shares' sum is the means over all things of the step."""
+    means, counts, totals = (
+        x if isinstance(x, dict) else {"loss": x}
+        for x in (task.loss(model, piece), task.weight(piece), task.weight(whole))
+    )
+    if means.keys() != counts.keys():
+        raise ValueError(f"the task's loss has {', '.join(means)} and its weight "
+                         f"{', '.join(counts)}; their names must be the same")  # fmt: skip
+    return sum(mean * (counts[name] / max(1, totals[name])) for name, mean in means.items())
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -232,14 +247,13 @@ class Stepper:
             group["lr"] = lr
         whole = {name: x.to(self.device) for name, x in task.batch(index).items()}
         share = self.world * options.accumulate
-        total = task.weight(whole)
         loss = torch.zeros((), device=self.device)
         for part in range(options.accumulate):
             first = self.rank * options.accumulate + part
             piece = {name: x[first::share] for name, x in whole.items()}
             with self._synchronised(part == options.accumulate - 1):
                 with self._autocast():
-                    part_loss = task.loss(self.model, piece) * (task.weight(piece) / total)
+                    part_loss = share_of_loss(task, self.model, piece, whole)
                 (part_loss * self.world).backward()  # gradients are averaged over the processes
             loss += part_loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)

@@ -140,7 +140,7 @@ def build(options: DistillOptions, data: Data, folder: Path) -> Task:
     theirs, ours = MapOfLastLayer(teacher), MapOfLastLayer(student)
     hot = options.temperature
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         with torch.no_grad():
             wanted = (teacher(**inputs).logits / hot).log_softmax(-1)
@@ -148,14 +148,17 @@ def build(options: DistillOptions, data: Data, folder: Path) -> Task:
         outputs = F.kl_div(found, wanted, reduction="batchmean", log_target=True) * hot**2
         apart = F.kl_div(ours.log_weights, theirs.log_weights, reduction="none", log_target=True)
         real = batch["attention_mask"][:, None, :].expand(-1, options.heads, -1)
-        return outputs + options.maps * apart.sum(-1)[real].mean()
+        return {"texts": outputs, "maps": options.maps * apart.sum(-1)[real].mean()}
+
+    def weight(batch: Batch) -> dict[str, float]:
+        return {"texts": len(batch["input_ids"]), "maps": int(batch["attention_mask"].sum())}
 
     def time_attention(model: nn.Module, clock: Clock) -> None:  # the maps are no part of it
         clock.watch(model)
         ours.layer.attend, ours.attend = ours, clock.timed(ours.attend)
 
     task = classifier(student, options, data)
-    task.loss, task.time_attention = loss, time_attention
+    task.loss, task.weight, task.time_attention = loss, weight, time_attention
     return task
 
 

@@ -36,7 +36,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastattn.models import BERT
-from fastattn.models.inputs import IGNORED
+from fastattn.models.inputs import IGNORED, cross_entropy
 
 CHANCE = 0.15  # that a word is to be guessed: then 80 % are masked, 10 % replaced, 10 % kept
 
@@ -145,6 +145,15 @@ def build(options: BERTOptions, data: Data) -> Task:
         attention=options.attention,
     )  # fmt: skip
 
+    def loss(model, batch: Batch) -> dict[str, Tensor]:
+        inputs = dict(batch)
+        label = inputs.pop("next_sentence_label")
+        out = model(**inputs, skip_logits=True)
+        return {"words": out.loss, "pairs": cross_entropy(out.seq_relationship_logits, label)}
+
+    def weight(batch: Batch) -> dict[str, float]:
+        return {"words": int((batch["labels"] != IGNORED).sum()), "pairs": len(batch["labels"])}
+
     def evaluate(model) -> dict[str, float]:
         loss = right = words = follows = pairs = 0.0
         steps = range(min(4, -(-len(data.held_out) // options.batch)))
@@ -166,7 +175,8 @@ def build(options: BERTOptions, data: Data) -> Task:
     return Task(
         model,
         batch=lambda step: data.batch(data.training, step),
-        loss=lambda model, batch: model(**batch, skip_logits=True).loss,
+        loss=loss,
+        weight=weight,
         tokens=lambda batch: int(batch["attention_mask"].sum()),
         evaluate=evaluate,
         data=data.fingerprint,

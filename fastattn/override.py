@@ -3,18 +3,22 @@ scaled_dot_product_attention: override_sdpa(), enable(), disable(). Next hop: sd
 
 aten::scaled_dot_product_attention is replaced where torch decides which kernel to use (its
 composite kernel), so that programs, modules, autocast, torch.compile and checkpoint recomputation
-all reach it, in every thread; and where torch.func's transforms enter it. Maskless calls that
-torch's own rules would give to its CPU flash operator go to that operator, under which the native
-library puts its kernels: they keep torch's C++ autograd, which is several times faster than a
-Python one. Masked calls go to fastattn's own operator, because what the switch puts under aten's
-may be gone before it runs (the backward of a block's result after the block, another thread's
-disable(), an exported program), and torch's kernels read a bool mask as floats, past its end, and
-make NaN of our lse of rows that see nothing.
+all reach it, in every thread; and where torch.func's transforms enter it. The first enable()
+registers the replacements, and nothing ever takes them away: another thread may be inside one at
+any time, and a kernel that is freed under a running call ends the process. The switch is a flag
+that they read; while it is off they call torch's own kernels, which they keep.
+
+Maskless calls that torch's own rules would give to its CPU flash operator go to another operator of
+aten's, which has a derivative in C++ and, but for ours, no kernel for the CPU (csrc/ops_cpu.cpp):
+torch's C++ autograd is several times faster than a Python one. The other calls go to fastattn's own
+operator, and so do those that are traced, whose programs may run where this operator has no kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import sys
 import threading
 import warnings
@@ -23,17 +27,36 @@ import torch
 from torch.autograd import forward_ad
 
 from . import backends, checks, ops
+from .context_parallel import refuse_context_parallel
 from .sdpa import scaled_dot_product_attention
 
 _NAME = "scaled_dot_product_attention"
-_lock = threading.RLock()
-_depth = 0
-_undo = None  # an ExitStack while the override is on
-_original = _original_functorch = None  # torch's composite kernel, and functorch's entry to it
-_warned = False
-_native_flash = False  # are our kernels under aten's CPU flash operator?
+_COMPOSITE = "CompositeImplicitAutograd"
 _FUNCTORCH = "FuncTorchDynamicLayerFrontMode"  # where torch.func's transforms enter an operator
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
+_BORROWED = {  # the operators of aten that ops_cpu.cpp has kernels for, as it knows them
+    "_scaled_dot_product_efficient_attention": "(Tensor query, Tensor key, Tensor value, "
+    "Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., bool is_causal=False, *, "
+    "float? scale=None) -> (Tensor output, Tensor log_sumexp, Tensor philox_seed, "
+    "Tensor philox_offset)",
+    "_scaled_dot_product_efficient_attention_backward": "(Tensor grad_out_, Tensor query, "
+    "Tensor key, Tensor value, Tensor attn_bias, Tensor out, Tensor logsumexp, Tensor philox_seed, "
+    "Tensor philox_offset, float dropout_p, bool[4] grad_input_mask, bool is_causal=False, *, "
+    "float? scale=None) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+_lock = threading.RLock()
+_depth = 0
+_on = False  # what the kernels read
+_registered = False
+_torchs = _torchs_functorch = None  # torch's composite kernel, and functorch's entry to it
+_borrowed = False  # are our kernels under _BORROWED?
+_warned = False
+
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)  # no child begins in the middle of another thread's switching
 
 
 def enable() -> None:
@@ -48,20 +71,19 @@ def enable() -> None:
     rules give to its CPU flash operator is not supported, as in torch; call
     fastattn.scaled_dot_product_attention, or use torch.func, where it is.
     """
-    global _depth, _undo
-    with _lock:
+    global _depth
+    with _alone():
         if _depth == 0:
-            _undo = _switch_on()
+            _switch(True)
         _depth += 1
 
 
 def disable() -> None:
-    """Undoes one enable(). The last one restores torch exactly; more have no effect."""
-    global _depth, _undo
-    with _lock:
+    """Undoes one enable(). After the last one torch's own kernels run; more have no effect."""
+    global _depth
+    with _alone():
         if _depth == 1:
-            _undo.close()
-            _undo = None
+            _switch(False)
         _depth = max(0, _depth - 1)
 
 
@@ -75,35 +97,51 @@ def override_sdpa():
         disable()
 
 
-def _switch_on() -> contextlib.ExitStack:
-    global _original, _original_functorch, _warned
-    if ops.NATIVE_MISSING and not backends.forced() and not _warned:
+@contextlib.contextmanager
+def _alone():
+    """One thread at a time, and none that is compiling: what is compiled is of one side. Dynamo's
+    lock comes first, as in a thread that is compiling code that switches."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    with getattr(dynamo, "compile_lock", None) or contextlib.nullcontext(), _lock:
+        yield
+
+
+def _switch(on: bool) -> None:
+    global _on, _warned
+    if on and not _registered:
+        _register()
+    if on and ops.NATIVE_MISSING and not backends.forced() and not _warned:
         _warned = True
         warnings.warn(
             f"fastattn.enable() leaves CPU calls to torch, because {ops.NATIVE_MISSING}",
             UserWarning,
             stacklevel=backends.caller_level(),
         )
-    with contextlib.ExitStack() as undo:
-        _original = torch.library.get_kernel("aten::" + _NAME, "CPU")
-        _original_functorch = torch.library.get_kernel("aten::" + _NAME, _FUNCTORCH)
-        library = torch.library.Library("aten", "IMPL")
-        undo.callback(library._destroy)
-        with warnings.catch_warnings():  # "Overriding a previously registered kernel": yes
-            warnings.simplefilter("ignore")
-            library.impl(_NAME, _dispatch, "CompositeImplicitAutograd", with_keyset=True)
-            library.impl(_NAME, _dispatch_functorch, _FUNCTORCH, with_keyset=True)
-        if ops.NATIVE is not None:
-            _set_native(True)
-            undo.callback(_set_native, False)
-        _compile_anew(True)
-        undo.callback(_compile_anew, False)
-        return undo.pop_all()
+    _on = on
+    _compile_anew(on)
 
 
-def _set_native(on: bool) -> None:
-    global _native_flash
-    _native_flash = bool(ops.NATIVE.fastattn_override_sdpa(int(on)))
+def _register() -> None:
+    """Puts our kernels into torch's table, for the rest of the process."""
+    global _registered, _torchs, _torchs_functorch, _borrowed
+    operator = "aten::" + _NAME
+    _torchs = torch.library.get_kernel(operator, "CPU").call_boxed
+    _torchs_functorch = torch.library.get_kernel(operator, _FUNCTORCH).call_boxed
+    if ops.NATIVE is not None and all(
+        str(getattr(torch.ops.aten, name).default._schema) == f"aten::{name}{schema}"
+        for name, schema in _BORROWED.items()
+    ):
+        ops.NATIVE.fastattn_register_sdpa()
+        _borrowed = True
+    # Not a torch.library.Library, which deregisters when the interpreter exits, under threads that
+    # still run. The reference too many keeps this one to the end.
+    library = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
+    with warnings.catch_warnings():  # "Overriding a previously registered kernel": yes
+        warnings.simplefilter("ignore")
+        library.impl(_NAME, _COMPOSITE, _composite, True)
+        library.impl(_NAME, _FUNCTORCH, _functorch, True)
+    _registered = True
 
 
 _TAG = "fastattn-sdpa"
@@ -126,46 +164,56 @@ def _tagged(tags: str, on: bool) -> str:
     return ",".join([*others, _TAG] if on else others)
 
 
-def _dispatch(
+# ---- the kernels, called with the dispatch keys of the call --------------------------------------
+
+
+def _composite(
     keys, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
-    """What aten::scaled_dot_product_attention does while the override is on."""
-    if (
-        _native_flash
-        and not dropout_p
-        and query.is_cpu
-        and query.dim() == 4
-        and attn_mask is None
-        and not backends.forced()
-        and forward_ad._current_level < 0
-        and torch._fused_sdp_choice(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        == _FLASH
-    ):
-        return torch._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, scale=scale
-        )[0]
-    if _serves(query, key, value):
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    return _original.call_boxed(
+    """aten::scaled_dot_product_attention, from the first enable() on."""
+    if _on:
+        if (
+            _borrowed
+            and attn_mask is None
+            and not dropout_p
+            and type(query) in _PLAIN
+            and type(key) in _PLAIN
+            and type(value) in _PLAIN
+            and query.is_cpu
+            and query.dim() == key.dim() == 4
+            and not backends.forced()
+            and forward_ad._current_level < 0
+            and not torch._C._len_torch_dispatch_stack()
+            and torch._fused_sdp_choice(
+                query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            == _FLASH
+        ):
+            refuse_context_parallel()
+            return torch._scaled_dot_product_efficient_attention(
+                query, key, value, None, True, 0.0, is_causal, scale=scale
+            )[0]
+        if _serves(query, key, value):
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
+    return _torchs(
         keys, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
-def _dispatch_functorch(
+def _functorch(
     keys, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
     """The same inside torch.func's transforms, before they take the operator apart."""
-    if _serves(query, key, value):
+    if _on and _serves(query, key, value):
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return _original_functorch.call_boxed(
+    return _torchs_functorch(
         keys, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
@@ -173,7 +221,7 @@ def _dispatch_functorch(
 def _serves(query, key, value) -> bool:
     """Is this call fastattn's, or torch's own?"""
     return bool(
-        (_native_flash or backends.forced())
+        (not ops.NATIVE_MISSING or backends.forced())
         and torch._C._get_flash_sdp_enabled()
         and query.is_cpu
         and query.dtype in checks.DTYPES

@@ -15,66 +15,24 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("tokenizers")
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from example_runs import EXAMPLES, SIZES, arguments, run, write_sources
+
 sys.path.insert(0, str(EXAMPLES))
 
-import common  # noqa: E402
-import corpus  # noqa: E402
-import cost  # noqa: E402
-import files  # noqa: E402
-import pretrain_bert  # noqa: E402
-import translate  # noqa: E402
+import common
+import corpus
+import cost
+import files
+import pretrain_bert
+import translate
 
-from fastattn.models import BERT, GPT, CheckpointError, EncoderDecoder  # noqa: E402
-
-TINY = [
-    *("--steps", "6", "--batch", "4", "--save-every", "2", "--eval-every", "3"),
-    *("--warmup", "2", "--compare", "0", "--threads", "1"),
-]
-BERT_SIZE = "--layers 1 --dim 32 --vocabulary 300 --length 24"
-SIZES = {
-    "pretrain_gpt": "--layers 1 --dim 32 --vocabulary 300 --length 32 --sample 4 --lr 1e-3",
-    "pretrain_bert": BERT_SIZE,
-    "finetune_bert": "--model small --length 16 --examples 60",
-    "translate": "--layers 1 --dim 32 --digits 4 --tested 8",
-    "distill": "--layers 1 --dim 32 --length 16 --examples 60 --teacher-steps 3",
-}
-SOURCE = '''"""Module {n}. It says what it is. Then it says more about the number {n}."""
-
-
-def function_{n}(argument):
-    """Return the argument plus {n}. The argument is a number. Nothing else is accepted."""
-    # this comment explains why {n} is added here
-    return argument + {n}  # and so does this other one
-
-
-class Thing{n}:
-    """A thing with a name. Its name is {n}."""
-'''
+from fastattn.models import BERT, GPT, CheckpointError, EncoderDecoder
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
     """A folder of Python files, small and the same on every machine."""
-    folder = tmp_path_factory.mktemp("sources")
-    for n in range(24):
-        (folder / f"module_{n}.py").write_text(SOURCE.format(n=n))
-    rows = [{"text": f"number {n} is here", "label": "odd" if n % 2 else "even"} for n in range(60)]
-    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def arguments(name: str, out: Path, sources: Path, *more: str) -> list[str]:
-    data = {"translate": []}.get(name, ["--data", str(sources)])
-    if name in ("finetune_bert", "distill"):
-        data = ["--data", str(sources / "labelled.jsonl")]
-    return [*TINY, "--out", str(out), *data, *SIZES[name].split(), *more]
-
-
-def run(name: str, *arguments_):
-    if name == "finetune_bert":
-        pytest.importorskip("transformers")
-    return __import__(name).main(arguments(name, *arguments_))
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 # Runs an example that kills itself with SIGKILL when it comes to step 4, counted from 0.

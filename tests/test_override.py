@@ -22,7 +22,8 @@ import fastattn
 from fastattn import scaled_dot_product_attention as sdpa
 
 OURS = "AttentionBackward"  # grad_fn of fastattn's own autograd
-FLASH = "ScaledDotProductFlashAttentionForCpuBackward0"  # of aten's CPU flash operator
+FLASH = "ScaledDotProductFlashAttentionForCpuBackward0"  # of torch's CPU flash operator
+BORROWED = "ScaledDotProductEfficientAttentionBackward0"  # of aten's operator with our kernels
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +55,13 @@ def operator_of(out) -> str:
 
 
 def state() -> tuple:
-    """Everything that the switch may change."""
-    names = ["aten::scaled_dot_product_attention"]
-    names += ["aten::_scaled_dot_product_flash_attention_for_cpu" + x for x in ("", "_backward")]
-    kernels = tuple(torch._C._dispatch_dump(name) for name in names)
-    return kernels, torch.compiler.config.cache_key_tag, F.scaled_dot_product_attention
+    """Whose kernels run, and what compiled programs are cached under."""
+    q, k, v = qkv(2, 3, 4, 8, grad=True)
+    calls = ({}, {"dropout_p": 0.1}, {"attn_mask": torch.ones(4, 4, dtype=torch.bool)})
+    served = [operator_of(F.scaled_dot_product_attention(q, k, v, **call)) for call in calls]
+    mapped = torch.func.vmap(F.scaled_dot_product_attention)(*(x.detach()[None] for x in (q, k, v)))
+    shape = tuple(mapped.shape)
+    return served, shape, torch.compiler.config.cache_key_tag, F.scaled_dot_product_attention
 
 
 @pytest.mark.native
@@ -66,11 +69,11 @@ def test_switch_serves_and_restores_exactly():
     before = state()
     q, k, v = qkv(2, 3, 4, 8, grad=True)
     math_call = operator_of(F.scaled_dot_product_attention(q, k, v, dropout_p=0.1))
-    assert math_call not in (OURS, FLASH)
+    assert math_call not in (OURS, BORROWED, FLASH)
     for _ in range(3):
         with fastattn.override_sdpa():
             assert state() != before
-            assert operator_of(F.scaled_dot_product_attention(q, k, v)) == FLASH
+            assert operator_of(F.scaled_dot_product_attention(q, k, v)) == BORROWED
             assert operator_of(F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)) == OURS
         assert state() == before
         call = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
@@ -94,7 +97,7 @@ def test_both_ways_run_our_kernels():
             if on:
                 fastattn.enable()
                 out = F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=True)
-                assert operator_of(out) == (OURS if "attn_mask" in options else FLASH)
+                assert operator_of(out) == (OURS if "attn_mask" in options else BORROWED)
             else:
                 out = sdpa(q, k, v, **options, enable_gqa=True)
             results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
@@ -196,7 +199,7 @@ def test_contexts_without_flash_are_torchs():
     with fastattn.override_sdpa():
         with sdpa_kernel(SDPBackend.MATH):
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
-            assert operator_of(out) not in (OURS, FLASH)
+            assert operator_of(out) not in (OURS, BORROWED, FLASH)
             torch.manual_seed(0)
             inside = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # where torch has no kernel
@@ -229,7 +232,7 @@ def test_modules_are_served(dropout):
             fastattn.enable()
         mha.zero_grad()
         out, _ = mha(x, x, x, key_padding_mask=padding, need_weights=False)
-        served = {OURS, FLASH} & nodes(out)
+        served = {OURS, BORROWED, FLASH} & nodes(out)
         out.square().sum().backward()
         results.append([out, *(p.grad.clone() for p in mha.parameters())])
     assert served == {OURS}
@@ -384,8 +387,8 @@ for _ in range(2):
         out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
 print(out.grad_fn.name())
 """
-    missing = str(tmp_path / "none.so")
-    for library in ({}, {"FASTATTN_CPU_LIBRARY": missing}):
+    none = str(tmp_path / "none.so")
+    for library in ({}, {"FASTATTN_CPU_LIBRARY": none}):
         run = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | library,
@@ -394,7 +397,8 @@ print(out.grad_fn.name())
             timeout=300,
         )
         assert run.returncode == 0, run.stderr
-        assert run.stdout.strip() == FLASH  # ours, or torch's
+        missing = library or fastattn.ops.NATIVE_MISSING
+        assert run.stdout.strip() == (FLASH if missing else BORROWED)
         if library:
             assert run.stderr.count("fastattn.enable() leaves CPU calls to torch") == 1
             assert "<string>:5" in run.stderr  # the caller's line
