@@ -278,7 +278,8 @@ def documents(q, k, v) -> Operands:
 
 
 def sinks(q, k, v) -> Operands:
-    return Operands(sinks=torch.linspace(-2, 2, q.shape[1], device=q.device).to(q.dtype))
+    """Large enough that their gradients stand out of rounding."""
+    return Operands(sinks=torch.linspace(1, 5, q.shape[1], device=q.device).to(q.dtype))
 
 
 def descales(q, k, v) -> Operands:
