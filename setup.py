@@ -196,8 +196,11 @@ class Plan:
     def _torch_flags(self) -> tuple[list[str], list[str]]:
         include = self.torch / "include"
         includes = ["-isystem", str(include), "-isystem", f"{include}/torch/csrc/api/include"]
-        # No rpath: torch is imported first, so its libraries are already loaded.
-        return includes, [f"-L{self.torch / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu"]
+        # No rpath: torch is imported first, so its libraries are already loaded. With -z defs, a
+        # symbol that no library named here has fails to link, and not to load elsewhere.
+        links = [f"-L{self.torch / 'lib'}", "-Wl,-z,defs", "-Wl,--as-needed"]
+        links += ["-ltorch_cpu", "-ldl"]
+        return includes, links
 
     def _cpu(self, why_not: str | None) -> Library:
         sources = [*sorted(ROOT.glob("csrc/*_cpu.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
@@ -225,7 +228,7 @@ class Plan:
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Icsrc"]
         flags = [*flags, *host, *STABLE_ABI, "-DUSE_CUDA", *includes]
-        links = [link.replace("-Wl,--as-needed", "-Xlinker --as-needed") for link in links]
+        links = [link.replace("-Wl,", "-Xlinker ", 1) for link in links]
         links = ["-cudart", "static", *links]
         return Library("_cuda", relative(sources), "nvcc", flags, links, self._gencodes)
 

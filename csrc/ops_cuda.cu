@@ -1,6 +1,8 @@
 // The CUDA operators: their checks, and what is registered with torch. fastattn/backends.py asks
 // before it calls; here the same is refused to those who call the operator themselves.
 // next: cuda/sm90.h, cuda/sm80.h
+#include <dlfcn.h>
+#include <link.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,6 +10,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "cuda/driver.h"
 #include "cuda/sm80.h"
 #include "cuda/sm90.h"
 #include "tensors.h"
@@ -24,19 +27,57 @@ struct Gpu {
     }
 };
 
-Gpu gpu_of(const Tensor& q) {
-    int device = q.get_device_index(), major = 0, minor = 0, count = 0, shared = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return {10 * major + minor, count, shared};
+// "" or why the CUDA runtime cannot answer for this device.
+std::string ask(int device, Gpu& gpu) {
+    int major = 0, minor = 0;
+    for (auto [answer, attribute] :
+         {std::pair{&major, cudaDevAttrComputeCapabilityMajor},
+          std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
+          std::pair{&gpu.multiprocessors, cudaDevAttrMultiProcessorCount},
+          std::pair{&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin}}) {
+        cudaError_t error = cudaDeviceGetAttribute(answer, attribute, device);
+        if (error != cudaSuccess) return problem_of(error);
+    }
+    gpu.capability = 10 * major + minor;
+    return "";
 }
 
+// A function of any library that this process has loaded, or null. Python loads torch's libraries
+// where dlsym does not look by itself. Names are gathered first: dlopen takes a lock that must not
+// be asked for under the one that dl_iterate_phdr holds.
+void* find_loaded(const char* function) {
+    if (void* found = dlsym(RTLD_DEFAULT, function)) return found;
+    std::vector<std::string> names;
+    dl_iterate_phdr(
+        [](dl_phdr_info* library, size_t, void* list) {
+            static_cast<std::vector<std::string>*>(list)->push_back(library->dlpi_name);
+            return 0;
+        },
+        &names);
+    for (const std::string& name : names) {
+        void* library = name.empty() ? nullptr : dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+        void* found = library ? dlsym(library, function) : nullptr;
+        if (library) dlclose(library);  // NOLOAD counted it; torch keeps it
+        if (found) return found;
+    }
+    return nullptr;
+}
+
+// The function is libtorch_cuda's, and is looked up: this library links libtorch_cpu alone, so that
+// it can be built against any torch and loads wherever that library is.
+using CurrentStream = decltype(&aoti_torch_get_current_cuda_stream);
+CurrentStream current_stream() {
+    static const auto found =
+        reinterpret_cast<CurrentStream>(find_loaded("aoti_torch_get_current_cuda_stream"));
+    return found;
+}
+constexpr const char* NO_CURRENT_STREAM =
+    "no library that torch has loaded has aoti_torch_get_current_cuda_stream, as builds with CUDA do";
+
 cudaStream_t stream_of(const Tensor& q) {
+    CHECK(current_stream(), NO_CURRENT_STREAM);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(q.get_device_index(), &stream));
     return static_cast<cudaStream_t>(stream);
 }
 
@@ -50,6 +91,14 @@ Operand operand(const Tensor& t) {
 Tensor for_tma(const Tensor& x) {
     Tensor t = unit_stride(x);
     return why_not_tma(operand(t), "").empty() ? t : torch::stable::contiguous(t);
+}
+
+// t, or the copy that x then is, where a tensor map cannot have x.
+Tensor for_map(Operand& x, const Tensor& t) {
+    if (!is_expanded(x)) return t;
+    Tensor copy = torch::stable::contiguous(t);
+    x = operand(copy);
+    return copy;
 }
 
 void check_device(const OptionalTensor& t, const Tensor& q, const char* name) {
@@ -191,21 +240,27 @@ void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
 }
 
 Gpu check_gpu(const Tensor& q) {
-    Gpu gpu = gpu_of(q);
+    Gpu gpu{};
+    std::string problem = ask(q.get_device_index(), gpu);
+    CHECK(problem.empty(), problem);
     CHECK(gpu.capability >= 80, "the CUDA kernels are for sm_80 and later, this GPU is sm_",
           gpu.capability);
     return gpu;
 }
 
-// "" or what went wrong. On sm_90, wgmma serves many rows of keys that are not in pages.
-std::string run_forward(ForwardCall& call, const Tensor& q, const Gpu& gpu) {
-    bool bf16 = q.scalar_type() == ScalarType::BFloat16;
-    if (call.q.bytes == 1)
-        return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
+// "" or what went wrong. On sm_90, wgmma serves many rows of keys that are not in pages, and all
+// of 8 bits. rows, keys and values are the call's.
+std::string run_forward(ForwardCall& call, const Tensor& rows, const Tensor& keys,
+                        const Tensor& values, const Gpu& gpu) {
+    const Tensor& q = rows;
+    bool bf16 = q.scalar_type() == ScalarType::BFloat16, float8 = call.q.bytes == 1;
+    join_expanded_heads(call);
     ForwardPlan plan =
         forward_plan(call, gpu.multiprocessors, gpu.hopper() ? IDLE_SM90 : IDLE_SM80);
-    if (gpu.hopper() && !plan.few && !call.page_table)
+    if (float8 || (gpu.hopper() && !plan.few && !call.page_table)) {
+        Tensor read[] = {for_map(call.q, rows), for_map(call.k, keys), for_map(call.v, values)};
         return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
+    }
     auto [outs, lses] = part_sizes(call, plan);
     Tensor part_out = new_tensor(q, {outs}, ScalarType::Float);
     Tensor part_lse = new_tensor(q, {lses}, ScalarType::Float);
@@ -288,7 +343,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
         torch::stable::fill_(lse, -INFINITY);
         return {out, lse};
     }
-    std::string error = run_forward(call, q, gpu);
+    std::string error = run_forward(call, rows, keys, values, gpu);
     CHECK(error.empty(), error);
     return {out, lse};
 }
@@ -368,6 +423,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
 
     torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     Tensor rows = for_tma(q), keys = for_tma(k), values = for_tma(v), cotangent = for_tma(dout);
+    if (gpu.hopper())
+        for (Tensor* t : {&rows, &keys, &values, &cotangent})
+            if (is_expanded(operand(*t))) *t = torch::stable::contiguous(*t);
     Tensor result = for_tma(out), row_lse = per_row(lse, q, "lse");
     OptionalTensor row_dlse;
     if (dlse) row_dlse = per_row(*dlse, q, "dlse");
@@ -428,6 +486,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
 
 }  // namespace
 }  // namespace fastattn::cuda
+
+// What fastattn/proof_steps.py asks through ctypes: "" or what is wrong, kept until this thread's
+// next question.
+#define QUESTION extern "C" __attribute__((visibility("default"))) const char*
+
+static const char* keep(std::string text) {
+    static thread_local std::string kept;
+    kept = std::move(text);
+    return kept.c_str();
+}
+
+// Does torch have what is looked up in it?
+QUESTION fastattn_torch_problem() {
+    return fastattn::cuda::current_stream() ? "" : fastattn::cuda::NO_CURRENT_STREAM;
+}
+
+// Can this library use this GPU?
+QUESTION fastattn_cuda_problem(int device) {
+    fastattn::cuda::Gpu gpu{};
+    return keep(fastattn::cuda::ask(device, gpu));
+}
+
+// Does the driver make a tensor map of this tensor, with boxes of so many rows? shape: [batch,
+// heads, rows, D]; strides of the first three, in elements.
+QUESTION fastattn_cuda_tensor_map(void* data, const int64_t* shape, const int64_t* strides,
+                                  int64_t bytes, int box_rows) {
+    using namespace fastattn::cuda;
+    Operand x{data,     shape[0],   shape[1],   shape[2],   shape[3],
+              strides[0], strides[1], strides[2], bytes};
+    TensorMap map;
+    return keep(tensor_map(map, x, box_rows, encode));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
     m.impl("flash_attn_fwd", TORCH_BOX(&fastattn::cuda::flash_attn_fwd));

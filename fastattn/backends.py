@@ -1,9 +1,10 @@
 """Which backend runs a call, and why the others do not. Next hop: the operator in ops.py, whose
 kernels are in csrc/ops_cpu.cpp or kernels/launch.py, or reference.py.
 
-BACKENDS is a list, best first. The first row whose why_not is None runs the call; backend= (or the
-environment's FASTATTN_BACKEND) names one, which then runs it or raises with its sentence. The
-reference is never taken in silence. FASTATTN_LOG=1 prints each distinct decision to stderr once.
+BACKENDS is a list, best first. The first row whose why_not and held_back are None runs the call;
+backend= (or the environment's FASTATTN_BACKEND) names one, which then runs it, held back or not, or
+raises with its sentence. The reference is never taken in silence. FASTATTN_LOG=1 prints each
+distinct decision to stderr once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import autograd, ops
+from . import autograd, ops, proof
 from .autograd import NO_OPERANDS
 from .descales import E4M3, widened
 from .gpu import gpu_missing, interpreting, triton_missing
@@ -42,6 +43,8 @@ class Backend:
     refuses: Callable  # the part of why_not that looks at the call alone, on any machine
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
     weights_rounded: bool = False  # to halves, as matrix units want them (judge.py)
+    # As why_not: why the row, though it can, does not run a call that names no backend.
+    held_back: Callable = lambda *call: None
 
 
 # ---- the rows' functions -----------------------------------------------------------------------
@@ -140,6 +143,8 @@ def _cuda_why_not(spec, q, k, v, operands):
         return f"the GPU is sm_{found[0]}{found[1]}; the kernels are for sm_80 and later"
     if q.dtype == E4M3 and found != CUDA_FLOAT8_CAPABILITY:
         return f"the GPU is sm_{found[0]}{found[1]}; the kernels of float8 are for sm_90"
+    if problem := ops.cuda_problem(q.device.index or 0):
+        return problem
     if torch.compiler.is_compiling() and (reason := _cuda_backward_refuses(q)):
         return f"torch.compile may want the backward, and {reason}"
     return _cuda_refuses(spec, q, k, v, operands)
@@ -178,12 +183,47 @@ def _cuda_backward_refuses(q):
     )
 
 
+def _features(q, operands, gradient: bool) -> tuple[str, ...]:
+    """What of proof.FEATURES a call has."""
+    x = operands
+    lengths = not (x.kv_lens is x.kv_starts is x.cu_seqlens_q is x.document_ids is None)
+    features = ["call"]
+    features += ["lengths"] if lengths else []
+    features += ["pages"] if x.page_table is not None else []
+    features += ["float8"] if q.dtype == E4M3 else []
+    if gradient:
+        features += ["gradient", "gradient of lengths"] if lengths else ["gradient"]
+    return tuple(features)
+
+
+def _cuda_held_back(spec, q, k, v, operands):
+    if q.device.type != "cuda" or ops.CUDA_MISSING:
+        return "it cannot run here"
+    if operands.document_ids is not None:
+        return "document_ids make its calls wait for the GPU, so they run there only when named"
+    gradient = torch.compiler.is_compiling()  # then autograd is the operator's own
+    return proof.why_not(q.device.index or 0, _features(q, operands, gradient))
+
+
+def _cuda_backward_unasked(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    """Of a call that names no backend: where gradients are not proven, the next row's."""
+    call = (dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+    if reason := proof.why_not(q.device.index or 0, _features(q, operands, True)):
+        return _next_backward(reason, *call)
+    return _cuda_backward(*call)
+
+
+def _next_backward(reason, dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+    rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
+    row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
+    _warn_once(f"fastattn: {row.name} runs a backward of the cuda backend: {reason}.")
+    return row.backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+
+
 def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
     if reason := _cuda_backward_refuses(q):
-        rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
-        row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
-        _warn_once(f"fastattn: {row.name} runs a backward of the cuda backend: {reason}.")
-        return row.backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+        call = (dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+        return _next_backward(reason, *call)
     operands = documents_as_sequences(operands)
     return _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
 
@@ -215,6 +255,10 @@ def _triton_why_not(spec, q, k, v, operands):
     return missing or _triton_refuses(spec, q, k, v, operands)
 
 
+def _triton_held_back(spec, q, k, v, operands):
+    return "Triton's interpreter runs only when named" if q.is_cpu else None
+
+
 def _cpu_why_not(spec, q, k, v, operands):
     if q.device.type not in ("cpu", "meta"):
         return f"q is on {q.device} and this backend runs on the CPU"
@@ -240,10 +284,10 @@ CPU_TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
 
 BACKENDS = [
     Backend("cuda", "NVIDIA sm_80 and later", _cuda_why_not, _cuda_forward, _cuda_backward,
-            _cuda_refuses, weights_rounded=True),
+            _cuda_refuses, weights_rounded=True, held_back=_cuda_held_back),
     Backend("triton", "any GPU Triton supports",
             _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,
-            weights_rounded=True),
+            weights_rounded=True, held_back=_triton_held_back),
     Backend("cpu", "C++ kernels on the CPU",
             _cpu_why_not, _op_forward, _op_backward, _cpu_refuses, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",
@@ -251,6 +295,7 @@ BACKENDS = [
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in BACKENDS}
 NAMES = tuple(BY_NAME)
+_CUDA_UNASKED = replace(BY_NAME["cuda"], backward=_cuda_backward_unasked)
 
 
 # ---- choosing ----------------------------------------------------------------------------------
@@ -275,11 +320,11 @@ def named(name: str | None) -> str | None:
     return name
 
 
-def unasked(q) -> list[Backend]:
-    """The rows that may run q's call without being named. Triton's interpreter is not one, nor are
-    the CUDA kernels, as long as no GPU has run them."""
-    named = ("cuda", "triton") if q.is_cpu else ("cuda",)
-    return [row for row in BACKENDS if row.name not in named]
+def unasked(spec, q, k, v, operands) -> Backend:
+    """The row that runs a call which names none."""
+    call = (spec, q, k, v, operands)
+    row = next(row for row in BACKENDS if not (row.held_back(*call) or row.why_not(*call)))
+    return _CUDA_UNASKED if row.name == "cuda" else row
 
 
 def pick(name, spec, q, k, v, operands) -> Backend:
@@ -292,12 +337,21 @@ def pick(name, spec, q, k, v, operands) -> Backend:
             source = "FASTATTN_BACKEND" if name is None else "backend"
             raise NotImplementedError(f"{source}={wanted!r} cannot run this call: {reason}")
     else:
-        row = next(row for row in unasked(q) if row.why_not(spec, q, k, v, operands) is None)
+        row = unasked(spec, q, k, v, operands)
         if row.name == "reference":
             _warn_reference(spec, q, k, v, operands)
+        if q.is_cuda and not ops.CUDA_MISSING and row.name != "cuda":
+            _say_how_to_prove(spec, q, k, v, operands)
     if not torch.compiler.is_compiling():
         _log(row, spec, q, k, v, operands)
     return row
+
+
+def _say_how_to_prove(spec, q, k, v, operands) -> None:
+    """Once: the CUDA kernels would have run this call, but for a proof that nobody has tried."""
+    able = BY_NAME["cuda"].why_not(spec, q, k, v, operands) is None
+    if able and (sentence := proof.missing(q.device.index or 0)):
+        _warn_once(sentence)
 
 
 _warned: set[str] = set()
@@ -334,10 +388,11 @@ def _log(row, spec, q, k, v, operands) -> None:
     if os.environ.get("FASTATTN_LOG", "0") in ("", "0"):
         return
     given = [n for n in operands.__slots__ if getattr(operands, n) is not None]
+    call = (spec, q, k, v, operands)
     reasons = [
         f"not {other.name}: {reason}"
-        for other in BACKENDS[: BACKENDS.index(row)]
-        if (reason := other.why_not(spec, q, k, v, operands))
+        for other in BACKENDS[: NAMES.index(row.name)]
+        if (reason := other.why_not(*call) or other.held_back(*call))
     ]
     line = (
         f"fastattn: {row.name} runs q {list(q.shape)} k {list(k.shape)} v {list(v.shape)} "

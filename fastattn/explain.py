@@ -33,7 +33,8 @@ class Explanation:
 
     backend: str | None  # the one that would run; None when the one asked for cannot
     asked: str | None  # by backend= or FASTATTN_BACKEND
-    reasons: dict[str, str | None]  # each backend's reason for not running the call
+    reasons: dict[str, str | None]  # each backend's reason for not being able to run the call
+    held_back: dict[str, str]  # of those that could: why they do so only when named
     isa: str | None  # instruction set of the CPU kernels, where they would run
     function: str
     q: tuple[int, ...]  # shapes in the operators' normal form, [batch, heads, length, channels]
@@ -89,8 +90,15 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         q, spec, operands, (k, v), _ = cache.cached_form(**arguments)
 
     reasons = {row.name: row.why_not(spec, q, k, v, operands) for row in backends.BACKENDS}
-    able = [asked] if asked else [row.name for row in backends.unasked(q)]
-    chosen = next((x for x in able if reasons[x] is None), None)
+    held_back = {
+        row.name: reason
+        for row in backends.BACKENDS
+        if reasons[row.name] is None and (reason := row.held_back(spec, q, k, v, operands))
+    }
+    if asked:
+        chosen = asked if reasons[asked] is None else None
+    else:
+        chosen = backends.unasked(spec, q, k, v, operands).name
     row = backends.BY_NAME.get(chosen)
     work = _Work(q, k, v, spec, operands)
     pairs, head_dim, v_dim = work.pairs(), q.shape[3], v.shape[3]
@@ -99,6 +107,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         backend=chosen,
         asked=asked,
         reasons=reasons,
+        held_back=held_back,
         isa=_isa() if chosen == "cpu" else None,
         function=function.__name__,
         q=tuple(q.shape),
@@ -244,7 +253,9 @@ def _table(x: Explanation) -> str:
         if name == x.backend:
             verdict = "runs" + (f" ({x.isa})" if x.isa else "")
         else:
-            verdict = f"no: {reason}" if reason else "could run"
+            held = x.held_back.get(name)
+            could = f"only when named: {held}" if held else "could run"
+            verdict = f"no: {reason}" if reason else could
             if name == x.asked:
                 verdict = f"asked for, but {verdict}"
         rows.append((f"backend {name}", verdict))

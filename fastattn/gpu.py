@@ -15,13 +15,13 @@ TRITON = 3, 5  # the oldest that the kernels are tried with
 OLDEST_GPU = 8, 0  # the first with bfloat16; 99 KiB of shared memory a block
 
 
-def _constant(function):
+def constant(function):
     """torch.compiler.assume_constant_result, which would import all of torch._dynamo."""
     function._dynamo_marked_constant = True
     return function
 
 
-@_constant
+@constant
 @functools.cache
 def triton_missing() -> str | None:
     """None, or the sentence that says why Triton cannot be used in this process."""
@@ -34,7 +34,7 @@ def triton_missing() -> str | None:
     return None
 
 
-@_constant
+@constant
 @functools.cache
 def gpu_missing(index: int) -> str | None:
     """None, or the sentence that says why Triton's kernels do not run on GPU `index`."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import backends
+from . import backends, proof
 from .spec import Operands, Spec
 
 # What each instruction set of the CPU library needs, so that a refusal can name what is missing.
@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "FASTATTN_ISA": "forces an instruction set of the CPU library",
     "FASTATTN_TUNE": "1 times Triton's tile sizes near the table's, once",
     "FASTATTN_TUNE_CACHE": "file that keeps what FASTATTN_TUNE found",
+    "FASTATTN_PROOF": "file that keeps what verify has proven of the CUDA kernels",
     "FASTATTN_LOG": "1 prints each distinct choice of backend, once, to stderr",
     "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (a sanitizer build, say)",
     "FASTATTN_BUILD": "when building: auto, cpu, cuda, none or asan",
@@ -54,6 +55,7 @@ def facts() -> dict:
         "versions": _versions(),
         "isas": _isas(),
         "backends": _backends(),
+        "proof": _proof(),
         "build": _build(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
     }
@@ -135,13 +137,27 @@ def _isas() -> list[dict]:
 
 def _backends() -> list[dict]:
     """Every backend with its reason for not running a plain call on any device here."""
-    calls = [_sample(device) for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]]
+    devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     rows = []
     for backend in backends.BACKENDS:
+        calls = [_sample(device, **_plain(backend)) for device in devices]
         reasons = [backend.why_not(*call) for call in calls]
         reason = None if None in reasons else reasons[-1]
         rows.append({"name": backend.name, "role": backend.role, "why_not": reason})
     return rows
+
+
+def _plain(backend) -> dict:
+    """For _sample(): a call in fp32, or in bf16 where the backend has no fp32."""
+    return {} if backend.refuses(*_sample()) is None else {"dtype": torch.bfloat16}
+
+
+def _proof() -> dict[str, dict[str, str] | None]:
+    """What the CUDA kernels' self-tests have shown on each kind of GPU here; None: nothing yet."""
+    return {
+        gpu.key: None if results is None else {name: str(x) for name, x in results.items()}
+        for gpu, results in proof.here()
+    }
 
 
 def _build() -> dict:
@@ -222,7 +238,7 @@ def support() -> dict[str, dict[str, str | None]]:
     """
     table: dict[str, dict[str, str | None]] = {feature: {} for feature, _ in SUPPORT}
     for row in backends.BACKENDS:
-        plain = {} if row.refuses(*_sample()) is None else {"dtype": torch.bfloat16}
+        plain = _plain(row)
         for feature, changes in SUPPORT:
             base = {} if feature == "fp32" else plain
             table[feature][row.name] = row.refuses(*_sample(**(base | changes)))
@@ -252,6 +268,7 @@ def show(gathered: dict, console: Console) -> None:
         ("machine", _machine_rows(gathered)),
         ("instruction sets, best first", [(i["name"], i["state"]) for i in gathered["isas"]]),
         ("backends, best first", [_backend_row(row) for row in gathered["backends"]]),
+        ("proof of the CUDA kernels", _proof_rows(gathered["proof"])),
         ("build", _build_rows(gathered["build"])),
         ("environment", _environment_rows(gathered["environment"])),
     ):
@@ -285,6 +302,14 @@ def _machine_rows(gathered: dict) -> list[tuple[str, str]]:
         ("CPU features", listed),
         ("GPU", ", ".join(machine["gpus"]) or "none that torch sees"),
     ]
+
+
+def _proof_rows(proofs: dict) -> list[tuple[str, str]]:
+    rows = []
+    for key, results in proofs.items():
+        rows.append(("GPU", key if results else f"{key}: nothing yet; {proof.HOW}"))
+        rows += [(f"  {name}", result) for name, result in (results or {}).items()]
+    return rows
 
 
 def _build_rows(build: dict) -> list[tuple[str, str]]:

@@ -14,12 +14,12 @@ CUDA kernels' forward of float8_e4m3fn q, k and v, with the same arguments.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.abc
 import importlib.util
 import json
 import os
 import sys
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .gpu import launcher
+from .gpu import constant, launcher
 from .spec import OPERANDS, Spec
 
 try:
@@ -84,6 +84,15 @@ def _native_path(kind: str) -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob(f"_{kind.lower()}.*so"))), None)
 
 
+def _causes(error: BaseException | None) -> str:
+    """What went wrong, and what made it so: torch's loader leaves the reason to the cause."""
+    parts: list[str] = []
+    while error is not None:
+        parts.append(str(error).rstrip("."))
+        error = error.__cause__ or error.__context__
+    return ": ".join(dict.fromkeys(parts))
+
+
 def _load(kind: str) -> tuple[ctypes.CDLL | None, str | None]:
     """(the library of the "CPU" or "CUDA" kernels, None), or (None, why there is none)."""
     path = _native_path(kind)
@@ -98,11 +107,34 @@ def _load(kind: str) -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(str(path))
         return ctypes.CDLL(str(path)), None
     except (OSError, RuntimeError) as error:
-        return None, f"the native {kind} library {path} does not load: {error}"
+        return None, f"the native {kind} library {path} does not load: {_causes(error)}"
 
 
 NATIVE, NATIVE_MISSING = _load("CPU")
-CUDA_MISSING = "this torch has no CUDA" if torch.version.cuda is None else _load("CUDA")[1]
+CUDA, CUDA_MISSING = (
+    (None, "this torch has no CUDA") if torch.version.cuda is None else _load("CUDA")
+)
+
+
+def cuda_fault() -> str | None:
+    """Why a CUDA library that was built, for a torch that has CUDA, cannot be used; None where it
+    can, or where nothing was built."""
+    built = torch.version.cuda is not None and _native_path("CUDA") is not None
+    return CUDA_MISSING if built else None
+
+
+def cuda_question(name: str, *arguments) -> str | None:
+    """The answer of one of the library's C functions that say what is wrong: None for nothing."""
+    function = getattr(CUDA, name)
+    function.restype = ctypes.c_char_p
+    return function(*arguments).decode() or None
+
+
+@constant
+@functools.cache
+def cuda_problem(index: int) -> str | None:
+    """Why the CUDA library, where it is loaded, cannot use GPU `index`: an old driver, say."""
+    return None if CUDA is None else cuda_question("fastattn_cuda_problem", index)
 
 
 # ---- fake kernels: shapes, dtypes and strides of the results ----------------------------------
@@ -258,9 +290,9 @@ for _end, _fwd in FORWARDS.items():
     _name, _bwd = f"fastattn::flash_attn_fwd{_end}", PAIRS.get(_end, (None, None))[1]
     torch.library.register_fake(_name, _forward_fake, lib=_LIBRARY)
     torch.library.register_autograd(  # without a partner, _forward_setup raises
-        _name, partial(_forward_grad, _bwd), setup_context=_forward_setup, lib=_LIBRARY
+        _name, functools.partial(_forward_grad, _bwd), setup_context=_forward_setup, lib=_LIBRARY
     )
-    torch.library.register_vmap(_name, partial(_forward_vmap, _fwd), lib=_LIBRARY)
+    torch.library.register_vmap(_name, functools.partial(_forward_vmap, _fwd), lib=_LIBRARY)
     _register_autocast(_end, "cpu", "AutocastCPU")
     _register_autocast(_end, "cuda", "AutocastCUDA")
 for _end, (_, _bwd) in PAIRS.items():
@@ -269,7 +301,7 @@ for _end, (_, _bwd) in PAIRS.items():
     torch.library.register_autograd(
         _name, _backward_grad, setup_context=_backward_setup, lib=_LIBRARY
     )
-    torch.library.register_vmap(_name, partial(_backward_vmap, _bwd), lib=_LIBRARY)
+    torch.library.register_vmap(_name, functools.partial(_backward_vmap, _bwd), lib=_LIBRARY)
 for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
     _LIBRARY.impl("flash_attn_fwd_triton", launcher("launch", "forward"), _key)
     _LIBRARY.impl("flash_attn_bwd_triton", launcher("launch", "backward"), _key)

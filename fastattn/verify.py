@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from . import backends
+from . import backends, proof
 from .attention import attention, varlen_attention
 from .judge import Comparison, Judge
 from .spec import Operands, Spec
@@ -180,17 +180,27 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
 # ---- the command -------------------------------------------------------------------------------
 
 
-def backends_here() -> Iterator[tuple[str, str, str | None]]:
-    """(backend, device, why it cannot run there) for each backend on its best device."""
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+# Of proof.py's, those that FEATURES above have.
+PROVEN = ("call", "lengths", "gradient", "gradient of lengths")
+
+
+def backends_here(gpu: bool = True) -> Iterator[tuple[str, str, str | None]]:
+    """(backend, device, why it does not run there) for each backend on its best device. gpu: or
+    else no GPU is touched. One that has not passed its self-tests might never come back."""
+    devices = ["cuda", "cpu"] if gpu and torch.cuda.is_available() else ["cpu"]
     for row in backends.BACKENDS:
         reasons = {}
         for device in devices:
             x = torch.zeros(1, 1, 1, 64, device=device)
+            if row.refuses(Spec(0.125), x, x, x, Operands()):  # it has no fp32
+                x = x.bfloat16()
             reasons[device] = row.why_not(Spec(0.125), x, x, x, Operands())
         able = [device for device in devices if reasons[device] is None]
         device = able[0] if able else devices[-1]
-        yield row.name, device, reasons[device]
+        reason = reasons[device]
+        if reason is None and row.name == "cuda":
+            reason = proof.why_not(torch.cuda.current_device(), PROVEN)
+        yield row.name, device, reason
 
 
 @dataclass(frozen=True)
@@ -249,11 +259,11 @@ class Verified:
         }
 
 
-def run(quick: bool = False, console: Console | None = None) -> Verified:
+def run(quick: bool = False, console: Console | None = None, gpu: bool = True) -> Verified:
     """Measures every backend on this machine, behind a progress bar on a terminal."""
     features = [f for f in FEATURES if not quick or f.name in QUICK]
     dtypes = DTYPES[:2] if quick else DTYPES
-    here = list(backends_here())
+    here = list(backends_here(gpu))
     calls = [
         (backend, device, feature, dtype)
         for backend, device, reason in here
@@ -335,16 +345,36 @@ def _table(cells: list[Cell]) -> Table:
     return table
 
 
+def prove(console: Console, sanitize: bool) -> proof.Found:
+    """The self-tests of the CUDA kernels on this machine's GPUs, told as they end."""
+    machine = proof.Machine()
+    if sanitize:
+        if (tool := proof.sanitizer()) is None:
+            raise ValueError(
+                "--sanitize needs compute-sanitizer, which CUDA's toolkit has, on PATH"
+            )
+        machine = proof.Sanitized(tool)
+
+    def tell(text: str) -> None:
+        console.print(escape(text), highlight=False, soft_wrap=True)
+
+    return proof.prove(tell, machine)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fastattn verify",
         description="Check every backend that runs on this machine against float64, or with "
-        "--model a model of yours, swapped, layer by layer.",
+        "--model a model of yours, swapped, layer by layer. On a machine with a GPU it begins with "
+        "the self-tests of the CUDA kernels, each in a process with a time limit; those that pass "
+        "open the CUDA backend to calls that name none.",
         epilog="exit codes: 0 all passed; 1 something differs more than rounding allows; 2 the "
         "model or its inputs cannot be had",
     )
     p.add_argument("--quick", action="store_true", help="fewer options, float32 and bfloat16")
     p.add_argument("--json", metavar="FILE", type=Path, help="write everything found there too")
+    p.add_argument("--sanitize", action="store_true", help="the CUDA kernels' self-tests run under "
+                   "compute-sanitizer, 20 times as slowly")  # fmt: skip
     audit = p.add_argument_group("a model of yours")
     audit.add_argument("--model", metavar="MODEL", help="package.module:name, file.py:name (a "
                        "module, or a function that makes one), a file of torch.save, or a "
@@ -372,15 +402,23 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 2
         print(found)
-        passed = found.passed
+        passed, stored = found.passed, found.as_dict()
     else:
         console = Console()
         console = console if console.is_terminal else Console(width=120)
-        found = run(args.quick, console)
+        try:
+            proven = prove(console, args.sanitize)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        found = run(args.quick, console, gpu=not proven.hangs)
         show(found, console)
-        passed = not found.failures
+        for failure in proven.failures:
+            console.print(f"[red]FAILED[/] {escape(failure)}", highlight=False)
+        passed = not (found.failures or proven.failures)
+        stored = found.as_dict() | {"passed": passed, "proof": proven.as_dict()}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+        args.json.write_text(json.dumps(stored, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 0 if passed else 1

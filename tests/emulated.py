@@ -151,6 +151,11 @@ class BackwardCall(ctypes.Structure):
     ]
 
 
+def is_expanded(x: Tensor) -> bool:
+    """csrc/cuda/launch.h's rule."""
+    return any(n > 1 and stride == 0 for n, stride in zip(x.shape[:3], x.stride()))
+
+
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -237,6 +242,8 @@ def backward(
     """
     q, k, v, spec, x = problem
     x = documents_as_sequences(x)
+    if arch == "sm90":  # as csrc/ops_cuda.cu does: tensor maps have no stride of 0
+        q, k, v, dout = (y.contiguous() if is_expanded(y) else y for y in (q, k, v, dout))
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)
     register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,

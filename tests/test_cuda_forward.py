@@ -12,7 +12,16 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES, check_forward, thinned
+from cuda_cases import (
+    DIMS,
+    MASKS,
+    OPTIONS,
+    PACKED,
+    SHAPES,
+    check_forward,
+    check_problem,
+    thinned,
+)
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
@@ -79,3 +88,29 @@ def test_what_no_copy_can_read_is_named(arch):
     odd = torch.randn(64 * 64 + 8).half()[1 : 64 * 64 + 1].view(1, 1, 64, 64)
     with pytest.raises(emulated.Fault, match="v does not start at a multiple of 16 bytes"):
         emulated.forward(problem._replace(q=q, k=q, v=odd), arch=arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_expanded_tensors_reach_no_tensor_map(arch):
+    """One kv head that was expanded is one head again. What else is expanded, a copy must come
+    before on sm_90, and is refused where none did; sm_80's kernels have no tensor maps."""
+    case = Case("cuda/expanded", batch=2, heads=4, kv_heads=4, q_len=70, kv_len=150, causal=True)
+    problem = case.make(torch.float16)
+    q, k, v = problem[:3]
+    one = problem._replace(k=k[:, :1].expand_as(k), v=v[:, :1].expand_as(v))
+    check_problem(one, seed=1, arch=arch)
+    alone = problem._replace(k=k[:, :1], v=v[:, :1])
+    for x, y in zip(emulated.forward(one, arch=arch), emulated.forward(alone, arch=arch)):
+        assert torch.equal(x, y)
+    for changed in (
+        {"k": k[:, :1].expand_as(k)},  # and not v
+        {"k": k[:1].expand_as(k), "v": v[:1].expand_as(v)},
+        {"k": k[:1, :1].expand_as(k), "v": v[:1, :1].expand_as(v)},
+        {"v": v[:, :, :1].expand_as(v)},
+        {"q": q[:, :, :1].expand_as(q)},
+    ):
+        if arch == "sm80":
+            check_problem(problem._replace(**changed), seed=1, arch=arch)
+        else:
+            with pytest.raises(emulated.Fault, match="of an expanded tensor"):
+                emulated.forward(problem._replace(**changed), arch=arch)

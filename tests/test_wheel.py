@@ -6,6 +6,7 @@ where it is set: a wheel built against one torch has to serve another.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import elf
 import pytest
+import torch
 
 from fastattn import ops
 
@@ -90,3 +93,77 @@ def test_a_clean_environment(wheel, tmp_path, python):
     assert wheel.name.split("-")[1] in run(
         clean, "-m", "fastattn", "info", cwd=tmp_path, env=settings
     )
+
+
+# ---- the libraries in it -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def libraries(wheel, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("libraries")
+    with zipfile.ZipFile(wheel) as files:
+        names = [n for n in files.namelist() if n.endswith(".so")]
+        return {n.split("_")[-1].split(".")[0]: Path(files.extract(n, folder)) for n in names}
+
+
+def library_of(libraries, kind: str) -> Path:
+    if kind not in libraries:
+        pytest.skip(f"the {kind} library is not in the wheel: there is no nvcc")
+    return libraries[kind]
+
+
+@pytest.mark.skipif(elf.why_not() is not None, reason=str(elf.why_not()))
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_a_library_needs_of_torch_is_in_the_libraries_that_it_names(libraries, kind):
+    """Nor does it name one that a torch without CUDA lacks."""
+    path = library_of(libraries, kind)
+    torchs = {name for name in elf.needed(path) if "torch" in name or "c10" in name}
+    assert torchs == {"libtorch_cpu.so"} and elf.not_provided(path) == set()
+
+
+LOAD = """
+import ctypes, sys, torch
+torch.ops.load_library(sys.argv[1])
+import fastattn
+library = ctypes.CDLL(sys.argv[1])
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+for name in ("flash_attn_fwd", "flash_attn_bwd", "flash_attn_fwd_float8"):
+    assert has(f"fastattn::{name}", "CUDA"), name
+for name, arguments in (("torch_problem", ()), ("cuda_problem", (0,))):
+    question = getattr(library, f"fastattn_{name}")
+    question.restype = ctypes.c_char_p
+    print(question(*arguments).decode())
+"""
+
+
+def test_the_cuda_library_loads_and_says_what_is_not_here(libraries):
+    """In any torch: with a CPU build of it, there are no streams; without a driver, no GPU."""
+    path = library_of(libraries, "cuda")
+    run = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    torch_problem, cuda_problem = (run.stdout + "\n").split("\n")[:2]
+    if torch.version.cuda is None:
+        assert "aoti_torch_get_current_cuda_stream, as builds with CUDA do" in torch_problem
+    else:
+        assert torch_problem == ""
+    if not Path("/proc/driver/nvidia").exists():
+        assert "there is no NVIDIA driver here" in cuda_problem
+
+
+def test_a_tensor_map_is_asked_for_by_ctypes(libraries):
+    """On a machine without a driver the answer is that there is none: the arguments arrive."""
+    path = library_of(libraries, "cuda")
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is a driver, which may well make the map")
+    library = ctypes.CDLL(str(path))
+    function = library.fastattn_cuda_tensor_map
+    function.restype = ctypes.c_char_p
+    x = torch.zeros(2, 3, 5, 64, dtype=torch.bfloat16)
+
+    def ask(x):
+        shape, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 3)(*x.stride()[:3])
+        data, size = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.element_size())
+        return function(data, shape, strides, size, 128).decode()
+
+    assert "cuTensorMapEncodeTiled" in ask(x)
+    assert "of an expanded tensor" in ask(x[:, :1].expand_as(x))

@@ -16,7 +16,7 @@ template <class F, class Main> std::string launch_backward(const BackwardCall& c
     BackwardRowsParams rows = backward_rows_params<F>(call);
     int over_rows = multiprocessors * ROWS_CTAS;
     backward_prepare<F><<<over_rows, ROWS_THREADS, 0, stream>>>(rows);
-    std::string error = state_of(cudaGetLastError());
+    std::string error = problem_of(cudaGetLastError());
     if (!error.empty()) return error;
     if (call.dsinks)
         error =
@@ -24,7 +24,7 @@ template <class F, class Main> std::string launch_backward(const BackwardCall& c
     if (error.empty()) error = main();
     if (!error.empty()) return error;
     backward_finish<F><<<over_rows, ROWS_THREADS, 0, stream>>>(rows);
-    return state_of(cudaGetLastError());
+    return problem_of(cudaGetLastError());
 }
 
 }  // namespace fastattn::cuda

@@ -1,4 +1,5 @@
-// The driver's encoder of tensor maps, and launches with more shared memory than 48 KB.
+// What is asked of the CUDA runtime and driver: what went wrong, the encoder of tensor maps, and
+// launches with more shared memory than 48 KB.
 #pragma once
 #include <cudaTypedefs.h>
 
@@ -8,11 +9,36 @@
 
 namespace fastattn::cuda {
 
+inline std::string version_text(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// What an error of the runtime means to the user. A driver that is older than the runtime in this
+// library makes every question fail; minor versions of CUDA serve each other.
+inline std::string problem_of(cudaError_t error) {
+    if (error == cudaSuccess) return "";
+    constexpr int NEEDED = CUDART_VERSION / 1000 * 1000;
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    std::string text = cudaGetErrorString(error);
+    if (driver == 0) return "there is no NVIDIA driver here (" + text + ")";
+    if (driver < NEEDED)
+        return "the NVIDIA driver serves CUDA up to " + version_text(driver) +
+               ", and this library needs a driver for CUDA " + version_text(NEEDED) +
+               " or newer (" + text + ")";
+    return text;
+}
+
 inline PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult state;
+#if CUDART_VERSION >= 12050
     cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
                                                          cudaEnableDefault, &state);
+#else
+    cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
+#endif
     bool ok = error == cudaSuccess && state == cudaDriverEntryPointSuccess;
     return ok ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found) : nullptr;
 }
@@ -33,19 +59,15 @@ inline std::string encode(TensorMap& map, void* data, int element_bytes, const u
                : "cuTensorMapEncodeTiled failed with error " + std::to_string(result);
 }
 
-inline std::string state_of(cudaError_t state) {
-    return state == cudaSuccess ? "" : cudaGetErrorString(state);
-}
-
 template <class Params> std::string launch_large(void (*kernel)(Params), int grid, int threads,
                                                  int shared_bytes, cudaStream_t stream,
                                                  const Params& p) {
     shared_bytes += SHARED_ALIGNMENT;
     cudaError_t state =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (state != cudaSuccess) return state_of(state);
+    if (state != cudaSuccess) return problem_of(state);
     kernel<<<grid, threads, shared_bytes, stream>>>(p);
-    return state_of(cudaGetLastError());
+    return problem_of(cudaGetLastError());
 }
 
 }  // namespace fastattn::cuda

@@ -17,7 +17,7 @@ std::string launch_of(const ForwardCall& call, const ForwardPlan& plan, cudaStre
         if (!error.empty() || plan.splits == 1) return error;
         combine_parts<Element, F::D>
             <<<combine_grid(call), COMBINE_THREADS, 0, stream>>>(combine_params(call, plan));
-        return state_of(cudaGetLastError());
+        return problem_of(cudaGetLastError());
     });
 }
 

@@ -95,9 +95,29 @@ inline std::string why_not_tma(const Operand& x, const char* name) {
     return "";
 }
 
+// Whether places of x share memory, as expand() leaves them. No driver has been asked what a tensor
+// map makes of a stride of 0, so no map has one: such tensors are copied, or see below.
+inline bool is_expanded(const Operand& x) {
+    return (x.rows > 1 && x.row_stride == 0) || (x.heads > 1 && x.head_stride == 0) ||
+           (x.batch > 1 && x.batch_stride == 0);
+}
+
+// One kv head that was expanded to several is one head again: all query heads then share it, and
+// nothing need be copied. Scales of 8 bits belong to heads, and keep them apart.
+inline void join_expanded_heads(ForwardCall& c) {
+    Operand k = c.k, v = c.v;
+    if (k.heads <= 1 || k.head_stride || v.head_stride) return;
+    if (c.q_descale.data || c.k_descale.data || c.v_descale.data) return;
+    k.heads = v.heads = 1;
+    if (is_expanded(k) || is_expanded(v)) return;
+    c.k = k;
+    c.v = v;
+}
+
 // Encode is the driver's cuTensorMapEncodeTiled, or the emulator's: "" or what went wrong.
 template <class Encode>
 std::string tensor_map(TensorMap& map, const Operand& x, int box_rows, Encode encode) {
+    if (is_expanded(x)) return "a tensor map is asked for of an expanded tensor";
     uint64_t sizes[4], strides[3];
     uint32_t box[4] = {static_cast<uint32_t>(128 / x.bytes), static_cast<uint32_t>(box_rows), 1, 1};
     const int64_t shape[4] = {x.head_dim, x.rows, x.heads, x.batch};

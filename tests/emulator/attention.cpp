@@ -78,7 +78,9 @@ void emulated_forget() { emulator::forget_memory(); }
 const char* emulated_forward_sm90(const ForwardCall* call, bool bf16, int grid, uint64_t seed) {
     std::string why = why_not_tma(*call);
     if (!why.empty()) return keep(why);
-    if (call->q.bytes == 1) return keep(forward_of<E4m3>(*call, grid, seed));
-    return keep(bf16 ? forward_of<Bf16>(*call, grid, seed) : forward_of<Fp16>(*call, grid, seed));
+    ForwardCall joined = *call;
+    join_expanded_heads(joined);
+    if (call->q.bytes == 1) return keep(forward_of<E4m3>(joined, grid, seed));
+    return keep(bf16 ? forward_of<Bf16>(joined, grid, seed) : forward_of<Fp16>(joined, grid, seed));
 }
 }

@@ -41,6 +41,8 @@ std::string encode_tiled(TensorMap& map, void* data, int rank, int element_bytes
             map.strides[i] = strides[i - 1];
             if (strides[i - 1] % 16 || strides[i - 1] >= uint64_t(1) << 40)
                 return "strides must be multiples of 16 bytes below 2^40";
+            if (strides[i - 1] == 0 && map.sizes[i] > 1)
+                return "a stride of 0, which no driver has been asked about";
         }
     }
     int inner = static_cast<int>(box[0]) * element_bytes;

@@ -12,6 +12,7 @@ namespace {
 // Working memory is made here.
 template <class Element>
 std::string forward_of(ForwardCall call, int multiprocessors, uint64_t seed) {
+    join_expanded_heads(call);
     ForwardPlan plan = forward_plan(call, multiprocessors, IDLE_SM80);
     auto [outs, lses] = part_sizes(call, plan);
     std::vector<float> part_out(outs, NAN), part_lse(lses, NAN);
