@@ -1,27 +1,33 @@
 """What nvcc makes of csrc/cuda, kernel by kernel, on a machine without a GPU.
 
-    python -m fastattn.benchmarks.cuda_audit [--write]
+    python -m fastattn.benchmarks.cuda_audit [--all] [--write]
 
 Compiles each .cu of csrc/cuda and reads ptxas' report and the machine code: registers, spills,
 stack, shared memory, and how often the instructions occur that the speed comes from. Exits with 1
 where a kernel spills or uses local memory, where ptxas serialises wgmma (its notes C7510 to C7520),
 where an instruction that must be there is not, where the exponentials do not run beside matrix
 products (ptxas likes to move the wait between them), or shared memory is over what a CTA can have.
-`sm_86` says whether it fits the 99 KB of sm_86 and sm_89 too. Shows what differs from
-benchmarks/results/cuda-audit.json; --write replaces that file.
+`sm_86` says whether it fits the 99 KB of sm_86 and sm_89 too.
+
+benchmarks/results/cuda-audit.json has the last audit, each row with a key of the sources and flags
+it was made from. Only files that have another key there, or another nvcc made, are compiled; --all
+compiles everything. Differences are shown, --write stores them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from . import audit_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "cuda-audit.json"
@@ -98,23 +104,25 @@ def arch_of(source: str) -> str:
     return found
 
 
+def key(source: Path) -> str:
+    """What a source's rows are made from, but for nvcc."""
+    read = [audit_keys.of_function(x) for x in (_numbers, _counts)]
+    return audit_keys.digest(audit_keys.of_file(source), FLAGS, arch_of(source.name), read)
+
+
 def compiled(source: Path) -> tuple[Path, str]:
     """(cubin, ptxas' report) of a source, from build/cuda-audit where nothing changed."""
-    arch = ARCHS[arch_of(source.name)]
-    nvcc = find_tool("nvcc")
-    digest = hashlib.sha256(repr((nvcc_version(), FLAGS, arch)).encode())
-    for path in [source, *sorted((ROOT / "csrc").glob("*.h"))]:
-        digest.update(path.read_bytes())
-    for path in sorted((ROOT / "csrc/cuda").glob("*.[ch]*")):
-        digest.update(path.read_bytes() if path.suffix != ".cu" else b"")
-    cubin = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.cubin"
+    made_from = audit_keys.digest(key(source), nvcc_version())
+    cubin = CACHE / f"{source.stem}-{made_from}.cubin"
     report = cubin.with_suffix(".txt")
     if not report.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob(f"{source.stem}-*"):
-            old.unlink()
-        text = _run(nvcc, *FLAGS, f"-arch=sm_{arch}", str(source), "-o", str(cubin))
-        report.write_text(text)
+        flags = (*FLAGS, f"-arch=sm_{ARCHS[arch_of(source.name)]}")
+        part = cubin.with_suffix(f".{os.getpid()}")  # another process may compile it too
+        text = _run(find_tool("nvcc"), *flags, str(source), "-o", str(part))
+        part.replace(cubin)
+        part.write_text(text)
+        part.replace(report)
     return cubin, report.read_text()
 
 
@@ -181,18 +189,44 @@ def _counts(cubin: Path) -> dict[str, dict[str, int]]:
     return counts
 
 
-def audit() -> list[dict]:
-    """One row a kernel: name, arch, numbers, counts, and `problems`, sentences."""
+def rows_of(source: Path) -> list[dict]:
+    """One row a kernel: name, key, numbers, counts, and `problems`, sentences."""
+    cubin, report = compiled(source)
+    notes = re.findall(r"\(C75[12]\d\)[^\n]*", report)
+    counts = _counts(cubin)
     rows = []
-    for source in sources():
-        cubin, report = compiled(source)
-        notes = re.findall(r"\(C75[12]\d\)[^\n]*", report)
-        counts = _counts(cubin)
-        for symbol, numbers in _numbers(report).items():
-            small = {"sm_86": numbers["shared"] <= SMALL_SHARED}
-            row = {**numbers, **small, "source": source.name, **counts[symbol]}
-            row["problems"] = problems(row, [n for n in notes if symbol in n])
-            rows.append(row)
+    for symbol, numbers in _numbers(report).items():
+        small = {"sm_86": numbers["shared"] <= SMALL_SHARED}
+        of = {"source": source.name, "key": key(source)}
+        row = {**numbers, **small, **of, **counts[symbol]}
+        row["problems"] = problems(row, [n for n in notes if symbol in n])
+        rows.append(row)
+    return rows
+
+
+def stored_report() -> dict:
+    return json.loads(STORED.read_text()) if STORED.exists() else {"nvcc": None, "rows": []}
+
+
+def stale(stored: dict) -> list[str]:
+    """The sources whose stored rows were made from something else, there or gone."""
+    keys = {(source.name, key(source)) for source in sources()}
+    known = {(row["source"], row.get("key")) for row in stored["rows"]}
+    return sorted({name for name, _ in keys ^ known})
+
+
+def audit(stored: dict | None = None) -> list[dict]:
+    """The rows of every source; those of a stored report that would be the same are taken."""
+    stored = stored or {"nvcc": None, "rows": []}
+    again = {source.name for source in sources()}
+    if stored["nvcc"] == nvcc_version():
+        again &= set(stale(stored))
+    files = [source for source in sources() if source.name in again]
+    present = {source.name for source in sources()} - again
+    rows = [row for row in stored["rows"] if row["source"] in present]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for found in pool.map(rows_of, files):
+            rows += found
     return sorted(rows, key=lambda row: row["name"])
 
 
@@ -248,17 +282,19 @@ def differences(rows: list[dict], stored: list[dict]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command above."""
     parser = argparse.ArgumentParser(prog="python -m fastattn.benchmarks.cuda_audit")
+    parser.add_argument("--all", action="store_true", help="compile what did not change too")
     parser.add_argument("--write", action="store_true", help="replace the stored table")
     options = parser.parse_args(arguments)
     if reason := why_not():
         print(f"cuda audit: {reason}", file=sys.stderr)
         return 1
-    rows = audit()
+    stored = stored_report()
+    rows = audit(None if options.all else stored)
     print(table(rows))
     if options.write:
         STORED.write_text(json.dumps({"nvcc": nvcc_version(), "rows": rows}, indent=1) + "\n")
-    elif STORED.exists():
-        for change in differences(rows, json.loads(STORED.read_text())["rows"]):
+    else:
+        for change in differences(rows, stored["rows"]):
             print(f"differs from {STORED.name}: {change}")
     found = [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
     for problem in found:

@@ -1,6 +1,6 @@
 """`make gpu-audit`: every Triton kernel compiled for GPUs that are not here, and what came of it.
 
-    python -m fastattn.benchmarks.gpu_audit [--arch sm_90] [--only norm] [--write]
+    python -m fastattn.benchmarks.gpu_audit [--all] [--write] [--stale] [--arch sm_90] [--only norm]
 
 A kernel module lists what a launch compiles with `audit_subjects(arch)`, which yields Subjects;
 `arch.launches(name, call)` makes them from a launch itself, on meta tensors, so that the audit
@@ -8,8 +8,12 @@ sees the arguments, alignments and options a GPU would. Each is compiled for eac
 machine code is read: registers, stack, spills, shared memory, matrix instructions. Exits with 1
 where a hot subject spills in a loop with matrix instructions (or, where it has none, anywhere),
 shared memory is over the architecture's, a matrix instruction that was asked for is missing, or a
-compiler fails. Differences from benchmarks/results/gpu-audit.json are
-shown; --write replaces that file.
+compiler fails.
+
+benchmarks/results/gpu-audit.json has the last audit, each row with a key of what it was made from
+(source, configuration, architecture). Only what is not in it, or has another key there, or was made
+by another compiler, is compiled; --all compiles everything. Differences are shown, --write stores
+them. --stale compiles nothing, and fails where a row would be compiled.
 
 This process must not interpret (TRITON_INTERPRET unset): kernels are wrapped as they are imported.
 """
@@ -32,11 +36,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from . import audit_keys
+
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "results" / "gpu-audit.json"
 CACHE = ROOT / "build" / "triton"  # Triton's own: a second audit compiles what changed
 MODULES = ("audit", "norm", "rotate", "gate", "activate", "linear_cross_entropy")
-PROCESSES = 2
+AGAIN = "`make gpu-audit ARGS=--write` makes them again"
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,13 @@ class Subject:
         """Equal for subjects that compile to the same code."""
         parts = self.fn, self.signature, self.constexprs, self.options, self.attrs
         return repr(tuple(str(part) for part in parts))
+
+    def key(self, arch: Arch) -> str:
+        """What its row is made from, but for the compilers."""
+        values = {name: audit_keys.of_value(x) for name, x in self.constexprs.items()}
+        parts = self.signature, values, self.options, self.attrs, arch.target
+        read = [audit_keys.of_function(x) for x in (spills_in_loops, _counted)]
+        return audit_keys.digest(audit_keys.of_function(self.fn), *map(str, parts), read)
 
 
 KB = 1024
@@ -228,7 +241,7 @@ def audited(arch: Arch, subject: Subject) -> dict:
     import triton
     from triton.compiler import ASTSource
 
-    row = {"arch": arch.name, "name": subject.name, "hot": subject.hot}
+    row = {"arch": arch.name, "name": subject.name, "key": subject.key(arch), "hot": subject.hot}
     begin = time.perf_counter()
     try:
         source = ASTSource(subject.fn, subject.signature, subject.constexprs, subject.attrs)
@@ -254,11 +267,13 @@ def problems(arch: Arch, subject: Subject, row: dict) -> list[str]:
     return found
 
 
-def audit(pairs: list[tuple[Arch, Subject]], processes: int = PROCESSES) -> list[dict]:
+def audit(pairs: list[tuple[Arch, Subject]]) -> list[dict]:
     """The rows of all, in order. Workers are forked: kernels do not travel between processes."""
     global _PAIRS
     _PAIRS = pairs
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    if not pairs:
+        return []
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         return pool.map(_one, range(len(pairs)), chunksize=1)
 
 
@@ -269,6 +284,46 @@ def _one(n: int) -> dict:
     return audited(*_PAIRS[n])
 
 
+# ---- what is stored ------------------------------------------------------------------------------
+
+
+def compilers() -> dict[str, str]:
+    """The versions of what compiles here."""
+    import triton
+
+    nvidia = triton.knobs.nvidia
+    found = {"triton": triton.__version__, "ptxas": nvidia.ptxas.version}
+    newer = getattr(nvidia, "ptxas_blackwell", None)  # of Triton 3.6 and newer
+    return found | ({"ptxas_blackwell": newer.version} if newer else {})
+
+
+def stored_report() -> dict:
+    return json.loads(STORED.read_text()) if STORED.exists() else {"compilers": None, "rows": []}
+
+
+def reused(stored: dict, pairs: list[tuple[Arch, Subject]]) -> list[dict | None]:
+    """The stored row of each pair, its problems judged anew; None where it is to be compiled."""
+    if stored.get("compilers") != compilers():
+        return [None] * len(pairs)
+    before = {(row["arch"], row["name"]): row for row in stored["rows"]}
+    found = []
+    for arch, subject in pairs:
+        row = before.get((arch.name, subject.name), {})
+        fresh = row.get("key") == subject.key(arch)
+        row = {**row, "hot": subject.hot}
+        found.append({**row, "problems": problems(arch, subject, row)} if fresh else None)
+    return found
+
+
+def stale(stored: dict, pairs: list[tuple[Arch, Subject]]) -> list[str]:
+    """Names of rows that are not what the subjects would give: changed, new or gone."""
+    missing = [p for p, row in zip(pairs, reused(stored, pairs)) if row is None]
+    found = [f"{arch.name} {subject.name}" for arch, subject in missing]
+    known = {(arch.name, subject.name) for arch, subject in pairs}
+    gone = [row for row in stored["rows"] if (row["arch"], row["name"]) not in known]
+    return found + [f"{row['arch']} {row['name']} (gone)" for row in gone]
+
+
 # ---- compared, and printed ----------------------------------------------------------------------
 
 FIELDS = ("registers", "stack", "spills", "in_loops", "shared", "matrix")
@@ -276,15 +331,13 @@ FIELDS = ("registers", "stack", "spills", "in_loops", "shared", "matrix")
 
 def report(rows: list[dict]) -> dict:
     """What is stored: no times, so that the file changes when the code does."""
-    import triton
-
     kept = [{key: row[key] for key in row if key not in ("s", "problems")} for row in rows]
-    return {"triton": triton.__version__, "rows": kept}
+    return {"compilers": compilers(), "rows": kept}
 
 
 def changes(stored: dict, fresh: dict) -> dict[tuple[str, str], str]:
-    """What differs from the stored report, by (arch, name); {} where another Triton made it."""
-    if stored.get("triton") != fresh["triton"]:
+    """What differs from the stored report, by (arch, name); {} where other compilers made it."""
+    if stored.get("compilers") != fresh["compilers"]:
         return {}
     before = {(row["arch"], row["name"]): row for row in stored["rows"]}
     found = {}
@@ -321,33 +374,53 @@ def show(rows: list[dict], changed: dict) -> None:
 
 
 def main(arguments=None) -> int:
-    """The command; its exit status is 1 where a row has a problem."""
+    """The command; its exit status is 1 where a row has a problem or, asked for, is stale."""
     parser = argparse.ArgumentParser(prog="gpu_audit", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=[arch.name for arch in ARCHES], help="this one alone")
     parser.add_argument("--only", default="", help="subjects whose name holds this")
+    parser.add_argument("--all", action="store_true", help="compile what did not change too")
     parser.add_argument("--write", action="store_true", help=f"replace {STORED.name}")
+    parser.add_argument("--stale", action="store_true", help="compile nothing, name stale rows")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled")
-    if chosen.write and (chosen.arch or chosen.only):
-        parser.error("--write stores the whole audit; it does not go with --arch or --only")
+    if (chosen.write or chosen.stale) and (chosen.arch or chosen.only):
+        parser.error("--write and --stale are of the whole audit, without --arch and --only")
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     begin = time.perf_counter()
     arches = [arch for arch in ARCHES if chosen.arch in (None, arch.name)]
-    rows = audit(list(subjects(arches, chosen.only)))
+    pairs = list(subjects(arches, chosen.only))
+    stored = stored_report()
+    if stored.get("compilers") != compilers():
+        print(f"not compared: the stored report is of {stored.get('compilers')}, here are "
+              f"{compilers()}")  # fmt: skip
+        if chosen.stale:
+            return 0
+    if chosen.stale:
+        return show_stale(stale(stored, pairs))
+    rows = [None] * len(pairs) if chosen.all else reused(stored, pairs)
+    made = iter(audit([pair for pair, row in zip(pairs, rows) if row is None]))
+    again = rows.count(None)
+    rows = [next(made) if row is None else row for row in rows]
     fresh = report(rows)
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {"triton": None}
-    show(rows, changes(stored, fresh))
-    if stored["triton"] != fresh["triton"]:
-        print(f"not compared: the stored report is of Triton {stored['triton']}, this is "
-              f"{fresh['triton']}")  # fmt: skip
+    changed = changes(stored, fresh)
+    show(rows, changed)
     bad = [row for row in rows if row["problems"]]
-    print(f"{len(rows)} kernels, {len(bad)} with problems, {time.perf_counter() - begin:.0f} s")
+    print(f"{len(rows)} kernels, {again} of them compiled, {len(bad)} with problems, "
+          f"{len(changed)} changed, {time.perf_counter() - begin:.0f} s")  # fmt: skip
     for row in bad:
         print(f"{row['arch']} {row['name']}: {'; '.join(row['problems'])}", file=sys.stderr)
     if chosen.write:
         STORED.write_text(json.dumps(fresh, indent=1) + "\n")
     return 1 if bad else 0
+
+
+def show_stale(names: list[str]) -> int:
+    """Prints them; the exit status."""
+    for name in names:
+        print(f"stale: {name}")
+    print(f"{len(names)} stale rows in {STORED.name}" + (f": {AGAIN}" if names else ""))
+    return 1 if names else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ Triton's kernels are interpreted where there is no GPU, which is decided as they
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -27,6 +28,34 @@ def _import_interpreted_kernels() -> None:
         importlib.import_module("triton.experimental.gluon")  # else by the first kernel that runs
         for module in pkgutil.iter_modules(fastattn.kernels.__path__):
             importlib.import_module(f"fastattn.kernels.{module.name}")
+    _replace_the_language_once()
+
+
+def _replace_the_language_once() -> None:
+    """The interpreter replaces triton.language's functions in every call of a device function, as
+    if the launch had not: 40% of its time. Where they are replaced already, nothing is to be done.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton's
+        return
+    replace = interpreter._patch_lang
+
+    @functools.cache
+    def languages(function):
+        found = function.__globals__.values()
+        return [x for x in (language, language.core) if any(x is y for y in found)]
+
+    def replaced(module) -> bool:
+        return not language.core.is_builtin(module.load)
+
+    def replace_once(function):
+        if all(map(replaced, languages(function))):
+            return interpreter._LangPatchScope()
+        return replace(function)
+
+    interpreter._patch_lang = replace_once
 
 
 _import_interpreted_kernels()

@@ -1,10 +1,13 @@
-"""The pairs of tests/cases.py in a few cases of five options each, for backends that take long."""
+"""The list of tests/cases.py in few cases, for backends that take long: PAIRWISE has every pair of
+options, five in a case; KINDS every kind of mask, bias and layout, three in a case; crossed() thins
+the product of two lists."""
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, cycle
 
-from cases import OPTIONS, combine
+import pytest
+from cases import BIASES, LAYOUTS, MASKS, OPTIONS, Case, combine
 
 
 def _cover(size: int = 5):
@@ -28,3 +31,21 @@ def _cover(size: int = 5):
 
 
 PAIRWISE = list(_cover())
+
+# No bias has masks alone that hide all: there are fewer of them, so each comes early. Rows and keys
+# are as many because the views of one projection need that, and more than a tile of either.
+KINDS = [
+    Case(f"kinds/{mask}+{bias}+{layout}", q_len=70, kv_len=70, mask=mask, bias=bias, layout=layout)
+    for mask, bias, layout in zip(MASKS, cycle(BIASES), cycle(LAYOUTS))
+]
+
+
+def crossed(first, second, all_of_them: bool = False) -> list:
+    """Parameters (a, b): unasked each a with one b, each b in its turn; all pairs with --long."""
+    return [
+        pytest.param(
+            a, b, marks=() if all_of_them or (i - j) % len(second) == 0 else pytest.mark.long
+        )
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]

@@ -15,6 +15,7 @@ from fastattn.benchmarks import gpu_audit
 from fastattn.benchmarks.gpu_audit import ARCHES, Subject, changes, problems
 
 ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = "forward_kernel bf16 128 causal"
 
 
 def compiled(*arguments: str) -> subprocess.CompletedProcess:
@@ -27,18 +28,39 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_every_kernel_compiles_within_its_limits():
-    run = compiled("-m", "fastattn.benchmarks.gpu_audit")
+def audit(*arguments: str) -> str:
+    """What the command prints, where it succeeds."""
+    run = compiled("-m", "fastattn.benchmarks.gpu_audit", *arguments)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert "0 with problems" in run.stdout
-    for arch in ARCHES:
-        assert arch.name in run.stdout
+    return run.stdout
+
+
+def test_no_stored_row_is_stale():
+    """Each was made from the source, configuration and compilers that are here, and is clean. Where
+    Triton is another, nothing can be said of them, and the sample below has to do."""
+    said = audit("--stale")
+    assert "0 stale rows" in said or "not compared" in said
+
+
+def test_a_sample_compiles_within_its_limits():
+    """One kernel for each architecture: as stored, where the compilers are the same."""
+    said = audit("--only", SAMPLE, "--all")
+    assert f"{len(ARCHES)} kernels, {len(ARCHES)} of them compiled, 0 with problems, 0 chan" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", [arch.name for arch in ARCHES])
+def test_every_kernel_compiles_within_its_limits(arch):
+    said = audit("--all", "--arch", arch)
+    assert "0 with problems, 0 changed" in said and arch in said
 
 
 def test_the_stored_report_has_every_architecture():
     rows = json.loads(gpu_audit.STORED.read_text())["rows"]
     assert {row["arch"] for row in rows} == {arch.name for arch in ARCHES}
+    assert all(row["key"] for row in rows)
     assert not any(row["hot"] and row["in_loops"] for row in rows)
+    assert {row["arch"] for row in rows if SAMPLE in row["name"]} == {arch.name for arch in ARCHES}
 
 
 KERNELS = """
@@ -187,13 +209,63 @@ def test_problems():
 
 def test_changes():
     row = {"arch": "sm_90", "name": "a", "registers": 40, "shared": 64}
-    stored = {"triton": "3.7.1", "rows": [row]}
-    fresh = {"triton": "3.7.1", "rows": [{**row, "registers": 48}, {**row, "name": "b"}]}
+    stored = {"compilers": {"triton": "3.7.1"}, "rows": [row]}
+    fresh = {**stored, "rows": [{**row, "registers": 48}, {**row, "name": "b"}]}
     assert changes(stored, fresh) == {
         ("sm_90", "a"): "registers was 40", ("sm_90", "b"): "new"
     }  # fmt: skip
     assert changes(stored, stored) == {}
-    assert changes({**stored, "triton": "3.6.0"}, fresh) == {}
+    assert changes({**stored, "compilers": {"triton": "3.6.0"}}, fresh) == {}
+
+
+def test_stale_rows(monkeypatch, capsys):
+    """Changed, new and gone ones; of another compiler all are to be made again."""
+    here = {"triton": "3.7.1", "ptxas": "12.8"}
+    monkeypatch.setattr(gpu_audit, "compilers", lambda: here)
+    arch = ARCHES[0]
+    pairs = [(arch, Subject(name, kernel, {"x": "*fp32"}, {}, {}, True)) for name in "abc"]
+    good = {"arch": arch.name, "in_loops": 0, "shared": 0, "matrix": {}}
+    rows = [{**good, "name": x.name, "key": x.key(arch)} for _, x in pairs]
+    assert gpu_audit.stale({"compilers": here, "rows": rows}, pairs) == []
+    rows[0]["key"] = "another"
+    rows[1]["name"] = "z"
+    rows[2]["in_loops"] = 2
+    stored = {"compilers": here, "rows": rows}
+    names = [f"{arch.name} {name}" for name in ("a", "b", "z (gone)")]
+    assert gpu_audit.stale(stored, pairs) == names
+    found = gpu_audit.reused(stored, pairs)
+    assert found[:2] == [None, None]
+    assert found[2]["hot"] and found[2]["problems"] == ["2 spills in the loops of a hot kernel"]
+    assert gpu_audit.reused({**stored, "compilers": {"triton": "3.6.0"}}, pairs) == [None] * 3
+    assert gpu_audit.show_stale(names) == 1 and gpu_audit.show_stale([]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"stale: {names[0]}" and said[-1] == "0 stale rows in gpu-audit.json"
+    again = "`make gpu-audit ARGS=--write` makes them again"
+    assert said[-2] == f"3 stale rows in gpu-audit.json: {again}"
+
+
+def kernel(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signature": {"x": "*bf16"}},
+        {"constexprs": {(0,): 64}},
+        {"constexprs": {(0,): kernel}},
+        {"options": {"num_warps": 8}},
+        {"attrs": {(0,): [["tt.divisibility", 16]]}},
+        {"fn": test_changes},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_key_sees_the_configuration(change):
+    plain = {"name": "a", "fn": kernel, "signature": {"x": "*fp32"}, "constexprs": {}}
+    plain |= {"options": {}, "hot": False}
+    keys = {Subject(**{**plain, **change}).key(arch) for change in ({}, change) for arch in ARCHES}
+    assert len(keys) == 2 * len(ARCHES)
+    assert Subject(**{**plain, "hot": True, "name": "b"}).key(ARCHES[0]) in keys
 
 
 def test_it_does_not_interpret():

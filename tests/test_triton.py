@@ -1,7 +1,8 @@
 """The Triton backend against float64: every option, alone and in pairs, forward and backward.
 
-Without a GPU the kernels are interpreted (where products are in fp32, kernels/tile.py).
-`pytest --long` runs the whole list of cases.
+Without a GPU the kernels are interpreted (where products are in fp32, kernels/tile.py), which takes
+a second or more a case: every option, pair and kind is there (tests/pairwise.py), but few to a
+case. `pytest --long` runs the whole list, one by one.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import CASES, Case, select
-from pairwise import PAIRWISE
+from cases import BIASES, CASES, LAYOUTS, MASKS, OPTIONS, Case, select
+from pairwise import KINDS, PAIRWISE, crossed
 from test_cpu import cotangents_of, name_of, numbers, run_reference
 
 import fastattn
@@ -93,7 +94,9 @@ def check(case: Case, dtype: torch.dtype, num_splits: int = 0, config=None) -> N
 
 # ---- every case ---------------------------------------------------------------------------------
 
-LIST = [*select("alone", "mask", "bias", "gqa", "layout", "edge", "everything"), *PAIRWISE]
+ON_GPU = DEVICE == "cuda"  # where nothing is thinned
+ONE_BY_ONE = select("alone", "mask", "bias", "layout")
+LIST = [*PAIRWISE, *KINDS, *select("gqa", "edge", "everything"), *(ONE_BY_ONE if ON_GPU else ())]
 
 
 @pytest.mark.parametrize("case", LIST, ids=name_of)
@@ -102,7 +105,7 @@ def test_single_precision(case):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", select("pair", "size", "long", "dim"), ids=name_of)
+@pytest.mark.parametrize("case", [c for c in CASES if c not in LIST], ids=name_of)
 def test_the_rest_of_the_list(case):
     check(case, torch.float32)
 
@@ -115,25 +118,38 @@ def test_shapes(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("case", select("alone"), ids=name_of)
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("case, dtype", crossed(select("alone"), HALVES, ON_GPU), ids=name_of)
 def test_halves(case, dtype):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("num_splits", [2, 7])
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in {
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name == "bias/fp32"], ids=name_of)
+def test_a_bias_wider_than_the_queries(case, dtype):
+    check(case, dtype)
+
+
+SPLIT = [c for c in CASES if c.name in {
     "gqa/8_decode", "alone/sinks", "alone/v_dim", "long/keys+alibi", "long/keys+few_rows",
     "pair/dropout+paged", "everything/paged", "edge/kv_lens_zero+sinks", "dim/512,1",
-}], ids=name_of)  # fmt: skip
+}]  # fmt: skip
+
+
+@pytest.mark.parametrize("case, num_splits", crossed(SPLIT, [2, 7], ON_GPU), ids=name_of)
 def test_parts_of_the_keys(case, num_splits):
     check(case, torch.float32, num_splits)
 
 
-@pytest.mark.parametrize("tile", [(16, 16), (64, 32), (16, 128)], ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in {
+TILED = [c for c in CASES if c.name in {
     "alone/window", "alone/documents", "alone/packed", "alone/dropout", "mask/blocks", "bias/t5",
-}], ids=name_of)  # fmt: skip
+}]  # fmt: skip
+TILES = [(16, 16), (64, 32), (16, 128)]
+
+
+@pytest.mark.parametrize("case, tile", crossed(TILED, TILES, ON_GPU), ids=name_of)
 def test_tiles_of_other_sizes(case, tile):
     check(case, torch.float32, config=row(*tile))
 
@@ -146,6 +162,14 @@ def test_pairwise_covers_every_pair():
         for pair in combinations(c.name.removeprefix("pairwise/").split("+"), 2)
     }
     assert named == covered & named and len(named) > 150
+    alone = {name for c in PAIRWISE for name in c.name.removeprefix("pairwise/").split("+")}
+    assert alone == set(OPTIONS) - {"plain"}
+
+
+def test_kinds_are_all_there():
+    """Each mask, bias and layout, and no bias only where its mask hides everything."""
+    assert {c.mask for c in KINDS} == set(MASKS) and {c.layout for c in KINDS} == set(LAYOUTS)
+    assert {c.bias for c in KINDS if c.mask != "nothing"} == set(BIASES)
 
 
 # ---- what the cases do not say ------------------------------------------------------------------

@@ -1,0 +1,127 @@
+"""What a row of a stored audit was made from, as a short hash: where it differs, the row is stale.
+
+A key changes with the code that is compiled, never with comments, docstrings, blank lines or where
+a function stands, so that the stored tables need making again only where a compiler would see a
+difference.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+NOT_OURS = {"triton", "torch", "numpy", *sys.stdlib_module_names}  # a version stands for these
+C_TOKENS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+INCLUDE = re.compile(r'#\s*include\s*"([^"]+)"')
+
+
+def digest(*parts) -> str:
+    """A short hash of what repr shows of the parts."""
+    text = repr(parts)
+    if " at 0x" in text:
+        raise ValueError(f"an address would be part of a key: {text}")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---- Python: a function, and all that it reaches -------------------------------------------------
+
+
+@functools.cache
+def of_function(function) -> str:
+    """The key of a function, one of Triton's too: its code, and that of every function and class of
+    ours and the value of every constant that it reaches."""
+    parts: dict[str, str] = {}
+    _collect(function, parts)
+    return digest(sorted(parts.items()))
+
+
+def of_value(value) -> str:
+    """Of a function as of_function, also within tuples; of anything else what repr shows."""
+    value = getattr(value, "value", value)  # what a tl.constexpr holds
+    if isinstance(value, list | tuple):
+        return repr([of_value(x) for x in value])
+    return of_function(value) if _is_code(value) else repr(value)
+
+
+def _collect(thing, parts: dict[str, str]) -> None:
+    plain = getattr(thing, "fn", thing)  # what @triton.jit wraps, compiled or interpreted
+    name = f"{plain.__module__}.{plain.__qualname__}"
+    if name in parts:
+        return
+    tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    parts[name] = ast.unparse(tree)
+    scope = getattr(plain, "__globals__", None) or vars(sys.modules[plain.__module__])
+    if inspect.isfunction(plain):
+        scope = {**scope, **inspect.getclosurevars(plain).nonlocals}
+    for label, value in _reached(tree, scope):
+        if not _is_code(value):
+            if any(map(_is_code, _leaves(value))):
+                raise TypeError(f"{name} takes code from {label}, which a key does not see")
+            parts[f"{name}: {label}"] = _constant(value)
+        elif getattr(value, "fn", value).__module__.split(".")[0] not in NOT_OURS:
+            _collect(value, parts)
+
+
+def _is_code(value) -> bool:
+    plain = getattr(value, "fn", value)
+    return inspect.isfunction(plain) or inspect.isclass(plain)
+
+
+def _leaves(value) -> Iterator:
+    if isinstance(value, dict | list | tuple | set):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(x)
+    else:
+        yield value
+
+
+def _reached(tree: ast.AST, scope: dict) -> Iterator[tuple[str, object]]:
+    """The global names of a function, and what they are; of a module what is taken from it."""
+
+    def resolve(node):
+        if isinstance(node, ast.Name):
+            return scope.get(node.id)
+        if isinstance(node, ast.Attribute):
+            base = resolve(node.value)
+            ours = isinstance(base, ModuleType) and base.__name__.split(".")[0] not in NOT_OURS
+            return getattr(base, node.attr, None) if ours else None
+        return None
+
+    for node in ast.walk(tree):
+        value = resolve(node)
+        if value is not None and not isinstance(value, ModuleType):
+            yield ast.unparse(node), value
+
+
+def _constant(value) -> str:
+    return repr((value.pattern, value.flags)) if isinstance(value, re.Pattern) else repr(value)
+
+
+# ---- C++: a file, and all that it includes -------------------------------------------------------
+
+
+def of_file(source: Path) -> str:
+    """The key of a file with what it includes by a name in quotes, without comments and spaces."""
+    found: dict[str, str] = {}
+
+    def collect(path: Path) -> None:
+        if path.name in found or not path.exists():  # emulator.h is not for compilers
+            return
+        text = C_TOKENS.sub(lambda m: m[0] if m[0][0] == '"' else " ", path.read_text())
+        found[path.name] = " ".join(text.split())
+        for name in INCLUDE.findall(text):
+            collect(path.parent / name)
+
+    collect(source)
+    return digest(sorted(found.items()))
