@@ -53,7 +53,8 @@ def of_value(value) -> str:
 
 def _collect(thing, parts: dict[str, str]) -> None:
     plain = getattr(thing, "fn", thing)  # what @triton.jit wraps, compiled or interpreted
-    name = f"{plain.__module__}.{plain.__qualname__}"
+    spec = sys.modules[plain.__module__].__spec__  # which python -m leaves to a module it runs
+    name = f"{spec.name if spec else plain.__module__}.{plain.__qualname__}"
     if name in parts:
         return
     tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
