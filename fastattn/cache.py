@@ -12,6 +12,7 @@ from torch import Tensor
 from . import backends, checks, descales
 from .append import Append, check_rotary
 from .attention import run, score_operands
+from .context_parallel import refuse_context_parallel
 from .fused import has_kernel
 from .ops import autocast_dtype, autocast_to, is_8_bit
 from .spec import Descales, Operands
@@ -98,6 +99,7 @@ def decode_attention(
 
     Rotary embeddings: RoFormer (Su et al., arXiv:2104.09864).
     """
+    refuse_context_parallel()  # before anything is written
     q, spec, operands, caches, append = cached_form(
         q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
         rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,

@@ -21,6 +21,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 import warnings
 
 import torch
@@ -44,7 +45,10 @@ _BORROWED = {  # the operators of aten that ops_cpu.cpp has kernels for, as it k
     "Tensor philox_offset, float dropout_p, bool[4] grad_input_mask, bool is_causal=False, *, "
     "float? scale=None) -> (Tensor, Tensor, Tensor, Tensor)",
 }
+_choice, _attend = torch._fused_sdp_choice, torch._scaled_dot_product_efficient_attention
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+_PATIENCE = 500  # times 10 ms, for which the first enable() waits for threads that compile
 
 _lock = threading.RLock()
 _depth = 0
@@ -72,10 +76,14 @@ def enable() -> None:
     fastattn.scaled_dot_product_attention, or use torch.func, where it is.
     """
     global _depth
-    with _alone():
-        if _depth == 0:
-            _switch(True)
-        _depth += 1
+    for attempt in range(_PATIENCE):
+        with _alone():
+            if _registered or attempt == _PATIENCE - 1 or not _compiling():
+                if _depth == 0:
+                    _switch(True)
+                _depth += 1
+                return
+        time.sleep(0.01)
 
 
 def disable() -> None:
@@ -118,7 +126,7 @@ def _switch(on: bool) -> None:
             stacklevel=backends.caller_level(),
         )
     _on = on
-    _compile_anew(on)
+    _tag_caches(on)
 
 
 def _register() -> None:
@@ -142,21 +150,54 @@ def _register() -> None:
         library.impl(_NAME, _COMPOSITE, _composite, True)
         library.impl(_NAME, _FUNCTORCH, _functorch, True)
     _registered = True
+    if "torch._dynamo" in sys.modules:  # what is compiled by now has no _guard() yet
+        _reset_dynamo()
+
+
+def _reset_dynamo() -> None:
+    """Dynamo's reset frees what a thread that is compiling goes on to use, so it needs a moment
+    without one, in which no other thread gets a turn."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.2)  # seconds; a reset takes a thousandth
+    try:
+        compiling = _compiling()
+        if not compiling:
+            torch._dynamo.reset()
+    finally:
+        sys.setswitchinterval(interval)
+    if compiling:
+        warnings.warn(
+            "fastattn.enable() came while torch.compile was at work: functions compiled before it "
+            "keep torch's attention until torch._dynamo.reset()",
+            UserWarning,
+            stacklevel=backends.caller_level(),
+        )
+
+
+def _compiling() -> bool:
+    """Is any thread within Dynamo's conversion of a frame?"""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    if dynamo is None:
+        return False
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_globals is dynamo.__dict__:
+                return True
+            frame = frame.f_back
+    return False
 
 
 _TAG = "fastattn-sdpa"
 
 
-def _compile_anew(on: bool) -> None:
-    """What is compiled, and cached on disk, belongs to one side of the switch."""
+def _tag_caches(on: bool) -> None:
+    """What is compiled and cached on disk belongs to one side of the switch."""
     config = torch.compiler.config
     entry = config._config["cache_key_tag"]
     unset = entry.env_value_default is entry.env_value_force  # neither comes from the environment
     entry.env_value_default = _tagged("" if unset else entry.env_value_default, on)  # every thread
     if (_TAG in config.cache_key_tag) != on:  # this thread has set its own
         config.cache_key_tag = _tagged(config.cache_key_tag, on)
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
 
 
 def _tagged(tags: str, on: bool) -> str:
@@ -172,12 +213,15 @@ def _composite(
     enable_gqa=False,
 ):  # fmt: skip
     """aten::scaled_dot_product_attention, from the first enable() on."""
+    plain = type(query) in _PLAIN
+    if not plain:
+        _guard()
     if _on:
         if (
             _borrowed
+            and plain
             and attn_mask is None
             and not dropout_p
-            and type(query) in _PLAIN
             and type(key) in _PLAIN
             and type(value) in _PLAIN
             and query.is_cpu
@@ -185,15 +229,11 @@ def _composite(
             and not backends.forced()
             and forward_ad._current_level < 0
             and not torch._C._len_torch_dispatch_stack()
-            and torch._fused_sdp_choice(
-                query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            and _choice(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
             == _FLASH
         ):
             refuse_context_parallel()
-            return torch._scaled_dot_product_efficient_attention(
-                query, key, value, None, True, 0.0, is_causal, scale=scale
-            )[0]
+            return _attend(query, key, value, None, True, 0.0, is_causal, scale=scale)[0]
         if _serves(query, key, value):
             return scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal,
@@ -209,6 +249,7 @@ def _functorch(
     enable_gqa=False,
 ):  # fmt: skip
     """The same inside torch.func's transforms, before they take the operator apart."""
+    _guard()
     if _on and _serves(query, key, value):
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -216,6 +257,17 @@ def _functorch(
     return _torchs_functorch(
         keys, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def _guard() -> None:
+    """Where Dynamo traces this call: what it compiles is for this side of the switch. Guards are
+    what makes switching safe under threads that run compiled code; a reset of Dynamo frees it."""
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    if dynamo is not None and torch._guards.TracingContext.try_get() is not None:
+        translator = dynamo.InstructionTranslator.current_tx()
+        switch = torch._dynamo.source.AttrSource(translator.import_source(__name__), "_on")
+        guard = switch.make_guard(torch._dynamo.guards.GuardBuilder.CONSTANT_MATCH)
+        torch._dynamo.guards.install_guard(guard)
 
 
 def _serves(query, key, value) -> bool:
