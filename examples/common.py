@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from fastattn.models.checkpoint import match
+from fastattn.models.checkpoint import CheckpointError, match
 
 Batch = dict[str, Tensor]
 
@@ -290,14 +290,29 @@ class Stepper:
     def load(self, state: dict[str, Any], what: str) -> None:
         """Takes state()'s result, after checking that it fits."""
         match(self.bare.state_dict(), state["model"], what)
+        self._check_optimizer(state["optimizer"], what)
         whole = StateDictOptions(full_state_dict=True)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=whole,
-        )
+        try:
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=whole,
+            )
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{what} has no state of this optimizer: {error}") from error
+
+    def _check_optimizer(self, saved: dict[str, Any], what: str) -> None:
+        """It has a state for every parameter: torch takes one without, and starts anew."""
+        names = {name for name, p in self.bare.named_parameters() if p.requires_grad}
+        try:
+            grouped = {name for group in saved["param_groups"] for name in group["params"]}
+            good = grouped == set(saved["state"]) == names
+        except (LookupError, TypeError):
+            good = False
+        if not good:
+            raise CheckpointError(f"{what} has no state of this model's optimizer")
 
 
 # ---- the loop ---------------------------------------------------------------------------------

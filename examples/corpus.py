@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from fastattn.models.checkpoint import replace_file
+from fastattn.files import replace_file
 
 Batch = dict[str, Tensor]
 SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".rs", ".js", ".json")

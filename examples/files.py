@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastattn.models.checkpoint import CheckpointError, replace_file
+from fastattn.files import replace_file
+from fastattn.models.checkpoint import CheckpointError
 
+PARTS = {"step": int, "identity": dict, "model": dict, "optimizer": dict}  # of a checkpoint
 KEEP = 2  # checkpoints: the newest, and the one before in case the newest cannot be read
 
 
@@ -27,15 +28,19 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Deletes them all."""
-        for path in self.paths():
-            path.unlink()
+        self._delete(self.paths())
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = {"step": step, "identity": self.identity, **state}
         replace_file(self.folder / f"step-{step:08d}.pt", lambda path: torch.save(whole, path))
-        for old in self.paths()[:-KEEP]:
-            old.unlink()
+        self._delete(self.paths()[:-KEEP])
+
+    @staticmethod
+    def _delete(paths: list[Path]) -> None:
+        for path in paths:
+            if not path.is_dir():  # which none of ours is
+                path.unlink(missing_ok=True)
 
     def latest(self, say: Callable[[str], None]) -> tuple[dict[str, Any], str] | None:
         """(content, path) of the newest that can be read; what cannot is said. None: there is none.
@@ -70,10 +75,15 @@ class Checkpoints:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
             if bad is not None:
-                raise CheckpointError(f"{path} is corrupted: {bad} does not match its checksum")
+                raise ValueError(f"{bad} does not match its checksum")
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError) as error:
+        except Exception as error:  # whatever a broken file makes of its readers
             raise CheckpointError(f"{path} is corrupted or cut short: {error}") from error
+        for name, kind in PARTS.items():
+            if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+                raise CheckpointError(f"{path} is no checkpoint of a run: it has no {name}")
+        if path.name != f"step-{content['step']:08d}.pt":
+            raise CheckpointError(f"{path} holds step {content['step']}, and not its name's")
         return content
 
 
@@ -85,17 +95,30 @@ class Log:
 
     def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
         self.path, self.board = path, None
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        kept = self._until(path, step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
+        replace_file(path, lambda temporary: temporary.write_text(kept))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError("--tensorboard needs: pip install tensorboard") from error
             self.board = SummaryWriter(str(path.with_name("tensorboard")), purge_step=step + 1)
+
+    @staticmethod
+    def _until(path: Path, step: int) -> str:
+        """The lines up to a step; a kill may have cut the last one."""
+        if step == 0 or not path.exists():
+            return ""
+        try:
+            lines = path.read_text("utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            return "".join(line for line in whole if json.loads(line)["step"] <= step)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} is no log of a run ({error}); delete it to go on without the losses that "
+                "it held, or give --fresh to start over"
+            ) from error
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         with self.path.open("a") as file:

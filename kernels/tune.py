@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
+from ..files import replace_file
 from .config import Config
 
 
@@ -91,6 +92,4 @@ def _save(known: dict) -> None:
     """Whole or not at all: another process may read it."""
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(f".{os.getpid()}")
-    whole.write_text(json.dumps(known, indent=1))
-    whole.replace(path)
+    replace_file(path, lambda whole: whole.write_text(json.dumps(known, indent=1)))

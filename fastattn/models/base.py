@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
@@ -93,6 +94,8 @@ class Config:
             value = getattr(self, f.name)
             if f.type == "int" or (f.type == "int | None" and value is not None):
                 checks.integer(f.name, value)
+            if f.type == "bool":
+                checks.flag(f.name, value)
         for name in ("vocab_size", "max_len", "dim", "heads", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is 1 or more")
@@ -202,18 +205,49 @@ class Model(nn.Module):
         state, saved = checkpoint.load(folder)
         name = saved.pop("model", None)
         if name != cls._kind():
+            held = f"a {name}" if name and isinstance(name, str) else "no known model"
             raise checkpoint.CheckpointError(
-                f"{folder} holds {'a ' + name if name else 'no known model'}; {cls._kind()}."
-                f"from_pretrained accepts a {cls._kind()}'s folder"
+                f"{folder} holds {held}; {cls._kind()}.from_pretrained accepts a {cls._kind()}'s "
+                "folder"
             )
-        model = cls(**{**saved, **changes})
         anew = [n for n in ("head", "num_labels") if n in changes and changes[n] != saved.get(n)]
-        if anew:
-            state = {n: x for n, x in state.items() if not n.startswith("head.")}
-            state |= {n: x for n, x in model.state_dict().items() if n.startswith("head.")}
-        checkpoint.match(model.state_dict(), state, str(folder))
-        model.load_state_dict(state, assign=True)
+
+        def kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: x for n, x in tensors.items() if not (anew and n.startswith("head."))}
+
+        expected = cls._without_memory(saved, changes, state, folder).state_dict()
+        checkpoint.match(kept(expected), kept(state), str(folder))
+        model = cls(**{**saved, **changes})
+        model.load_state_dict(model.state_dict() | kept(state), assign=True)
         return model.eval()
+
+    @classmethod
+    def _without_memory(
+        cls, saved: dict[str, Any], changes: dict[str, Any], state: Mapping[str, Tensor], folder
+    ) -> Model:
+        """The model on the meta device, where sizes cost nothing: a broken configuration is a
+        CheckpointError whatever is in it, and what is wrong with changes is their own error."""
+        numbers = sum(x.numel() for x in state.values())
+
+        def build(fields_: dict) -> Model:
+            for name, x in fields_.items():  # layers, and what rotary counts, cost memory here too
+                most = len(state) if name == "layers" else numbers
+                if isinstance(x, int) and x > most and name != "max_len":
+                    raise ValueError(f"{name} is {x}, and the weights are {len(state)} tensors of "
+                                     f"{numbers} numbers")  # fmt: skip
+            with torch.device("meta"):
+                return cls(**fields_)
+
+        try:
+            return build({**saved, **changes})
+        except Exception as error:
+            try:
+                build(saved)
+            except Exception:
+                raise checkpoint.CheckpointError(
+                    f"the configuration in {folder} makes no {cls._kind()}: {error}"
+                ) from error
+            raise  # without changes it makes one
 
     @classmethod
     def _kind(cls) -> str:

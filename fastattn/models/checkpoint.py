@@ -11,12 +11,14 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import replace_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHOWN = 4  # names in an error message
@@ -24,22 +26,6 @@ SHOWN = 4  # names in an error message
 
 class CheckpointError(ValueError):
     """A folder does not hold what was asked for: missing, corrupted, or another model's."""
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary) and then one rename, so that `path` is the old file or the whole new one.
-
-    The temporary file is beside `path`, is flushed to the disk before the rename, and is removed
-    when anything fails.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(folder: str | os.PathLike, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -57,7 +43,8 @@ def save(folder: str | os.PathLike, state: Mapping[str, Tensor], config: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    about = {"format": "pt", "config": text, "crc32": checksum(tensors)}
+    about = {"format": "pt", "config": text, "config_crc32": _crc32(text)}
+    about["crc32"] = checksum(tensors)
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, about))
     replace_file(folder / CONFIG, lambda path: path.write_text(text))
 
@@ -68,20 +55,28 @@ def load(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     A model.safetensors from elsewhere, without configuration, takes config.json's, which must then
     be there; without checksum, its bytes are believed.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(folder) / WEIGHTS
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:  # a folder that may not be looked into, and the like
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    if not there:
         raise CheckpointError(f"{folder} has no {WEIGHTS}; accepted is what save_pretrained wrote")
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        found = checksum(state)
+    except Exception as error:  # whatever a broken file makes of its reader
         raise CheckpointError(f"{path} is corrupted or cut short: {error}") from error
-    if "crc32" in about and checksum(state) != about["crc32"]:
+    saved = about.get("config")
+    if about.get("crc32", found) != found or (
+        saved is not None and about.get("config_crc32", _crc32(saved)) != _crc32(saved)
+    ):
         raise CheckpointError(f"{path} is corrupted: its bytes do not match its checksum")
-    return state, _config(path.with_name(CONFIG), about.get("config"))
+    return state, _config(path.with_name(CONFIG), saved)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -93,19 +88,21 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
+def _crc32(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def _config(path: Path, saved: str | None) -> dict[str, Any]:
     """The weights' own configuration; config.json's where they carry none."""
-    try:
-        edited = json.loads(path.read_text()) if path.exists() else None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        if saved is None:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-        edited = None
     if saved is None:
-        if not isinstance(edited, dict):
+        if not path.exists():
             raise CheckpointError(f"{path} is missing, and {WEIGHTS} carries no configuration")
-        return edited
-    config = json.loads(saved)
+        return _parsed(path, None)
+    config = _parsed(path.with_name(WEIGHTS), saved)
+    try:
+        edited = _parsed(path, None)
+    except CheckpointError:  # it is for readers, and may be missing
+        edited = None
     if isinstance(edited, dict) and edited != config:
         names = sorted(n for n in edited.keys() | config.keys() if edited.get(n) != config.get(n))
         changes = ", ".join(f"{n} = {edited.get(n)!r}, saved {config.get(n)!r}" for n in names)
@@ -117,18 +114,30 @@ def _config(path: Path, saved: str | None) -> dict[str, Any]:
     return config
 
 
+def _parsed(path: Path, text: str | None) -> dict[str, Any]:
+    """The configuration in a text of the file `path`, or in the file itself."""
+    try:
+        config = json.loads(path.read_text("utf-8") if text is None else text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the configuration in {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"the configuration in {path} is a {type(config).__name__}; accepted "
+                              "is an object of names and values")  # fmt: skip
+    return config
+
+
 def match(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     """Raises CheckpointError, naming names and shapes, unless `state` fits `expected` exactly.
 
     Called before anything is copied, so that a model which refuses a state is as it was.
     """
     problems = []
-    missing = [name for name in expected if name not in state]
+    missing = [name for name in expected if not isinstance(state.get(name), Tensor)]
     surplus = [name for name in state if name not in expected]
     shapes = [
         f"{name} is {list(state[name].shape)} and the model's {list(x.shape)}"
         for name, x in expected.items()
-        if name in state and state[name].shape != x.shape
+        if isinstance(state.get(name), Tensor) and state[name].shape != x.shape
     ]
     for names, say in ((missing, "lacks"), (surplus, "has besides"), (shapes, "has other shapes:")):
         if names:
