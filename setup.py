@@ -21,7 +21,9 @@ Environment:
     FASTATTN_CUDA_ARCHS  nvcc architectures of the kernels that run on sm_80 and newer, default
                     "80;90a"; what is compiled for them besides is PTX for GPUs that are newer
                     still. The sm_90 kernels are always compiled for 90a, where alone they run
-    CXX, CXXFLAGS, LDFLAGS, NVCC, MAX_JOBS  as everywhere
+    CXX, CXXFLAGS, LDFLAGS, NVCC, MAX_JOBS  as everywhere. The CUDA library serves drivers from the
+                    major version of NVCC's toolkit on: a wheel for others is best made with the
+                    oldest (12.0 at least) for which make gpu-audit passes
 
 Rebuild after editing C++:  python setup.py build_ext --inplace   (compiles what changed)
 """
@@ -47,6 +49,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SUBPACKAGES = ("nn", "models", "hf", "flash_attn", "kernels", "benchmarks")
 MODES = ("auto", "cpu", "cuda", "wheel", "none", "asan")
+CUDA_FLOOR = (12, 0)  # of nvcc: the first that knows 90a and cuTensorMapEncodeTiled
 TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
 CUDA_ARCHS = "80;90a"
 HOPPER = "90a"  # an architecture that has no successor: its instructions are nowhere else
@@ -137,6 +140,16 @@ def find_nvcc() -> str | None:
     return None
 
 
+def nvcc_release(nvcc: str | None) -> tuple[int, ...] | None:
+    """(13, 0), say. A library runs with drivers from its toolkit's major version on."""
+    try:
+        run = subprocess.run([nvcc or "nvcc", "--version"], capture_output=True, text=True)
+    except OSError:
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    return tuple(map(int, found.groups())) if found else None
+
+
 # ---- the plan: three libraries, each with its sources or its reason ---------------------------
 
 
@@ -149,6 +162,7 @@ class Plan:
         self.mode = mode
         self.folder = Path("build/asan" if mode == "asan" else "build/native")
         self.ninja, self.nvcc = find_ninja(), find_nvcc()
+        self.nvcc_release = nvcc_release(self.nvcc)
         self.archs = [a for a in re.split("[; ,]+", os.environ.get("FASTATTN_CUDA_ARCHS", "")) if a]
         self.archs = self.archs or CUDA_ARCHS.split(";")
         cxx, torch = find_cxx(), find_torch()
@@ -167,6 +181,7 @@ class Plan:
             "python": sysconfig.get_python_version(),
             "platform": sysconfig.get_platform(),
             "nvcc": self.nvcc,
+            "nvcc_release": ".".join(map(str, self.nvcc_release or ())) or None,
             "cuda_archs": self.archs if not self.libraries[1].why_not else [],
         }
 
@@ -220,6 +235,9 @@ class Plan:
             why_not = "this version has no CUDA kernels"
         elif not why_not and not self.nvcc:
             why_not = "nvcc was not found"
+        elif not why_not and (self.nvcc_release or (0, 0)) < CUDA_FLOOR:
+            found = ".".join(map(str, self.nvcc_release or ("unknown",)))
+            why_not = f"nvcc is {found}; accepted is {CUDA_FLOOR[0]}.{CUDA_FLOOR[1]} or newer"
         elif not why_not and self.mode == "auto" and not has_cuda(self.torch):
             why_not = "this torch has no CUDA (FASTATTN_BUILD=cuda builds for another torch)"
         if why_not:

@@ -72,7 +72,8 @@ CurrentStream current_stream() {
     return found;
 }
 constexpr const char* NO_CURRENT_STREAM =
-    "no library that torch has loaded has aoti_torch_get_current_cuda_stream, as builds with CUDA do";
+    "no library that torch has loaded has aoti_torch_get_current_cuda_stream, as builds with CUDA "
+    "do";
 
 cudaStream_t stream_of(const Tensor& q) {
     CHECK(current_stream(), NO_CURRENT_STREAM);
@@ -513,7 +514,7 @@ QUESTION fastattn_cuda_problem(int device) {
 QUESTION fastattn_cuda_tensor_map(void* data, const int64_t* shape, const int64_t* strides,
                                   int64_t bytes, int box_rows) {
     using namespace fastattn::cuda;
-    Operand x{data,     shape[0],   shape[1],   shape[2],   shape[3],
+    Operand x{data,       shape[0],   shape[1],   shape[2], shape[3],
               strides[0], strides[1], strides[2], bytes};
     TensorMap map;
     return keep(tensor_map(map, x, box_rows, encode));

@@ -186,7 +186,8 @@ def _cuda_backward_refuses(q):
 def _features(q, operands, gradient: bool) -> tuple[str, ...]:
     """What of proof.FEATURES a call has."""
     x = operands
-    lengths = not (x.kv_lens is x.kv_starts is x.cu_seqlens_q is x.document_ids is None)
+    of_lengths = (x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.document_ids)
+    lengths = any(y is not None for y in of_lengths)
     features = ["call"]
     features += ["lengths"] if lengths else []
     features += ["pages"] if x.page_table is not None else []
@@ -201,6 +202,8 @@ def _cuda_held_back(spec, q, k, v, operands):
         return "it cannot run here"
     if operands.document_ids is not None:
         return "document_ids make its calls wait for the GPU, so they run there only when named"
+    if reason := _cuda_backward_refuses(q):
+        return f"its backward cannot follow: {reason}"
     gradient = torch.compiler.is_compiling()  # then autograd is the operator's own
     return proof.why_not(q.device.index or 0, _features(q, operands, gradient))
 

@@ -316,7 +316,7 @@ def _build_rows(build: dict) -> list[tuple[str, str]]:
     rows = [(name, f"not built: {reason}") for name, reason in build["missing"].items()]
     if built := build.get("built"):
         rows.insert(0, ("built", ", ".join(built)))
-    for name in ("mode", "compiler", "flags", "torch", "platform"):
+    for name in ("mode", "compiler", "flags", "torch", "nvcc_release", "platform"):
         if build.get(name):
             rows.append((name, str(build[name])))
     return rows

@@ -240,9 +240,9 @@ class Machine:
         if ops.CUDA is None:
             return [], ops.cuda_fault()
         outcome = limited.run(self.python("gpus"), self.limit)
-        if outcome.state != "ended" or outcome.code:
-            said = f"{outcome.state}, {outcome.last_line()}"
-            return [], f"asking the driver for its GPUs did not work within {self.limit} s: {said}"
+        result = result_of(outcome, self.limit, says="[")
+        if result.state != "passed":
+            return [], f"asking the driver for its GPUs {result}"
         found = [Gpu(**{**x, "capability": tuple(x["capability"])})
                  for x in json.loads(outcome.last_line())]  # fmt: skip
         return one_of_each(found), None
@@ -272,7 +272,7 @@ def sanitizer() -> str | None:
     )
 
 
-def result_of(outcome: limited.Outcome, limit: float) -> Result:
+def result_of(outcome: limited.Outcome, limit: float, says: str = "passed: ") -> Result:
     """A step passes by saying so and ending with 0; anything else is a failure."""
     said, seconds = outcome.last_line(), round(outcome.seconds, 1)
     if outcome.state in ("hung", "stuck"):
@@ -281,8 +281,8 @@ def result_of(outcome: limited.Outcome, limit: float) -> Result:
     if outcome.state == "crashed":
         name = signal.Signals(outcome.code).name
         return Result("crashed", seconds, f"{name}; the last that it said: {said or 'nothing'}")
-    if outcome.code == 0 and said.startswith("passed: "):
-        return Result("passed", seconds, said.removeprefix("passed: "))
+    if outcome.code == 0 and said.startswith(says):
+        return Result("passed", seconds, said.removeprefix(says))
     reason = said.removeprefix("failed: ") or f"exit status {outcome.code}, and it said nothing"
     return Result("failed", seconds, reason)
 

@@ -59,7 +59,6 @@ class Cuda(Device):
 
     def __init__(self, index: int):
         self.index, self.where = index, f"cuda:{index}"
-        self.hopper = torch.cuda.get_device_capability(index) == (9, 0)
         torch.cuda.set_device(index)
 
     def problem(self) -> str | None:
@@ -104,7 +103,7 @@ class Cuda(Device):
 class OnCpu(Device):
     """The same questions to the CPU kernels, of fewer and smaller calls."""
 
-    backend, where, hopper = "cpu", "cpu", True
+    backend, where = "cpu", "cpu"
     heads, length, runs, dims = 2, 150, 3, (32,)
 
     def problem(self) -> str | None:
@@ -387,8 +386,9 @@ def _graph(d: Device, case: Case, function: Callable) -> None:
     function(*tensors)
     other = case.tensors(d.where, seed=5)
     with d.no_waiting():
-        replay, result = d.capture(lambda: function(*tensors))
-        replay()
+        function(*tensors)
+    replay, result = d.capture(lambda: function(*tensors))
+    replay()
     same_bits(d, f"{case}: a graph and the call", [function(*tensors)], [result])
     for x, y in zip(tensors, other):
         x.copy_(y)
@@ -507,15 +507,24 @@ STEPS = {f.__name__.replace("_", " "): f for f in (
 )}  # fmt: skip
 
 
+def list_gpus() -> int:
+    """Prints them as JSON. A driver that is too old for torch itself shows none."""
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    problem = None if number else ops.cuda_problem(0)
+    if problem and "needs a driver" in problem:
+        print(f"failed: {problem}")
+        return 1
+    print(json.dumps([asdict(gpu_of(index)) for index in range(number)]))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m fastattn.proof_steps", description=__doc__)
     p.add_argument("step", choices=("gpus", *STEPS))
     p.add_argument("--device", default="0", help="number of a GPU, or cpu")
     args = p.parse_args(argv)
     if args.step == "gpus":
-        number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        print(json.dumps([asdict(gpu_of(index)) for index in range(number)]))
-        return 0
+        return list_gpus()
     try:
         device = OnCpu() if args.device == "cpu" else Cuda(int(args.device))
         said = STEPS[args.step](device)

@@ -5,8 +5,10 @@ What needs the built library is in test_wheel.py.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import elf
@@ -116,3 +118,15 @@ def test_its_questions_are_the_ones_that_python_asks():
     for name in asked:
         assert f"QUESTION {name}(" in source and f'"{name}"' in texts
     assert source.count("\nQUESTION ") == len(asked)
+
+
+@pytest.mark.parametrize("release, word", [("11.8", "nvcc is 11.8"), ("", "nvcc is unknown")])
+def test_a_toolkit_that_cannot_build_it_is_named(tmp_path, release, word):
+    nvcc = tmp_path / "nvcc"
+    text = f"Cuda compilation tools, release {release}, V11" if release else "no toolkit"
+    nvcc.write_text(f"#!/bin/sh\necho nvcc: NVIDIA\necho '{text}'\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "NVCC": str(nvcc), "FASTATTN_BUILD": "cuda"}
+    command = [sys.executable, "setup.py", "--version"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode != 0 and f"{word}; accepted is 12.0 or newer" in run.stderr

@@ -97,6 +97,14 @@ def test_steps_need_earlier_ones_and_open_what_there_is():
     assert needed == set(names), "a step that opens nothing"
 
 
+def test_the_page_has_the_table():
+    page = (Path(__file__).resolve().parents[1] / "docs/backends.md").read_text()
+    for step in STEPS:
+        shows = step.shows + (" (9.0)" if step.hopper else "")
+        needs = f" {', '.join(step.needs)}" if step.needs else ""
+        assert f"| {step.name} | {shows} |{needs} |" in page
+
+
 # ---- how steps end -----------------------------------------------------------------------------
 
 
@@ -328,7 +336,28 @@ def test_a_driver_that_hangs_is_asked_in_a_process_of_its_own(monkeypatch):
 
     monkeypatch.setattr(ops, "CUDA", object())
     gpus, problem = Slow().gpus()
-    assert gpus == [] and "did not work within 1 s: hung, waiting" in problem
+    assert gpus == [] and problem == (
+        "asking the driver for its GPUs hung: it did not end within 1 s and was killed"
+    )
+
+
+def test_a_driver_that_is_too_old_for_torch_is_named(monkeypatch, capsys):
+    from fastattn import proof_steps
+
+    problem = "the NVIDIA driver serves CUDA up to 12.2, and this library needs a driver for 13.0"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "cuda_problem", lambda index: problem)
+    assert proof_steps.main(["gpus"]) == 1
+    said = capsys.readouterr().out.strip()
+
+    class Old(Machine):
+        def python(self, *arguments):
+            return ["/bin/sh", "-c", f"echo '{said}'; exit 1"]
+
+    monkeypatch.setattr(ops, "CUDA", object())
+    assert Old().gpus() == ([], f"asking the driver for its GPUs failed: {problem}")
+    monkeypatch.setattr(ops, "cuda_problem", lambda index: "there is no NVIDIA driver here")
+    assert proof_steps.main(["gpus"]) == 0 and capsys.readouterr().out.strip() == "[]"
 
 
 def test_gpus_are_asked_once_for_each_kind(monkeypatch):
@@ -436,17 +465,26 @@ def test_documents_wait_for_the_gpu_so_they_are_asked_for(gpu):
     assert picked(**ids).name == "triton" and picked(name="cuda", **ids).name == "cuda"
 
 
+def test_where_the_backward_cannot_follow_it_is_asked_for(gpu, monkeypatch):
+    prove()
+    properties = type("Properties", (), {"shared_memory_per_block_optin": 101376})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert picked(Tensor(dim=256)).name == "triton" and picked(Tensor(dim=128)).name == "cuda"
+
+
 @pytest.mark.parametrize("step", ["backward", "orders", "graphs_of_gradients"])
 def test_gradients_that_are_not_proven_are_the_next_rows(gpu, monkeypatch, step):
     """And where torch.compile may want them, the forward is too."""
-    prove(**{step: "hang"})
+    prove(**{step: "fail"})
     row = picked()
     assert row.name == "cuda"
     calls = []
     rows = [replace(r, backward=lambda *a, n=r.name: calls.append(n)) for r in backends.BACKENDS]
     monkeypatch.setattr(backends, "BACKENDS", [backends.BY_NAME["cuda"], *rows[1:]])
     q = Tensor()
-    with pytest.warns(UserWarning, match="triton runs a backward of the cuda backend: .* hung"):
+    with pytest.warns(
+        UserWarning, match="triton runs a backward of the cuda backend: .* failed: out"
+    ):
         row.backward(q, None, q, q, q, q, q, Spec(0.125), Operands(), False, False)
     assert calls == ["triton"]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
