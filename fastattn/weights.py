@@ -55,8 +55,7 @@ def attention_weights(
         head_origin = checks.head_origin(head_origin, batch, heads)
     kept = None
     if dropout_p:
-        dropout = {"head_origin": head_origin, "dropout_p": dropout_p, "dropout_seed": dropout_seed}
-        kept = _kept(batch, heads, q_len, kv_len, dropout)
+        kept = _kept(dropout_seed, batch, heads, q_len, kv_len, dropout_p, head_origin)
     part = partial(_part, spec, q_len, average)
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
@@ -116,19 +115,18 @@ def _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids):
         yield mask
 
 
-def _kept(batch, heads, q_len, kv_len, dropout) -> Tensor:
+def _kept(seed, batch, heads, q_len, kv_len, p, head_origin=None) -> Tensor:
     """Which weights dropout keeps: int32 [B, H, Sq, Skv / 16]; key j is bit j % 16 of word j // 16.
 
     The kernel itself says it. All scores are 0, so all weights are equal, and key j's value is
     2^(j % 16) in channel j // 16: out is the words, but for a factor, and exact enough to round.
     """
-    device = dropout["dropout_seed"].device
-    j = torch.arange(kv_len, device=device)
+    device, j = seed.device, torch.arange(kv_len, device=seed.device)
     words = torch.arange(-(-kv_len // 16), device=device)
     values = torch.where(j[:, None] // 16 == words, 2.0 ** (j % 16)[:, None], 0.0)
     q = torch.zeros(batch, heads, q_len, 1, device=device)
     k = torch.zeros(batch, 1, kv_len, 1, device=device)  # one head for all
     with torch.autocast(device.type, enabled=False):
         v = values.expand(batch, 1, -1, -1)
-        out = attention(q, k, v, **dropout)
-    return (out * (kv_len * keep_probability(dropout["dropout_p"]))).round().to(torch.int32)
+        out = attention(q, k, v, head_origin=head_origin, dropout_p=p, dropout_seed=seed)
+    return (out * (kv_len * keep_probability(p))).round().to(torch.int32)
