@@ -10,6 +10,11 @@ constexpr uint32_t PHILOX_A = 0xD2511F53u, PHILOX_B = 0xCD9E8D57u;
 constexpr uint32_t PHILOX_KEY_A = 0x9E3779B9u, PHILOX_KEY_B = 0xBB67AE85u;
 constexpr int PHILOX_ROUNDS = 10;
 
+// Where the numbers of the operand dropout_seed lie: int64 [2], or [4] where the call's heads are a
+// part of a whole (tensor parallelism) and dropout counts the whole's. fastattn/philox.py and
+// kernels/philox.py have the same names.
+enum DropoutNumber { SEED, OFFSET, FIRST_HEAD, TOTAL_HEADS, DROPOUT_NUMBERS };
+
 // One call makes eight 16-bit numbers: rows i and i^8, keys j, j^1, j^8, j^9. That is what a lane
 // of a tensor-core accumulator holds, and eight neighbouring rows fill an AVX2 register.
 struct DropoutKey {

@@ -29,6 +29,7 @@ template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
     if (!(condition)) fail(__VA_ARGS__)
 
 constexpr int64_t MAX_LENGTH = int64_t(1) << 30;  // rows and keys are counted in int, with sums
+constexpr int64_t MAX_HEADS = int64_t(1) << 31;   // over all entries: one word of dropout's counter
 
 inline std::string shape_of(const Tensor& t) {
     std::ostringstream text;

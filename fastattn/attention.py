@@ -38,6 +38,7 @@ def attention(
     sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
     q_descale: Tensor | None = None,
@@ -80,6 +81,10 @@ def attention(
             With align="end", o = kv_lens[b] - Sq.
         document_ids: [B, S] or [S] int32, non-decreasing, for self-attention: tokens see their own
             document only. The diagonal stays the whole row's.
+        head_origin: (first, total): these are heads first, first + 1, ... of total, a part of the
+            whole (tensor parallelism). Dropout counts heads of the whole, so that processes with
+            one dropout_seed (or one state of their generators) drop what one process would. None:
+            they are the whole. Without dropout it has no effect.
         dropout_p: probability in [0, 1) that a weight is dropped; kept ones are divided by the
             exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
         dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one key drops the
@@ -118,8 +123,8 @@ def attention(
     """
     q, k, v, spec, operands, rank, row, key = normal_form(
         q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
-        document_ids, dropout_p, dropout_seed, q_descale, k_descale, v_descale, return_lse,
-        deterministic, backend,
+        document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
+        return_lse, deterministic, backend,
     )  # fmt: skip
     if row is None:
         row = backends.pick(backend, spec, q, k, v, operands)
@@ -152,6 +157,7 @@ def varlen_attention(
     sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
     return_lse: bool = False,
@@ -180,15 +186,16 @@ def varlen_attention(
         kv_lens: [N] int32: keys of sequence n at or past kv_lens[n] do not exist ("seqused_k").
         document_ids: refused: cu_seqlens say it.
 
-    The other arguments are attention()'s. Dropout counts heads of sequences: n * Hq + h.
+    The other arguments are attention()'s. Dropout counts heads of sequences: n * Hq + h, or with
+    head_origin n * total + first + h.
 
     Returns:
         out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq].
     """
     q, k, v, spec, operands = packed_form(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
-        window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, dropout_p,
-        dropout_seed, return_lse, deterministic,
+        window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
+        dropout_p, dropout_seed, return_lse, deterministic,
     )  # fmt: skip
     row = backends.pick(backend, spec, q, k, v, operands)
     out, lse = run(q, k, v, spec, operands, row)
@@ -214,8 +221,8 @@ def run(q, k, v, spec, operands, row, num_splits=0):
 
 def normal_form(
     q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
-    document_ids, dropout_p, dropout_seed, q_descale, k_descale, v_descale, return_lse,
-    deterministic, backend,
+    document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
+    return_lse, deterministic, backend,
 ):  # fmt: skip
     """Checks attention()'s arguments; (q, k, v, spec, operands, rank, row, key).
 
@@ -256,6 +263,8 @@ def normal_form(
         spec, rank, row = plan
     if rank != 4:
         q, k, v = (x.unsqueeze(1) if rank == 3 else x[None, None] for x in (q, k, v))
+    if head_origin is not None:
+        head_origin = checks.head_origin(head_origin, *q.shape[:2])
     if (
         not float8
         and mask is None
@@ -286,7 +295,7 @@ def normal_form(
         *score_operands(mask, bias, alibi_slopes, sinks, full, q, rank),
         kv_lens=kv_lens,
         document_ids=document_ids,
-        dropout_seed=checks.dropout_key(dropout_seed, device) if spec.dropout_p else None,
+        dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
         descales=scales,
     )
     return q, k, v, spec, operands, rank, row, key
@@ -307,8 +316,8 @@ def score_operands(mask, bias, alibi_slopes, sinks, full, q, rank=4):
 
 def packed_form(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
-    window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, dropout_p,
-    dropout_seed, return_lse, deterministic,
+    window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
+    dropout_p, dropout_seed, return_lse, deterministic,
 ):  # fmt: skip
     """Checks varlen_attention()'s arguments; (q, k, v, spec, operands)."""
     if torch._C._is_any_autocast_enabled():
@@ -332,6 +341,8 @@ def packed_form(
     total_k = None if paged else k.shape[0]
     cu_k = checks.offsets("cu_seqlens_k", cu_seqlens_k, total_k, longest[1], device)
     entries = cu_q.shape[0] - 1
+    if head_origin is not None:
+        head_origin = checks.head_origin(head_origin, entries, heads)
     if cu_k.shape[0] != cu_q.shape[0]:
         raise ValueError(
             f"cu_seqlens_k has {cu_k.shape[0]} entries and cu_seqlens_q {cu_q.shape[0]}; they must "
@@ -359,7 +370,7 @@ def packed_form(
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
         page_table=page_table,
-        dropout_seed=checks.dropout_key(dropout_seed, device) if spec.dropout_p else None,
+        dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
     )
     return q, k, v, spec, operands
 

@@ -45,6 +45,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
     return_lse: bool = False,
@@ -103,8 +104,8 @@ def decode_attention(
     q, spec, operands, caches, append = cached_form(
         q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
         rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,
-        alibi_slopes, softcap, sinks, kv_lens, document_ids, dropout_p, dropout_seed, return_lse,
-        deterministic,
+        alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin, dropout_p, dropout_seed,
+        return_lse, deterministic,
     )  # fmt: skip
     if num_splits is not None:
         num_splits = checks.length("num_splits", num_splits, checks.MAX_SPLITS)
@@ -118,8 +119,8 @@ def decode_attention(
 def cached_form(
     q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
     rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,
-    alibi_slopes, softcap, sinks, kv_lens, document_ids, dropout_p, dropout_seed, return_lse,
-    deterministic,
+    alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin, dropout_p, dropout_seed,
+    return_lse, deterministic,
 ):  # fmt: skip
     """Checks decode_attention()'s arguments; (q, spec, operands, (k, v), Append or None)."""
     checks.flag("return_lse", return_lse)
@@ -188,6 +189,8 @@ def cached_form(
         raise ValueError(f"k_cache has batch size {rows} and q {batch}; they must be equal without "
                          "page_table or cache_batch_idx")  # fmt: skip
     checks.sizes(batch * heads, q_len, capacity)
+    if head_origin is not None:
+        head_origin = checks.head_origin(head_origin, batch, heads)
     room = f"{capacity} slots less {new_len} new keys:" if new_len else "a number of keys in"
     checks.lengths("cache_lens", cache_lens, 0, capacity - new_len, room)
     lens = cache_lens + new_len
@@ -210,7 +213,7 @@ def cached_form(
         kv_lens=lens,
         kv_starts=cache_leftpad,
         page_table=table,
-        dropout_seed=checks.dropout_key(dropout_seed, device) if spec.dropout_p else None,
+        dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
         descales=Descales(None, k_descale, v_descale) if narrow else None,
     )
     caches, append = (k_cache, v_cache), None

@@ -105,6 +105,10 @@ def same_kind(accepted=DTYPES, **tensors) -> None:
         if x.is_nested:
             raise TypeError(f"{name} is a NestedTensor; accepted is a strided one (or pack it for "
                             "varlen_attention)")  # fmt: skip
+        if type(x).__name__ == "DTensor":  # importing it would cost everyone
+            raise TypeError(f"{name} is a DTensor; accepted is what this process holds of it, "
+                            f"{name}.to_local(), with head_origin where its heads are "
+                            "sharded")  # fmt: skip
         if x.layout != torch.strided:
             raise TypeError(f"{name} has layout {x.layout}; accepted is torch.strided")
     (first, q), *others = tensors.items()
@@ -397,6 +401,35 @@ def pages(x, entries, lens, page_size, n_pages, device) -> Tensor:
             raise ValueError(f"page_table row {n} names page {int(x[n, i])}; accepted is "
                              f"[0, {n_pages - 1}]")  # fmt: skip
     return int32("page_table", x).contiguous()
+
+
+def dropout(spec, seed, head_origin, device) -> Tensor | None:
+    """The operand dropout_seed: the key, and head_origin where it is not None; None without
+    dropout."""
+    if not spec.dropout_p:
+        return None
+    key = dropout_key(seed, device)
+    if head_origin is None:
+        return key
+    return torch.cat([key, *(key.new_full((1,), n) for n in head_origin)])
+
+
+def head_origin(x, entries, heads) -> tuple[int, int]:
+    """(first, total): a call's heads are heads first, first + 1, ... of total."""
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise TypeError(f"head_origin is {x!r}; accepted is a pair (first, total), or None")
+    first, total = (integer(f"head_origin's {name}", n) for name, n in zip(("first", "total"), x))
+    if first < 0 or first + heads > total:
+        raise ValueError(
+            f"head_origin is {(first, total)} and q has {heads} heads; accepted is (first, total) "
+            "with 0 <= first and first + heads <= total"
+        )
+    if entries * total >= MAX_HEADS:
+        raise ValueError(
+            f"head_origin says {total} heads, {entries * total} over all {entries} entries of the "
+            "batch; they must be below 2**31"
+        )
+    return first, total
 
 
 def dropout_key(seed, device) -> Tensor:

@@ -101,6 +101,7 @@ def norm(
             raise ValueError(f"x has shape {checks.show(x)} and {name} {checks.show(vector)}; "
                              f"accepted is [..., {vector.shape[0]}]")  # fmt: skip
     _floating("x", x)
+    x, residual = arrived(x), arrived(residual)
     if residual is not None:
         if _floating("residual", residual).shape != x.shape:
             raise ValueError(f"residual has shape {checks.show(residual)} and x {checks.show(x)}; "
@@ -163,6 +164,25 @@ def _floating(name, x) -> Tensor:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.ops.aten.alias(x.trigger_wait())
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> Tensor:
+        return dout
+
+
+def arrived(x: Tensor | None) -> Tensor | None:
+    """x; where it is the result of a collective that may still be under way (what tensor
+    parallelism's sums are), a plain tensor, once it is there. So that kernels take it, and dropout
+    draws what it draws in one process."""
+    if type(x) in _PLAIN or torch.compiler.is_compiling() or not hasattr(x, "trigger_wait"):
+        return x
+    return _Arrive.apply(x)
 
 
 def has_kernel(first: Tensor, *others: Tensor | None) -> bool:

@@ -47,6 +47,7 @@ def activate(
         raise ValueError(f"activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; accepted is [0, 1)")
+    x = fused.arrived(x)
     if x.dim() == 0 or not fused.has_kernel(x, bias):
         return F.dropout(activate_reference(x, bias, None, 0.0, activation), dropout_p)
     seed = checks.dropout_key(None, x.device) if dropout_p else None

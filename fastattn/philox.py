@@ -11,6 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+# Where the numbers of the operand dropout_seed lie: int64 [2], or [4] where the call's heads are a
+# part of a whole (tensor parallelism) and dropout counts the whole's. csrc/philox.h and
+# kernels/philox.py have the same names.
+SEED, OFFSET, FIRST_HEAD, TOTAL_HEADS = range(4)
+
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -26,8 +31,18 @@ def keep_probability(p: float) -> float:
     return keep_threshold(p) / 65536
 
 
+def heads_of(dropout_seed: Tensor, entries: range, heads: int) -> Tensor:
+    """The numbers by which dropout counts the heads of these entries: int64 [entries * heads]."""
+    first, total = 0, heads
+    if len(dropout_seed) > FIRST_HEAD:
+        first, total = dropout_seed[FIRST_HEAD:].tolist()
+    entry = torch.arange(entries.start, entries.stop, device=dropout_seed.device)[:, None]
+    return (entry * total + first + torch.arange(heads, device=dropout_seed.device)).flatten()
+
+
 def keep_mask(seed, heads_total: int, q_len: int, kv_len: int, p: float, *, device=None) -> Tensor:
-    """Which weights are kept: bool [heads_total, q_len, kv_len]; heads_total is batch * heads.
+    """Which weights are kept: bool [heads_total, q_len, kv_len]; heads_total is batch * heads, of
+    the whole where a call's heads are a part of it.
 
     seed is the pair (seed, offset), two integers of 64 bits or an int64 tensor [2].
     """
@@ -36,8 +51,10 @@ def keep_mask(seed, heads_total: int, q_len: int, kv_len: int, p: float, *, devi
 
 
 def keep_block(seed, bh: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
-    """keep_mask at chosen places: int64 index vectors bh [N], i [M], j [L] -> bool [N, M, L]."""
-    seed, offset = seed.tolist() if isinstance(seed, Tensor) else map(int, seed)
+    """keep_mask at chosen places: int64 index vectors bh [N], i [M], j [L] -> bool [N, M, L]. seed
+    may also be the operand with the numbers of heads, which are not looked at."""
+    seed = seed.tolist() if isinstance(seed, Tensor) else seed
+    seed, offset = int(seed[SEED]), int(seed[OFFSET])
     key = (seed & _LOW32, ((seed >> 32) ^ (offset >> 32)) & _LOW32)
     # One call serves rows i and i ^ 8, and keys j, j ^ 1, j ^ 8 and j ^ 9: compute each call once.
     row_calls, row = torch.unique((i >> 4) * 8 + (i & 7), return_inverse=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .philox import keep_block, keep_probability
+from .philox import heads_of, keep_block, keep_probability
 from .spec import Operands, Spec
 
 _NO_OPERANDS = Operands()
@@ -138,8 +138,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     lse = torch.where(dead, -torch.inf, scores.logsumexp(-1, keepdim=True))
     weights = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])
     if spec.dropout_p > 0:
-        first = 0 if piece.entry is None else piece.entry * q.shape[1]
-        bh = torch.arange(first, first + q.shape[0] * q.shape[1], device=q.device)
+        first = piece.entry or 0
+        bh = heads_of(operands.dropout_seed, range(first, first + q.shape[0]), q.shape[1])
         kept = keep_block(operands.dropout_seed, bh, i[:, 0], j, spec.dropout_p)
         weights = weights * kept.view_as(weights) / keep_probability(spec.dropout_p)
     return weights @ v, lse.squeeze(-1)

@@ -66,7 +66,7 @@ class Operands:
     cu_seqlens_q: Tensor | None = None  # int32 [N + 1]: sequence n is rows cu[n]:cu[n + 1]
     cu_seqlens_k: Tensor | None = None  # int32 [N + 1]: the same for keys (lengths only, if paged)
     page_table: Tensor | None = None  # int32 [N, max_pages]: k and v are [pages, kv_heads, size, *]
-    dropout_seed: Tensor | None = None  # int64 [2]: (seed, offset)
+    dropout_seed: Tensor | None = None  # int64 [2] or [4]: philox.py's SEED, OFFSET, ...
     descales: Descales | None = None  # there where k and v (and perhaps q) are 8-bit; not a tensor
 
     @property

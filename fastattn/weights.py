@@ -31,6 +31,7 @@ def attention_weights(
     softcap: float = 0.0,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     average: bool = False,
@@ -50,7 +51,11 @@ def attention_weights(
     """
     (batch, heads, q_len, head_dim), kv_len = q.shape, k.shape[2]
     spec = checks.spec_of(head_dim, scale, False, window, align, softcap, dropout_p)
-    kept = _kept(dropout_seed, batch, heads, q_len, kv_len, dropout_p) if dropout_p else None
+    if head_origin is not None:
+        head_origin = checks.head_origin(head_origin, batch, heads)
+    kept = None
+    if dropout_p:
+        kept = _kept(dropout_seed, batch, heads, q_len, kv_len, dropout_p, head_origin)
     part = partial(_part, spec, q_len, average)
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
@@ -110,7 +115,7 @@ def _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids):
         yield mask
 
 
-def _kept(seed, batch, heads, q_len, kv_len, p) -> Tensor:
+def _kept(seed, batch, heads, q_len, kv_len, p, head_origin=None) -> Tensor:
     """Which weights dropout keeps: int32 [B, H, Sq, Skv / 16]; key j is bit j % 16 of word j // 16.
 
     The kernel itself says it. All scores are 0, so all weights are equal, and key j's value is
@@ -123,5 +128,5 @@ def _kept(seed, batch, heads, q_len, kv_len, p) -> Tensor:
     k = torch.zeros(batch, 1, kv_len, 1, device=device)  # one head for all
     with torch.autocast(device.type, enabled=False):
         v = values.expand(batch, 1, -1, -1)
-        out = attention(q, k, v, dropout_p=p, dropout_seed=seed)
+        out = attention(q, k, v, head_origin=head_origin, dropout_p=p, dropout_seed=seed)
     return (out * (kv_len * keep_probability(p))).round().to(torch.int32)

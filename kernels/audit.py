@@ -93,7 +93,7 @@ def _largest():
             "alibi_slopes": _empty(16, dtype=torch.float32),
             "sinks": _empty(16),
             "kv_lens": _int32(2),
-            "dropout_seed": _empty(2, dtype=torch.int64),
+            "dropout_seed": _empty(4, dtype=torch.int64),
         },
     )
 

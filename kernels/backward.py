@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .params import Lanes, Range, Tensor4
-from .philox import keep_tile
+from .philox import dropout_head, keep_tile
 from .score import LOG2E, NEG_INF, finish_scores
 from .spec import (
     document_at,
@@ -211,7 +211,7 @@ def gradient_of_scores(
     weights = tl.exp2(x - lse)
     dropped = weights
     if p.dropout.seed is not None:
-        bh = s.n * p.heads + head
+        bh = dropout_head(p, s.n, head)
         kept = keep_tile(p, bh, start_i, start_j, C.BLOCK_Q, C.BLOCK_KV, TURN)
         dp = tl.where(kept, dp * p.dropout.inverse_keep, 0.0)
         dropped = tl.where(kept, weights, 0.0)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .params import Range
-from .philox import keep_each, keep_tile
+from .philox import dropout_head, keep_each, keep_tile
 from .score import LN2, LOG2E, NEG_INF, finish_scores
 from .spec import document_at, edge_tile, entry_of_tile, kv_range, whole_entry
 from .tile import (
@@ -98,7 +98,7 @@ def forward_step(
     rescale = tl.exp2(row_max - base)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if p.dropout.seed is not None:
-        bh = s.n * p.heads + head
+        bh = dropout_head(p, s.n, head)
         if C.GROUP == 1:
             kept = keep_tile(p, bh, tl.min(lanes.i, 0), start, C.BLOCK_Q, C.BLOCK_KV, False)
         else:

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..descales import E4M3
 from ..ops import _unit_stride, is_dense
-from ..philox import keep_probability, keep_threshold
+from ..philox import FIRST_HEAD, TOTAL_HEADS, keep_probability, keep_threshold
 from ..spec import Descales, Operands, Spec
 from . import config, tune
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
@@ -71,7 +71,11 @@ def _lengths(q, k, x: Operands) -> Lengths:
 def _dropout(seed, p: float) -> Dropout:
     if not p:
         return Dropout()
-    return Dropout(seed.contiguous(), keep_threshold(p), 1 / keep_probability(p))
+    if seed is None or seed.dtype != torch.int64 or len(seed) not in (FIRST_HEAD, TOTAL_HEADS + 1):
+        raise RuntimeError("fastattn: dropout needs dropout_seed, int64 [2], seed and offset, or "
+                           "[4], and then the first head and the number of all heads")  # fmt: skip
+    part = 1 if len(seed) > FIRST_HEAD else None
+    return Dropout(seed.contiguous(), part, keep_threshold(p), 1 / keep_probability(p))
 
 
 def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:

@@ -44,7 +44,8 @@ class Pages(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    seed: Any = None  # int64 [2]: seed and offset
+    seed: Any = None  # int64 [2] or [4], see philox.py
+    part: int | None = None  # 1: it says of which heads of how many these are a part
     threshold: int = 0  # of 65536: a weight is kept when its 16 bits are below
     inverse_keep: float = 1.0
 

@@ -3,13 +3,28 @@
 import triton
 import triton.language as tl
 
+# Where the numbers of the operand dropout_seed lie, as in fastattn/philox.py.
+SEED, OFFSET = tl.constexpr(0), tl.constexpr(1)
+FIRST_HEAD, TOTAL_HEADS = tl.constexpr(2), tl.constexpr(3)
+
 
 @triton.jit
 def dropout_key(pointer):
-    """(key, last counter word) of int64 [2], seed and offset: the offset's halves go to the key's
-    upper half and to the counter."""
-    seed, offset = tl.load(pointer), tl.load(pointer + 1)
+    """(key, last counter word) of seed and offset: the offset's halves go to the key's upper half
+    and to the counter."""
+    seed, offset = tl.load(pointer + SEED), tl.load(pointer + OFFSET)
     return seed ^ (offset >> 32 << 32), offset.to(tl.int32)  # its lower half
+
+
+@triton.jit
+def dropout_head(p, n, head):
+    """The number by which dropout counts a head of entry n."""
+    if p.dropout.part is not None:
+        first, total = tl.load(p.dropout.seed + FIRST_HEAD), tl.load(p.dropout.seed + TOTAL_HEADS)
+        counted = (n * total + first + head).to(tl.int32)
+    else:
+        counted = n * p.heads + head
+    return counted
 
 
 @triton.jit

@@ -128,7 +128,9 @@ def calls(draw, paged: bool | None = None, dtypes=DTYPES) -> Call:
     }
     if numbers["dropout_p"]:
         seeds = st.integers(-(2**63), 2**63 - 1)
-        tensors["dropout_seed"] = torch.tensor([draw(seeds), draw(seeds)])
+        first = integer(0, 3)
+        part = [first, first + heads + integer(0, 3)] if coin() else []
+        tensors["dropout_seed"] = torch.tensor([draw(seeds), draw(seeds), *part])
     return Call(q, k, v, tensors, numbers, draw(st.sampled_from((0, 0, 1, 2, 5))))
 
 
@@ -322,6 +324,16 @@ SPOILERS: dict[str, Callable[[], Call]] = {
     "dropout without seed": _with(plain, dropout_p=0.1),
     "dropout_seed in int32": _with(plain, dropout_p=0.1, dropout_seed=_int(1, 2)),
     "dropout_seed of one": _with(plain, dropout_p=0.1, dropout_seed=torch.tensor([1])),
+    "dropout_seed of three": _with(plain, dropout_p=0.1, dropout_seed=torch.tensor([1, 2, 0])),
+    "dropout of too few heads": _with(
+        plain, dropout_p=0.1, dropout_seed=torch.tensor([1, 2, 2**62, 2**62])
+    ),
+    "dropout of a head below 0": _with(
+        plain, dropout_p=0.1, dropout_seed=torch.tensor([1, 2, -1, 64])
+    ),
+    "dropout of too many heads": _with(
+        plain, dropout_p=0.1, dropout_seed=torch.tensor([1, 2, 0, 2**63 - 1])
+    ),
     "dropout_seed on meta": _with(
         plain, dropout_p=0.1, dropout_seed=torch.tensor([1, 2]).to("meta")
     ),

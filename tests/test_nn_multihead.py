@@ -298,6 +298,8 @@ def test_the_kernel_says_which_weights_it_keeps(p, kv_len):
     bits = (words.unsqueeze(-1) >> torch.arange(16) & 1).flatten(-2)
     want = keep_mask(seed, 6, 21, kv_len, p).view(2, 3, 21, kv_len)
     assert torch.equal(bits[..., :kv_len].bool(), want) and not bits[..., kv_len:].any()
+    part = weights._kept(seed, 2, 1, 21, kv_len, p, (2, 3))  # the last of the three heads
+    assert torch.equal(part, words[:, 2:])
 
 
 def test_checkpointing_drops_the_same():

@@ -97,6 +97,7 @@ struct Call {
   private:
     void check_operands();
     void make_segments();
+    void set_dropout();
     std::vector<int> int_vector(const OptionalTensor& t, const char* name, int64_t size) const;
     void check_broadcast(const Tensor& t, const char* name) const;
 };
@@ -160,8 +161,9 @@ inline void Call::check_operands() {
         CHECK(dropout_seed.has_value(), "dropout needs dropout_seed");
         check_cpu(*dropout_seed, "dropout_seed");
         CHECK(dropout_seed->scalar_type() == ScalarType::Long && dropout_seed->dim() == 1 &&
-                  dropout_seed->size(0) == 2,
-              "dropout_seed must be int64 [2]: seed and offset");
+                  (dropout_seed->size(0) == FIRST_HEAD || dropout_seed->size(0) == DROPOUT_NUMBERS),
+              "dropout_seed must be int64 [2], seed and offset, or [4], and then the first head and "
+              "the number of all heads");
     }
 }
 
@@ -284,6 +286,26 @@ inline void Call::make_segments() {
     covers_rows = !packed || q_begins.back() == q_rows;
 }
 
+// The key, and which heads of how many these are: dropout counts entry x all heads + head.
+inline void Call::set_dropout() {
+    auto number = [&](DropoutNumber n) {
+        return static_cast<const int64_t*>(dropout_seed->data_ptr())[n * dropout_seed->stride(0)];
+    };
+    params.dropout_key = DropoutKey::make(number(SEED), number(OFFSET), dropout_p);
+    int64_t first = 0, total = q.size(1);
+    if (dropout_seed->size(0) == DROPOUT_NUMBERS) {
+        first = number(FIRST_HEAD);
+        total = number(TOTAL_HEADS);
+        CHECK(first >= 0 && total < MAX_HEADS && first <= total - q.size(1) &&
+                  entries * total < MAX_HEADS,
+              "dropout_seed says that the first of q's ", q.size(1), " heads is head ", first,
+              " of ", total, ": they must be among those, which over all ", entries,
+              " entries must be below 2^31");
+    }
+    params.first_head = static_cast<uint32_t>(first);
+    params.total_heads = static_cast<uint32_t>(total);
+}
+
 inline void Call::prepare() {
     check_operands();
     q = unit_stride(q);
@@ -294,10 +316,7 @@ inline void Call::prepare() {
     p.scale = scale;
     p.softcap = softcap;
     p.dropout = dropout_p > 0;
-    if (p.dropout) {
-        const int64_t* seed = static_cast<const int64_t*>(dropout_seed->data_ptr());
-        p.dropout_key = DropoutKey::make(seed[0], seed[dropout_seed->stride(0)], dropout_p);
-    }
+    if (p.dropout) set_dropout();
     p.dtype = *dtype_of(q);
     p.q = rows4(q);
     p.k = rows4(k);

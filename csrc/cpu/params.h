@@ -42,6 +42,7 @@ struct Params {
     double softcap;  // 0: off
     bool dropout;
     DropoutKey dropout_key;
+    uint32_t first_head, total_heads;  // dropout counts entry * total_heads + first_head + head
     // where
     Dtype dtype;           // of q, k, v, out and their gradients
     Tensor4 q, k, v, out;  // [B, Hq, Sq, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv], [B, Hq, Sq, Dv]

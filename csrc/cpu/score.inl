@@ -347,7 +347,7 @@ template <class A> INLINE const float* dropout_tile(const Params& p, const Segme
     for (int lane = 0; lane < lanes.count;) {
         int rows = 1;
         while (lane + rows < lanes.count && lanes.head[lane + rows] == lanes.head[lane]) rows++;
-        uint32_t bh = static_cast<uint32_t>(s.entry) * p.heads + lanes.head[lane];
+        uint32_t bh = s.entry * p.total_heads + p.first_head + lanes.head[lane];
         const float* from = dropout_block(p.dropout_key, bh, s.row0 + lanes.row[lane], rows,
                                           s.key0 + key, n, scratch);
         if (rows == lanes.count) return from;

@@ -27,6 +27,7 @@ def torch_attention(
     window: tuple[int | None, int | None] | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     align: str = "start",
     offset: Tensor | None = None,
@@ -34,9 +35,11 @@ def torch_attention(
     """fastattn.attention's arguments; q, k, v and the result are [B, H, S, D].
 
     offset: [B]; row i of entry b is at position i + offset[b] (a cache's); None: at i, which is
-    align="start". softcap and sinks are refused: SDPA has neither.
+    align="start". softcap, sinks and, with dropout, head_origin are refused: SDPA has none.
     """
-    for name, refused in (("sinks", sinks is not None), ("softcap", bool(softcap))):
+    unknown = {"sinks": sinks is not None, "softcap": bool(softcap)}
+    unknown["head_origin"] = head_origin is not None and dropout_p > 0
+    for name, refused in unknown.items():
         if refused:
             raise NotImplementedError(f'{name} came with attention="torch"; SDPA has no such thing')
     if align != "start":

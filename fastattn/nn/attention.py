@@ -29,6 +29,9 @@ class Attention(nn.Module):
         causal: row i sees keys up to its own position. Self-attention only.
         window: (left, right) as fastattn.attention takes it. Self-attention only.
         dropout: probability that an attention weight is dropped in training, default 0.
+        head_origin: (first, total) where this process has heads first, first + 1, ... of total
+            (tensor parallelism), so that dropout drops what one process would; an attribute too,
+            for whoever shards the projections of a built module. None: all heads are here.
         bias: whether q_proj, k_proj and v_proj have biases, default False.
         out_bias: whether o_proj has one; None: as bias.
         rotary: a RotaryEmbedding (it may be shared), or True for RotaryEmbedding(head_dim).
@@ -53,6 +56,7 @@ class Attention(nn.Module):
         causal: bool = False,
         window: tuple[int | None, int | None] | None = None,
         dropout: float = 0.0,
+        head_origin: tuple[int, int] | None = None,
         bias: bool = False,
         out_bias: bool | None = None,
         rotary: RotaryEmbedding | bool | None = None,
@@ -88,6 +92,9 @@ class Attention(nn.Module):
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
         self.context_dim, self.causal, self.window = context_dim, causal, window
         self.dropout, self.softcap, self.scale = probability("dropout", dropout), softcap, scale
+        self.head_origin = head_origin
+        if head_origin is not None:
+            checks.head_origin(head_origin, 1, 1)
 
         place = {"device": device, "dtype": dtype}
         source = dim if context_dim is None else context_dim
@@ -160,7 +167,14 @@ class Attention(nn.Module):
         options = {"mask": mask, "bias": bias, "sinks": self.sinks, "softcap": self.softcap}
         options |= {"scale": self.scale, "causal": self.causal, "window": self.window}
         options["dropout_p"] = self.dropout if self.training else 0.0
+        options["head_origin"] = self.head_origin
         q = self._heads(self.q_proj, self.q_norm, x)
+        if q.shape[-3] != self.heads and self.head_origin is None and options["dropout_p"]:
+            raise ValueError(
+                f"q_proj gives {q.shape[-3]} of {self.heads} heads and dropout is {self.dropout}: "
+                "where the projections are sharded, head_origin = (first, total) says which heads "
+                "are here, so that each process drops weights of its own"
+            )
         if self.context_dim is not None and cache is not None:
             return self._project(self._cross_cached(q, context, cache, kv_lens, options))
         source = x if self.context_dim is None else context
@@ -278,6 +292,8 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}"
         shown += f", head_dim={self.head_dim}, causal={self.causal}, dropout={self.dropout}"
+        if self.head_origin is not None:
+            shown += f", head_origin={self.head_origin}"
         return shown if self.window is None else f"{shown}, window={self.window}"
 
 
