@@ -169,6 +169,8 @@ struct Sequences {
               "cu_seqlens_q has shape ", shape_of(*q_cu), " and q batch size ", q.size(0),
               "; [sequences + 1] goes with batch size 1, [batch, documents + 1] with any");
         number = q_cu->size(q_cu->dim() - 1) - 1;
+        CHECK(rows * number <= MAX_ENTRIES, "cu_seqlens_q has ", rows * number,
+              " sequences, the limit is 2^24: attend to fewer at a time");
         if (!documents) entries = number;
         cu_q = checked(*q_cu, q, "cu_seqlens_q", rows);
         cu_k = checked(*k_cu, q, "cu_seqlens_k", rows);
@@ -225,7 +227,7 @@ Tensor bf16_like(const Tensor& x) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(4, sizes, strides, aoti_torch_dtype_bfloat16(),
                                  aoti_torch_device_type_cuda(), x.get_device_index(), &made));
-    return Tensor(made);
+    return poisoned(Tensor(made));
 }
 
 // A result in x's memory order where TMA can write that; of float8, in bfloat16.
@@ -233,7 +235,7 @@ Tensor result_like(const Tensor& x) {
     Tensor t = unit_stride(x);
     bool float8 = x.scalar_type() == ScalarType::Float8_e4m3fn;
     if (is_dense(t) && why_not_tma(operand(t), "").empty())
-        return float8 ? bf16_like(t) : torch::stable::empty_like(t);
+        return float8 ? bf16_like(t) : new_like(t);
     return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)},
                       float8 ? ScalarType::BFloat16 : x.scalar_type());
 }
