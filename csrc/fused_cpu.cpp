@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <numeric>
 #include <string>
@@ -79,7 +80,10 @@ class RowOrder {
         return new_tensor(like_, sizes, like_.scalar_type());
     }
     Tensor new_values(bool wanted = true) const {  // one for each row
-        return new_tensor(like_, {wanted ? rows : 0}, accumulate_type(like_));
+        Tensor t = new_tensor(like_, {wanted ? rows : 0}, accumulate_type(like_));
+        if (dim == 0)  // no kernel runs for rows of no values
+            std::memset(t.data_ptr(), 0, static_cast<size_t>(t.numel()) * t.element_size());
+        return t;
     }
 
     template <class F> void for_each(const F& run) const {
@@ -151,6 +155,7 @@ void sum_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& r
     const bool wanted = std::any_of(results, results + N, [](auto* t) { return t != nullptr; });
     const int64_t limit = wanted ? MAX_PARTS : int64_t(1) << 20;
     int64_t parts = std::max<int64_t>(1, std::min(limit, order.rows * n / ITEM_VALUES));
+    if (n == 0) return;
     Bytes memory = new_bytes(sizeof(A) * (wanted ? N * parts * n + 1 : 1));
     A* all = reinterpret_cast<A*>(memory.get());
     std::fill(all, all + (wanted ? N * parts * n : 0), A(0));
@@ -387,6 +392,7 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
     if (cos.size(1) > 1 && cos.stride(1) != 1) cos = torch::stable::contiguous(cos);
     if (sin.size(1) > 1 && sin.stride(1) != 1) sin = torch::stable::contiguous(sin);
     Tensor out = new_like(x);
+    if (out.numel() == 0) return out;  // strides of 0 may make any number of rows of no values
     RotateCall call{};
     call.dtype = *dtype;
     call.batch = x.size(0);
@@ -415,8 +421,9 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
     int64_t rows = call.batch * call.heads * call.length, dim = call.dim;
     int64_t step = std::max<int64_t>(1, ITEM_VALUES / std::max<int64_t>(1, dim));
     const FusedKernels& kernels = kernels_for(*dtype).fused;
-    for_each_item((rows + step - 1) / step, FLOPS_A_VALUE * rows * dim,
-                  [&](int64_t i) { kernels.rotate(call, i * step, std::min(rows, (i + 1) * step)); });
+    for_each_item((rows + step - 1) / step, FLOPS_A_VALUE * rows * dim, [&](int64_t i) {
+        kernels.rotate(call, i * step, std::min(rows, (i + 1) * step));
+    });
     return out;
 }
 
@@ -444,6 +451,7 @@ std::tuple<Tensor, Tensor> cross_entropy_(Tensor logits, Tensor labels, Optional
         check_cpu(*scale, "scale");
         scale = torch::stable::contiguous(*scale);
     }
+    CHECK(order.dim >= 1, "logits must have at least one column");
     Tensor loss = order.new_values(), lse = order.new_values();
     CrossEntropyCall call{order.dtype,     order.dim,     order.rows_of(logits, "logits"),
                           values,          ignore_index,  label_smoothing,

@@ -37,7 +37,8 @@ std::atomic<uint64_t> calls{0};  // so far, in this process
 // billions of empty ones.
 void check_tiles(const Call& call, int heads, int block_q) {
     constexpr int64_t MOST = int64_t(1) << 28;
-    int64_t tiles = static_cast<int64_t>(call.segments.size()) * std::max(heads, call.params.kv_heads);
+    int64_t tiles =
+        static_cast<int64_t>(call.segments.size()) * std::max(heads, call.params.kv_heads);
     for (const Segment& s : call.segments)
         tiles += static_cast<int64_t>(heads) * (2 * int64_t(s.band.q_len) / block_q);
     CHECK(tiles <= MOST, "a call of ", call.entries, " batch entries or sequences and ", heads,
@@ -52,8 +53,8 @@ void run_forward(Call& call, int num_splits) {
     check_tiles(call, p.heads, kernels.block_q);
     const int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
     const int64_t row_bytes = (p.v_dim + 2) * size;
-    ForwardPlan plan = plan_forward(call.segments, p.heads, p.group(), kernels.block_q, num_splits,
-                                    row_bytes);
+    ForwardPlan plan =
+        plan_forward(call.segments, p.heads, p.group(), kernels.block_q, num_splits, row_bytes);
     Partials partials{};
     Bytes memory;
     if (plan.partial_rows > 0) {
@@ -79,8 +80,8 @@ void run_backward(Call& call, BiasSharing sharing) {
     const int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
     const int64_t padded = kernels.padded(p.head_dim) + kernels.padded(p.v_dim);
     KeyBytes bytes{(p.head_dim + p.v_dim) * size_of(p.dtype), padded * size};
-    BackwardPlan plan = plan_backward(call.segments, p.kv_heads, kernels.block_q, kernels.block_kv,
-                                      bytes, sharing);
+    BackwardPlan plan =
+        plan_backward(call.segments, p.kv_heads, kernels.block_q, kernels.block_kv, bytes, sharing);
     std::vector<Bytes> memory;
     for (const BackwardPlan::Merge& merge : plan.merges)
         for (int i = merge.first; i < merge.first + merge.parts; i++) {

@@ -176,6 +176,8 @@ struct Sequences {
         cu_k = checked(*k_cu, q, "cu_seqlens_k", rows);
     }
 
+    bool none() const { return cu_q != nullptr && number == 0; }
+
     const int* checked(const Tensor& cu, const Tensor& q, const char* name, int64_t rows) const {
         check_device(cu, q, name);
         CHECK(cu.scalar_type() == ScalarType::Int && cu.is_contiguous() &&
@@ -285,7 +287,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                      Scales::of(scales.v, q, sequences.entries, k.size(1), "v_descale")};
     set_pages(call, page_table, q, sequences.entries);
     if (q.numel() == 0) return {out, lse};
-    if (k.size(0) == 0 || call.keys() == 0) {
+    if (k.size(0) == 0 || call.keys() == 0 || sequences.none()) {
         torch::stable::fill_(out, 0);
         torch::stable::fill_(lse, -INFINITY);
         return {out, lse};
@@ -377,7 +379,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     Tensor none = new_tensor(q, {0}, ScalarType::Float);
     SinkType type = sink_type(sinks, q);
     Tensor dsinks = need_dsinks ? new_tensor(q, {q.size(1)}, ScalarType::Float) : none;
-    if (q.numel() == 0 || k.numel() == 0) {
+    if (q.numel() == 0 || k.numel() == 0 || sequences.none()) {
         for (Tensor t : {dq, dk, dv, dsinks}) torch::stable::fill_(t, 0);
         return {dq, dk, dv, none, dsinks};
     }

@@ -114,6 +114,24 @@ def test_what_nothing_sees_has_a_gradient_of_zero(name):
         assert (got["dbias"][..., seen_keys:] == 0).all()
 
 
+def test_rows_of_no_values():
+    """Statistics of empty rows are written; strides of 0 make any number of them, and nothing waits
+    for a loop over those."""
+    y, _, mean, rstd = torch.ops.fastattn.norm_fwd(
+        torch.empty(3, 0), None, None, None, 1e-5, True, None, 0.0
+    )
+    assert y.shape == (3, 0) and mean.isfinite().all() and rstd.isfinite().all()
+    many = torch.empty(1, 0).expand(2**60, 0)
+    assert torch.ops.fastattn.gate_fwd(many, many, "silu").shape == many.shape
+    dx, dbias = torch.ops.fastattn.activate_bwd(many, None, None, None, 0.0, "identity", True)
+    assert dx.shape == many.shape and dbias.shape == (0,)
+    x, table = torch.empty(1, 1, 1, 0).expand(2**30, 2**20, 1, 0), torch.empty(1, 0)
+    assert torch.ops.fastattn.rotate(x, table, table, None, False, False).shape == x.shape
+    with pytest.raises(RuntimeError, match="at least one column"):
+        labels = torch.full((3,), -100)
+        torch.ops.fastattn.cross_entropy_(torch.empty(3, 0), labels, None, -100, 0.0, 0.0, 0.0)
+
+
 # ---- sums of the backward: by what each part sees ------------------------------------------------
 
 

@@ -40,7 +40,7 @@ class Arena {
 
   private:
     friend class ArenaLease;
-    static constexpr size_t KEEP = size_t(64) << 20;   // a larger arena is given back after its item
+    static constexpr size_t KEEP = size_t(64) << 20;  // a larger arena is given back
     static constexpr size_t FIRST = size_t(1) << 18;  // the smallest chunk
 
     void* take_bytes(size_t bytes) {

@@ -224,8 +224,7 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
         int64_t at = key - item.key_begin;
         add_to_keys(t, edge, t.p, key, n, t.dout, t.v_ld,
                     static_cast<A*>(item.dv_sum) + at * t.v_ld);
-        add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld,
-                    static_cast<A*>(item.dk_sum) + at * t.k_ld);
+        add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld, static_cast<A*>(item.dk_sum) + at * t.k_ld);
         if (!block.done)
             with_type<A>(p.dtype, [&](auto* type) {
                 using T = std::remove_pointer_t<decltype(type)>;
@@ -245,7 +244,7 @@ template <class A> static void write_key_gradients(const Params& p, const Backwa
     const Segment& s = p.segments[items[0].segment];
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     A* total = arena.take<A>(round_up_panel<A>(imax(p.head_dim, p.v_dim)));
-    auto write = [&](void* BackwardItem::*sums, int columns, A factor, const Tensor4& to) {
+    auto write = [&](void* BackwardItem::* sums, int columns, A factor, const Tensor4& to) {
         int ld = round_up_panel<A>(columns);
         for (int j = 0; j < s.band.kv_len; j++) {
             const A* row = nullptr;

@@ -219,6 +219,8 @@ inline void Call::make_segments() {
                   q_rows == kv_rows,
               "document_ids must be int32 [batch, S] with S = ", q_rows,
               " rows of q and of k, got shape ", shape_of(*document_ids));
+        CHECK(document_ids->numel() < MAX_LENGTH, "document_ids has ", document_ids->numel(),
+              " elements, the limit is 2^30: attend to fewer entries at a time");
         documents = static_cast<const int*>(document_ids->data_ptr());
     }
 

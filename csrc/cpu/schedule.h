@@ -71,9 +71,8 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads,
                     Range range = band.kv_range(item.row, item.row + item.rows);
                     int keys = std::max(0, range.end - range.begin);
                     int splits = tiles < wanted ? ceil_div(wanted, static_cast<int>(tiles)) : 1;
-                    splits = num_splits > 0
-                                 ? std::min(num_splits, ceil_div(keys, LEAST_SPLIT_KEYS))
-                                 : std::min(splits, keys / SPLIT_KEYS);
+                    splits = num_splits > 0 ? std::min(num_splits, ceil_div(keys, LEAST_SPLIT_KEYS))
+                                            : std::min(splits, keys / SPLIT_KEYS);
                     splits = std::max(static_cast<int>(std::min<int64_t>(splits, most_splits)), 1);
                     int step = std::max(1, ceil_div(keys, splits));
                     splits = std::max(1, ceil_div(keys, step));
@@ -186,8 +185,7 @@ inline BackwardPlan plan_backward(const std::vector<Segment>& segments, int kv_h
                 Range seen = cut.keys(begin, end);
                 keys.push_back({sharing.entries ? 0 : segments[n].entry, sharing.heads ? 0 : head,
                                 chunk, static_cast<int>(plan.items.size())});
-                plan.items.push_back(
-                    {n, head, begin, end, seen.begin, seen.end, nullptr, nullptr});
+                plan.items.push_back({n, head, begin, end, seen.begin, seen.end, nullptr, nullptr});
             }
         }
     }
