@@ -4,14 +4,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
-#include <memory>
 #include <numeric>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/call.h"
 #include "cpu/run.h"
 
@@ -73,20 +74,23 @@ class RowOrder {
     }
 
     Tensor new_like() const {
-        if (dense_) return torch::stable::empty_like(like_);
+        if (dense_) return fastattn::new_like(like_);
         std::vector<int64_t> sizes(like_.dim());
         for (int64_t d = 0; d < like_.dim(); d++) sizes[d] = like_.size(d);
         return new_tensor(like_, sizes, like_.scalar_type());
     }
     Tensor new_values(bool wanted = true) const {  // one for each row
-        return new_tensor(like_, {wanted ? rows : 0}, accumulate_type(like_));
+        Tensor t = new_tensor(like_, {wanted ? rows : 0}, accumulate_type(like_));
+        if (dim == 0)  // no kernel runs for rows of no values
+            std::memset(t.data_ptr(), 0, static_cast<size_t>(t.numel()) * t.element_size());
+        return t;
     }
 
     template <class F> void for_each(const F& run) const {
         int64_t step = std::max<int64_t>(1, ITEM_VALUES / std::max(1, dim));
         int64_t items = dim == 0 ? 0 : (rows + step - 1) / step;
-        for_each_item(static_cast<int>(items), FLOPS_A_VALUE * rows * dim,
-                      [&](int i) { run(i * step, std::min(rows, (i + 1) * step)); });
+        for_each_item(items, FLOPS_A_VALUE * rows * dim,
+                      [&](int64_t i) { run(i * step, std::min(rows, (i + 1) * step)); });
     }
 
     Dtype dtype;
@@ -151,10 +155,13 @@ void sum_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& r
     const bool wanted = std::any_of(results, results + N, [](auto* t) { return t != nullptr; });
     const int64_t limit = wanted ? MAX_PARTS : int64_t(1) << 20;
     int64_t parts = std::max<int64_t>(1, std::min(limit, order.rows * n / ITEM_VALUES));
-    std::unique_ptr<A[]> memory(new A[wanted ? N * parts * n + 1 : 1]());
-    for_each_item(static_cast<int>(parts), FLOPS_A_VALUE * order.rows * n, [&](int i) {
+    if (n == 0) return;
+    Bytes memory = new_bytes(sizeof(A) * (wanted ? N * parts * n + 1 : 1));
+    A* all = reinterpret_cast<A*>(memory.get());
+    std::fill(all, all + (wanted ? N * parts * n : 0), A(0));
+    for_each_item(parts, FLOPS_A_VALUE * order.rows * n, [&](int64_t i) {
         A* sums[N];
-        for (int k = 0; k < N; k++) sums[k] = results[k] ? &memory[(N * i + k) * n] : nullptr;
+        for (int k = 0; k < N; k++) sums[k] = results[k] ? all + (N * i + k) * n : nullptr;
         run(order.rows * i / parts, order.rows * (i + 1) / parts, sums);
     });
     for (int k = 0; k < N; k++) {
@@ -162,7 +169,7 @@ void sum_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& r
         A* total = static_cast<A*>(results[k]->data_ptr());
         for (int64_t j = 0; j < n; j++) total[j] = 0;
         for (int64_t i = 0; i < parts; i++)
-            for (int64_t j = 0; j < n; j++) total[j] += memory[(N * i + k) * n + j];
+            for (int64_t j = 0; j < n; j++) total[j] += all[(N * i + k) * n + j];
     }
 }
 
@@ -384,7 +391,8 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
     if (x.size(3) > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
     if (cos.size(1) > 1 && cos.stride(1) != 1) cos = torch::stable::contiguous(cos);
     if (sin.size(1) > 1 && sin.stride(1) != 1) sin = torch::stable::contiguous(sin);
-    Tensor out = torch::stable::empty_like(x);
+    Tensor out = new_like(x);
+    if (out.numel() == 0) return out;  // strides of 0 may make any number of rows of no values
     RotateCall call{};
     call.dtype = *dtype;
     call.batch = x.size(0);
@@ -413,8 +421,9 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
     int64_t rows = call.batch * call.heads * call.length, dim = call.dim;
     int64_t step = std::max<int64_t>(1, ITEM_VALUES / std::max<int64_t>(1, dim));
     const FusedKernels& kernels = kernels_for(*dtype).fused;
-    for_each_item(static_cast<int>((rows + step - 1) / step), FLOPS_A_VALUE * rows * dim,
-                  [&](int i) { kernels.rotate(call, i * step, std::min(rows, (i + 1) * step)); });
+    for_each_item((rows + step - 1) / step, FLOPS_A_VALUE * rows * dim, [&](int64_t i) {
+        kernels.rotate(call, i * step, std::min(rows, (i + 1) * step));
+    });
     return out;
 }
 
@@ -442,6 +451,7 @@ std::tuple<Tensor, Tensor> cross_entropy_(Tensor logits, Tensor labels, Optional
         check_cpu(*scale, "scale");
         scale = torch::stable::contiguous(*scale);
     }
+    CHECK(order.dim >= 1, "logits must have at least one column");
     Tensor loss = order.new_values(), lse = order.new_values();
     CrossEntropyCall call{order.dtype,     order.dim,     order.rows_of(logits, "logits"),
                           values,          ignore_index,  label_smoothing,

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "cpu/arena.h"
@@ -50,8 +51,8 @@ std::tuple<Tensor, Tensor> linear_bwd_weight(Tensor dout, Tensor x, bool need_db
     Tensor dweight = new_tensor(x, {call.out, call.in}, dtype);
     Tensor dbias = new_tensor(x, {need_dbias ? call.out : 0}, dtype);
     if (rows == 0) {
-        torch::stable::zero_(dweight);
-        torch::stable::zero_(dbias);
+        for (const Tensor& t : {dweight, dbias})
+            std::memset(t.data_ptr(), 0, static_cast<size_t>(t.numel()) * t.element_size());
         return {dweight, dbias};
     }
     const int row_blocks = blocks(call.out, WEIGHT_ROWS),
@@ -61,9 +62,9 @@ std::tuple<Tensor, Tensor> linear_bwd_weight(Tensor dout, Tensor x, bool need_db
     const int64_t size = size_of(arithmetic);
     // From the thread's own memory: the allocator gives blocks of this size back to the system, and
     // then every call pays a page fault for each 4 KB of them.
-    Arena& arena = Arena::fresh();
-    call.strips = arena.take<char>(size * deepest * row_blocks * WEIGHT_ROWS);
-    call.panels = arena.take<char>(size * deepest * column_blocks * WEIGHT_COLUMNS);
+    ArenaLease arena;
+    call.strips = arena->take<char>(size * deepest * row_blocks * WEIGHT_ROWS);
+    call.panels = arena->take<char>(size * deepest * column_blocks * WEIGHT_COLUMNS);
     Tensor sums = new_tensor(x, {need_dbias ? depths : 0, call.out}, dtype);
     const Rows from_dout = rows2(dout), from_x = rows2(x);
     call.dweight = dweight.data_ptr();
@@ -76,9 +77,9 @@ std::tuple<Tensor, Tensor> linear_bwd_weight(Tensor dout, Tensor x, bool need_db
         call.x = {from_x.data + first * from_x.stride * size, from_x.stride};
         const double flops = 2.0 * call.depth * call.out * call.in;
         for_each_item(blocks(call.depth, WEIGHT_DEPTH) * (row_blocks + column_blocks), flops,
-                      [&](int i) { kernels.weight_pack(call, i); });
+                      [&](int64_t i) { kernels.weight_pack(call, i); });
         for_each_item(row_blocks * column_blocks, flops,
-                      [&](int i) { kernels.weight_product(call, i); });
+                      [&](int64_t i) { kernels.weight_product(call, i); });
         if (need_dbias)
             arithmetic == Dtype::F64 ? add_parts<double>(sums, call, dbias)
                                      : add_parts<float>(sums, call, dbias);

@@ -9,10 +9,12 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/call.h"
 #include "cpu/run.h"
 #include "cpu/schedule.h"
@@ -31,25 +33,40 @@ double forward_flops(const Call& call) {
 
 std::atomic<uint64_t> calls{0};  // so far, in this process
 
+// Tiles are counted in int, and each takes 40 bytes; without this, strides of 0 could ask for
+// billions of empty ones.
+void check_tiles(const Call& call, int heads, int block_q) {
+    constexpr int64_t MOST = int64_t(1) << 28;
+    int64_t tiles =
+        static_cast<int64_t>(call.segments.size()) * std::max(heads, call.params.kv_heads);
+    for (const Segment& s : call.segments)
+        tiles += static_cast<int64_t>(heads) * (2 * int64_t(s.band.q_len) / block_q);
+    CHECK(tiles <= MOST, "a call of ", call.entries, " batch entries or sequences and ", heads,
+          " heads makes ", tiles, " tiles, the limit is 2^28: attend to fewer at a time");
+}
+
 void run_forward(Call& call, int num_splits) {
     call.params.call = ++calls;
     const Params& p = call.params;
     const Kernels& kernels = kernels_for(p.dtype);
     if (p.heads == 0) return;
-    ForwardPlan plan = plan_forward(call.segments, p.heads, p.group(), kernels.block_q, num_splits);
+    check_tiles(call, p.heads, kernels.block_q);
+    const int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
+    const int64_t row_bytes = (p.v_dim + 2) * size;
+    ForwardPlan plan =
+        plan_forward(call.segments, p.heads, p.group(), kernels.block_q, num_splits, row_bytes);
     Partials partials{};
-    std::unique_ptr<char[]> memory;
+    Bytes memory;
     if (plan.partial_rows > 0) {
-        int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
-        memory.reset(new char[plan.partial_rows * (p.v_dim + 2) * size]);
+        memory = new_bytes(plan.partial_rows * row_bytes);
         partials.row_max = memory.get();
         partials.row_sum = memory.get() + plan.partial_rows * size;
         partials.acc = memory.get() + 2 * plan.partial_rows * size;
     }
     double flops = forward_flops(call);
-    for_each_item(static_cast<int>(plan.items.size()), flops,
-                  [&](int i) { kernels.forward(p, plan.items[i], partials); });
-    for_each_item(static_cast<int>(plan.merges.size()), flops, [&](int i) {
+    for_each_item(plan.items.size(), flops,
+                  [&](int64_t i) { kernels.forward(p, plan.items[i], partials); });
+    for_each_item(plan.merges.size(), flops, [&](int64_t i) {
         kernels.combine(p, plan.items[plan.merges[i].first], plan.merges[i].splits, partials);
     });
 }
@@ -59,41 +76,70 @@ void run_backward(Call& call, BiasSharing sharing) {
     const Params& p = call.params;
     const Kernels& kernels = kernels_for(p.dtype);
     if (p.heads == 0) return;
-    BackwardPlan plan = plan_backward(call.segments, p.kv_heads, kernels.block_q, sharing);
-    int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
-    std::vector<std::unique_ptr<char[]>> memory;
+    check_tiles(call, p.heads, kernels.block_q);
+    const int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
+    const int64_t padded = kernels.padded(p.head_dim) + kernels.padded(p.v_dim);
+    KeyBytes bytes{(p.head_dim + p.v_dim) * size_of(p.dtype), padded * size};
+    BackwardPlan plan =
+        plan_backward(call.segments, p.kv_heads, kernels.block_q, kernels.block_kv, bytes, sharing);
+    std::vector<Bytes> memory;
     for (const BackwardPlan::Merge& merge : plan.merges)
         for (int i = merge.first; i < merge.first + merge.parts; i++) {
             BackwardItem& item = plan.items[i];
-            int64_t keys = call.segments[item.segment].band.kv_len;
+            int64_t keys = item.key_end - item.key_begin;
             for (auto [sum, dim] :
                  {std::pair{&item.dk_sum, p.head_dim}, std::pair{&item.dv_sum, p.v_dim}}) {
-                memory.emplace_back(new char[keys * kernels.padded(dim) * size + 1]);
+                memory.push_back(new_bytes(keys * kernels.padded(dim) * size + 1));
                 *sum = memory.back().get();
             }
         }
     double flops = 2.5 * forward_flops(call);
-    for_each_item(static_cast<int>(plan.task_begin.size()) - 1, flops, [&](int task) {
+    for_each_item(static_cast<int64_t>(plan.task_begin.size()) - 1, flops, [&](int64_t task) {
         for (int i = plan.task_begin[task]; i < plan.task_begin[task + 1]; i++)
             kernels.backward(p, plan.items[plan.tasks[i]]);
     });
-    for_each_item(static_cast<int>(plan.merges.size()), flops, [&](int i) {
+    for_each_item(plan.merges.size(), flops, [&](int64_t i) {
         kernels.reduce(p, &plan.items[plan.merges[i].first], plan.merges[i].parts);
     });
 }
 
 // --- the operators ------------------------------------------------------------------------------
 
-void fill(Tensor t, double value) { torch::stable::fill_(t, value); }
+// All elements of a dense tensor. Not torch's fill_, which a forked child would wait in for ever.
+template <class T> void fill_values(const Tensor& t, T value) {
+    constexpr int64_t STEP = 1 << 18;
+    T* to = static_cast<T*>(t.data_ptr());
+    int64_t n = t.numel();
+    for_each_item((n + STEP - 1) / STEP, static_cast<double>(n), [&](int64_t i) {
+        std::fill(to + i * STEP, to + std::min(n, (i + 1) * STEP), value);
+    });
+}
 
-std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_splits) {
+void fill(const Tensor& t, double value) {
+    switch (t.scalar_type()) {
+        case ScalarType::Double:
+            return fill_values(t, value);
+        case ScalarType::Float:
+            return fill_values(t, static_cast<float>(value));
+        case ScalarType::BFloat16:
+            return fill_values(t, static_cast<torch::headeronly::BFloat16>(value));
+        default:
+            return fill_values(t, static_cast<torch::headeronly::Half>(value));
+    }
+}
+
+constexpr char NO_MEMORY[] =
+    "not enough memory for the list of this call's tiles: attend to fewer rows, heads or batch "
+    "entries at a time";
+
+std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_splits) try {
     CHECK(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ",
           num_splits);
     const Tensor& q = call.q;
     call.prepare();
     Tensor out =
         call.params.head_dim == call.params.v_dim && is_dense(q)
-            ? torch::stable::empty_like(q)
+            ? new_like(q)
             : new_tensor(q, {q.size(0), q.size(1), q.size(2), call.v.size(3)}, q.scalar_type());
     if (!call.covers_rows) {
         fill(out, 0);
@@ -103,6 +149,8 @@ std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_
     call.params.lse = lse4(lse);
     run_forward(call, static_cast<int>(num_splits));
     return {out, lse};
+} catch (const std::bad_alloc&) {
+    fail(NO_MEMORY);
 }
 
 Tensor new_lse(const Tensor& q) {
@@ -160,14 +208,15 @@ void prefer_huge_pages(const Tensor& t) {
 #endif
 }
 
-// Do the tiles of every entry visit every pair of a row and a key?
-bool visits_all(const Call& call) {
+// Do the tiles of every entry visit every element of the bias? Packed sequences may all be shorter
+// than it, or see fewer keys.
+bool visits_all(const Call& call, const Tensor& bias) {
     if (call.mask || call.entries == 0 || call.params.heads == 0) return false;
     if (static_cast<int64_t>(call.segments.size()) != call.entries) return false;
     return std::all_of(call.segments.begin(), call.segments.end(), [&](const Segment& s) {
         Range keys = s.band.kv_range(0, s.band.q_len);
-        return s.band.q_len == call.max_q && s.band.kv_len == call.max_kv && keys.full_begin == 0 &&
-               keys.full_end == call.max_kv;
+        return s.band.q_len == bias.size(2) && s.band.kv_len == bias.size(3) &&
+               keys.full_begin == 0 && keys.full_end == s.band.kv_len;
     });
 }
 
@@ -184,7 +233,7 @@ Tensor bias_sums(const Call& call, const Tensor& bias, BiasSharing& sharing, boo
                                   bias.size(3)};
     Tensor sums = new_tensor(call.q, sizes, accumulate_type(call.q));
     prefer_huge_pages(sums);
-    unset = !small && visits_all(call);
+    unset = !small && visits_all(call, bias);
     if (!unset) fill(sums, 0);
     return sums;
 }
@@ -233,7 +282,7 @@ void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Ten
 }
 
 Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor out,
-                            const Tensor& lse, bool need_dbias, bool need_dsinks) {
+                            const Tensor& lse, bool need_dbias, bool need_dsinks) try {
     CHECK(!call.page_table, "pages have no gradient");
     call.prepare();
     const Tensor& q = call.q;
@@ -261,11 +310,10 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     dout = unit_stride(dout);
     out = unit_stride(out);
 
-    Gradients g{torch::stable::empty_like(q), torch::stable::empty_like(call.k),
-                torch::stable::empty_like(call.v), new_tensor(q, {0}, accumulate),
+    Gradients g{new_like(q), new_like(call.k), new_like(call.v), new_tensor(q, {0}, accumulate),
                 new_tensor(q, {0}, accumulate)};
     if (!call.covers_rows) fill(g.dq, 0);
-    if (!call.covers_keys) {
+    if (!call.covers_keys || call.params.heads == 0) {
         fill(g.dk, 0);
         fill(g.dv, 0);
     }
@@ -304,6 +352,8 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
         }
     }
     return g;
+} catch (const std::bad_alloc&) {
+    fail(NO_MEMORY);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
@@ -390,6 +440,11 @@ FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, 
 
 }  // namespace
 }  // namespace fastattn::cpu
+
+// Whether new memory starts as NaN, for the test that holds the tests to it.
+extern "C" __attribute__((visibility("default"))) int fastattn_poison_on() {
+    return fastattn::poison_on();
+}
 
 // Gives aten's operator these kernels, once and for the rest of the process: another thread may be in
 // them at any time, so they are never taken away. Called by fastattn/override.py.

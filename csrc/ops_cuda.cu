@@ -219,10 +219,14 @@ struct Sequences {
               "cu_seqlens_q has shape ", shape_of(*q_cu), " and q batch size ", q.size(0),
               "; [sequences + 1] goes with batch size 1, [batch, documents + 1] with any");
         number = q_cu->size(q_cu->dim() - 1) - 1;
+        CHECK(rows * number <= MAX_ENTRIES, "cu_seqlens_q has ", rows * number,
+              " sequences, the limit is 2^24: attend to fewer at a time");
         if (!documents) entries = number;
         cu_q = checked(*q_cu, q, "cu_seqlens_q", rows);
         cu_k = checked(*k_cu, q, "cu_seqlens_k", rows);
     }
+
+    bool none() const { return cu_q != nullptr && number == 0; }
 
     const int* checked(const Tensor& cu, const Tensor& q, const char* name, int64_t rows) const {
         check_device(cu, q, name);
@@ -281,7 +285,7 @@ Tensor bf16_like(const Tensor& x) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(4, sizes, strides, aoti_torch_dtype_bfloat16(),
                                  aoti_torch_device_type_cuda(), x.get_device_index(), &made));
-    return Tensor(made);
+    return poisoned(Tensor(made));
 }
 
 // A result in x's memory order where TMA can write that; of float8, in bfloat16.
@@ -289,7 +293,7 @@ Tensor result_like(const Tensor& x) {
     Tensor t = unit_stride(x);
     bool float8 = x.scalar_type() == ScalarType::Float8_e4m3fn;
     if (is_dense(t) && why_not_tma(operand(t), "").empty())
-        return float8 ? bf16_like(t) : torch::stable::empty_like(t);
+        return float8 ? bf16_like(t) : new_like(t);
     return new_tensor(x, {x.size(0), x.size(1), x.size(2), x.size(3)},
                       float8 ? ScalarType::BFloat16 : x.scalar_type());
 }
@@ -339,7 +343,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                      Scales::of(scales.v, q, sequences.entries, k.size(1), "v_descale")};
     set_pages(call, page_table, q, sequences.entries);
     if (q.numel() == 0) return {out, lse};
-    if (k.size(0) == 0 || call.keys() == 0) {
+    if (k.size(0) == 0 || call.keys() == 0 || sequences.none()) {
         torch::stable::fill_(out, 0);
         torch::stable::fill_(lse, -INFINITY);
         return {out, lse};
@@ -434,7 +438,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     Tensor none = new_tensor(q, {0}, ScalarType::Float);
     SinkType type = sink_type(sinks, q);
     Tensor dsinks = need_dsinks ? new_tensor(q, {q.size(1)}, ScalarType::Float) : none;
-    if (q.numel() == 0 || k.numel() == 0) {
+    if (q.numel() == 0 || k.numel() == 0 || sequences.none()) {
         for (Tensor t : {dq, dk, dv, dsinks}) torch::stable::fill_(t, 0);
         return {dq, dk, dv, none, dsinks};
     }

@@ -4,12 +4,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "poison.h"
 
 namespace fastattn {
 
@@ -30,6 +33,9 @@ template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
 
 constexpr int64_t MAX_LENGTH = int64_t(1) << 30;  // rows and keys are counted in int, with sums
 constexpr int64_t MAX_HEADS = int64_t(1) << 31;   // over all entries: one word of dropout's counter
+// Batch entries or sequences of a call, and pages of all of them: what is noted of each takes 100
+// and 4 bytes, so a tensor expanded with a stride of 0 must not name as many as it likes.
+constexpr int64_t MAX_ENTRIES = int64_t(1) << 24, MAX_PAGES = int64_t(1) << 28;
 
 inline std::string shape_of(const Tensor& t) {
     std::ostringstream text;
@@ -56,8 +62,24 @@ inline bool is_dense(const Tensor& t) {
     return true;
 }
 
-inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_empty(like, sizes, dtype);
+// Every tensor that an operator allocates is made by one of the functions below, or given to this
+// one: dense, and NaN (-1) under test.
+inline Tensor poisoned(Tensor t) {
+    if (!poison_on() || t.numel() == 0) return t;
+    if (t.is_cpu()) {
+        poison(t.data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+    } else {
+        bool integers = t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
+        torch::stable::fill_(t, integers ? -1.0 : NAN);
+    }
+    return t;
 }
+
+inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+    return poisoned(torch::stable::new_empty(like, sizes, dtype));
+}
+
+// Of x's shape and dtype, in x's order in memory.
+inline Tensor new_like(const Tensor& x) { return poisoned(torch::stable::empty_like(x)); }
 
 }  // namespace fastattn

@@ -86,7 +86,9 @@ def decode_attention(
             product, rounded once), which costs a copy of them.
         v_descale: the same for values; the two come together.
         num_splits: how many parts of the keys are attended to separately and then merged. None or
-            0: the backend chooses. 1: the same order of summation whatever the batch.
+            0: the backend chooses. 1: the same order of summation whatever the batch. A large
+            number means as many as the backend takes: on the CPU, parts of at least 32 keys whose
+            results take at most 256 MiB together.
         kv_lens: refused: cache_lens says it.
         document_ids: refused: a cache row is one document.
 

@@ -1,11 +1,13 @@
 """What every test shares: one thread, fixed seeds, and the mark `native` (needs the C++ code).
-Triton's kernels are interpreted where there is no GPU, which is decided as they are imported."""
+Triton's kernels are interpreted where there is no GPU, which is decided as they are imported. What
+the C++ library allocates starts as NaN, so that whatever it does not write shows."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+import os
 import pkgutil
 import random
 import re
@@ -16,6 +18,8 @@ import pytest
 import torch
 
 import fastattn
+
+os.environ["FASTATTN_POISON"] = "1"  # read when the library first allocates, and in its children
 
 
 def _import_interpreted_kernels() -> None:

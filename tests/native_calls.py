@@ -66,7 +66,7 @@ def calls(draw, paged: bool | None = None, dtypes=DTYPES) -> Call:
     dtype = draw(st.sampled_from(dtypes))
     paged = coin() and coin() if paged is None else paged
     packed = coin() and coin()
-    entries = integer(1, 3)
+    entries = integer(0 if packed and not paged else 1, 3)
     kv_heads = integer(1, 3)
     heads = kv_heads * integer(1, 3)
     dim = draw(st.sampled_from((1, 3, 8, 17, 32, 64, 72)))
@@ -78,6 +78,7 @@ def calls(draw, paged: bool | None = None, dtypes=DTYPES) -> Call:
     kv_lens = [draw(sizes) for _ in range(entries)] if packed or paged else [draw(sizes)] * entries
     rows, keys = (sum(q_lens), sum(kv_lens)) if packed else (q_lens[0], kv_lens[0])
     if packed:
+        rows, keys = rows + draw(st.sampled_from((0, 0, 3))), keys + draw(st.sampled_from((0, 5)))
         tensors["cu_seqlens_q"] = _cumulative(q_lens)
         tensors["cu_seqlens_k"] = _cumulative(kv_lens)
     if paged:
@@ -98,8 +99,8 @@ def calls(draw, paged: bool | None = None, dtypes=DTYPES) -> Call:
     k = _tensor(draw, rng, (*kv_shape, dim), dtype)
     v = _tensor(draw, rng, (*kv_shape, dim_v), dtype)
 
-    longest = most * PAGE_SIZE if paged and not packed else max(kv_lens)
-    full = (entries, heads, max(q_lens), longest)
+    longest = most * PAGE_SIZE if paged and not packed else max(kv_lens, default=0)
+    full = (entries, heads, max(q_lens, default=0), longest)
     if packed:  # a caller's max_seqlen may exceed the longest sequence
         full = (*full[:2], full[2] + integer(0, 2), full[3] + integer(0, 2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -309,6 +310,27 @@ SPOILERS: dict[str, Callable[[], Call]] = {
     "page_table too few": _with(paged, page_table=_int(4, 0).view(1, 2)),
     "page_table without kv_lens": _with(paged, kv_lens=None),
     "paged, kv_lens past the table": _with(paged, kv_lens=_int(11, 17)),
+    "page_table of 2^31 columns": _with(
+        paged, page_table=torch.zeros(2, 1, dtype=torch.int32).expand(2, 2**31)
+    ),
+    "2^31 sequences": _with(
+        packed, cu_seqlens_q=_int(0).expand(2**31), cu_seqlens_k=_int(0).expand(2**31)
+    ),
+    "2^30 pages for the lengths": _with(
+        paged,
+        q=lambda c: c.q[:1].expand(2**20, -1, -1, -1),
+        page_table=_int(0).expand(2**20, 2**10),
+        kv_lens=_int(2**13).expand(2**20),
+    ),
+    "batch of 2^25": _with(
+        plain, **{n: (lambda c, n=n: getattr(c, n)[:1].expand(2**25, -1, -1, -1)) for n in "qkv"}
+    ),
+    "2^29 tiles": _with(
+        plain,
+        q=lambda c: c.q[:1, :1, :0].expand(2**19, 2**10, -1, -1),
+        k=lambda c: c.k[:1, :1].expand(2**19, 2**10, -1, -1),
+        v=lambda c: c.v[:1, :1].expand(2**19, 2**10, -1, -1),
+    ),
     "page size 0": _with(paged, k=lambda c: c.k[:, :, :0], v=lambda c: c.v[:, :, :0]),
     # numbers
     "scale NaN": _with(plain, scale=float("nan")),

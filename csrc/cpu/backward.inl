@@ -185,8 +185,8 @@ INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, 
 
 // All keys of one tile of query rows.
 template <class A> static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys,
-                                             const KeyRows& values, BackwardTile<A>& t, A* dk_sum,
-                                             A* dv_sum) {
+                                             const KeyRows& values, const BackwardItem& item,
+                                             BackwardTile<A>& t) {
     const Lanes<A>& lanes = t.lanes;
     Range r = lanes.range(0, lanes.count);
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
@@ -221,10 +221,10 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
                     Vec<A> ds = load<A>(x);
                     store<A>(x, ds == 0 ? ds : ds * load<A>(t.softcap_slope + j * TILE_LD + i));
                 }
+        int64_t at = key - item.key_begin;
         add_to_keys(t, edge, t.p, key, n, t.dout, t.v_ld,
-                    dv_sum + static_cast<int64_t>(key) * t.v_ld);
-        add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld,
-                    dk_sum + static_cast<int64_t>(key) * t.k_ld);
+                    static_cast<A*>(item.dv_sum) + at * t.v_ld);
+        add_to_keys(t, edge, t.ds, key, n, t.q, t.k_ld, static_cast<A*>(item.dk_sum) + at * t.k_ld);
         if (!block.done)
             with_type<A>(p.dtype, [&](auto* type) {
                 using T = std::remove_pointer_t<decltype(type)>;
@@ -237,36 +237,55 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
 
 // --- the kernel ---------------------------------------------------------------------------------
 
-template <class A> static void write_key_gradients(const Params& p, const BackwardItem& item,
-                                                   const A* dk_sum, const A* dv_sum) {
-    const Segment& s = p.segments[item.segment];
+// dk and dv of one (segment, kv head): the sums of its items, added in their order. A key that no
+// item sees has a gradient of 0.
+template <class A> static void write_key_gradients(const Params& p, const BackwardItem* items,
+                                                   int parts, Arena& arena) {
+    const Segment& s = p.segments[items[0].segment];
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
-    for (int j = 0; j < s.band.kv_len; j++) {
-        store_row(dk_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.head_dim), A(p.scale),
-                  p.dtype, p.dk.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.head_dim);
-        store_row(dv_sum + static_cast<int64_t>(j) * round_up_panel<A>(p.v_dim), inverse_keep,
-                  p.dtype, p.dv.bytes_at(s.batch, item.kv_head, s.kv_begin + j), p.v_dim);
-    }
+    A* total = arena.take<A>(round_up_panel<A>(imax(p.head_dim, p.v_dim)));
+    auto write = [&](void* BackwardItem::* sums, int columns, A factor, const Tensor4& to) {
+        int ld = round_up_panel<A>(columns);
+        for (int j = 0; j < s.band.kv_len; j++) {
+            const A* row = nullptr;
+            for (int part = 0; part < parts; part++) {
+                const BackwardItem& item = items[part];
+                if (j < item.key_begin || j >= item.key_end) continue;
+                const A* next = static_cast<const A*>(item.*sums) +
+                                static_cast<int64_t>(j - item.key_begin) * ld;
+                if (row != nullptr)
+                    for (int c = 0; c < columns; c++) total[c] = row[c] + next[c];
+                row = row == nullptr ? next : total;
+            }
+            char* at = to.bytes_at(s.batch, items[0].kv_head, s.kv_begin + j);
+            if (row == nullptr)
+                __builtin_memset(at, 0, static_cast<size_t>(columns) * size_of(p.dtype));
+            else
+                store_row(row, factor, p.dtype, at, columns);
+        }
+    };
+    write(&BackwardItem::dk_sum, p.head_dim, A(p.scale), p.dk);
+    write(&BackwardItem::dv_sum, p.v_dim, inverse_keep, p.dv);
 }
 
-template <class A> static void backward(const Params& p, const BackwardItem& item) {
+template <class A> static void backward(const Params& p, const BackwardItem& task) {
+    BackwardItem item = task;
     const Segment& s = p.segments[item.segment];
-    Arena& arena = Arena::fresh();
+    ArenaLease lease;
+    Arena& arena = *lease;
     BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
     allocate(p, t, arena);
     // In fp32 keys are read where they lie just before they are packed: packing them again is
     // cheaper than reading panels that have left the cache (3 % at S 2048).
     bool keep = size_of(p.dtype) != sizeof(A);
     t.blocks = new_blocks<A>(p, item.segment, item.kv_head, true, t.k_ld, keep, arena);
-    int64_t kv_len = s.band.kv_len;
-    A* dk_sum = static_cast<A*>(item.dk_sum);
-    A* dv_sum = static_cast<A*>(item.dv_sum);
-    if (dk_sum == nullptr) {
-        dk_sum = arena.take<A>(kv_len * t.k_ld);
-        dv_sum = arena.take<A>(kv_len * t.v_ld);
+    int64_t seen = item.key_end - item.key_begin;
+    if (task.dk_sum == nullptr) {
+        item.dk_sum = arena.take<A>(seen * t.k_ld);
+        item.dv_sum = arena.take<A>(seen * t.v_ld);
     }
-    __builtin_memset(dk_sum, 0, sizeof(A) * kv_len * t.k_ld);
-    __builtin_memset(dv_sum, 0, sizeof(A) * kv_len * t.v_ld);
+    __builtin_memset(item.dk_sum, 0, sizeof(A) * seen * t.k_ld);
+    __builtin_memset(item.dv_sum, 0, sizeof(A) * seen * t.v_ld);
 
     KeyRows keys = key_rows(p, p.k, s, item.kv_head), values = key_rows(p, p.v, s, item.kv_head);
     for (int head = item.kv_head * p.group(); head < (item.kv_head + 1) * p.group(); head++)
@@ -274,24 +293,15 @@ template <class A> static void backward(const Params& p, const BackwardItem& ite
             set_lanes(p, s, head, 1, row, imin(BLOCK_Q, item.row_end - row), t.lanes);
             load_rows_of_tile(p, s, t);
             __builtin_memset(t.dq, 0, sizeof(A) * t.lanes.count * t.k_ld);
-            backward_tile(p, s, keys, values, t, dk_sum, dv_sum);
+            backward_tile(p, s, keys, values, item, t);
             for (int i = 0; i < t.lanes.count; i++)
                 store_row(t.dq + static_cast<int64_t>(i) * t.k_ld, A(p.scale), p.dtype,
                           p.dq.bytes_at(s.batch, head, s.q_begin + row + i), p.head_dim);
         }
-    if (item.dk_sum == nullptr) write_key_gradients(p, item, dk_sum, dv_sum);
+    if (task.dk_sum == nullptr) write_key_gradients<A>(p, &item, 1, arena);
 }
 
-// Adds the sums of consecutive items of one (segment, kv head), in order, and writes dk and dv.
 template <class A> static void reduce(const Params& p, const BackwardItem* items, int parts) {
-    int64_t kv_len = p.segments[items[0].segment].band.kv_len;
-    A* dk = static_cast<A*>(items[0].dk_sum);
-    A* dv = static_cast<A*>(items[0].dv_sum);
-    for (int part = 1; part < parts; part++) {
-        const A* from_k = static_cast<const A*>(items[part].dk_sum);
-        const A* from_v = static_cast<const A*>(items[part].dv_sum);
-        for (int64_t i = 0; i < kv_len * round_up_panel<A>(p.head_dim); i++) dk[i] += from_k[i];
-        for (int64_t i = 0; i < kv_len * round_up_panel<A>(p.v_dim); i++) dv[i] += from_v[i];
-    }
-    write_key_gradients(p, items[0], dk, dv);
+    ArenaLease arena;
+    write_key_gradients<A>(p, items, parts, *arena);
 }

@@ -85,7 +85,8 @@ struct Call {
     double dropout_p;
 
     // filled by prepare()
-    std::vector<int> page_entries{};  // page_table, contiguous
+    std::vector<int> page_entries{};  // page_table as far as lengths reach, contiguous
+    int64_t page_columns = 0;
     std::vector<float> slopes{};
     std::vector<Segment> segments{};
     int64_t entries = 0, max_q = 0, max_kv = 0;
@@ -98,6 +99,7 @@ struct Call {
     void check_operands();
     void make_segments();
     void set_dropout();
+    void copy_pages(int64_t page_size);
     std::vector<int> int_vector(const OptionalTensor& t, const char* name, int64_t size) const;
     void check_broadcast(const Tensor& t, const char* name) const;
 };
@@ -108,7 +110,9 @@ inline std::vector<int> Call::int_vector(const OptionalTensor& t, const char* na
     check_cpu(*t, name);
     CHECK(t->scalar_type() == ScalarType::Int, name, " must be int32");
     CHECK(t->dim() == 1 && (size < 0 || t->size(0) == size), name, " has shape ", shape_of(*t),
-          ", expected [", size, "]");
+          ", expected [", size < 0 ? "sequences + 1" : std::to_string(size), "]");
+    CHECK(t->size(0) <= MAX_ENTRIES + 1, name, " has ", t->size(0),
+          " elements, the limit is 2^24 sequences: attend to fewer at a time");
     std::vector<int> out(t->size(0));
     const int* from = static_cast<const int*>(t->data_ptr());
     for (size_t i = 0; i < out.size(); i++) out[i] = from[static_cast<int64_t>(i) * t->stride(0)];
@@ -138,6 +142,8 @@ inline void Call::check_operands() {
             CHECK(all[i]->size(d) < MAX_LENGTH, names[i], " has a dimension of ", all[i]->size(d),
                   ", the limit is 2^30");
     }
+    CHECK(q.size(0) <= MAX_ENTRIES, "q has batch size ", q.size(0),
+          ", the limit is 2^24: attend to fewer entries at a time");
     auto dtype = dtype_of(q);
     CHECK(dtype && *dtype != Dtype::BOOL, "q must be float32, float64, bfloat16 or float16");
     CHECK(q.size(3) == k.size(3) && q.size(3) >= 1,
@@ -194,7 +200,7 @@ inline void Call::make_segments() {
     entries = packed ? static_cast<int64_t>(q_begins.size()) - 1 : batch;
     std::vector<int> lens = int_vector(kv_lens, "kv_lens", entries);
     std::vector<int> starts = int_vector(kv_starts, "kv_starts", entries);
-    int pages = 0, page_size = 1;
+    int64_t pages = 0, page_size = 1;
     if (page_table) {
         check_cpu(*page_table, "page_table");
         CHECK(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
@@ -203,12 +209,9 @@ inline void Call::make_segments() {
         CHECK(packed || kv_lens, "page_table needs kv_lens");
         CHECK(!document_ids, "document_ids cannot be combined with page_table");
         CHECK(kv_rows > 0 || page_table->size(1) == 0, "pages must hold at least one key");
-        pages = static_cast<int>(page_table->size(1));
+        pages = page_table->size(1);
+        CHECK(pages < MAX_LENGTH, "page_table has ", pages, " columns, the limit is 2^30");
         page_size = std::max(1, kv_rows);
-        const int* from = static_cast<const int*>(page_table->data_ptr());
-        for (int64_t e = 0; e < entries; e++)
-            for (int64_t i = 0; i < pages; i++)
-                page_entries.push_back(from[e * page_table->stride(0) + i * page_table->stride(1)]);
     }
     const int* documents = nullptr;
     if (document_ids) {
@@ -218,6 +221,8 @@ inline void Call::make_segments() {
                   q_rows == kv_rows,
               "document_ids must be int32 [batch, S] with S = ", q_rows,
               " rows of q and of k, got shape ", shape_of(*document_ids));
+        CHECK(document_ids->numel() < MAX_LENGTH, "document_ids has ", document_ids->numel(),
+              " elements, the limit is 2^30: attend to fewer entries at a time");
         documents = static_cast<const int*>(document_ids->data_ptr());
     }
 
@@ -226,9 +231,10 @@ inline void Call::make_segments() {
     for (int e = 0; e < entries; e++) {
         int q_len = packed ? q_begins[e + 1] - q_begins[e] : q_rows;
         int64_t capacity = packed       ? k_begins[e + 1] - k_begins[e]
-                           : page_table ? static_cast<int64_t>(pages) * page_size
+                           : page_table ? pages * page_size
                                         : kv_rows;
-        int kv_len = static_cast<int>(std::min<int64_t>(capacity, MAX_LENGTH - 1));
+        capacity = std::min(capacity, MAX_LENGTH - 1);
+        int kv_len = static_cast<int>(capacity);
         if (!lens.empty()) {
             CHECK(lens[e] >= 0 && lens[e] <= capacity, "kv_lens[", e, "] is ", lens[e],
                   ", outside [0, ", capacity, "]");
@@ -239,16 +245,9 @@ inline void Call::make_segments() {
             CHECK(starts[e] >= 0, "kv_starts[", e, "] is ", starts[e], ", must be >= 0");
             first = std::min(starts[e], kv_len);
         }
-        if (page_table) {
-            CHECK(static_cast<int64_t>(pages) * page_size >= kv_len, "page_table has ", pages,
-                  " pages of ", page_size, " keys, too few for the ", kv_len, " keys of entry ", e);
-            for (int64_t i = 0; i < (static_cast<int64_t>(kv_len) + page_size - 1) / page_size;
-                 i++) {
-                int page = page_entries[e * pages + i];
-                CHECK(page >= 0 && page < k.size(0), "page_table[", e, ", ", i, "] is ", page,
-                      ", outside the ", k.size(0), " pages");
-            }
-        }
+        if (page_table)
+            CHECK(pages * page_size >= kv_len, "page_table has ", pages, " pages of ", page_size,
+                  " keys, too few for the ", kv_len, " keys of entry ", e);
         Segment s{};
         s.batch = packed ? 0 : e;
         s.entry = e;
@@ -261,7 +260,6 @@ inline void Call::make_segments() {
             s.band = {window_left, window_right, offset + row - key, rows,
                       std::max(0, key_end - key)};
             segments.push_back(s);
-            covers_keys &= !packed && lens.empty() && starts.empty();
         };
         if (documents == nullptr) {
             add(0, q_len, first, kv_len);
@@ -281,9 +279,30 @@ inline void Call::make_segments() {
     }
     if (!packed) {  // of no entries too
         max_q = q_rows;
-        max_kv = page_table ? static_cast<int64_t>(pages) * page_size : kv_rows;
+        max_kv = page_table ? pages * page_size : kv_rows;
     }
     covers_rows = !packed || q_begins.back() == q_rows;
+    covers_keys = !packed && lens.empty() && starts.empty();
+    if (page_table) copy_pages(page_size);
+}
+
+// The part of the page table that lengths reach, each page checked.
+inline void Call::copy_pages(int64_t page_size) {
+    auto pages_of = [&](const Segment& s) {
+        return s.band.kv_len == 0 ? 0 : (s.key0 + s.band.kv_len + page_size - 1) / page_size;
+    };
+    for (const Segment& s : segments) page_columns = std::max(page_columns, pages_of(s));
+    CHECK(entries * page_columns <= MAX_PAGES, "page_table holds ", entries, " x ", page_columns,
+          " pages for these lengths, the limit is 2^28: attend to fewer entries at a time");
+    page_entries.resize(entries * page_columns);
+    const int* from = static_cast<const int*>(page_table->data_ptr());
+    for (const Segment& s : segments)
+        for (int64_t i = 0; i < pages_of(s); i++) {
+            int page = from[s.entry * page_table->stride(0) + i * page_table->stride(1)];
+            CHECK(page >= 0 && page < k.size(0), "page_table[", s.entry, ", ", i, "] is ", page,
+                  ", outside the ", k.size(0), " pages");
+            page_entries[s.entry * page_columns + i] = page;
+        }
 }
 
 // The key, and which heads of how many these are: dropout counts entry x all heads + head.
@@ -362,7 +381,7 @@ inline void Call::prepare() {
     }
     if (page_table) {
         p.page_table = page_entries.data();
-        p.page_table_row = page_table->size(1);
+        p.page_table_row = page_columns;
         p.page_size = std::max(1, static_cast<int>(k.size(2)));
     }
     p.segments = segments.data();

@@ -223,7 +223,8 @@ template <class A> static void write_row(const Params& p, const Segment& s, int 
 template <class A>
 static void forward(const Params& p, const ForwardItem& item, const Partials& partials) {
     const Segment& s = p.segments[item.segment];
-    Arena& arena = Arena::fresh();
+    ArenaLease lease;
+    Arena& arena = *lease;
     ForwardTile<A>& t = *arena.take<ForwardTile<A>>(1);
     set_lanes(p, s, item.head, item.heads, item.row, item.rows, t.lanes);
     const Lanes<A>& lanes = t.lanes;
@@ -299,7 +300,8 @@ template <class A> static void combine(const Params& p, const ForwardItem& item,
                                        const Partials& partials) {
     const Segment& s = p.segments[item.segment];
     int count = item.heads * item.rows;
-    A* acc = Arena::fresh().take<A>(p.v_dim);
+    ArenaLease arena;
+    A* acc = arena->take<A>(p.v_dim);
     const A* maxima = static_cast<A*>(partials.row_max) + item.partial;
     const A* sums = static_cast<A*>(partials.row_sum) + item.partial;
     const A* accs = static_cast<A*>(partials.acc) + item.partial * p.v_dim;

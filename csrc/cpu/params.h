@@ -85,14 +85,15 @@ struct Partials {
 struct BackwardItem {
     int segment, kv_head;
     int row_begin, row_end;  // query rows of the segment
-    // fp32 (fp64) sums over those rows, [kv_len][padded D] and [kv_len][padded Dv]; null: this item
-    // is all there is, and writes dk and dv itself
+    int key_begin, key_end;  // keys that they see, from the start of a block of keys
+    // fp32 (fp64) sums over those rows, [keys][padded D] and [keys][padded Dv]; null: this item is
+    // all there is, and writes dk and dv itself
     void* dk_sum;
     void* dv_sum;
 };
 
 struct Kernels {
-    int block_q;  // rows of a forward tile
+    int block_q, block_kv;  // rows and keys of a tile
     void (*forward)(const Params&, const ForwardItem&, const Partials&);
     void (*combine)(const Params&, const ForwardItem&, int splits, const Partials&);
     void (*backward)(const Params&, const BackwardItem&);

@@ -3,6 +3,7 @@
 // next: params.h
 #pragma once
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "params.h"
@@ -15,6 +16,13 @@ constexpr int ENOUGH_ITEMS = 64, ENOUGH_TILES = 8, ENOUGH_GRADIENTS = 16;
 constexpr int SPLIT_KEYS = 480;  // a split smaller than this costs more than it brings
 constexpr int SPLIT_LANES =
     16;  // tiles this narrow are bound by memory: cutting them is nearly free
+// However many splits a caller asks for, each has this many keys, and the results of all of them
+// together take at most so many bytes.
+constexpr int LEAST_SPLIT_KEYS = 32;
+constexpr int64_t MOST_PARTIAL_BYTES = int64_t(256) << 20;
+// The sums of the backward's items take at most this many times the bytes of k and v, or so many
+// bytes where that is more.
+constexpr int64_t MOST_SUMS = 4, SMALL_SUMS = int64_t(16) << 20;
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -27,10 +35,14 @@ struct ForwardPlan {
     int64_t partial_rows = 0;
 };
 
+// row_bytes: of one row's partial result.
 inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads, int group,
-                                int block_q, int num_splits) {
+                                int block_q, int num_splits, int64_t row_bytes) {
     ForwardPlan plan;
-    int64_t tiles = 0;
+    int64_t tiles = 0, rows_in_all = 0;
+    for (const Segment& s : segments) rows_in_all += static_cast<int64_t>(heads) * s.band.q_len;
+    const int64_t most_splits =
+        std::max<int64_t>(1, MOST_PARTIAL_BYTES / std::max<int64_t>(1, rows_in_all * row_bytes));
     for (int pass = 0; pass < 2; pass++)  // count, then make
         for (int n = 0; n < static_cast<int>(segments.size()); n++) {
             const Band& band = segments[n].band;
@@ -59,9 +71,9 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads,
                     Range range = band.kv_range(item.row, item.row + item.rows);
                     int keys = std::max(0, range.end - range.begin);
                     int splits = tiles < wanted ? ceil_div(wanted, static_cast<int>(tiles)) : 1;
-                    splits = num_splits > 0 ? std::min(num_splits, keys)
+                    splits = num_splits > 0 ? std::min(num_splits, ceil_div(keys, LEAST_SPLIT_KEYS))
                                             : std::min(splits, keys / SPLIT_KEYS);
-                    splits = std::max(splits, 1);
+                    splits = std::max(static_cast<int>(std::min<int64_t>(splits, most_splits)), 1);
                     int step = std::max(1, ceil_div(keys, splits));
                     splits = std::max(1, ceil_div(keys, step));
                     if (splits > 1)
@@ -97,33 +109,83 @@ struct BiasSharing {
     bool rows = false;     // ... over rows: every tile of a head touches the same elements
 };
 
-inline BackwardPlan plan_backward(const std::vector<Segment>& segments, int kv_heads, int block_q,
-                                  BiasSharing sharing) {
-    BackwardPlan plan;
-    int units = static_cast<int>(segments.size()) * kv_heads;
+// What one key takes: in k and v, and in the sums of an item that sees it.
+struct KeyBytes {
+    int64_t operands, sums;
+};
+
+// Into how many items the rows of one (segment, kv head) are cut, and how.
+struct RowChunks {
+    const Band& band;
+    int block_q, block_kv;
+
+    int rows(int chunks) const {
+        return ceil_div(ceil_div(band.q_len, std::max(1, chunks)), block_q) * block_q;
+    }
+    // The keys that rows [begin, end) see, from the start of a block.
+    Range keys(int begin, int end) const {
+        if (begin >= end) return {0, 0, 0, 0};
+        Range seen = band.kv_range(begin, end);
+        if (seen.begin >= seen.end) return {0, 0, 0, 0};
+        return {seen.begin / block_kv * block_kv, 0, 0, seen.end};
+    }
+    // At most `chunks`, fewer where sums of more than `most` keys would be needed.
+    int within(int chunks, int64_t most) const {
+        for (; chunks > 1; chunks--) {
+            int64_t sum = 0;
+            for (int step = rows(chunks), row = 0; row < band.q_len; row += step) {
+                Range seen = keys(row, std::min(band.q_len, row + step));
+                sum += seen.end - seen.begin;
+            }
+            if (sum <= most) return chunks;
+        }
+        return 1;
+    }
+};
+
+// Chunks of each segment's rows, enough of them in all to keep the threads busy.
+inline std::vector<int> row_chunks(const std::vector<Segment>& segments, int kv_heads, int block_q,
+                                   int block_kv, KeyBytes bytes, const BiasSharing& sharing) {
+    const int64_t units = std::max<int64_t>(1, static_cast<int64_t>(segments.size()) * kv_heads);
+    const int wanted = static_cast<int>((ENOUGH_GRADIENTS + units - 1) / units);
     bool aligned = true;  // every segment has the same rows, so chunks of different entries agree
     for (const Segment& s : segments)
         aligned &= s.row0 == 0 && s.band.q_len == segments[0].band.q_len;
+    std::vector<int> chunks;
+    for (const Segment& s : segments) {
+        int64_t most = std::max(MOST_SUMS * bytes.operands * s.band.kv_len, SMALL_SUMS / units);
+        // Chunks are disjoint rows, unless rows of other segments or all rows meet in dbias.
+        bool one = sharing.any && (sharing.rows || (sharing.entries && !aligned));
+        int enough = one ? 1 : std::min(wanted, ceil_div(s.band.q_len, 2 * block_q));
+        chunks.push_back(RowChunks{s.band, block_q, block_kv}.within(enough, most / bytes.sums));
+    }
+    if (sharing.any && sharing.entries)  // chunk n has the same rows in each of them
+        std::fill(chunks.begin(), chunks.end(),
+                  chunks.empty() ? 1 : *std::min_element(chunks.begin(), chunks.end()));
+    return chunks;
+}
+
+inline BackwardPlan plan_backward(const std::vector<Segment>& segments, int kv_heads, int block_q,
+                                  int block_kv, KeyBytes bytes, BiasSharing sharing) {
+    BackwardPlan plan;
+    const std::vector<int> wanted =
+        row_chunks(segments, kv_heads, block_q, block_kv, bytes, sharing);
     struct Key {
         int entry, head, chunk, item;
     };
     std::vector<Key> keys;
     for (int n = 0; n < static_cast<int>(segments.size()); n++) {
-        int q_len = segments[n].band.q_len;
-        int chunks =
-            std::min(ceil_div(ENOUGH_GRADIENTS, std::max(1, units)), ceil_div(q_len, 2 * block_q));
-        // Chunks are disjoint rows, unless rows of other segments or all rows meet in dbias.
-        if (sharing.any && (sharing.rows || (sharing.entries && !aligned))) chunks = 1;
-        int rows = ceil_div(ceil_div(q_len, std::max(1, chunks)), block_q) * block_q;
-        chunks = q_len == 0 ? 1 : ceil_div(q_len, rows);
+        RowChunks cut{segments[n].band, block_q, block_kv};
+        int q_len = cut.band.q_len, rows = cut.rows(wanted[n]);
+        int chunks = q_len == 0 ? 1 : ceil_div(q_len, rows);
         for (int head = 0; head < kv_heads; head++) {
             if (chunks > 1) plan.merges.push_back({static_cast<int>(plan.items.size()), chunks});
             for (int chunk = 0; chunk < chunks; chunk++) {
-                int begin = std::min(q_len, chunk * rows);
+                int begin = std::min(q_len, chunk * rows), end = std::min(q_len, begin + rows);
+                Range seen = cut.keys(begin, end);
                 keys.push_back({sharing.entries ? 0 : segments[n].entry, sharing.heads ? 0 : head,
                                 chunk, static_cast<int>(plan.items.size())});
-                plan.items.push_back(
-                    {n, head, begin, std::min(q_len, begin + rows), nullptr, nullptr});
+                plan.items.push_back({n, head, begin, end, seen.begin, seen.end, nullptr, nullptr});
             }
         }
     }
