@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "poison.h"
+#include "spec.h"
 
 namespace fastattn {
 
@@ -36,6 +37,12 @@ constexpr int64_t MAX_HEADS = int64_t(1) << 31;   // over all entries: one word 
 // Batch entries or sequences of a call, and pages of all of them: what is noted of each takes 100
 // and 4 bytes, so a tensor expanded with a stride of 0 must not name as many as it likes.
 constexpr int64_t MAX_ENTRIES = int64_t(1) << 24, MAX_PAGES = int64_t(1) << 28;
+
+inline void check_score_numbers(double scale, double softcap) {
+    CHECK(std::abs(scale) <= MAX_SCALE, "scale must be a number in [-1e30, 1e30], got ", scale);
+    CHECK(softcap == 0 || (softcap >= MIN_SOFTCAP && softcap <= MAX_SOFTCAP),
+          "softcap must be 0 (off) or a number in [1e-30, 1e30], got ", softcap);
+}
 
 inline std::string shape_of(const Tensor& t) {
     std::ostringstream text;
