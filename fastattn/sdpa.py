@@ -192,7 +192,7 @@ def _scale(scale, head_dim) -> float:
     if scale is None:
         return head_dim**-0.5
     scale = _number("scale", scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # a symbolic float has comparisons and no isfinite
         raise ValueError(f"scale is {scale}; accepted is any finite number, or None")
     return scale
 
