@@ -5,6 +5,7 @@
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
+#   make fuzz    random calls against float64 for a minute (ARGS="--minutes 60 --seed 7")
 #   make gpu-audit   what compilers make of the GPU kernels (no GPU needed): registers, spills
 #   make cuda-load   build the wheel and load it in a CUDA build of torch (no GPU needed; 4 GB, once)
 #   make wheel   dist/*.whl: one for every CPython from 3.10 and every torch from 2.10
@@ -27,11 +28,12 @@ NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
     tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test bench build asan lint fmt size gpu gpu-audit cuda-load wheel clean distclean help
+.PHONY: demo test bench build asan fuzz lint fmt size gpu gpu-audit cuda-load wheel clean distclean \
+    help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,11s/^#   //p' Makefile
+	@sed -n '3,13s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
@@ -90,6 +92,10 @@ asan: build
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
 	    tests/test_native.py tests/test_cpu.py tests/test_fused.py tests/test_fused_dropout.py \
 	    tests/test_fused_native.py $(ARGS)
+
+# Stops at the first wrong result and prints the fewest lines that show it.
+fuzz: build
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

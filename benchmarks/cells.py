@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from fastattn.pairs import pairs_of_band
 
-from .work import MODES, Work, attention_work, visible_pairs
+from .work import MODES, Work, attention_work
 
 SEED = 20  # of the inputs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -237,9 +238,9 @@ class Case:
         left, right = (row.window - 1, 0) if row.window else (-1, 0 if row.causal else -1)
         if row.documents:
             lengths = torch.bincount(self.document_ids).tolist()
-            pairs = sum(visible_pairs(n, n, left=left, right=right) for n in lengths)
+            pairs = sum(pairs_of_band(n, n, left=left, right=right) for n in lengths)
         else:
-            pairs = visible_pairs(row.q_len, keys, left=left, right=right)
+            pairs = pairs_of_band(row.q_len, keys, left=left, right=right)
         return attention_work(
             pairs=pairs * row.batch * row.heads,
             batch=row.batch,

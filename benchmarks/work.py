@@ -12,21 +12,6 @@ FORMULAS = {  # FLOP, 2 per multiply-add, softmax not counted
 }
 
 
-def visible_pairs(
-    q_len: int, kv_len: int, *, left: int = -1, right: int = -1, offset: int = 0
-) -> int:
-    """Scores that one head really needs: row i sees keys i+offset-left <= j <= i+offset+right with
-    0 <= j < kv_len; a negative side is unbounded."""
-    if left < 0 and right < 0:
-        return q_len * kv_len
-    total = 0
-    for i in range(q_len):
-        low = max(0, i + offset - left) if left >= 0 else 0
-        high = min(kv_len, i + offset + right + 1) if right >= 0 else kv_len
-        total += max(0, high - low)
-    return total
-
-
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a call cannot avoid: arithmetic on the visible pairs, and compulsory traffic."""

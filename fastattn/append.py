@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .descales import quantize
+from . import checks, memory
+from .descales import INT8, quantize
 from .fused import rotate, rotate_reference
 from .gpu import launcher
 from .ops import _LIBRARY
@@ -68,34 +68,84 @@ class Append(NamedTuple):
     rotary: Rotary | None
     descales: tuple[Tensor | None, Tensor | None]
 
+    def checked(self) -> Append:
+        """Refuses what would be written wrongly; k and v do not change while it is written."""
+        caches = self.k_cache, self.v_cache
+        for name, cache in zip(("k_cache", "v_cache"), caches):
+            memory.writable(name, cache)
+        if all(map(checks.has_memory, caches)) and memory.share_memory(*caches):
+            raise ValueError(
+                "v_cache shares memory with k_cache, and k and v are written to both; write the "
+                "new keys yourself and call without k and v"
+            )
+        if self.table is not None and checks.has_values(self.table):
+            self._check_slots()
+        k, v = (memory.copied_if_met(x, *caches) for x in (self.k, self.v))
+        new = self._replace(k=k, v=v)
+        if self.k_cache.dtype == INT8 and checks.has_values(k) and checks.has_values(v):
+            new._check_numbers()
+        return new
+
     def by_kernel(self) -> None:
         turn = (None, None, True) if self.rotary is None else self.rotary[:3]
         torch.ops.fastattn.cache_append.default(*self[:6], *turn, *self.descales)
 
     def in_torch(self) -> None:
+        caches = self.k_cache, self.v_cache
+        if self.descales[0] is not None:  # written as bytes, which every device can
+            caches = (cache.view(torch.int8) for cache in caches)
+        new_len = self.k.shape[2]
+        first = None  # where all entries start at one slot: a plain slice, no index tensors
+        if self.table is None and checks.has_values(self.cache_lens):
+            lens = set(self.cache_lens.tolist())
+            first = lens.pop() if len(lens) == 1 else None
+        row, slot = self._places() if first is None else (None, None)
+        for cache, new in zip(caches, self._stored()):
+            if first is None:
+                cache[row, :, slot] = new.transpose(1, 2)  # [B, Snew, Hkv, D]
+            else:
+                cache[:, :, first : first + new_len] = new
+
+    def _stored(self) -> list[Tensor]:
+        """k and v as they are stored: rotated, 8-bit ones as bytes."""
         k = self.k if self.rotary is None else self.rotary.turn(self.k, True)
-        for cache, new, descale in zip((self.k_cache, self.v_cache), (k, self.v), self.descales):
-            if descale is not None:  # written as bytes, which every device can
-                new = quantize(new, descale, cache.dtype).view(torch.int8)
-                cache = cache.view(torch.int8)
-            _write(cache, new, self.cache_lens, self.table)
+        if self.descales[0] is None:
+            return [k, self.v]
+        dtype = self.k_cache.dtype
+        return [
+            quantize(x, scale, dtype).view(torch.int8)
+            for x, scale in zip((k, self.v), self.descales)
+        ]
 
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Row of the cache (or page) and slot in it of each new key, [B, Snew] or broadcastable."""
+        device = self.cache_lens.device
+        slot = self.cache_lens.long().unsqueeze(1) + torch.arange(self.k.shape[2], device=device)
+        if self.table is None:
+            return torch.arange(self.k_cache.shape[0], device=device).unsqueeze(1), slot
+        page_size = self.k_cache.shape[2]
+        return self.table.long().gather(1, slot // page_size), slot % page_size
 
-def _write(cache, new, cache_lens, table) -> None:
-    """cache slots cache_lens[b] + i = new[b, :, i], in place."""
-    new_len, page_size = new.shape[2], cache.shape[2]
-    if table is None and checks.has_values(cache_lens):
-        lens = cache_lens.tolist()
-        if len(set(lens)) == 1:  # a plain slice: no index tensors
-            cache[:, :, lens[0] : lens[0] + new_len] = new
-            return
-    slot = cache_lens.long().unsqueeze(1) + torch.arange(new_len, device=cache.device)  # [B, Snew]
-    if table is None:
-        row = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
-    else:
-        row = table.long().gather(1, slot // page_size)
-        slot = slot % page_size
-    cache[row, :, slot] = new.transpose(1, 2)  # [B, Snew, Hkv, D]
+    def _check_slots(self) -> None:
+        page, slot = self._places()
+        place = (page * self.k_cache.shape[2] + slot).flatten()
+        order = place.argsort(stable=True)
+        place = place[order]
+        for n in (place[1:] == place[:-1]).nonzero()[:1].flatten().tolist():
+            at = order[n], order[n + 1]
+            a, b = (int(i) // slot.shape[1] for i in at)
+            raise ValueError(
+                f"page_table puts new keys of entries {a} and {b} into one place, slot "
+                f"{int(slot.flatten()[at[0]])} of page {int(page.flatten()[at[0]])}; pages that "
+                "are written to must be an entry's own"
+            )
+
+    def _check_numbers(self) -> None:
+        k = self.k if self.rotary is None else self.rotary.turn(self.k, True)
+        for name, x, scale in zip("kv", (k, self.v), self.descales):
+            if bool((x.float() / scale[..., None, None]).isnan().any()):
+                raise ValueError(f"{name} holds NaN once divided by {name}_descale, and int8 has "
+                                 "no NaN; accepted are numbers")  # fmt: skip
 
 
 def check_rotary(rotary, interleaved, q, cache_lens, longest) -> Rotary:
@@ -112,6 +162,7 @@ def check_rotary(rotary, interleaved, q, cache_lens, longest) -> Rotary:
             )
         if not x.is_floating_point():
             raise TypeError(f"rotary's {name} is {x.dtype}; accepted are floating dtypes")
+        checks.no_gradient(f"rotary's {name}", x)
     positions = rotary[0].shape[0]
     checks.lengths("cache_lens", cache_lens, 0, positions - longest, "a position of rotary's in")
     return Rotary(*rotary, interleaved, cache_lens)

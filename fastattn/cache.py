@@ -4,6 +4,8 @@ results made one. Next hop: append.py, then backends.py, through attention.run.
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from numbers import Integral
 
 import torch
@@ -14,8 +16,9 @@ from .append import Append, check_rotary
 from .attention import run, score_operands
 from .context_parallel import refuse_context_parallel
 from .fused import has_kernel
+from .memory import copied_if_met
 from .ops import autocast_dtype, autocast_to, is_8_bit
-from .spec import Descales, Operands
+from .spec import OPERANDS, Descales, Operands
 
 
 def decode_attention(
@@ -109,13 +112,43 @@ def decode_attention(
         alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin, dropout_p, dropout_seed,
         return_lse, deterministic,
     )  # fmt: skip
-    if num_splits is not None:
-        num_splits = checks.length("num_splits", num_splits, checks.MAX_SPLITS)
-    row = backends.pick(backend, spec, q, *caches, operands)
+    num_splits, row = _chosen(num_splits, backend, spec, q, caches, operands)
     if append is not None:
         append.by_kernel() if row.name == "triton" else append.in_torch()
-    out, lse = run(q, *caches, spec, operands, row, num_splits or 0)
+    out, lse = run(q, *caches, spec, operands, row, num_splits)
     return (out, lse) if return_lse else out
+
+
+def _chosen(num_splits, backend, spec, q, caches, operands):
+    """(num_splits, backend's row), checked."""
+    splits = 0
+    if num_splits is not None:
+        splits = checks.length("num_splits", num_splits, checks.MAX_SPLITS)
+    return splits, backends.pick(backend, spec, q, *caches, operands)
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(decode_attention).parameters.items()
+    if parameter.default is not parameter.empty
+}
+
+
+def decode_form(q, k_cache, v_cache, **call):
+    """(q, spec, operands, (k, v), num_splits, backend) of decode_attention()'s arguments by name,
+    those left out included; dropout draws no key."""
+    call = _DEFAULTS | call
+    if call["dropout_seed"] is None:
+        call["dropout_seed"] = (0, 0)
+    backend, num_splits = call.pop("backend"), call.pop("num_splits")
+    *form, _ = cached_form(q, k_cache, v_cache, **call)
+    return *form, num_splits, backend
+
+
+def check_decode(q, k_cache, v_cache, **call) -> None:
+    """Raises what decode_attention() would, and does nothing else."""
+    q, spec, operands, caches, num_splits, backend = decode_form(q, k_cache, v_cache, **call)
+    _chosen(num_splits, backend, spec, q, caches, operands)
 
 
 def cached_form(
@@ -180,21 +213,24 @@ def cached_form(
     cache_lens = checks.int_vector("cache_lens", cache_lens, (batch,), device, "[B], or an int")
     table, capacity = None, page_size
     if page_table is not None:
-        capacity = checks.tensor("page_table", page_table).shape[-1] * page_size
+        capacity = checks.table(page_table, batch, device).shape[1] * page_size
     elif cache_batch_idx is not None:
         index = checks.int_vector("cache_batch_idx", cache_batch_idx, (batch,), device, "[B]")
         checks.lengths("cache_batch_idx", index, 0, rows - 1, "a row of the cache in")
         if k is not None and checks.has_values(index) and len(set(index.tolist())) < batch:
             raise ValueError("cache_batch_idx names a row twice; rows written to must be distinct")
-        table = index.unsqueeze(1)  # every row of the cache is one page
+        table = index.unsqueeze(1)  # every row of the cache is one page, if it has a slot
+        table = table if page_size else table[:, :0]
     elif rows != batch:
         raise ValueError(f"k_cache has batch size {rows} and q {batch}; they must be equal without "
                          "page_table or cache_batch_idx")  # fmt: skip
     checks.sizes(batch * heads, q_len, capacity)
     if head_origin is not None:
         head_origin = checks.head_origin(head_origin, batch, heads)
-    room = f"{capacity} slots less {new_len} new keys:" if new_len else "a number of keys in"
-    checks.lengths("cache_lens", cache_lens, 0, capacity - new_len, room)
+    checks.lengths(
+        "cache_lens", cache_lens, 0, capacity - new_len,
+        lambda: f"{capacity} slots less {new_len} new keys:" if new_len else "a number of keys in",
+    )  # fmt: skip
     lens = cache_lens + new_len
     if cache_leftpad is not None:
         cache_leftpad = checks.int_vector("cache_leftpad", cache_leftpad, (batch,), device, "[B]")
@@ -219,9 +255,18 @@ def cached_form(
         descales=Descales(None, k_descale, v_descale) if narrow else None,
     )
     caches, append = (k_cache, v_cache), None
-    if new_len:
-        append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale))
+    if new_len and batch:
+        append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale)).checked()
+        q, operands = copied_if_met(q, *caches), _apart(operands, caches)
     return q, spec, operands, caches, append
+
+
+def _apart(operands, caches):
+    """The operands, with copies of those that the writing would change before they are read."""
+    given = {name: getattr(operands, name) for name in OPERANDS}
+    copies = {n: copied_if_met(x, *caches) for n, x in given.items() if x is not None}
+    changed = {name: x for name, x in copies.items() if x is not given[name]}
+    return replace(operands, **changed) if changed else operands
 
 
 def _is_narrow(k_cache, v_cache, k_descale, v_descale) -> bool:

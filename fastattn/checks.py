@@ -36,7 +36,7 @@ def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
         scale = scale_of(scale)
     left, right = window_of(causal, window)
     if align not in ("end", "start"):
-        raise ValueError(f"align is {align!r}; accepted are 'end' and 'start'")
+        raise ValueError(f"align is {said(align)}; accepted are 'end' and 'start'")
     softcap = number("softcap", softcap)
     low, high = SOFTCAPS
     if not (softcap == 0 or low <= softcap <= high):
@@ -77,12 +77,18 @@ def integer(name, x) -> int:
     return x if isinstance(x, (int, torch.SymInt)) else int(x)  # numpy's
 
 
+def said(x) -> str:
+    """An argument of any kind, for a sentence."""
+    text = f"of type {type(x).__name__}" if isinstance(x, Tensor) else repr(x)
+    return text if len(text) < 80 and "\n" not in text else f"of type {type(x).__name__}"
+
+
 def window_of(causal, window) -> tuple[int, int]:
     """(left, right) keys visible around the diagonal, -1 for unbounded."""
     if window is None:
         window = (None, None)
     elif not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window is {window!r}; accepted is a pair (left, right), or None")
+        raise TypeError(f"window is {said(window)}; accepted is a pair (left, right), or None")
     left, right = (_side(name, side) for name, side in zip(("left", "right"), window))
     if not flag("causal", causal):
         return left, right
@@ -119,8 +125,7 @@ def same_kind(accepted=DTYPES, **tensors) -> None:
             raise TypeError(f"{name} is a DTensor; accepted is what this process holds of it, "
                             f"{name}.to_local(), with head_origin where its heads are "
                             "sharded")  # fmt: skip
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} has layout {x.layout}; accepted is torch.strided")
+        strided(name, x)
     (first, q), *others = tensors.items()
     for name, x in others:
         if x.dtype != q.dtype:
@@ -190,7 +195,8 @@ def length(name, x, limit=MAX_LENGTH) -> int:
 
 def no_gradient(name, *tensors) -> None:
     """Refuses inputs that want a gradient where there is none."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    wanted = (isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled() and any(wanted):
         raise NotImplementedError(
             f"{name} came with an input that requires grad, and calls with it have no gradient; "
             "use torch.no_grad(), or detach the inputs"
@@ -225,16 +231,26 @@ def sizes(batch_heads, q_len, kv_len) -> None:
 
 
 def show(x: Tensor) -> str:
-    return str(list(x.shape))
+    """A shape for a sentence. Only where something is wrong: torch.compile cannot trace the text of
+    a size that it keeps open, or compiles anew for each value of it."""
+    return "of sequences" if x.is_nested else str(list(x.shape))
 
 
 # ---- operands: each function returns the normal form -------------------------------------------
 
 
 def on_device(name, x, device) -> Tensor:
-    if tensor(name, x).device != device:
+    strided(name, tensor(name, x))
+    if x.device != device:
         raise ValueError(f"{name} is on {x.device} and q on {device}; one device is accepted")
     return x
+
+
+def strided(name, x) -> None:
+    if x.is_nested:
+        raise TypeError(f"{name} is a NestedTensor; accepted is a strided one")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; accepted is torch.strided")
 
 
 def no_grad(name, x) -> None:
@@ -247,17 +263,17 @@ def no_grad(name, x) -> None:
 
 def broadcast(name, x, full, rank=4) -> Tensor:
     """x as 4-D, each dimension 1 or as in full. Nothing is expanded."""
-    shape = show(x)
+    wide = x
     if rank == 3 and x.dim() == 3:  # one head, which the caller's tensors do not write
-        x = x.unsqueeze(1)
-    while x.dim() < 4:
-        x = x.unsqueeze(0)
-    if x.dim() > 4 or any(n != 1 and n != m for n, m in zip(x.shape, full)):
+        wide = x.unsqueeze(1)
+    while wide.dim() < 4:
+        wide = wide.unsqueeze(0)
+    if wide.dim() > 4 or any(n != 1 and n != m for n, m in zip(wide.shape, full)):
         raise ValueError(
-            f"{name} has shape {shape}; accepted is any that broadcasts to {list(full)} "
+            f"{name} has shape {show(x)}; accepted is any that broadcasts to {list(full)} "
             "(batch, heads, rows, keys)"
         )
-    return x
+    return wide
 
 
 def mask(x, full, device, rank=4) -> Tensor:
@@ -326,24 +342,31 @@ def int32(name, x) -> Tensor:
 
 def has_values(x) -> bool:
     """May x's values be looked at? Not on a GPU (it would wait), nor while anything traces."""
+    return x.is_cpu and has_memory(x)
+
+
+def has_memory(x) -> bool:
+    """Does x have an address of its own? Not while anything traces."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.is_cpu
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
 
 
 def lengths(name, x, low, high, accepted) -> None:
-    """Every value of a vector lies in [low, high]; high may be a list, one bound an entry."""
+    """Every value of a vector lies in [low, high]; high may be a list, one bound an entry. accepted
+    is a text, or, where sizes are in it, a function that makes one (see show)."""
     if not has_values(x):
         return
     values = x.tolist()
     bounds = high if isinstance(high, list) else [high] * len(values)
     for n, (value, bound) in enumerate(zip(values, bounds)):
         if not low <= value <= bound:
-            raise ValueError(f"{name}[{n}] is {value}; accepted is {accepted} [{low}, {bound}]")
+            what = accepted() if callable(accepted) else accepted
+            raise ValueError(f"{name}[{n}] is {value}; accepted is {what} [{low}, {bound}]")
 
 
 def documents(x, batch, q_len, kv_len, device) -> Tensor:
@@ -396,14 +419,20 @@ def offsets(name, x, total, longest, device) -> Tensor:
     return x.contiguous()
 
 
-def pages(x, entries, lens, page_size, n_pages, device) -> Tensor:
-    """page_table [entries, max_pages]; lens [entries] says how many keys of each are used."""
+def table(x, entries, device) -> Tensor:
+    """page_table [entries, max_pages], whatever it holds."""
     on_device("page_table", x, device)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"page_table is {x.dtype}; accepted is torch.int32")
     if x.dim() != 2 or x.shape[0] != entries:
         raise ValueError(f"page_table has shape {show(x)}; accepted is [entries, max_pages] with "
                          f"entries = {entries}")  # fmt: skip
+    return x
+
+
+def pages(x, entries, lens, page_size, n_pages, device) -> Tensor:
+    """page_table [entries, max_pages]; lens [entries] says how many keys of each are used."""
+    table(x, entries, device)
     if page_size < 1:
         raise ValueError("pages have size 0; at least 1 is needed")
     if has_values(x) and has_values(lens):
@@ -453,12 +482,13 @@ def dropout_key(seed, device) -> Tensor:
     if seed is None:
         return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
+        on_device("dropout_seed", seed, device)
         if tuple(seed.shape) != (2,) or seed.dtype != torch.int64:
             raise ValueError(f"dropout_seed is a {seed.dtype} tensor of shape {show(seed)}; "
                              "accepted is int64 [2] = (seed, offset)")  # fmt: skip
-        return on_device("dropout_seed", seed, device).contiguous()
+        return seed.contiguous()
     if not isinstance(seed, (tuple, list)) or len(seed) != 2:
-        raise TypeError(f"dropout_seed is {seed!r}; accepted is (seed, offset)")
+        raise TypeError(f"dropout_seed is {said(seed)}; accepted is (seed, offset)")
     for x in seed:
         if not -(2**63) <= integer("dropout_seed", x) < 2**64:
             raise ValueError(f"dropout_seed holds {x}; accepted are 64-bit integers")

@@ -10,7 +10,7 @@ import torch
 
 from . import backends, cache
 from .attention import attention, normal_form, packed_form, varlen_attention
-from .ops import pairs_of_band
+from .pairs import count_pairs
 from .philox import keep_probability
 from .reference import Piece, pieces
 from .spec import Operands, Spec
@@ -85,9 +85,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         arguments.pop("backend")
         q, k, v, spec, operands = packed_form(**arguments)
     else:
-        arguments.pop("backend")
-        arguments.pop("num_splits")
-        q, spec, operands, (k, v), _ = cache.cached_form(**arguments)
+        q, spec, operands, (k, v), *_ = cache.decode_form(**arguments)
 
     reasons = {row.name: row.why_not(spec, q, k, v, operands) for row in backends.BACKENDS}
     held_back = {
@@ -153,12 +151,8 @@ class _Work:
         return lo, max(lo, hi)
 
     def pairs(self) -> int:
-        total = 0
-        for p in self.pieces:
-            offset = self.spec.offset(p.q_len, p.kv_len) + p.i.start - p.j.start
-            band = (self.spec.left, self.spec.right, offset)
-            total += pairs_of_band(len(p.i), len(p.j), *band)
-        return total * self.copies * self.q.shape[1]
+        band = (self.spec.left, self.spec.right, self.spec.align_end)
+        return count_pairs(self.q, self.k, self.operands, *band)
 
     def all_pairs(self) -> int:
         rows = sum(len(p.i) * self.keys_of(p) for p in self.pieces)

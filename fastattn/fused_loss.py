@@ -211,10 +211,10 @@ _GRADS = "Tensor dhidden, Tensor dweight, Tensor dbias"
 for _schema in (
     "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor? scale, int ignore_index,"
     " float label_smoothing, float z_loss, float softcap) -> (Tensor loss, Tensor lse)",
-    f"linear_cross_entropy_fwd({_TENSORS}, {_NUMBERS}, int chunk) -> Tensor",
-    f"linear_cross_entropy_bwd(Tensor scale, {_TENSORS}, {_NUMBERS}, int chunk, {_NEEDS})"
+    f"linear_cross_entropy_fwd({_TENSORS}, {_NUMBERS}, SymInt chunk) -> Tensor",
+    f"linear_cross_entropy_bwd(Tensor scale, {_TENSORS}, {_NUMBERS}, SymInt chunk, {_NEEDS})"
     f" -> ({_GRADS})",
-    f"linear_cross_entropy_total({_TENSORS}, {_NUMBERS}, Tensor scale, int chunk, {_NEEDS})"
+    f"linear_cross_entropy_total({_TENSORS}, {_NUMBERS}, Tensor scale, SymInt chunk, {_NEEDS})"
     f" -> (Tensor total, {_GRADS})",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)

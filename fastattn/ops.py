@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from . import autograd
 from .gpu import constant, launcher
-from .spec import OPERANDS, Spec
+from .pairs import count_pairs
+from .spec import OPERANDS, Operands, Spec
 
 try:
     from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
@@ -308,55 +308,22 @@ for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
 
 
 # ---- FLOPs: two multiplications and additions for each visible pair and channel ----------------
-# Counted are pairs inside the causal or windowed band and within the lengths of entries and packed
-# sequences (where their values can be read); an arbitrary mask is not discounted.
+# pairs.py counts them.
 
 
-def _clamped_sum(first: int, rows: int, high: int) -> int:
-    """Sum over i in [0, rows) of first + i clipped to [0, high]."""
-    below = min(rows, max(0, -first))  # rows that clip to 0
-    above = min(rows - below, max(0, first + rows - high))  # rows that clip to high
-    n, start = rows - below - above, first + below
-    return n * start + n * (n - 1) // 2 + above * high
-
-
-def pairs_of_band(q_len: int, kv_len: int, left: int, right: int, offset: int) -> int:
-    """(row, key) pairs with 0 <= key < kv_len and -left <= key - row - offset <= right."""
-    end = q_len * kv_len if right < 0 else _clamped_sum(offset + right + 1, q_len, kv_len)
-    return end - (0 if left < 0 else _clamped_sum(offset - left, q_len, kv_len))
-
-
-def visible_pairs(q_len: int, kv_len: int, left: int, right: int, align_end: bool) -> int:
-    return pairs_of_band(q_len, kv_len, left, right, kv_len - q_len if align_end else 0)
-
-
-def _readable(x) -> bool:
-    return type(x) is Tensor and not x.is_meta
-
-
-def count_pairs(q, k, operands, left: int, right: int, align_end: bool) -> int:
-    """Visible pairs of a call over all heads, by band and lengths."""
-    batch, heads, q_len, _ = q.shape
-    kv_lens, cu_q, cu_k, page_table = (operands[n] for n in (4, 7, 8, 9))
-    q_lens, lens = [q_len] * batch, [k.shape[2]] * batch
-    if page_table is not None:
-        lens = [k.shape[2] * page_table.shape[1]] * batch
-    if _readable(cu_q) and _readable(cu_k):
-        q_lens, lens = ([b - a for a, b in pairwise(cu.tolist())] for cu in (cu_q, cu_k))
-    if _readable(kv_lens):
-        lens = kv_lens.tolist()
-    return heads * sum(visible_pairs(m, n, left, right, align_end) for m, n in zip(q_lens, lens))
+def _pairs(q, k, operands, left: int, right: int, align_end: bool) -> int:
+    return count_pairs(q, k, Operands(*operands), left, right, align_end)
 
 
 def forward_flops(q, k, v, *rest, out_val=None, **_) -> int:
     operands, (left, right, align_end) = rest[:11], rest[13:16]
-    pairs = count_pairs(q, k, operands, left, right, align_end)
+    pairs = _pairs(q, k, operands, left, right, align_end)
     return 2 * pairs * (q.shape[-1] + v.shape[-1])
 
 
 def backward_flops(dout, dlse, out, lse, q, k, v, *rest, out_val=None, **_) -> int:
     *operands, _scale, _softcap, left, right, align_end, _dropout, _dbias, _dsinks = rest
-    pairs = count_pairs(q, k, operands, left, right, align_end)
+    pairs = _pairs(q, k, operands, left, right, align_end)
     return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 

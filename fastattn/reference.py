@@ -72,7 +72,8 @@ def pieces(q: Tensor, k: Tensor, operands: Operands) -> Iterator[Piece]:
     batch, _, q_len, _ = q.shape
     per_entry = (operands.kv_lens, operands.kv_starts, operands.document_ids, operands.cu_seqlens_q)
     if all(x is None for x in per_entry):
-        yield Piece(None, range(q_len), range(k.shape[2]), 0, 0, q_len, k.shape[2])
+        kv_len = k.shape[2] * (operands.page_table.shape[1] if operands.paged else 1)
+        yield Piece(None, range(q_len), range(kv_len), 0, 0, q_len, kv_len)
         return
     if operands.packed:
         rows, keys = operands.cu_seqlens_q.tolist(), operands.cu_seqlens_k.tolist()

@@ -88,6 +88,6 @@ OPERANDS = tuple(field.name for field in fields(Operands))[:-1]  # the names of 
 
 
 def _clip(x, high):
-    if isinstance(x, Tensor) or isinstance(high, Tensor):
-        return torch.minimum(torch.as_tensor(x).clamp(min=0), torch.as_tensor(high))
-    return max(0, min(x, high))
+    if isinstance(high, Tensor):
+        return torch.minimum(torch.as_tensor(x).clamp(min=0), high)
+    return x.clamp(0, high) if isinstance(x, Tensor) else max(0, min(x, high))

@@ -49,7 +49,8 @@ def attention_weights(
     Returns:
         [B, Hq, Sq, Skv], or with average [B, Sq, Skv], in q's dtype; differentiable. A row that
         sees no key is 0. Beyond that, memory is CHUNK scores and, with dropout, 32 bits for 16
-        weights: rows are computed in chunks, and again for the gradient.
+        weights: rows are computed in chunks, and again for the gradient. Under torch.compile, which
+        unrolls chunks, there is one.
     """
     (batch, heads, q_len, head_dim), kv_len = q.shape, k.shape[2]
     spec = checks.spec_of(head_dim, scale, False, window, align, softcap, dropout_p)
@@ -62,12 +63,15 @@ def attention_weights(
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     rows = max(1, CHUNK // max(1, batch * heads * kv_len))
+    # torch.compile would keep q_len constant in a range, and write out every chunk of it.
+    whole = torch.compiler.is_compiling() or q_len <= rows
+    rows, starts = (q_len, [0]) if whole else (rows, range(0, q_len, rows))
     parts = [
         part(
             i, q[:, :, i : i + rows], k, lse[:, :, i : i + rows], _rows(mask, i, rows),
             _rows(bias, i, rows), _rows(kept, i, rows), kv_lens, document_ids,
         )
-        for i in range(0, max(q_len, 1), rows)
+        for i in starts
     ]  # fmt: skip
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 

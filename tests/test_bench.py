@@ -20,6 +20,8 @@ from fastattn.benchmarks import devices, timing, work
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastattn.pairs import pairs_of_band
+
 # ---- statistics -------------------------------------------------------------------------------
 
 
@@ -207,7 +209,7 @@ def test_visible_pairs_are_those_of_the_mask(q_len, kv_len, left, right, align_e
         mask &= j >= i - left
     if right >= 0:
         mask &= j <= i + right
-    pairs = work.visible_pairs(q_len, kv_len, left=left, right=right, offset=offset)
+    pairs = pairs_of_band(q_len, kv_len, left=left, right=right, offset=offset)
     assert pairs == int(mask.sum())
 
 
@@ -222,7 +224,7 @@ def test_flops_are_those_torch_counts(dim, v_dim):
         out = F.scaled_dot_product_attention(q, k, v)
         forward = counter.get_total_flops()
         out.backward(torch.ones_like(out))
-    pairs = 2 * 3 * work.visible_pairs(8, 10)
+    pairs = 2 * 3 * pairs_of_band(8, 10)
     sizes = {"batch": 2, "heads": 3, "kv_heads": 3, "q_len": 8, "kv_len": 10}
     sizes |= {"dim": dim, "v_dim": v_dim}
     assert work.attention_work(pairs=pairs, **sizes).flops == forward

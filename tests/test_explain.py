@@ -149,7 +149,7 @@ def test_what_is_explained_is_what_runs(monkeypatch):
 def test_explaining_changes_nothing():
     q, cache = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 6, 8)
     before, state = cache.clone(), torch.get_rng_state()
-    fastattn.explain(q, cache, cache, cache_lens=3, k=q, v=q, dropout_p=0.5)
+    fastattn.explain(q, cache, cache.clone(), cache_lens=3, k=q, v=q, dropout_p=0.5)
     fastattn.explain(q, q, q, dropout_p=0.5)
     assert torch.equal(cache, before) and torch.equal(torch.get_rng_state(), state)
 

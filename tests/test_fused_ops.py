@@ -167,6 +167,10 @@ def test_errors(name):
 def test_the_operators_check_what_would_crash():
     x = torch.randn(1, 2, 3, 6)
     cos = torch.randn(2, 3)
+    # Each of these would be copied, and the gradients lost with the copy.
+    for logits in (_X.t().contiguous().t(), _X.repeat(1, 2)[:, ::2], _X[:1].expand(_X.shape)):
+        with pytest.raises(RuntimeError, match="logits must be"):
+            OPS.cross_entropy_(logits, _LABELS, None, -100, 0.0, 0.0, 0.0)
     for call, words in (
         (lambda: OPS.rotate(x, cos, cos, None, True, False), "cos has 2 rows and x 3"),
         (lambda: OPS.rotate(x, cos, cos, torch.tensor([0, 5, 1]), True, False), "positions holds"),

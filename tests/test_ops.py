@@ -16,7 +16,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from fastattn import ops
+from fastattn.pairs import pairs_of_band
 from fastattn.reference import reference
 from fastattn.spec import OPERANDS, Operands, Spec
 
@@ -174,7 +174,7 @@ def test_pairs_of_every_band():
                         spec = Spec(1.0, left=left, right=right, align_end=align_end)
                         size = (q_len, kv_len)
                         want = sum(spec.hi(i, *size) - spec.lo(i, *size) for i in range(q_len))
-                        assert ops.visible_pairs(*size, left, right, align_end) == want
+                        assert pairs_of_band(*size, left, right, spec.offset(*size)) == want
 
 
 def count(function) -> dict[str, int]:
@@ -200,6 +200,51 @@ def test_flop_counter():
     rows = (q[0].detach().transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1))
     got = count(lambda: fastattn.varlen_attention(*rows, *cu, 4, 9))
     assert got == {"fastattn.flash_attn_fwd": 2 * 4 * (2 * 9 + 4 * 0) * (8 + 5)}
+
+
+def _ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+COUNTED = {  # name: (function, q, k and v, arguments); v's columns are told by the test
+    "band": ("attention", (2, 4, 6, 8), (2, 2, 9, 8), {"causal": True}),
+    "window": ("attention", (2, 4, 6, 8), (2, 2, 9, 8), {"window": (2, 1), "align": "start"}),
+    "kv_lens": ("attention", (2, 4, 6, 8), (2, 2, 9, 8), {"kv_lens": _ints(2, 9), "causal": True}),
+    "documents": ("attention", (2, 4, 7, 8), (2, 2, 7, 8),
+                  {"document_ids": torch.tensor([[0, 0, 0, 3, 3, 9, 9], [1, 1, 1, 1, 1, 1, 1]])}),
+    "documents in a window": ("attention", (1, 4, 7, 8), (1, 2, 7, 8),
+                              {"document_ids": _ints(0, 0, 0, 0, 1, 1, 1), "window": (1, 0)}),
+    "documents and kv_lens": ("attention", (1, 4, 7, 8), (1, 2, 7, 8),
+                              {"document_ids": _ints(0, 0, 0, 0, 1, 1, 1), "kv_lens": _ints(5)}),
+    "cu_seqlens": ("varlen_attention", (6, 4, 8), (9, 4, 8),
+                   {"cu_seqlens_q": _ints(0, 2, 2, 6), "cu_seqlens_k": _ints(0, 5, 7, 9),
+                    "max_seqlen_q": 4, "max_seqlen_k": 5, "window": (2, 0)}),
+    "decode": ("decode_attention", (2, 4, 2, 8), (2, 2, 9, 8),
+               {"cache_lens": _ints(3, 9), "cache_leftpad": _ints(2, 5), "causal": True}),
+    "pages": ("decode_attention", (2, 4, 2, 8), (4, 2, 5, 8),
+              {"cache_lens": _ints(3, 9), "page_table": _ints(3, 0, 2, 1).view(2, 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_are_the_weights_there_are(name):
+    """The counter, explain() and the weights other than 0 agree: key j's value is 1 in column j."""
+    function, q_shape, k_shape, options = COUNTED[name]
+    q, k = torch.randn(q_shape), torch.randn(k_shape)
+    keys = k.shape[0] if k.dim() == 3 else k.shape[0] * k.shape[2]
+    v = torch.eye(keys)
+    if k.dim() == 3:
+        v = v[:, None].expand(*k.shape[:2], keys)
+    else:
+        v = v.view(k.shape[0], 1, k.shape[2], keys).expand(*k.shape[:3], keys)
+    with FlopCounterMode(display=False) as mode:
+        out = getattr(fastattn, function)(q, k, v, **options)
+    pairs = int((out != 0).sum())
+    assert pairs
+    assert mode.get_total_flops() == 2 * pairs * (q.shape[-1] + keys)
+    found = fastattn.explain(q, k, v, **options)
+    assert found.pairs == pairs and found.flops_forward == mode.get_total_flops()
 
 
 def run_python(code: str, **environment) -> subprocess.CompletedProcess:

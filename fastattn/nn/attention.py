@@ -231,6 +231,7 @@ class Attention(nn.Module):
             v = self._heads(self.v_proj, None, context)
             if kv_lens is None:
                 return cache.attend(q, k, v, **options)
+            cache.check(q, cache_lens=kv_lens, **options)  # before the other call writes
             cache.attend(q[:, :, :0], k, v, new_lens=kv_lens)  # those past kv_lens drop out
         return cache.attend(q, **options)
 

@@ -4,11 +4,13 @@ Next hop: cache.decode_attention.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..cache import decode_attention
+from ..cache import check_decode, decode_attention
 from ._arguments import positive
 
 
@@ -78,7 +80,7 @@ class KVCache:
         Returns:
             [B, Hq, Sq, Dv].
         """
-        added = 0 if k is None else k.shape[2]
+        added = 0 if k is None else _new_keys(k)
         if new_lens is not None:
             new_lens = checks.int_vector("new_lens", new_lens, (self.batch,), q.device, "[B]")
             checks.lengths("new_lens", new_lens, 0, added, "a number of new keys in")
@@ -86,6 +88,11 @@ class KVCache:
         self.lens = self.lens + (added if new_lens is None else new_lens)
         self.filled = self.filled or added > 0
         return out
+
+    def check(self, q: Tensor, **options) -> None:
+        """Raises what attend(q, **options) would, and does nothing else; cache_lens= stands in for
+        the lengths held."""
+        check_decode(q, self.k, self.v, **{"cache_lens": self.lens} | options)
 
     def positions(self, rows: int) -> Tensor:
         """[B, rows] int64: the positions that the next `rows` keys of each entry will have."""
@@ -104,9 +111,12 @@ class KVCache:
     def truncate(self, lens: Tensor | int) -> None:
         """Forgets keys past lens, an int or integers [B] (rejected drafts of speculative
         decoding). An entry that has fewer keys keeps those."""
-        if not isinstance(lens, int):
-            lens = checks.int_vector("lens", lens, (self.batch,), self.k.device, "[B], or an int")
-        self.lens = self.lens.clamp(max=lens) if isinstance(lens, int) else self.lens.minimum(lens)
+        if isinstance(lens, Integral) and not isinstance(lens, bool):
+            self.lens = self.lens.clamp(max=checks.length("lens", lens))
+            return
+        lens = checks.int_vector("lens", lens, (self.batch,), self.k.device, "[B], or an int")
+        checks.lengths("lens", lens, 0, checks.MAX_LENGTH - 1, "a number of keys in")
+        self.lens = self.lens.minimum(lens)
 
     def reset(self) -> None:
         """Empties every entry; the memory is kept."""
@@ -115,3 +125,10 @@ class KVCache:
     def __repr__(self) -> str:
         return (f"KVCache(batch={self.batch}, kv_heads={self.k.shape[1]}, max_len={self.max_len}, "
                 f"head_dim={self.k.shape[3]}, {self.k.dtype})")  # fmt: skip
+
+
+def _new_keys(k) -> int:
+    """How many keys come; what else k must be decode_attention says."""
+    if checks.tensor("k", k).dim() != 4:
+        raise ValueError(f"k has shape {checks.show(k)}; accepted is [B, kv_heads, Snew, head_dim]")
+    return k.shape[2]

@@ -31,7 +31,10 @@ class _Positional(nn.Module):
         rows = x.shape[-2]
         if rows > self.max_len:
             raise ValueError(f"x has {rows} rows; accepted are at most max_len = {self.max_len}")
-        accepted = f"a first position that leaves room for {rows} rows in"
+
+        def accepted():  # not yet a text: see checks.show
+            return f"a first position that leaves room for {rows} rows in"
+
         if isinstance(offset, Tensor):
             if x.dim() != 3:
                 raise ValueError("offset is a tensor and x has no batch; an int is accepted")
@@ -41,7 +44,7 @@ class _Positional(nn.Module):
             added = self._at(positions, x)
         else:
             if not 0 <= checks.integer("offset", offset) <= self.max_len - rows:
-                raise ValueError(f"offset is {offset}; accepted is {accepted} "
+                raise ValueError(f"offset is {offset}; accepted is {accepted()} "
                                  f"[0, {self.max_len - rows}]")  # fmt: skip
             added = self._rows(offset, offset + rows, x)
         return x + added.to(x.dtype)
