@@ -74,10 +74,11 @@ def swap(model: nn.Module) -> SwapReport:
         TypeError: model is not a torch.nn.Module.
     """
     swapped, left, served = [], [], []  # served: prefixes of transformers models
+    refused = {}  # configurations of those that are not, which models inside may share
     for name, module in _modules(model):
         kind, inside = type(module).__name__, name.startswith(tuple(served))
         if _is_transformers_model(module) and not inside:
-            cls, what = None, _enable(module)
+            cls, what = None, _enable(module, refused)
             if what in (_ENABLED, _ALREADY):
                 served.append("" if module is model else f"{name}.")
         else:
@@ -271,18 +272,25 @@ def _is_transformers_model(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
-def _enable(model: nn.Module) -> str:
-    """Calls fastattn.hf.enable(); returns _ENABLED, or why not."""
+def _enable(model: nn.Module, refused: dict) -> str:
+    """Calls fastattn.hf.enable(); returns _ENABLED, or why not.
+
+    refused: {id of a configuration: class of the refused model that reads it}. One configuration
+    often serves an encoder, a decoder and the model around them, and names one implementation.
+    """
     if _BEFORE in vars(model):
         return _ALREADY
     try:
         from . import hf
     except ImportError as error:
         return f"fastattn.hf is not to be had: {error}"
+    if id(model.config) in refused:
+        return f"shares its configuration with {refused[id(model.config)]}, which is refused"
     before = _implementations(model.config)
     try:
         hf.enable(model)
     except Exception as error:
+        refused[id(model.config)] = type(model).__name__
         return f"fastattn.hf.enable() refused: {error}"
     vars(model)[_BEFORE] = before
     return _ENABLED

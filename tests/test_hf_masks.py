@@ -67,8 +67,9 @@ def test_stands_for_transformers_mask(data):
     )  # fmt: skip
     want = expected(function, 2, q_len, kv_len, past, kv_offset, padding)
     assert torch.equal(dense(got, causal, q_len, kv_len).expand_as(want), want)
-    if q_len > 1 and past - kv_offset >= 0 and causal:
-        assert got is None or isinstance(got, CompactMask)
+    assert isinstance(got, CompactMask)
+    if past - kv_offset >= 0 or not causal:
+        assert got.given is None or name == "window both ways"
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -102,8 +103,7 @@ def test_other_functions_are_materialised(name):
     if function is theirs.causal_mask_function:
         pytest.skip("this version of transformers does not remap positions")
     got = attention_mask(2, 6, 6, mask_function=function, allow_is_causal_skip=False)
-    assert type(got) is torch.Tensor
-    assert torch.equal(got, expected(function, 2, 6, 6, 0, 0, None))
+    assert torch.equal(got.given, expected(function, 2, 6, 6, 0, 0, None))
 
 
 def test_use_vmap_is_materialised():
@@ -112,7 +112,7 @@ def test_use_vmap_is_materialised():
         2, 6, 6, mask_function=theirs.causal_mask_function, use_vmap=True,
         allow_is_causal_skip=False,
     )  # fmt: skip
-    assert type(got) is torch.Tensor
+    assert torch.equal(got.given, expected(theirs.causal_mask_function, 2, 6, 6, 0, 0, None))
 
 
 def test_operators_see_the_mask_it_stands_for():
@@ -125,15 +125,64 @@ def test_operators_see_the_mask_it_stands_for():
         lambda x: x[:, :, -2:, :4],
         lambda x: ~x,
         lambda x: x & full,
-        lambda x: x.to(torch.float32),
         lambda x: torch.where(x, 0.0, -1.0),
+        lambda x: torch.zeros(2, 1, 5, 5).masked_fill(~x, -1.0),
         lambda x: torch.cat((x, x), dim=-1),
         lambda x: x[:, 0],
+        lambda x: x.to(torch.int64),
+        lambda x: x.sum(-1),
     ):
-        result = operation(mask)
-        assert type(result) is torch.Tensor and torch.equal(result, operation(full))
+        result, want = operation(mask), operation(full)
+        if want.dtype == torch.bool:  # still a mask, and guarded as one
+            assert isinstance(result, CompactMask) and result.given is not None
+            result = result.dense()
+        assert type(result) is torch.Tensor and torch.equal(result, want)
     copy = mask.detach()
     assert isinstance(copy, CompactMask) and torch.equal(copy.dense(), full)
+
+
+SCORES = torch.zeros(2, 1, 5, 5)
+ARITHMETIC = {
+    "scores + mask": lambda x: SCORES + x,
+    "mask + scores": lambda x: x + SCORES,
+    "scores += mask": lambda x: SCORES.clone().add_(x),
+    "scores - mask": lambda x: SCORES - x,
+    "1.0 - mask": lambda x: 1.0 - x.float(),
+    "mask * a number": lambda x: x * -1e4,
+    "as floats": lambda x: x.to(torch.float32),
+    "as the scores' type": lambda x: x.type_as(SCORES),
+    "lengthened by floats": lambda x: torch.cat((x, SCORES), dim=-1),
+    "lengthened by a bool made of floats": lambda x: torch.cat((x, SCORES.bool()), dim=-1),
+    "padded with 0": lambda x: torch.nn.functional.pad(x, (0, 2), value=0.0),
+    "a part of it": lambda x: SCORES[:, :, :2] + x[:, :, :2],
+    "its opposite": lambda x: SCORES + ~x,
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+@pytest.mark.parametrize("kind", ["compact", "given"])
+def test_arithmetic_on_masks_is_refused(name, kind):
+    """A model that does it takes the mask for one of floats, and would be wrong without a word."""
+    function = theirs.causal_mask_function if kind == "compact" else OTHERS["own"]
+    mask = attention_mask(2, 5, 5, mask_function=function)
+    assert (mask.given is None) == (kind == "compact")
+    with pytest.raises(NotImplementedError, match=r"the model applies aten\.\w+ to its attention "):
+        ARITHMETIC[name](mask)
+
+
+@pytest.mark.parametrize(
+    "function", [theirs.causal_mask_function, theirs.bidirectional_mask_function]
+)
+@pytest.mark.parametrize("lengths", [(5, 5), (1, 5), (1, 1), (3, 5)])
+def test_no_mask_is_left_to_the_modules_is_causal(function, lengths):
+    """Decoders exist whose is_causal is False, and encoders without the attribute."""
+    q_len, kv_len = lengths
+    mask = attention_mask(
+        2, q_len, kv_len, q_offset=kv_len - q_len, mask_function=function,
+        allow_is_causal_skip=True, allow_is_bidirectional_skip=True,
+    )  # fmt: skip
+    assert isinstance(mask, CompactMask) and mask.given is None and mask.keys is None
+    assert torch.equal(mask.dense(), expected(function, 2, *lengths, kv_len - q_len, 0, None))
 
 
 # ---- memory --------------------------------------------------------------------------------------

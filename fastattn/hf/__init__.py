@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import flash
 from .interface import HARMLESS, attention_forward, attention_forward_flash
 from .masks import CompactMask, attention_mask
+from .models import check_names, refusal
 
 NAME = "fastattn"
 # "flash" in it opens the packed branches of vision models, "/" and "flash-attn" accelerate's
@@ -49,6 +50,7 @@ def register() -> None:
     function to want no mask at all, and padding is then attended to without a word.
     """
     flash.serve_loader("fastattn/")
+    check_names(frozenset((NAME, FLASH_NAME)))
     for name, forward in ((NAME, attention_forward), (FLASH_NAME, attention_forward_flash)):
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, attention_mask)
@@ -74,7 +76,8 @@ def enable(model: PreTrainedModel, implementation: str = NAME) -> PreTrainedMode
     Raises:
         TypeError: not a transformers model.
         NotImplementedError: a class, which is named, does not go through transformers' attention
-            interface. Nothing is changed then.
+            interface, or not all of it. Nothing is changed then. Construction with
+            attn_implementation="fastattn" raises the same.
         ValueError: an implementation of another name.
     """
     if not isinstance(model, PreTrainedModel):
@@ -87,12 +90,9 @@ def enable(model: PreTrainedModel, implementation: str = NAME) -> PreTrainedMode
         )
     models = _models_in(model)
     for inner in models:
-        if not inner._can_set_attn_implementation():
-            raise NotImplementedError(
-                f"{type(inner).__name__} does not go through transformers' attention interface, so "
-                "fastattn cannot serve it there; fastattn.enable() serves the calls of "
-                "scaled_dot_product_attention that it makes"
-            )
+        why = refusal(type(inner))
+        if why is not None:
+            raise NotImplementedError(why)
     before = [inner.config._attn_implementation for inner in models]
     model.set_attn_implementation(implementation)
     refused = [x for x in models if x.config._attn_implementation != implementation]

@@ -228,7 +228,9 @@ def _visible(mask, query, key, causal, sliding_window) -> tuple[int, dict]:
             return kv_len, seen
         return min(q_len, kv_len), seen | {"align": "start"}  # no row sees past the q_len-th key
     if isinstance(mask, CompactMask):
-        return _compact(mask, query, key)
+        if mask.given is None:
+            return _compact(mask, query, key)
+        mask = mask.given
     checks.on_device("attention_mask", mask, query.device)
     if mask.dim() == 2:
         return _padding(mask, query, key, _window(sliding_window, causal))
@@ -243,6 +245,8 @@ def _visible(mask, query, key, causal, sliding_window) -> tuple[int, dict]:
 
 def _compact(mask, query, key) -> tuple[int, dict]:
     batch, _, q_len, kv_len = mask.shape
+    if mask.hides_nothing:  # BERT with a cache makes it as long as the new rows
+        return key.shape[2], {"window": (None, None)}
     if (q_len, kv_len) != (query.shape[2], key.shape[2]) or batch not in (1, query.shape[0]):
         raise ValueError(
             f"attention_mask has shape {list(mask.shape)} and the call {query.shape[0]} rows in "
@@ -295,7 +299,9 @@ def _refuse_with_lengths(lengths, mask, position_bias, wants_weights) -> None:
     missing = [name for name, x in zip(_LENGTHS, lengths) if x is None]
     if missing:
         raise ValueError(f"{missing[0]} is missing; packed sequences need {', '.join(_LENGTHS)}")
-    padded = mask.keys is not None if isinstance(mask, CompactMask) else mask is not None
+    padded = mask is not None
+    if isinstance(mask, CompactMask):
+        padded = mask.keys is not None or mask.given is not None
     if padded and not torch.compiler.is_compiling():  # traced, transformers always makes one
         raise ValueError(
             "attention_mask came with cu_seq_lens_q; packed sequences have no padding, and "

@@ -26,28 +26,40 @@ from transformers.masking_utils import (
 class CompactMask(Tensor):
     """A bool mask [B, 1, q_len, kv_len], True = attend, that occupies no memory.
 
-    attention() takes its parts; any operator of torch applied to it (models crop, add and invert
-    their masks) gets the tensor that it stands for.
+    attention() takes its parts; any operator of torch applied to it (models crop, combine and
+    invert their masks) gets the tensor that it stands for. Arithmetic raises: a model that adds
+    its mask to scores, or lengthens it with zeros, takes it for the float mask that eager has, and
+    a bool one would hide nothing, or the opposite.
 
     Row i sees keys i + offset - left <= j <= i + offset + right (-1: unbounded) of its own
-    document, below offset + q_len, where keys [B, offset + q_len] is True.
+    document, below offset + q_len, where keys [B, offset + q_len] is True. A mask that an operator
+    made of another is in `given`, and has no other parts.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, shape, left, right, offset, keys, documents, device):
+    def __new__(cls, shape, left, right, offset, keys, documents, device, given=None):
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.left, mask.right, mask.offset = left, right, offset
-        mask.keys, mask.documents = keys, documents
+        mask.keys, mask.documents, mask.given = keys, documents, given
         return mask
+
+    @classmethod
+    def of(cls, given: Tensor) -> CompactMask:
+        """A bool mask that is there already, guarded against arithmetic like the others."""
+        return cls(given.shape, -1, -1, 0, None, None, given.device, given)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0].copy()  # gradient checkpointing detaches what it is given
-        args, kwargs = tree_map_only(CompactMask, CompactMask.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        _refuse_arithmetic(func, args, kwargs)
+        args, kwargs = tree_map_only(CompactMask, CompactMask.dense, (args, kwargs))
+        found = func(*args, **kwargs)
+        is_mask = isinstance(found, Tensor) and found.dtype == torch.bool and found.dim() > 1
+        return CompactMask.of(found) if is_mask else found
 
     def __repr__(self) -> str:
         return (
@@ -58,15 +70,24 @@ class CompactMask(Tensor):
     @property
     def plain(self) -> bool:
         """A square band: no padding, no documents, nothing before the first row."""
-        return self.keys is None and self.documents is None and self.shape[2] == self.shape[3]
+        parts = (self.keys, self.documents, self.given)
+        return all(x is None for x in parts) and self.shape[2] == self.shape[3]
+
+    @property
+    def hides_nothing(self) -> bool:
+        parts = (self.keys, self.documents, self.given)
+        return self.left < 0 and self.right < 0 and all(x is None for x in parts)
 
     def copy(self) -> CompactMask:
         return CompactMask(
-            self.shape, self.left, self.right, self.offset, self.keys, self.documents, self.device
-        )
+            self.shape, self.left, self.right, self.offset, self.keys, self.documents, self.device,
+            self.given,
+        )  # fmt: skip
 
     def dense(self) -> Tensor:
         """The tensor that this stands for."""
+        if self.given is not None:
+            return self.given
         batch, _, q_len, kv_len = self.shape
         visible = band(q_len, kv_len, self.left, self.right, self.offset, self.device)
         if self.documents is not None:
@@ -75,6 +96,32 @@ class CompactMask(Tensor):
             missing = kv_len - self.keys.shape[1]
             visible = visible & torch.nn.functional.pad(self.keys, (0, missing))[:, None, None]
         return visible.expand(batch, 1, q_len, kv_len)
+
+
+_ARITHMETIC = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "addcmul", "baddbmm")
+)
+_LENGTHENS = frozenset((torch.ops.aten.cat, torch.ops.aten.constant_pad_nd))
+
+
+def _refuse_arithmetic(func, args, kwargs) -> None:
+    """Raises for operators that take a mask for one of floats."""
+    packet = func.overloadpacket
+    if packet in _LENGTHENS:
+        others = args[0] if packet is torch.ops.aten.cat else (None,)
+        wrong = not all(isinstance(x, CompactMask) for x in others)
+    else:
+        wrong = packet in _ARITHMETIC
+        wrong |= (
+            packet is torch.ops.aten._to_copy and kwargs.get("dtype", torch.bool).is_floating_point
+        )
+    if wrong:
+        raise NotImplementedError(
+            f"the model applies {packet} to its attention mask, as if it were the float mask that "
+            "eager attention adds, and fastattn's is bool (True = attend); use "
+            'attn_implementation="eager" for this model'
+        )
 
 
 def band(q_len: int, kv_len: int, left: int, right: int, offset: int, device) -> Tensor:
@@ -152,6 +199,10 @@ _RULES = {  # by the function of transformers.masking_utils that made it; its va
 
 # ---- the mask function registered with transformers ----------------------------------------------
 
+# Types of configurations whose models must get a tensor also where None says it (models.py fills
+# it in). Only tracing asks: what is not traced always gets one.
+WANT_EVERY_MASK: set[type] = set()
+
 
 def attention_mask(
     batch_size: int,
@@ -173,27 +224,30 @@ def attention_mask(
     Arguments are transformers' (transformers.masking_utils.sdpa_mask documents them).
 
     Returns:
-        None: causal or full by the module's own is_causal, nothing padded.
-        A bool [B, 1, q, kv] whose memory is [B, kv]: every key visible but for padding, or q = 1.
-        A CompactMask: causal, windowed or packed, with or without padding.
+        A CompactMask: causal, full, windowed or packed, with or without padding. Never None, which
+            a module would read by its own is_causal, and not every decoder's is True.
         A bool [B, 1, q, kv]: anything else, and whatever is traced, where values cannot be read.
+        None: traced only, causal or full by the module's is_causal, nothing padded.
     """
-    if not use_vmap and _readable(attention_mask, q_offset):
+    traced = not _readable(attention_mask, q_offset)
+    if not use_vmap and not traced:
         found = _compact(
             recognise(mask_function), batch_size, q_length, kv_length, int(q_offset), kv_offset,
-            attention_mask, allow_is_causal_skip, allow_is_bidirectional_skip, device,
+            attention_mask, device,
         )  # fmt: skip
         if found is not NotImplemented:
             return found
-        if q_length == 1 and int(q_offset) + 1 < kv_offset + kv_length:
-            allow_is_causal_skip = False  # a static cache has keys after this row's
-    return sdpa_mask(
+        allow_is_causal_skip = allow_is_bidirectional_skip = False
+    if type(others.get("config")) in WANT_EVERY_MASK:
+        allow_is_causal_skip = allow_is_bidirectional_skip = False
+    mask = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip, use_vmap=use_vmap, device=device,
         **others,
     )  # fmt: skip
+    return mask if traced or mask is None else CompactMask.of(mask)
 
 
 def _readable(*tensors) -> bool:
@@ -205,36 +259,24 @@ def _readable(*tensors) -> bool:
     )
 
 
-def _compact(
-    pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, causal_skip, full_skip, device
-):
-    """None, an expanded mask or a CompactMask; NotImplemented where none of them says it."""
+def _compact(pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, device):
+    """A CompactMask, or NotImplemented where none says it."""
     if pattern is None or (pattern.remapped and pattern.documents is None):
         return NotImplemented
     left, right, documents, _ = pattern
     if (documents is not None and q_len != kv_len) or (padding is not None and padding.dim() != 2):
         return NotImplemented
-    offset = q_offset - kv_offset  # the key on row 0's diagonal
-    keys = None if padding is None else _visible_keys(padding, kv_len, kv_offset)
-    if left < 0 and right < 0 and documents is None:
-        if keys is None:
-            return None if full_skip else NotImplemented
-        return keys[:, None, None].expand(batch, 1, q_len, kv_len)
+    full = left < 0 and right < 0 and documents is None
+    offset = kv_len - q_len if full else q_offset - kv_offset  # the key on row 0's diagonal
     used = offset + q_len if right == 0 else kv_len  # no row of a causal mask sees further
-    if offset < 0 or used != offset + q_len or used > kv_len:
+    if (offset < 0 and not full) or used != offset + q_len or used > kv_len:
         return NotImplemented
-    if q_len == 1 and documents is None:
-        return NotImplemented  # one row: the mask itself is as small
+    keys = None if padding is None else _visible_keys(padding, kv_len, kv_offset)
     if keys is not None:
         keys = keys[:, :used].contiguous()
         keys = None if bool(keys.all()) else keys
     left = -1 if left >= used - 1 else left  # wider than the farthest pair
     right = -1 if right >= used - 1 and right > 0 else right
-    if keys is None and documents is None and left < 0:
-        if right == 0 and offset == 0 and causal_skip:
-            return None
-        if right < 0 and full_skip:
-            return None
     shape = (batch, 1, q_len, kv_len)
     return CompactMask(shape, left, right, offset, keys, documents, torch.device(device))
 

@@ -1,0 +1,232 @@
+"""Which of transformers' model classes fastattn serves: refusal() says why not. Next hop: masks.py.
+
+transformers takes a registered name from every model, also from one whose attention never asks the
+interface. Such a model would get masks that it cannot read: it adds a bool mask as if it were a
+float one, and sees the future or the padding. So the name is checked where transformers itself
+checks names, before any layer is made, and by what the source of the model's classes does.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from types import ModuleType
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.generic import GeneralInterface
+
+from .masks import WANT_EVERY_MASK
+
+
+def refusal(cls: type[PreTrainedModel]) -> str | None:
+    """Why fastattn cannot serve this class, in one sentence; None: it can."""
+    if not cls._can_set_attn_implementation():
+        return _sentence(cls, "does not go through transformers' attention interface")
+    for part in _parts(cls):
+        for rule in (_own_table, _own_attention, _changes_mask):
+            why = rule(part)
+            if why is not None:
+                return _sentence(cls, why)
+    return None
+
+
+def _sentence(cls: type, why: str) -> str:
+    return (
+        f"{cls.__name__} {why}, so fastattn cannot serve it there; fastattn.enable() serves the "
+        "calls of scaled_dot_product_attention that it makes"
+    )
+
+
+# ---- the classes that a model is made of ---------------------------------------------------------
+
+
+@functools.cache
+def _parts(cls: type) -> tuple[type, ...]:
+    """The modules that the class is made of, itself among them, as far as source names them.
+
+    Models of another class that it holds are not followed: they are checked when they are made.
+    """
+    found, todo = {}, [cls]
+    while todo:
+        part = todo.pop()
+        if part in found or _is_a_library_class(part):
+            continue
+        found[part] = None
+        known = vars(sys.modules.get(part.__module__, ModuleType("")))
+        named = {x.id for x in ast.walk(_tree(part)) if isinstance(x, ast.Name)}
+        values = [known.get(name) for name in sorted(named)]
+        for value in values:  # a table of classes names its values
+            values.extend(value.values() if type(value) is dict else ())
+        todo += part.__bases__
+        todo += [x for x in values if _is_a_module(x) and x.__module__ == part.__module__]
+    return tuple(found)
+
+
+def _is_a_module(x) -> bool:
+    made_by_name = inspect.isclass(x) and issubclass(x, torch.nn.Module)
+    return made_by_name and not issubclass(x, PreTrainedModel)
+
+
+def _is_a_library_class(cls: type) -> bool:
+    return (
+        cls is PreTrainedModel
+        or not issubclass(cls, torch.nn.Module)
+        or (cls.__module__.partition(".")[0] == "torch")
+    )
+
+
+@functools.cache
+def _tree(cls: type) -> ast.AST:
+    """The class's syntax tree; one of nothing where there is no source."""
+    found = _classes_in(cls.__module__).get(cls.__qualname__)
+    return ast.Module([], []) if found is None else found
+
+
+@functools.cache
+def _classes_in(module: str) -> dict[str, ast.ClassDef]:
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    return {x.name: x for x in tree.body if isinstance(x, ast.ClassDef)}
+
+
+# ---- the rules -----------------------------------------------------------------------------------
+
+
+def _own_table(part: type) -> str | None:
+    """It looks the implementation's name up in a table of its own, in which ours is not."""
+    known = vars(sys.modules.get(part.__module__, ModuleType("")))
+    for x in ast.walk(_tree(part)):
+        if (
+            isinstance(x, ast.Subscript)
+            and isinstance(x.slice, ast.Attribute)
+            and x.slice.attr == "_attn_implementation"
+            and isinstance(x.value, ast.Name)
+            and not isinstance(known.get(x.value.id), GeneralInterface)
+        ):
+            return (
+                "does not go through transformers' attention interface: "
+                f"{part.__name__} takes its class from {x.value.id}"
+            )
+    return None
+
+
+def _own_attention(part: type) -> str | None:
+    """It adds its mask to scores of its own: it wants a float mask, and knows no other."""
+    names = _names(part)
+    if {"get_interface", "bool"} & names or not {"softmax", "value"} <= names | _ends(names):
+        return None
+    for method, masks in _masks(part):
+        for x in ast.walk(method):
+            sides = (x.left, x.right) if isinstance(x, ast.BinOp) else ()
+            sides = (x.value,) if isinstance(x, ast.AugAssign) else sides
+            if isinstance(getattr(x, "op", None), ast.Add) and any(
+                _is_one(y, masks) for y in sides
+            ):
+                return (
+                    "does not go through transformers' attention interface: "
+                    f"{part.__name__} computes attention itself"
+                )
+    return None
+
+
+def _changes_mask(part: type) -> str | None:
+    """It lengthens the mask that it hands over by what only a float mask has: 0 for visible."""
+    if "get_interface" not in _names(part):
+        return None
+    for method, masks in _masks(part):
+        for x in ast.walk(method):
+            called = getattr(getattr(x, "func", None), "attr", None)
+            if not isinstance(x, ast.Call) or called not in ("cat", "concat", "pad"):
+                continue
+            given = [y for argument in x.args[:1] for y in getattr(argument, "elts", [argument])]
+            filled = next((y.value for y in x.keywords if y.arg == "value"), None)
+            if (
+                any(_is_one(y, masks) for y in given)
+                and getattr(filled, "value", None) is not False
+            ):
+                return (
+                    f"hands over masks that {part.__name__} has lengthened as if they were floats "
+                    "to add"
+                )
+    return None
+
+
+def wants_every_mask(cls: type[PreTrainedModel]) -> bool:
+    """Has its author only tried it with explicit masks?
+
+    Where sdpa is declared, a mask of None means what the module's is_causal says, as sdpa reads it.
+    Where it is not, and is_causal is a constructor's argument or not there, None may mean anything.
+    """
+    if cls._supports_sdpa:
+        return False
+    for part in _parts(cls):
+        stated = [
+            not isinstance(x.value, ast.Name)
+            for x in ast.walk(_tree(part))
+            if isinstance(x, ast.Assign) and getattr(x.targets[0], "attr", None) == "is_causal"
+        ]
+        if "get_interface" in _names(part) and not any(stated):
+            return True
+    return False
+
+
+def _masks(part: type):
+    """Each method, with those of its parameters that are masks."""
+    for method in getattr(_tree(part), "body", ()):
+        if isinstance(method, ast.FunctionDef):
+            every = (*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs)
+            masks = {x.arg for x in every if "mask" in x.arg}
+            if masks:
+                yield method, masks
+
+
+def _is_one(x: ast.AST, masks: set[str]) -> bool:
+    x = x.value if isinstance(x, ast.Subscript) else x
+    return isinstance(x, ast.Name) and x.id in masks
+
+
+@functools.cache
+def _names(part: type) -> frozenset[str]:
+    tree = list(ast.walk(_tree(part)))
+    names = {x.attr for x in tree if isinstance(x, ast.Attribute)}
+    return frozenset(names | {x.id for x in tree if isinstance(x, ast.Name)})
+
+
+def _ends(names) -> set[str]:
+    """ "value" of value_layer, v_value and the like."""
+    return {"value"} if any("value" in name for name in names) else set()
+
+
+# ---- at construction -----------------------------------------------------------------------------
+
+
+def check_names(names: frozenset[str]) -> None:
+    """From now on a model that is given one of the names is checked. Called again, nothing changes.
+
+    transformers asks one of two methods what a name becomes, in every model's __init__ and in
+    set_attn_implementation(); they raise for names of ours that the class cannot serve.
+    """
+    for method in ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation"):
+        theirs = getattr(PreTrainedModel, method)
+        if getattr(theirs, "fastattn", None) is None:
+            setattr(PreTrainedModel, method, _checked(theirs, names))
+
+
+def _checked(theirs, names):
+    @functools.wraps(theirs)
+    def checked(self, implementation, *arguments, **options):
+        if implementation in names:
+            why = refusal(type(self))
+            if why is not None:
+                raise NotImplementedError(why)
+            if wants_every_mask(type(self)):
+                WANT_EVERY_MASK.add(type(self.config))
+        return theirs(self, implementation, *arguments, **options)
+
+    checked.fastattn = names
+    return checked
