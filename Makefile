@@ -115,7 +115,8 @@ size:
 gpu: build
 	$(BIN)/python -m fastattn.benchmarks.gpu_session $(ARGS)
 
-# What Triton and nvcc make of the GPU kernels: registers, spills, shared memory, instructions.
+# What Triton and nvcc make of the GPU kernels: registers, spills, shared memory, instructions. Only
+# what changed since the stored audits is compiled; ARGS=--write stores it, ARGS=--all compiles all.
 gpu-audit: build
 	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.gpu_audit $(ARGS)
 	$(BIN)/python -m fastattn.benchmarks.cuda_audit $(ARGS)

@@ -79,6 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.pop("PYTEST_XDIST_WORKER", None)  # what tests start is none of its workers
     config.addinivalue_line("markers", "native: needs the C++ library, skipped without it")
     config.addinivalue_line("markers", "long: takes minutes, run with --long")
     if not config.getoption("--long") and "long" not in config.getoption("-m"):

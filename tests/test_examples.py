@@ -131,7 +131,7 @@ def test_two_processes(parallel, tmp_path, sources, straight):
     command += ["--nproc-per-node", "2", str(EXAMPLES / "pretrain_gpt.py")]
     command += arguments("pretrain_gpt", tmp_path, sources, "--parallel", parallel)
     two = subprocess.run(
-        [*command, "--accumulate", "2"], capture_output=True, text=True, timeout=300,
+        [*command, "--accumulate", "2"], capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert two.returncode == 0, two.stderr

@@ -58,7 +58,7 @@ def test_every_kernel_compiles_within_its_limits(arch):
 def test_the_stored_report_has_every_architecture():
     rows = json.loads(gpu_audit.STORED.read_text())["rows"]
     assert {row["arch"] for row in rows} == {arch.name for arch in ARCHES}
-    assert all(row["key"] for row in rows)
+    assert all(row.get("key") for row in rows), gpu_audit.AGAIN
     assert not any(row["hot"] and row["in_loops"] for row in rows)
     assert {row["arch"] for row in rows if SAMPLE in row["name"]} == {arch.name for arch in ARCHES}
 
