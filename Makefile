@@ -91,7 +91,7 @@ asan: build
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
 	    tests/test_native.py tests/test_cpu.py tests/test_fused.py tests/test_fused_dropout.py \
-	    tests/test_fused_native.py $(ARGS)
+	    tests/test_fused_native.py tests/test_memory.py $(ARGS)
 
 # Stops at the first wrong result and prints the fewest lines that show it.
 fuzz: build
