@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import fastattn
+from fastattn.judge import allowed_error
 
 from . import plain
 from .check import Errors
 
-FACTOR, ROUNDING = 3.0, 1e-6  # fastattn's error may be that multiple of torch's, plus fp32's floor
+ROUNDING = 1e-6  # fp32's floor
 SIDES = ("torch", "fastattn")
 
 
@@ -114,7 +115,8 @@ class Running:
             found[side] = Errors()
             found[side].measure(self._result(self.built.models[side], side), truth)
         ours, theirs = (found[side].largest for side in reversed(SIDES))
-        allowed = FACTOR * theirs + ROUNDING
+        kind = "gradient" if self.workload.training else "result"
+        allowed = allowed_error(kind, theirs, ROUNDING)
         what = "gradients" if self.workload.training else "output"
         found["fastattn"].excess = ours / allowed if ours == ours else torch.inf
         found[

@@ -226,7 +226,8 @@ void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Ten
         for (const Segment& s : call.segments)
             for (int i = s.q_begin; i < s.q_begin + s.band.q_len; i++) {
                 A row_lse = *l.at<A>(s.batch, h, i);
-                if (row_lse != -INFINITY) sum -= std::exp(sink - row_lse) * *d.at<A>(s.batch, h, i);
+                if (row_lse != -INFINITY)
+                    sum -= std::exp(std::min(sink - row_lse, 0.0)) * *d.at<A>(s.batch, h, i);
             }
         static_cast<A*>(dsinks.data_ptr())[h] = static_cast<A>(sum);
     }

@@ -185,8 +185,9 @@ struct Sequences {
 };
 
 void check_numbers(double scale, double softcap, int64_t left, int64_t right) {
-    CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
-    CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and >= 0, got ", softcap);
+    check_score_numbers(scale, softcap);
+    CHECK(softcap == 0 || (softcap >= MIN_CUDA_SOFTCAP && softcap <= MAX_CUDA_SOFTCAP),
+          "the CUDA kernels take a softcap in [0.01, 1000] or 0 (off), got ", softcap);
     CHECK(left >= -1 && right >= -1, "left and right must be >= -1");
 }
 
@@ -386,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
-    Tensor turns = new_tensor(q, {sizes.turns}, ScalarType::Int);
+    Tensor turns = new_tensor(q, {sizes.turns + sizes.large}, ScalarType::Int);  // filled together
     torch::stable::fill_(sums, 0);
     torch::stable::fill_(turns, 0);
     BackwardCall call{operand(rows),
@@ -414,6 +415,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       static_cast<float*>(delta.data_ptr()),
                       static_cast<float*>(sums.data_ptr()),
                       static_cast<int*>(turns.data_ptr()),
+                      static_cast<int*>(turns.data_ptr()) + sizes.turns,
                       sinks ? sinks->data_ptr() : nullptr,
                       type,
                       need_dsinks ? static_cast<float*>(dsinks.data_ptr()) : nullptr};

@@ -14,6 +14,22 @@ namespace fastattn {
 constexpr double LOG2E = 1.4426950408889634;  // kernels work in base 2: exp(x) = exp2(x * LOG2E)
 constexpr double LN2 = 0.6931471805599453;
 
+// Logits reach to the largest finite number (a row of finfo.min is a usual padding mask), which
+// times LOG2E would be infinite, and -inf masks. So to_base2() has half the slope where that is
+// nearer to 0, past 9e37 in float32: clamp(x * LOG2E, x / 2 - FAR, x / 2 + FAR). It grows
+// everywhere, keeps infinities, leaves room for ALiBi and the product, and has an inverse. Of two
+// logits so far out the larger takes all whatever the slope: neighbours are 1e31 apart. FAR is an
+// odd multiple of half an ulp of x there, so that the largest number is mapped exactly, and back.
+template <class A> constexpr A FAR_LOGIT = A(0);
+template <> inline constexpr float FAR_LOGIT<float> = 0x1p126f - 0x1p103f;
+template <> inline constexpr double FAR_LOGIT<double> = 0x1p1022 - 0x1p970;
+
+// ALiBi's slopes in base 2 stay below: times a distance, below 2^30, they leave every sum finite.
+constexpr double MAX_SLOPE = 0x1p95;
+
+// Of scale and of softcap: past these, products of float32 numbers overflow, and give NaN.
+constexpr double MAX_SCALE = 1e30, MIN_SOFTCAP = 1e-30, MAX_SOFTCAP = 1e30;
+
 constexpr FASTATTN_HD int imin(int a, int b) { return a < b ? a : b; }
 constexpr FASTATTN_HD int imax(int a, int b) { return a > b ? a : b; }
 

@@ -4,12 +4,15 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "spec.h"
 
 namespace fastattn {
 
@@ -29,6 +32,12 @@ template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
     if (!(condition)) fail(__VA_ARGS__)
 
 constexpr int64_t MAX_LENGTH = int64_t(1) << 30;  // rows and keys are counted in int, with sums
+
+inline void check_score_numbers(double scale, double softcap) {
+    CHECK(std::abs(scale) <= MAX_SCALE, "scale must be a number in [-1e30, 1e30], got ", scale);
+    CHECK(softcap == 0 || (softcap >= MIN_SOFTCAP && softcap <= MAX_SOFTCAP),
+          "softcap must be 0 (off) or a number in [1e-30, 1e30], got ", softcap);
+}
 
 inline std::string shape_of(const Tensor& t) {
     std::ostringstream text;

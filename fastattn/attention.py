@@ -63,7 +63,7 @@ def attention(
             Accumulation is in float32 (float64 for float64), gradients included.
         k: [B, Hkv, Skv, D], Hq % Hkv == 0: query head h reads kv head h // (Hq // Hkv).
         v: [B, Hkv, Skv, Dv].
-        scale: multiplies q.k; any finite number. None: 1 / sqrt(D).
+        scale: multiplies q.k; a number in [-1e30, 1e30]. None: 1 / sqrt(D).
         causal: the window's right side is 0. With a window that looks ahead it is refused.
         window: (left, right): row i sees keys j with i + o - left <= j <= i + o + right. None or a
             negative number on a side: unbounded.
@@ -71,8 +71,10 @@ def attention(
             (FlashAttention 2's). "start": o = 0 (F.scaled_dot_product_attention's).
         mask: bool, broadcastable to [B, Hq, Sq, Skv], True = attend. Expanded masks cost nothing.
         bias: float, broadcastable to [B, Hq, Sq, Skv], added to the scores. Differentiable; its
-            gradient is reduced over the broadcast dimensions in float32. -inf masks.
-        alibi_slopes: [Hq] or [B, Hq] float32, ALiBi's distance penalty. No gradient.
+            gradient is reduced over the broadcast dimensions in float32. -inf masks, and no
+            finite number does. docs/backends.md says what size of scores keeps its meaning.
+        alibi_slopes: [Hq] or [B, Hq] float32, ALiBi's distance penalty, up to 2e28 in size. No
+            gradient.
         softcap: s -> softcap * tanh(s / softcap), before bias and mask; 0 is off. 1e-30 to 1e30.
         sinks: [Hq]: a logit that joins each row's softmax denominator and no output.
             Differentiable.

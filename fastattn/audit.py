@@ -2,9 +2,15 @@
 
 Three copies run the same inputs: the model in float64 (the truth), the model in its dtype (what
 rounding alone does to it) and the swapped model in its dtype. What a layer gives may be as far from
-the truth as FACTOR times the plain model's, plus a few roundings. An error goes on through all the
-layers that follow, so the one to look at is the first, and innermost, that was given what is right
-and gave what is wrong: outputs for inputs, and on the way back gradients for gradients.
+the truth as judge.py's rule says: a multiple of the plain model's error, plus a few roundings. An
+error goes on through all the layers that follow, so the one to look at is the first, and innermost,
+that was given what is right and gave what is wrong: outputs for inputs, and on the way back
+gradients for gradients.
+
+One plain run does not show all that rounding may do: where a ReLU's input is within a rounding of 0
+the gradient is one thing or another, and the swapped model may be on the other side. So before a
+layer is called wrong, the plain model runs again, NUDGES times, with its parameters moved by a
+rounding each; its error is then the largest of these.
 """
 
 from __future__ import annotations
@@ -21,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import judge
 from .swap import SwapReport, swap
 
-FACTOR = {"output": 3.0, "gradient": 4.0}
-ROUNDINGS = 8.0  # of the largest value, in the model's dtype
+KINDS = {"output": "result", "gradient": "gradient"}  # in judge.py's words
+NUDGES = 8
 
 
 @dataclass(frozen=True)
@@ -134,12 +141,10 @@ def audit(model: nn.Module, inputs: dict | tuple, dtype: torch.dtype = torch.flo
         sentence = str(error).split("\n")[0]
         raise ValueError(f"the model does not run on these inputs: {sentence}") from error
     ours = _Trace(changed, inputs, dtype)
-    calls = [key for key in truth.calls if key in plain.calls and key in ours.calls]
-    traces = (truth, plain, ours)
-    layers = [_layer(key, "output", traces, dtype) for key in calls]
-    if truth.why_no_gradients is None:
-        layers += [_layer(key, "gradient", traces, dtype) for key in reversed(calls)]
-    found = tuple(layer for layer in layers if layer is not None)
+    found = _layers(truth, [plain], ours, dtype)
+    if not all(layer.passed for layer in found):
+        nudged = [_Trace(model, inputs, dtype, nudge) for nudge in range(1, NUDGES + 1)]
+        found = _layers(truth, [plain, *nudged], ours, dtype)
     return Audit(found, report, truth.why_no_gradients)
 
 
@@ -157,10 +162,15 @@ class _Call:
 
 class _Trace:
     """What one copy computed: its layers' calls by (name, number), in the order in which they
-    finished, and the gradients of a fixed sum of the outputs."""
+    finished, and the gradients of a fixed sum of the outputs. nudge: not 0, the seed by which each
+    parameter is moved up or down by a rounding."""
 
-    def __init__(self, model: nn.Module, inputs: dict | tuple, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: dict | tuple, dtype: torch.dtype, nudge: int = 0
+    ) -> None:
         model = copy.deepcopy(model).to(dtype)
+        if nudge:
+            _nudge(model, nudge)
         self.calls: dict[tuple[str, int], _Call] = {}
         self._names = {m: name or "(model)" for name, m in model.named_modules()}
         self._counts: dict[str, int] = {}
@@ -217,6 +227,14 @@ class _Trace:
         return _by_place(call.input_gradients) + [p.grad for p in call.parameters.values()]
 
 
+def _nudge(model: nn.Module, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in model.parameters():
+            sign = torch.randint(0, 2, x.shape, generator=draw).to(x.device) * 2 - 1
+            x.mul_(1 + sign.double().mul(torch.finfo(x.dtype).eps).to(x.dtype))
+
+
 def _by_place(gradients: dict[int, Tensor]) -> list[Tensor | None]:
     return [gradients.get(index) for index in range(max(gradients, default=-1) + 1)]
 
@@ -246,28 +264,44 @@ def _in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
     return inputs
 
 
+def _layers(truth: _Trace, plains: list[_Trace], ours: _Trace, dtype) -> tuple[Layer, ...]:
+    """Every call of every layer that all copies have made: outputs, then gradients."""
+    traces = (truth, plains, ours)
+    calls = [key for key in truth.calls if all(key in x.calls for x in (*plains, ours))]
+    layers = [_layer(key, "output", traces, dtype) for key in calls]
+    if truth.why_no_gradients is None:
+        layers += [_layer(key, "gradient", traces, dtype) for key in reversed(calls)]
+    return tuple(layer for layer in layers if layer is not None)
+
+
 def _layer(key: tuple[str, int], what: str, traces: tuple, dtype: torch.dtype) -> Layer | None:
-    """The worst of what a call gave; None where it gave nothing that all three have."""
-    errors = _errors(*(trace.gave(key, what) for trace in traces), what, dtype)
-    if not errors:
+    """The worst of what a call gave; None where it gave nothing that all have."""
+    truth, plains, ours = traces
+
+    def errors(side) -> list[tuple[float, float, float]]:
+        of = [side(trace, key, what) for trace in (truth, ours, *plains)]
+        return _errors(of[0], of[2:], of[1], what, dtype)
+
+    if not (found := errors(_Trace.gave)):
         return None
-    given = _errors(*(trace.given(key, what) for trace in traces), what, dtype)
-    right = all(error <= allowed for error, _, allowed in given)
-    worst = max(errors, key=lambda found: found[0] / found[2])
-    return Layer(key[0], traces[0].calls[key].kind, what, *worst, right)
+    right = all(error <= allowed for error, _, allowed in errors(_Trace.given))
+    worst = max(found, key=lambda one: one[0] / one[2])
+    return Layer(key[0], truth.calls[key].kind, what, *worst, right)
 
 
-def _errors(truth, plain, ours, what: str, dtype) -> list[tuple[float, float, float]]:
+def _errors(truth, plains, ours, what: str, dtype) -> list[tuple[float, float, float]]:
     """(error, plain error, allowed) of each tensor, relative to the largest value of them all: a
     gradient that is 0 in exact arithmetic, as that of a key's bias, has no size of its own."""
     wanted = [want for want in truth if want is not None and want.numel()]
     sizes = [float(want.abs().nan_to_num().max()) for want in wanted]
-    size, eps, found = max([1e-30, *sizes]), torch.finfo(dtype).eps, []
-    for want, base, got in zip(truth, plain, ours):
-        if want is None or base is None or got is None or want.numel() == 0:
+    size, found = max([1e-30, *sizes]), []
+    roundings = judge.LAYER_ROUNDINGS * torch.finfo(dtype).eps
+    for want, got, *bases in zip(truth, ours, *plains):
+        if want is None or got is None or want.numel() == 0 or any(x is None for x in bases):
             continue
-        error, plain_error = (float(_off(x, want)) / size for x in (got, base))
-        found.append((error, plain_error, FACTOR[what] * plain_error + ROUNDINGS * eps))
+        error, *plain_errors = (float(_off(x, want)) / size for x in (got, *bases))
+        plain_error = max(plain_errors)
+        found.append((error, plain_error, judge.allowed_error(KINDS[what], plain_error, roundings)))
     return found
 
 

@@ -101,6 +101,8 @@ CUDA_OPERANDS = (
     "sinks", "kv_lens", "kv_starts", "document_ids", "cu_seqlens_q", "cu_seqlens_k", "page_table",
 )  # fmt: skip
 CUDA_CAPABILITY = (8, 0)  # and later
+# The rounding of their tanh is that of 1, and the cap multiplies it; the backward divides by it.
+CUDA_SOFTCAPS = 0.01, 1000.0
 CUDA_WIDE_BACKWARD = 166912  # bytes of shared memory that a CTA must have with head dimension 256
 # float8 q, k and v are for the kernels of sm_90, which have no pages.
 CUDA_FLOAT8_CAPABILITY = (9, 0)
@@ -160,6 +162,9 @@ def _cuda_refuses(spec, q, k, v, operands):
     accepted = CUDA_FLOAT8_OPERANDS if float8 else CUDA_OPERANDS
     if other := [name for name in given if name not in accepted]:
         return f"{other[0]} is given; the kernels take {', '.join(accepted)}"
+    low, high = CUDA_SOFTCAPS
+    if spec.softcap and not low <= spec.softcap <= high:
+        return f"softcap is {spec.softcap}; the kernels take 0 (off) and [{low}, {high}]"
     if operands.document_ids is not None and torch.compiler.is_compiling():
         return "torch.compile cannot know how many documents there are, which the kernels need"
     return None

@@ -17,7 +17,10 @@ from .spec import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_LENGTH = 1 << 30  # lengths and windows stay below, so that kernels add them in 32 bits
-SOFTCAPS = 1e-30, 1e30  # past them x / softcap or softcap * x leaves float32, and gives NaN
+# Past these, scale * x, x / softcap or softcap * x leaves float32, and gives NaN (csrc/spec.h).
+MAX_SCALE = 1e30
+SOFTCAPS = 1e-30, 1e30
+MAX_SLOPE = 2.0**94  # past it, a slope times a distance does
 MAX_SPLITS = 1 << 20  # parts of a decode call's keys
 MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
 
@@ -30,9 +33,7 @@ def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
     if scale is None:
         scale = head_dim**-0.5
     else:
-        scale = number("scale", scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale is {scale}; accepted is any finite number, or None")
+        scale = scale_of(scale)
     left, right = window_of(causal, window)
     if align not in ("end", "start"):
         raise ValueError(f"align is {align!r}; accepted are 'end' and 'start'")
@@ -44,6 +45,15 @@ def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; accepted is a number in [0, 1)")
     return Spec(scale, softcap, left, right, align == "end", dropout_p)
+
+
+def scale_of(x, name="scale") -> float:
+    x = number(name, x)
+    if not abs(x) <= MAX_SCALE:
+        raise ValueError(
+            f"{name} is {x}; accepted is any finite number in [-{MAX_SCALE}, {MAX_SCALE}], or None"
+        )
+    return x
 
 
 def number(name, x) -> float:
@@ -272,7 +282,13 @@ def slopes(x, batch, heads, device) -> Tensor:
             f"[batch, heads] = [{batch}, {heads}]"
         )
     no_grad("alibi_slopes", x)
-    return x.float()
+    x = x.float()
+    if has_values(x) and (far := x[x.isfinite() & (x.abs() > MAX_SLOPE)]).numel():
+        raise ValueError(
+            f"alibi_slopes holds {float(far[0]):.3g}; accepted are slopes up to {MAX_SLOPE:.3g}, "
+            "past which a slope times a distance leaves float32"
+        )
+    return x
 
 
 def sinks(x, heads, q) -> Tensor:

@@ -1,8 +1,8 @@
-"""The rule for errors, of the tests, of `verify` and of the benchmark.
+"""The rule for errors, of the tests, of `verify`, of the audit of models and of the benchmark.
 
 An error against float64 may be twice the error of plain torch math in the same dtype (three times
-for gradients) plus a few roundings. It must hold for the largest error, for the largest error of
-each row and for the mean error.
+for gradients) plus a few roundings. Of one attention call it must hold for the largest error, for
+the largest error of each row and for the mean error (Judge); of a model, layer by layer (audit.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ ROUNDINGS = {
     "result": {torch.float64: 16.0, torch.float32: 4.0, torch.bfloat16: 0.25, torch.float16: 0.25},
     "gradient": {torch.float64: 16.0, torch.float32: 8.0, torch.bfloat16: 3.0, torch.float16: 3.0},
 }
+LAYER_ROUNDINGS = 8.0  # of what a layer of a model gives: its own, and some of those before it
+
+
+def allowed_error(kind: str, plain_error, roundings):
+    """The rule itself. plain_error is plain torch math's, in the call's dtype; roundings is what a
+    few of them may amount to. Numbers or tensors."""
+    return FACTOR[kind] * plain_error + roundings
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class Judge:
         }
         found = []
         for what, (mine, torchs, rounded) in checks.items():
-            allowed = self.slack * (FACTOR[kind] * torchs + roundings * rounded)
+            allowed = self.slack * allowed_error(kind, torchs, roundings * rounded)
             at = (mine / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax()
             worst = (float(x.flatten()[at]) for x in (mine, torchs, allowed))
             found.append(Comparison(what, *worst))

@@ -118,11 +118,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     if spec.softcap > 0:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if operands.bias is not None:
-        scores = scores + _part(operands.bias, piece).to(scores.dtype)
+        scores = finite_sum(scores, _part(operands.bias, piece))
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.to(scores.dtype)[..., None, None]
         slopes = slopes[_entry(piece)] if slopes.dim() == 4 else slopes  # [b or none, heads, 1, 1]
-        scores = scores - slopes * (i + spec.offset(*lengths) - j).abs()
+        scores = finite_sum(scores, -slopes * (i + spec.offset(*lengths) - j).abs())
     visible = (j >= spec.lo(i, *lengths)) & (j < spec.hi(i, *lengths))  # [m, n]
     if operands.mask is not None:
         visible = visible & _part(operands.mask, piece)
@@ -143,6 +143,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
         kept = keep_block(operands.dropout_seed, bh, i[:, 0], j, spec.dropout_p)
         weights = weights * kept.view_as(weights) / keep_probability(spec.dropout_p)
     return weights @ v, lse.squeeze(-1)
+
+
+def finite_sum(scores: Tensor, term: Tensor) -> Tensor:
+    """scores + term in scores' dtype. Where both are finite so is the sum, since -inf masks."""
+    limit = torch.finfo(scores.dtype).max
+    if term.dtype != scores.dtype:
+        saturated = term.clamp(-limit, limit) if term.dtype == torch.float64 else term
+        term = torch.where(term.isfinite(), saturated, term).to(scores.dtype)
+    total = scores + term
+    overflown = total.isinf() & scores.isfinite() & term.isfinite()
+    return torch.where(overflown, total.clamp(-limit, limit), total)
 
 
 def _entry(piece: Piece) -> slice:

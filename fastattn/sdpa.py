@@ -191,10 +191,7 @@ def _number(name, x) -> float:
 def _scale(scale, head_dim) -> float:
     if scale is None:
         return head_dim**-0.5
-    scale = _number("scale", scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; accepted is any finite number, or None")
-    return scale
+    return checks.scale_of(_number("scale", scale))
 
 
 # ---- broadcasting: everything becomes [batch, heads, length, channels] --------------------------

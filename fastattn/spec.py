@@ -17,7 +17,7 @@ from torch import Tensor
 class Spec:
     """The numbers of a call. Scores are softcap(scale * q.k) + bias + alibi, then masked."""
 
-    scale: float  # any finite number, zero and negative included
+    scale: float  # zero and negative included; at most 1e30 in size
     softcap: float = 0.0  # s -> softcap * tanh(s / softcap); 0 is off
     left: int = -1  # row i sees no key before i + offset - left; -1 is unbounded
     right: int = -1  # row i sees no key after i + offset + right; -1 is unbounded; causal is 0

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from . import checks
 from .attention import attention
 from .philox import keep_probability
+from .reference import finite_sum
 from .spec import Spec
 
+LARGE_LSE = 4096.0  # from here on its rounding is felt in exp(score - lse)
 CHUNK = 1 << 18  # scores at a time, 1 MiB of float32: they stay in the cache
 
 
@@ -80,16 +82,28 @@ def _part(
     if spec.softcap:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if bias is not None:
-        scores = scores + bias
+        scores = finite_sum(scores, bias)
     for visible in _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids):
         scores = scores.masked_fill(~visible, -torch.inf)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing: exp(-inf) = 0
-    weights = (scores - lse.unsqueeze(-1)).exp()
+    weights = (scores - lse.unsqueeze(-1)).clamp_(max=0).exp()
+    far = (lse.abs() >= LARGE_LSE) & lse.isfinite()
+    if not checks.has_values(far) or bool(far.any()):
+        exact = _of_large_scores(scores.masked_fill(~far.unsqueeze(-1), 0.0), lse)
+        weights = torch.where(far.unsqueeze(-1), exact, weights)
     if kept is not None:
         bits = kept.unsqueeze(-1) >> torch.arange(16, dtype=torch.int32, device=q.device) & 1
         bits = bits.flatten(-2)[..., :kv_len]  # [B, H, rows, Skv]
         weights = weights * bits / keep_probability(spec.dropout_p)
     return (weights.mean(1) if average else weights).to(dtype)
+
+
+def _of_large_scores(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse) without lse's rounding: a softmax, times what the sink leaves of 1."""
+    gap = scores.logsumexp(-1) - lse
+    rounding = 8 * torch.finfo(lse.dtype).eps * lse.abs()
+    kept = torch.where(gap.abs() <= rounding, 1.0, gap.clamp(max=0).exp())
+    return scores.softmax(-1) * kept.unsqueeze(-1)
 
 
 def _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids):

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .params import Lanes, Range, Tensor4
 from .philox import keep_tile
-from .score import LOG2E, NEG_INF, finish_scores
+from .score import NEG_INF, finish_scores, to_base2
 from .spec import (
     document_at,
     edge_tile,
@@ -41,6 +41,11 @@ from .tile import (
     while_below,
 )
 
+# From here on the rounding of lse is 2^-9 of a weight, and grows with it: exp(score - lse) is
+# clamped to 1. Below, a weight above 1 by that little harms nothing, and full tiles are spared the
+# test.
+LARGE_LSE = tl.constexpr(2.0**14)
+
 
 class Gradients(NamedTuple):
     dout: Tensor4
@@ -52,6 +57,7 @@ class Gradients(NamedTuple):
     dbias: Tensor4  # fp32, written as it is by rows_kernel, or summed by bias_kernel
     bias_rows: Tensor4  # [entries, heads, rows] fp32: dS summed over keys
     bias_keys: Tensor4  # [entries, heads, keys] fp32: dS summed over rows
+    large: Any  # int32 [B, heads]: 1 where some lse is so large that exp(score - lse) may pass 1
 
 
 class Tma(NamedTuple):
@@ -152,13 +158,14 @@ def delta_kernel(
     dlse,
     delta,
     lse2,
+    large,
     q_len,
     heads,
     DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """delta [B, heads, q_len] = rowsum(dout * out) - dlse, and lse2, Gradients' lse.
+    """delta [B, heads, q_len] = rowsum(dout * out) - dlse, and lse2 and large of Gradients.
     Programs: B x heads x tiles of rows."""
     tiles = tl.cdiv(q_len, BLOCK_Q)
     tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -176,10 +183,20 @@ def delta_kernel(
         total -= tl.load(at, mask=ok, other=0.0).to(tl.float32)
     at = lse.ptr + batch * lse.batch + head * lse.head + row * lse.row
     base2 = tl.load(at, mask=ok, other=0.0)
-    base2 = tl.where(base2 == NEG_INF, float("inf"), base2 * LOG2E)
+    far = ok & (tl.abs(base2) >= LARGE_LSE) & (base2 != NEG_INF)
+    if tl.max(far.to(tl.int32), 0) > 0:
+        tl.store(large + rest, 1)  # by any of the head's programs
+    base2 = tl.where(base2 == NEG_INF, float("inf"), to_base2(base2))
     to = rest.to(tl.int64) * q_len + i
     tl.store(delta + to, total, mask=ok)
     tl.store(lse2 + to, base2, mask=ok)
+
+
+@triton.jit
+def without_full_tiles(p, g, s, head, r):
+    """r; where the head has large scores, all its tiles take the step that bounds weights."""
+    large = tl.load(g.large + s.batch * p.heads + head)
+    return Range(r.begin, r.full_begin, tl.where(large != 0, r.full_begin, r.full_end), r.end)
 
 
 # ---- one step -----------------------------------------------------------------------------------
@@ -208,7 +225,10 @@ def gradient_of_scores(
         seen = in_band(r.lanes, y.j, EDGE)
         lse, delta = r.lse[:, None], r.delta[:, None]
     x, slope = finish_scores(p, s.n, x, head, i, j, seen, s.offset, EDGE)
-    weights = tl.exp2(x - lse)
+    x -= lse
+    if EDGE:  # all tiles of a head with large scores take this; NaN stays
+        x = tl.where(x > 0.0, 0.0, x)
+    weights = tl.exp2(x)
     dropped = weights
     if p.dropout.seed is not None:
         bh = s.n * p.heads + head
@@ -250,7 +270,7 @@ def rows_tile(p, g, s, tma, visible, start, head, chunk, C: tl.constexpr):
     kv_head = head // (p.heads // p.kv_heads)
     r = load_query(p, g, s, Tma(None, None), head, start, C, True)
     top, bottom = tl.maximum(start, s.row_begin), tl.minimum(start + C.BLOCK_Q, s.row_end)
-    span = kv_range(p, s, top, bottom, C.BLOCK_KV)
+    span = without_full_tiles(p, g, s, head, kv_range(p, s, top, bottom, C.BLOCK_KV))
     dq = tl.zeros([C.BLOCK_Q, C.BLOCK_D], tl.float32)
     sums = tl.zeros([C.BLOCK_Q], tl.float32)
     if visible.rank is not None:
@@ -334,12 +354,13 @@ def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, C:
     end = tl.where(left < right, span.end, span.begin)
     full_begin = tl.minimum(span.full_begin, end)
     full_end = tl.where(right - left == C.BLOCK_KV, tl.minimum(span.full_end, end), full_begin)
-    span = Range(span.begin, full_begin, full_end, end)
+    whole_span = Range(span.begin, full_begin, full_end, end)
     dk = tl.zeros([C.BLOCK_KV, C.BLOCK_D], tl.float32)
     dv = tl.zeros([C.BLOCK_KV, C.BLOCK_DV], tl.float32)
     group = p.heads // p.kv_heads
     for h in range(0, group):
         head = kv_head * group + h
+        span = without_full_tiles(p, g, s, head, whole_span)
         sums = tl.zeros([C.BLOCK_KV], tl.float32)
         if visible.rank is not None:
             at = s.n * visible.batch + head * visible.head + key // C.BLOCK_KV * visible.row

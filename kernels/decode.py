@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .forward import add_sinks, is_dead
-from .score import LN2, LOG2E, NEG_INF
+from .score import LN2, LOG2E, NEG_INF, from_base2, to_base2
 from .tile import store_rows
 
 
@@ -26,7 +26,7 @@ def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, part
     d = first + tl.arange(0, BLOCK_DV)
     for part in range(parts):
         here = part * rows.to(tl.int64) + at
-        x = tl.load(part_lse + here, mask=ok, other=NEG_INF) * LOG2E
+        x = to_base2(tl.load(part_lse + here, mask=ok, other=NEG_INF))
         new_max = tl.maximum(row_max, x)
         base = tl.where(new_max == NEG_INF, 0.0, new_max)
         weight, rescale = tl.exp2(x - base), tl.exp2(row_max - base)
@@ -46,7 +46,7 @@ def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, part
     )
     store_rows(out.ptr + out_at, acc, ok, first, DV, BLOCK_DV)
     if first == 0:
-        total = tl.where(dead, NEG_INF, (row_max + tl.log2(row_sum)) * LN2)
+        total = tl.where(dead, NEG_INF, from_base2(row_max + tl.log2(row_sum)))
         tl.store(lse + at, total, mask=ok)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .params import Range
 from .philox import keep_each, keep_tile
-from .score import LN2, LOG2E, NEG_INF, finish_scores
+from .score import NEG_INF, finish_scores, from_base2, logit
 from .spec import document_at, edge_tile, entry_of_tile, kv_range, whole_entry
 from .tile import (
     dot,
@@ -186,7 +186,7 @@ def add_sinks(p, head, row_max, row_sum):
     if p.sinks.ptr is None:
         return row_max, row_sum, row_sum * 0 + 1
     else:
-        sink = tl.load(p.sinks.ptr + head * p.sinks.head).to(tl.float32) * LOG2E
+        sink = logit(tl.load(p.sinks.ptr + head * p.sinks.head))
         sink = tl.where(is_dead(row_max, row_sum), NEG_INF, sink)
         top = tl.maximum(row_max, sink)
         base = tl.where(top == NEG_INF, 0.0, top)
@@ -206,7 +206,7 @@ def finish(p, s, q, part, row_max, row_sum, acc, C: tl.constexpr):
     if p.descale.v is not None:
         rescale *= descale(p, s, q.kv_head, p.descale.v)
     out = tl.where(dead[:, None], 0.0, acc * rescale[:, None])
-    lse = tl.where(dead, NEG_INF, (row_max + tl.log2(row_sum)) * LN2)
+    lse = tl.where(dead, NEG_INF, from_base2(row_max + tl.log2(row_sum)))
     # parts lie one after the other, each a whole batch
     out_at = rows_at(p.out, s, lanes) + part.to(tl.int64) * p.out.col
     store_rows(out_at, out, lanes.ok, q.first, C.DV, C.BLOCK_DV)

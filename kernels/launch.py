@@ -22,7 +22,7 @@ from .decode import combine_kernel
 from .forward import forward_kernel
 from .masks import tile_lists
 from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList, constants
-from .score import LOG2E
+from .score import LOG2E, MAX
 
 MAX_PARTS = 128
 MIN_PART_KEYS = 256  # a part of fewer keys costs more than it brings
@@ -94,12 +94,17 @@ def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:
         heads=q.shape[1],
         kv_heads=k.shape[1],
         scale=float(spec.scale),
-        factor=spec.scale / spec.softcap if capped else spec.scale * base2,
+        factor=_finite(spec.scale / spec.softcap) if capped else spec.scale * base2,
         cap=spec.softcap * base2 if capped else None,
         left=None if spec.left < 0 else spec.left,
         right=None if spec.right < 0 else spec.right,
         align_end=1 if spec.align_end else None,
     )
+
+
+def _finite(x: float) -> float:
+    """x as a kernel takes it, in float32: 0 times infinity would be NaN."""
+    return max(-MAX.value, min(MAX.value, x))
 
 
 def _descale(x: Descales, entries: int, kv_heads: int) -> Descale:
@@ -253,12 +258,13 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = N
         g = Gradients(
             *(_rows4(dout), _rows4(delta), _rows4(lse2), _rows4(dq), _rows4(dk), _rows4(dv)),
             *_bias_sums(p, q, dbias if need_dbias else None),
+            torch.zeros(lse.shape[:2], dtype=torch.int32, device=q.device),
         )
         dlse4 = Tensor4() if dlse is None else _rows4(dlse)
         _backward(q, k, v, dlse4, operands, p, g, row, device)
         _reduce_bias(g, dbias)
         if need_dsinks:
-            weight = (sinks.float()[:, None] - lse).exp()  # +inf where a row sees nothing
+            weight = (sinks.float()[:, None] - lse).clamp(max=0).exp()
             dsinks = torch.where(lse == -math.inf, 0.0, -weight * delta).sum((0, 2))
     return dq, dk, dv, dbias, dsinks
 
@@ -270,7 +276,7 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, row, device) -> 
     device = device or config.device_of(q)
     programs = batch * heads * triton.cdiv(q_len, 32)
     delta_kernel[(programs,)](
-        p.out, g.dout, p.lse, dlse, g.delta.ptr, g.lse.ptr, q_len, heads,
+        p.out, g.dout, p.lse, dlse, g.delta.ptr, g.lse.ptr, g.large, q_len, heads,
         DV=v_dim, BLOCK_Q=32, BLOCK_DV=block_dv,
     )  # fmt: skip
     key = (device, q.element_size(), head_dim, v_dim)

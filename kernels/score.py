@@ -12,6 +12,37 @@ from .rows import tanh
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
+MAX = tl.constexpr(3.4028234663852886e38)  # of float32
+FAR_LOGIT = tl.constexpr(2.0**126 - 2.0**103)  # see to_base2
+MAX_SLOPE = tl.constexpr(2.0**95)  # times a distance, below 2^30, it leaves every sum finite
+
+
+@triton.jit
+def to_base2(x):
+    """A logit in base 2. Times LOG2E the largest would be infinite, and -inf masks: from 9e37 on it
+    has half the slope. csrc/spec.h says why that is enough."""
+    far = x * 0.5
+    return tl.minimum(tl.maximum(x * LOG2E, far - FAR_LOGIT), far + FAR_LOGIT)
+
+
+@triton.jit
+def from_base2(y):
+    """The inverse."""
+    return tl.minimum(tl.maximum(y * LN2, 2 * (y - FAR_LOGIT)), 2 * (y + FAR_LOGIT))
+
+
+@triton.jit
+def saturated(x, limit):
+    """x, the finite ones clamped to +-limit."""
+    return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -limit), limit), x)
+
+
+@triton.jit
+def logit(x):
+    """A bias or sink of any dtype in base 2; float64 saturates."""
+    if x.dtype == tl.float64:
+        x = saturated(x, MAX)
+    return to_base2(x.to(tl.float32))
 
 
 @triton.jit
@@ -37,10 +68,11 @@ def finish_scores(p, n, x, head, i, j, seen, offset, EDGE: tl.constexpr):
         x = x * p.factor
     if p.bias.ptr is not None:
         at = operand_at(p.bias, n, head, i, j)
-        x += tl.load(at, mask=seen, other=0.0).to(tl.float32) * LOG2E
+        x += logit(tl.load(at, mask=seen, other=0.0))
     if p.slopes.ptr is not None:
         at = p.slopes.ptr + n * p.slopes.batch + head * p.slopes.head
-        x -= tl.load(at) * LOG2E * tl.abs(i + offset - j).to(tl.float32)
+        slope2 = saturated(tl.load(at) * 1.0, MAX_SLOPE / LOG2E) * LOG2E
+        x -= slope2 * tl.abs(i + offset - j).to(tl.float32)
     if p.mask.ptr is not None:
         seen = seen & (tl.load(operand_at(p.mask, n, head, i, j), mask=seen, other=0) != 0)
     if EDGE or p.mask.ptr is not None:

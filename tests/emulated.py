@@ -129,7 +129,8 @@ class BackwardCall(ctypes.Structure):
         *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
-        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns")),
+        *((name, ctypes.c_void_p) for name in ("large", "sinks")),
         *(("sink_type", ctypes.c_int), ("dsinks", ctypes.c_void_p)),
     ]
 
@@ -231,7 +232,7 @@ def backward(
         *_sequences(x),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
         *(None, None, None, q.data_ptr() if turns else None),
-        *(_address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
+        *(None, _address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
     )
     bf16 = q.dtype == torch.bfloat16
     entry = getattr(library(), f"emulated_backward_{arch}")

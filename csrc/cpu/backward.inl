@@ -8,6 +8,11 @@ template <class A> struct BackwardTile {
     Lanes<A> lanes;
     alignas(64) A lse[BLOCK_Q];  // in base 2; +inf for a row that saw no key
     alignas(64) A delta[BLOCK_Q];
+    // Where some lse is so large that its rounding is felt (exact): the largest score of each row
+    // is in place of lse, and this is one over the sum of exponentials below it.
+    alignas(64) A inverse_sum[BLOCK_Q];
+    bool exact;
+    A* exact_keys;  // rows of keys, converted; taken when first wanted
     Turned<A> q_turned, dout_turned;
     A *q, *dout;  // panels: [columns / PANEL][BLOCK_Q][PANEL]
     Blocks<A> blocks;
@@ -18,6 +23,8 @@ template <class A> struct BackwardTile {
     int k_ld, v_ld;  // padded head_dim and v_dim
 };
 constexpr int TILE_LD = BLOCK_Q;
+// exp(score - lse) has the rounding of lse: 2^-12 of a weight from here on (in base 2).
+template <class A> constexpr A EXACT_FROM = sizeof(A) == 4 ? A(0x1p12) : A(0x1p41);
 
 // --- load ---------------------------------------------------------------------------------------
 
@@ -33,6 +40,7 @@ template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Are
     t.softcap_slope = p.softcap > 0 ? arena.take<A>(BLOCK_KV * TILE_LD) : nullptr;
     t.dq = arena.take<A>(BLOCK_Q * t.k_ld);
     t.buffer = arena.take<A>(8 * imax(p.head_dim, p.v_dim));
+    t.exact_keys = nullptr;
     for (DropoutTile& keep : t.keep)
         keep = p.dropout
                    ? reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD))
@@ -42,6 +50,7 @@ template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Are
 template <class A>
 static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>& t) {
     const Lanes<A>& lanes = t.lanes;
+    t.exact = false;
     auto rows_of = [&](const Tensor4& x) {
         return [&](int i) { return x.bytes_at(s.batch, lanes.head[i], s.q_begin + lanes.row[i]); };
     };
@@ -66,7 +75,8 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
             if (p.dlse.data) delta -= *p.dlse.at<A>(s.batch, head, row);
             A lse = *p.lse.at<A>(s.batch, head, row);
             bool dead = lse == A(NEG_INF);
-            t.lse[i] = dead ? -A(NEG_INF) : lse * A(LOG2E);
+            t.lse[i] = dead ? -A(NEG_INF) : to_base2<A>(lse);
+            t.exact |= !dead && !(t.lse[i] < EXACT_FROM<A> && t.lse[i] > -EXACT_FROM<A>);
             t.delta[i] = dead ? A(0) : delta;
             if (p.delta.data) *p.delta.at<A>(s.batch, head, row) = t.delta[i];
         }
@@ -77,11 +87,74 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
     }
 }
 
+// --- rows whose lse is too large for its rounding -----------------------------------------------
+
+// Adds the scores [begin, end) of one panel to the rows' maxima (in lse) and sums of exponentials.
+template <class A>
+static void panel_statistics(BackwardTile<A>& t, int panel, int begin, int end, const A* scores) {
+    for (int v = 0; v < 2; v++) {
+        int lane = panel * PANEL<A> + v * LANES<A>;
+        Vec<A> old_max = load<A>(t.lse + lane), row_max = old_max;
+        const A* x = scores + v * LANES<A>;
+        for (int j = begin; j < end; j++) row_max = vmax<A>(load<A>(x + j * TILE_LD), row_max);
+        Vec<A> base = row_max == A(NEG_INF) ? Vec<A>{} : row_max;
+        Vec<A> sum = load<A>(t.inverse_sum + lane) * vexp2<A>(old_max - base);
+        for (int j = begin; j < end; j++) sum += vexp2<A>(load<A>(x + j * TILE_LD) - base);
+        store<A>(t.lse + lane, row_max);
+        store<A>(t.inverse_sum + lane, sum);
+    }
+}
+
+// The largest score of each row and one over its sum, by one more pass over the keys: the same
+// operations as backward_tile's, so the same scores, and no weight is above 1.
+template <class A> static void row_statistics(const Params& p, const KeyRows& keys, const Range& r,
+                                              BackwardTile<A>& t, Arena& arena) {
+    const Lanes<A>& lanes = t.lanes;
+    if (t.exact_keys == nullptr) t.exact_keys = arena.take<A>(BLOCK_KV * p.head_dim);
+    for (int i = 0; i < lanes.padded; i++) {
+        t.lse[i] = A(NEG_INF);
+        t.inverse_sum[i] = 0;
+    }
+    for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
+        int n = imin(BLOCK_KV, r.end - key);
+        bool edge = key < r.full_begin || key + n > r.full_end;
+        Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
+        if (seen == Seen::NONE) continue;
+        RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.exact_keys);
+        for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
+            int first = panel * PANEL<A>, begin = 0, end = n;
+            if (edge) {
+                Range seen_here = lanes.range(first, imin(lanes.count, first + PANEL<A>));
+                begin = imin(n, imax(0, seen_here.begin - key));
+                end = imax(begin, imin(n, seen_here.end - key));
+            }
+            panel_product(t.q_turned, panel, k, begin, end, t.p + first, TILE_LD);
+            finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
+                          t.p + begin * TILE_LD + first, TILE_LD, static_cast<A*>(nullptr));
+            panel_statistics(t, panel, begin, end, t.p + first);
+        }
+    }
+    for (int i = 0; i < lanes.padded; i++) {
+        A row_max = t.lse[i], sum = t.inverse_sum[i];
+        if (i < lanes.count && p.sinks.data && sum != 0) {
+            char* at = p.sinks.bytes_at(0, lanes.head[i], 0);
+            A sink = to_base2<A>(bias_at<A>(p.sinks.dtype, at));
+            A base = sink > row_max ? sink : row_max;
+            sum = sum * A(__builtin_exp2(row_max - base)) + A(__builtin_exp2(sink - base));
+            row_max = base;
+        }
+        bool none = i >= lanes.count || sum == 0;  // no row, or one that saw no key: weights are 0
+        t.lse[i] = none ? -A(NEG_INF) : row_max;
+        t.inverse_sum[i] = none ? A(1) : 1 / sum;
+    }
+}
+
 // --- one tile -----------------------------------------------------------------------------------
 
 // p, ds of one panel from scores and dP; rows outside [begin, end) become 0.
-template <class A> INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel,
-                                               int begin, int end, int n, const float* z) {
+template <bool EXACT, class A>
+INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel, int begin, int end,
+                            int n, const float* z) {
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     for (int v = 0; v < 2; v++) {
         int lane = panel * PANEL<A> + v * LANES<A>;
@@ -96,6 +169,8 @@ template <class A> INLINE void panel_gradients(const Params& p, BackwardTile<A>&
             Vec<A> x[N];
             for (int u = 0; u < N; u++) x[u] = load<A>(to_p + u * TILE_LD) - lse;
             vexp2<A, N>(x);
+            if constexpr (EXACT)
+                for (int u = 0; u < N; u++) x[u] *= load<A>(t.inverse_sum + lane);
             for (int u = 0; u < N; u++) {
                 Vec<A> dp = load<A>(to_ds + u * TILE_LD), dropped = x[u];
                 if (z) {
@@ -186,9 +261,10 @@ INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, 
 // All keys of one tile of query rows.
 template <class A> static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys,
                                              const KeyRows& values, BackwardTile<A>& t, A* dk_sum,
-                                             A* dv_sum) {
+                                             A* dv_sum, Arena& arena) {
     const Lanes<A>& lanes = t.lanes;
     Range r = lanes.range(0, lanes.count);
+    if (t.exact) row_statistics(p, keys, r, t, arena);
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < r.full_begin || key + n > r.full_end;
@@ -211,7 +287,10 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
             finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD,
                           t.softcap_slope ? t.softcap_slope + begin * TILE_LD + first : nullptr);
-            panel_gradients(p, t, panel, begin, end, n, z);
+            if (t.exact)
+                panel_gradients<true>(p, t, panel, begin, end, n, z);
+            else
+                panel_gradients<false>(p, t, panel, begin, end, n, z);
         }
         if (p.dbias.data) add_bias_gradient(p, s, t, key, n);
         if (t.softcap_slope)
@@ -274,7 +353,7 @@ template <class A> static void backward(const Params& p, const BackwardItem& ite
             set_lanes(p, s, head, 1, row, imin(BLOCK_Q, item.row_end - row), t.lanes);
             load_rows_of_tile(p, s, t);
             __builtin_memset(t.dq, 0, sizeof(A) * t.lanes.count * t.k_ld);
-            backward_tile(p, s, keys, values, t, dk_sum, dv_sum);
+            backward_tile(p, s, keys, values, t, dk_sum, dv_sum, arena);
             for (int i = 0; i < t.lanes.count; i++)
                 store_row(t.dq + static_cast<int64_t>(i) * t.k_ld, A(p.scale), p.dtype,
                           p.dq.bytes_at(s.batch, head, s.q_begin + row + i), p.head_dim);

@@ -149,8 +149,7 @@ inline void Call::check_operands() {
           ": all but the last dimension must agree");
     CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "q has ", q.size(1),
           " heads, which is not a multiple of the ", k.size(1), " heads of k");
-    CHECK(std::isfinite(scale), "scale must be finite, got ", scale);
-    CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be finite and >= 0, got ", softcap);
+    check_score_numbers(scale, softcap);
     CHECK(left >= -1 && right >= -1, "left and right must be >= -1");
     CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
     CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");

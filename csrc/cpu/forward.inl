@@ -200,13 +200,13 @@ template <class A> static void write_row(const Params& p, const Segment& s, int 
     if (!(row_sum == 0)) {
         A out_factor = 1;
         if (p.sinks.data) {
-            A sink = bias_at<A>(p.sinks.dtype, p.sinks.bytes_at(0, head, 0)) * A(LOG2E);
+            A sink = to_base2<A>(bias_at<A>(p.sinks.dtype, p.sinks.bytes_at(0, head, 0)));
             A base = sink > row_max ? sink : row_max;
             out_factor = A(__builtin_exp2(row_max - base));
             row_sum = row_sum * out_factor + A(__builtin_exp2(sink - base));
             row_max = base;
         }
-        lse = row_max * A(LN2) + A(__builtin_log(row_sum));
+        lse = A(from_base2<A>(row_max) + __builtin_log(row_sum));
         factor = out_factor / row_sum;
         if (p.dropout) factor = A(factor / p.dropout_key.keep_probability());
     }

@@ -61,12 +61,13 @@ INLINE void pack_panels(RowOf row_of, int n, int columns, int capacity, A* to) {
 typedef float Float8 __attribute__((vector_size(32)));
 typedef float Float8Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
 
-// to[c * to_ld + r] (+)= factor * row(r)[c] for 8 rows and columns; row(r) points to floats.
-template <bool ADD, class RowOf>
-INLINE void transpose8(RowOf row, float* to, int64_t to_ld, float factor) {
+// to[c * to_ld + r] (+)= map(row(r)[c]) for 8 rows and columns; row(r) points to floats.
+template <bool ADD, class RowOf, class Map>
+INLINE void transpose8(RowOf row, float* to, int64_t to_ld, Map map) {
     Float8 r[8], s[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = *reinterpret_cast<const Float8Unaligned*>(row(i)) * factor;
+    for (int i = 0; i < 8; i++)
+        r[i] = map(Float8(*reinterpret_cast<const Float8Unaligned*>(row(i))));
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -91,11 +92,11 @@ INLINE void transpose8(RowOf row, float* to, int64_t to_ld, float factor) {
     }
 }
 
-// to[c * to_ld + r] (+)= factor * row(r)[c] for `rows` x `columns`.
-template <bool ADD, class A, class RowOf>
-INLINE void transpose(RowOf row, int rows, int columns, A* to, int64_t to_ld, A factor) {
+// to[c * to_ld + r] (+)= map(row(r)[c]) for `rows` x `columns`.
+template <bool ADD, class A, class RowOf, class Map>
+INLINE void transpose_mapped(RowOf row, int rows, int columns, A* to, int64_t to_ld, Map map) {
     auto element = [&](int r, int c) {
-        A x = row(r)[c] * factor;
+        A x = map(row(r)[c]);
         to[c * to_ld + r] = ADD ? to[c * to_ld + r] + x : x;
     };
     int r0 = 0;
@@ -104,12 +105,19 @@ INLINE void transpose(RowOf row, int rows, int columns, A* to, int64_t to_ld, A 
             int c = 0;
             for (; c + 8 <= columns; c += 8)
                 transpose8<ADD>([&](int r) { return row(r0 + r) + c; }, to + c * to_ld + r0, to_ld,
-                                factor);
+                                map);
             for (; c < columns; c++)
                 for (int r = r0; r < r0 + 8; r++) element(r, c);
         }
     for (; r0 < rows; r0++)
         for (int c = 0; c < columns; c++) element(r0, c);
+}
+
+// The same with factor * row(r)[c].
+template <bool ADD, class A, class RowOf>
+INLINE void transpose(RowOf row, int rows, int columns, A* to, int64_t to_ld, A factor) {
+    transpose_mapped<ADD>(row, rows, columns, to, to_ld,
+                          [&](auto x) INLINE_LAMBDA { return x * factor; });
 }
 
 // [n rows][columns] -> transposed panels, times factor; lanes past n are 0. `buffer` holds 8 rows.

@@ -4,7 +4,7 @@
 // next: forward.inl
 //
 // Scores are in base 2: the factor scale * LOG2E is in q (or is applied after the bf16 dot
-// product).
+// product), and to_base2() brings biases there: only -inf masks, and a finite sum stays finite.
 
 // The query rows of a tile, lane by lane.
 template <class A> struct Lanes {
@@ -31,6 +31,12 @@ template <class A> struct Lanes {
     }
 };
 
+template <class A> INLINE A slope_in_base2(float slope) {
+    double x = slope * LOG2E;
+    if (x - x != 0) return A(x);  // infinite or NaN
+    return A(x > MAX_SLOPE ? MAX_SLOPE : x < -MAX_SLOPE ? -MAX_SLOPE : x);
+}
+
 // Rows [row, row + rows) of `heads` heads from `head` on.
 template <class A> static void set_lanes(const Params& p, const Segment& s, int head, int heads,
                                          int row, int rows, Lanes<A>& lanes) {
@@ -44,7 +50,8 @@ template <class A> static void set_lanes(const Params& p, const Segment& s, int 
             lanes.diagonal[lane] = A(i) + A(s.band.offset);
             lanes.row[lane] = i;
             lanes.head[lane] = h;
-            if (p.slopes) lanes.slope[lane] = A(p.slopes[s.entry * p.slopes_batch + h] * LOG2E);
+            if (p.slopes)
+                lanes.slope[lane] = slope_in_base2<A>(p.slopes[s.entry * p.slopes_batch + h]);
             if (p.mask.data)
                 lanes.mask[lane] = p.mask.bytes_at(s.entry, h, s.row0 + i) + s.key0 * p.mask.col;
             if (p.bias.data)
@@ -172,8 +179,12 @@ template <class A> INLINE A bias_at(Dtype dtype, const char* p) {
     switch (dtype) {
         case Dtype::F32:
             return A(*reinterpret_cast<const float*>(p));
-        case Dtype::F64:
-            return A(*reinterpret_cast<const double*>(p));
+        case Dtype::F64: {  // finite stays finite
+            double x = *reinterpret_cast<const double*>(p);
+            if (sizeof(A) == 8 || x - x != 0) return A(x);
+            constexpr double MAX = 0x1.fffffep127;
+            return A(x > MAX ? MAX : x < -MAX ? -MAX : x);
+        }
         case Dtype::BF16:
             return A(to_float(*reinterpret_cast<const bf16*>(p)));
         default:
@@ -187,7 +198,7 @@ template <class A> INLINE void apply_bias(const Params& p, const Lanes<A>& lanes
     int64_t step = p.bias.col * size_of(p.bias.dtype);
     if (lanes.one_bias) {
         for (int j = 0; j < n; j++) {
-            A b = bias_at<A>(p.bias.dtype, lanes.bias[0] + (key + j) * step) * A(LOG2E);
+            A b = to_base2<A>(bias_at<A>(p.bias.dtype, lanes.bias[0] + (key + j) * step));
             store<A>(s + j * ld, load<A>(s + j * ld) + b);
             store<A>(s + j * ld + W, load<A>(s + j * ld + W) + b);
         }
@@ -215,7 +226,9 @@ template <class A> INLINE void apply_bias(const Params& p, const Lanes<A>& lanes
             return in_place ? reinterpret_cast<const A*>(lanes.bias[first + i]) + key
                             : converted[i];
         };
-        if (count > 0) transpose<true>(row, count, n, s + lane, ld, A(LOG2E));
+        if (count > 0)
+            transpose_mapped<true>(row, count, n, s + lane, ld,
+                                   [](auto x) INLINE_LAMBDA { return to_base2<A>(x); });
     }
 }
 

@@ -52,6 +52,18 @@ template <class A> INLINE Vec<A> vmax(Vec<A> x, Vec<A> y) {
     return x > y ? x : y;
 }
 
+// spec.h says what these do and why, of vectors and of single numbers.
+template <class A, class X> INLINE X to_base2(X x) {
+    X near = x * A(LOG2E), low = x * A(0.5) - FAR_LOGIT<A>, high = x * A(0.5) + FAR_LOGIT<A>;
+    X y = near < low ? low : near;
+    return y > high ? high : y;
+}
+template <class A> INLINE double from_base2(double y) {  // rounded once, by the caller
+    double near = y * LN2, low = 2 * (y - FAR_LOGIT<A>), high = 2 * (y + FAR_LOGIT<A>);
+    double x = near < low ? low : near;
+    return x > high ? high : x;
+}
+
 // Sum of all lanes, by halves down to 16 bytes. By shuffles: an accumulator whose address is taken
 // would live in memory.
 template <int FIRST, class V, int... LANE>

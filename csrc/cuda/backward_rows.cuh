@@ -50,7 +50,10 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
         for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
         if (lane_index() != 0) continue;
         bool none = lse == NEGATIVE_INFINITY;
-        st_global(p.lse2 + line, none ? -NEGATIVE_INFINITY : lse * static_cast<float>(LOG2E));
+        float lse2 = to_base2(lse);
+        if (!none && (lse2 >= LARGE_LSE || lse2 <= -LARGE_LSE))  // many may write the same 1
+            st_global(p.large + batch * p.kv_heads + head / (p.heads / p.kv_heads), 1);
+        st_global(p.lse2 + line, none ? -NEGATIVE_INFINITY : lse2);
         st_global(p.delta + line, none ? 0.0f : sum);
     }
 }
@@ -61,13 +64,14 @@ template <class F> __global__ void __launch_bounds__(SINKS_THREADS)
     backward_sinks(const __grid_constant__ BackwardRowsParams p) {
     constexpr int WARPS = SINKS_THREADS / 32;
     int head = block_index();
-    float sink2 = sink_of(p.sinks, p.sink_type, head) * static_cast<float>(LOG2E), sum = 0;
+    float sink2 = to_base2(sink_of(p.sinks, p.sink_type, head)), sum = 0;
     for (int batch = 0; batch < p.batch; batch++) {
         int64_t line = (static_cast<int64_t>(batch) * p.heads + head) * p.rows;
 #pragma unroll 4
-        for (int row = thread_index(); row < p.rows; row += SINKS_THREADS)
-            sum -= exp2_approx(sink2 - ld_global(p.lse2 + line + row)) *
-                   ld_global(p.delta + line + row);
+        for (int row = thread_index(); row < p.rows; row += SINKS_THREADS) {
+            float exponent = sink2 - ld_global(p.lse2 + line + row);
+            sum -= exp2_approx(exponent > 0 ? 0 : exponent) * ld_global(p.delta + line + row);
+        }
     }
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);

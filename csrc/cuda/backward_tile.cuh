@@ -63,6 +63,7 @@ struct KeyWork {
         begin = range.begin / block_q;
         end = imax(begin, (range.end + block_q - 1) / block_q);
         bool whole = low == key && high == key + block_kv;
+        if (ld_global(p.large + batch * p.kv_heads + kv_head)) whole = false;
         full_begin = whole ? imin(end, (range.full_begin + block_q - 1) / block_q) : end;
         full_end = whole ? imax(full_begin, range.full_end / block_q) : end;
     }
@@ -102,13 +103,18 @@ FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float m
         }
         mask_scores(s, low, high);
     }
+    // Heads with large scores are MASKED everywhere (LARGE_LSE).
+    auto weight = [&](float score, float of) {
+        float exponent = score * multiplier - of;
+        return exp2_approx(MASKED && exponent > 0 ? 0 : exponent);  // NaN stays
+    };
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
         float2 of = ld_shared2(lse + 4 * (column_of(i) + column));
-        s[i] = exp2_approx(s[i] * multiplier - of.x);
-        s[i + 1] = exp2_approx(s[i + 1] * multiplier - of.y);
-        s[i + 2] = exp2_approx(s[i + 2] * multiplier - of.x);
-        s[i + 3] = exp2_approx(s[i + 3] * multiplier - of.y);
+        s[i] = weight(s[i], of.x);
+        s[i + 1] = weight(s[i + 1], of.y);
+        s[i + 2] = weight(s[i + 2], of.x);
+        s[i + 3] = weight(s[i + 3], of.y);
     }
 }
 

@@ -60,9 +60,9 @@ struct BackwardCall {
     double scale, softcap;
     int64_t left, right;
     bool align_end;
-    // Working memory, see BackwardSizes; sums and turns are zeros.
+    // Working memory, see BackwardSizes; sums, turns and large are zeros.
     float *lse2, *delta, *dq_sums;
-    int* turns;
+    int *turns, *large;
     const void* sinks;  // [heads]; lse has them, and they are read for dsinks alone
     SinkType sink_type;
     float* dsinks;  // [heads] or null
@@ -70,11 +70,12 @@ struct BackwardCall {
 
 // Numbers of elements of a BackwardCall's working memory.
 struct BackwardSizes {
-    int64_t rows, sums, turns;
+    int64_t rows, sums, turns, large;
 
     template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
         int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
-        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS};
+        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS,
+                q.batch * q.heads};
     }
 };
 
@@ -111,11 +112,12 @@ std::string tensor_map(TensorMap& map, const Operand& x, int box_rows, Encode en
 
 // Scores are multiplier * (q k), or multiplier * transform(q k); exponents are base 2.
 template <class Params> void set_scale(Params& p, double scale, double softcap) {
+    double base2 = scale * LOG2E, steepest = 0x1p127;  // 0 times infinity would be NaN
     p.softcap = softcap > 0;
-    p.transform = p.softcap || scale <= 0;
-    double base2 = scale * LOG2E;
+    p.transform = p.softcap || scale <= 0 || base2 > MAX_MULTIPLIER;
     p.multiplier = static_cast<float>(p.transform ? 1 : base2);
-    p.before = static_cast<float>(p.softcap ? 2 * base2 / softcap : 0);
+    p.before = static_cast<float>(
+        p.softcap ? std::max(-steepest, std::min(steepest, 2 * base2 / softcap)) : 0);
     p.after = static_cast<float>(p.softcap ? softcap * LOG2E : base2);
 }
 
@@ -180,6 +182,7 @@ template <class F, class Params> void set_backward(Params& p, const BackwardCall
     p.delta = c.delta;
     p.dq_sums = c.dq_sums;
     p.turns = c.turns;
+    p.large = c.large;
     p.scale = static_cast<float>(c.scale);
     set_shape(p, c);
     p.q_tiles = tiles_of(p.q_len, F::BLOCK_Q, c.cu_q, c.sequences);
@@ -209,6 +212,8 @@ template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c
             c.dlse,
             c.lse2,
             c.delta,
+            c.large,
+            static_cast<int>(c.k.heads),
             c.dq_sums,
             c.cu_q,
             c.sequences,

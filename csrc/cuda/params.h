@@ -91,11 +91,26 @@ struct CombineParams {
     SinkType sink_type;
 };
 
+// From here on (in base 2) the rounding of lse is 2^-9 of a weight, and grows with it:
+// exp2(score - lse) is clamped to 1. Below, a weight above 1 by that little harms nothing, and the
+// full tiles are spared the test.
+constexpr float LARGE_LSE = 16384;
+
+// A larger scale (in base 2) is applied to scores before the softmax, not within its exponent: that
+// is one fused operation, score * multiplier - largest, of which the first product is not rounded
+// and the second has been. The largest weight is 2^(that rounding), infinite for scores past 2^31.
+constexpr float MAX_MULTIPLIER = 1024;
+
+// Of the kernels' tanh, 1 - 2 / (e^2x + 1), the rounding is that of 1, and the cap multiplies it.
+// The backward divides a logarithm's rounding by the cap.
+constexpr double MIN_CUDA_SOFTCAP = 0.01, MAX_CUDA_SOFTCAP = 1000;
+
 // What all backward kernels are told.
 struct BackwardShape {
     const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_rows.cuh
     float* dq_sums;                  // [batch, heads, q_tiles, BLOCK_Q * D], zeros at first
     int* turns;                      // [batch, heads, q_tiles, PARTS], zeros; null: any order
+    const int* large;                // [batch, kv_heads]: 1 where some |lse| is at least LARGE_LSE
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
     const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see packed.cuh
     int sequences;
@@ -122,6 +137,8 @@ struct BackwardRowsParams {
     Rows out, dout, dq;
     const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
     float *lse2, *delta;      // [batch, heads, rows], rows beyond an entry's are written too
+    int* large;               // as BackwardShape's
+    int kv_heads;
     const float* dq_sums;
     const int* cu_q;  // [batch, sequences + 1] or null
     int sequences, batch, heads, q_len, rows;

@@ -3,18 +3,29 @@
 // next: forward_sm90.cuh, forward_sm80.cuh
 #pragma once
 #include "../spec.h"
+#include "params.h"
 #include "ptx.cuh"
 
 namespace fastattn::cuda {
 
 constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
 
+// spec.h says what these do and why.
+FASTATTN_DEVICE float to_base2(float x) {
+    float far = x * 0.5f, near = x * static_cast<float>(LOG2E);
+    return fminf(fmaxf(near, far - FAR_LOGIT<float>), far + FAR_LOGIT<float>);
+}
+FASTATTN_DEVICE float from_base2(float y) {
+    float low = 2 * (y - FAR_LOGIT<float>), high = 2 * (y + FAR_LOGIT<float>);
+    return fminf(fmaxf(y * static_cast<float>(LN2), low), high);
+}
+
 // Element i of an accumulator: which of the thread's two rows, and the column of lane 0.
 constexpr FASTATTN_HD int row_of(int i) { return i / 2 % 2; }
 constexpr FASTATTN_HD int column_of(int i) { return i / 4 * 8 + i % 2; }
 
 // softcap(x) = cap * tanh(x / cap), in base 2 as all scores; or the scale alone where it is not
-// positive, so that the largest product is not the largest score.
+// positive, so that the largest product is not the largest score, or is above MAX_MULTIPLIER.
 struct Transform {
     bool softcap, on;
     float before, after;
@@ -25,7 +36,7 @@ struct Transform {
             before *= by;
         } else if (on) {
             after *= by;
-        } else if (by > 0) {
+        } else if (by > 0 && multiplier * by <= MAX_MULTIPLIER) {
             multiplier *= by;
         } else {
             on = true;
@@ -96,13 +107,13 @@ template <int BITS = 0> struct OnlineSoftmax {
                 lse[r] = NEGATIVE_INFINITY;
                 continue;
             }
-            float top = row_max[r] * multiplier, sink2 = sinks[r] * static_cast<float>(LOG2E);
+            float top = row_max[r] * multiplier, sink2 = to_base2(sinks[r]);
             float m = fmaxf(top, sink2);
             float weight = exp2_approx(top - m);
             float base = m - BITS;
             sum = sum * weight + exp2_approx(sink2 - base);
             out_scale[r] = weight / sum;
-            lse[r] = (base + log2_approx(sum)) * static_cast<float>(LN2);
+            lse[r] = from_base2(base + log2_approx(sum));
         }
     }
 };

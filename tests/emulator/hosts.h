@@ -32,11 +32,13 @@ template <class F, class Main>
 std::string emulated_backward(BackwardCall call, int grid, uint64_t seed, Main main) {
     BackwardSizes sizes = BackwardSizes::of<F>(call.q, call.cu_q, call.sequences);
     std::vector<float> lse2(sizes.rows, NAN), delta(sizes.rows, NAN), sums(sizes.sums, 0.0f);
-    std::vector<int> turns(sizes.turns, 0);
+    std::vector<int> turns(sizes.turns, 0), large(sizes.large, 0);
     emulator::register_memory(lse2.data(), 4 * lse2.size(), "lse2");
     emulator::register_memory(delta.data(), 4 * delta.size(), "delta");
     emulator::register_memory(sums.data(), 4 * sums.size(), "dq_sums");
     emulator::register_memory(turns.data(), 4 * turns.size(), "turns");
+    emulator::register_memory(large.data(), 4 * large.size(), "large");
+    call.large = large.data();
     call.lse2 = lse2.data();
     call.delta = delta.data();
     call.dq_sums = sums.data();
