@@ -152,8 +152,9 @@ template <class A> static void row_statistics(const Params& p, const KeyRows& ke
 // --- one tile -----------------------------------------------------------------------------------
 
 // p, ds of one panel from scores and dP; rows outside [begin, end) become 0.
-template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel,
-                                               int begin, int end, int n, const float* z) {
+template <bool EXACT, class A>
+INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel, int begin, int end,
+                            int n, const float* z) {
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     for (int v = 0; v < 2; v++) {
         int lane = panel * PANEL<A> + v * LANES<A>;

@@ -66,7 +66,8 @@ template <bool ADD, class RowOf, class Map>
 INLINE void transpose8(RowOf row, float* to, int64_t to_ld, Map map) {
     Float8 r[8], s[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = map(Float8(*reinterpret_cast<const Float8Unaligned*>(row(i))));
+    for (int i = 0; i < 8; i++)
+        r[i] = map(Float8(*reinterpret_cast<const Float8Unaligned*>(row(i))));
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         s[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);

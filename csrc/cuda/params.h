@@ -97,12 +97,12 @@ struct CombineParams {
 constexpr float LARGE_LSE = 16384;
 
 // A larger scale (in base 2) is applied to scores before the softmax, not within its exponent: that
-// is one fused operation, score * multiplier - largest, of which the first product is not rounded and
-// the second has been. The largest weight is 2^(that rounding), infinite for scores past 2^31.
+// is one fused operation, score * multiplier - largest, of which the first product is not rounded
+// and the second has been. The largest weight is 2^(that rounding), infinite for scores past 2^31.
 constexpr float MAX_MULTIPLIER = 1024;
 
-// Of the kernels' tanh, 1 - 2 / (e^2x + 1), the rounding is that of 1, and the cap multiplies it. The
-// backward divides a logarithm's rounding by the cap.
+// Of the kernels' tanh, 1 - 2 / (e^2x + 1), the rounding is that of 1, and the cap multiplies it.
+// The backward divides a logarithm's rounding by the cap.
 constexpr double MIN_CUDA_SOFTCAP = 0.01, MAX_CUDA_SOFTCAP = 1000;
 
 // What all backward kernels are told.
