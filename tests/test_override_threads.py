@@ -163,7 +163,7 @@ def run(code, *arguments, limit=120, **environment):
     return out.strip().splitlines()[-1:]
 
 
-@pytest.mark.parametrize("kind", ["plain", "functorch", "compiled"])
+@pytest.mark.parametrize("kind", ["plain", "compiled"])
 def test_switching_races_with_calls(kind):
     assert run(RACE, kind, "2") == ["right"]
 
@@ -178,7 +178,14 @@ def test_a_forked_child_has_a_switch_of_its_own():
     assert run(FORK) == ["right"]
 
 
-@pytest.mark.parametrize("how", ["on", "off", "atexit", "late object", "threads"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "threads",
+        *(pytest.param(how, marks=pytest.mark.long) for how in ("on", "off", "atexit")),
+        "late object",
+    ],
+)
 def test_the_interpreter_ends_with_the_switch(how):
     assert run(EXIT, how) == ["right"]
 
