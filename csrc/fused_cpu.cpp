@@ -432,7 +432,7 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
 std::tuple<Tensor, Tensor> cross_entropy_(Tensor logits, Tensor labels, OptionalTensor scale,
                                           int64_t ignore_index, double label_smoothing,
                                           double z_loss, double softcap) {
-    // First: RowOrder puts a copy in the place of what it cannot walk, and gradients in it are lost.
+    // First: RowOrder puts a copy in the place of what it cannot walk, and its gradients are lost.
     CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be [N, V], contiguous");
     RowOrder order(logits);
     check_cpu(labels, "labels");

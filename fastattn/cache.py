@@ -67,8 +67,13 @@ def decode_attention(
             [pages, Hkv, page_size, D]. Slots past an entry's length are never read.
         v_cache: the same with Dv.
         cache_lens: int32 [B], or one int for all: keys already in the cache, left padding included.
-        k: [B, Hkv, Snew, D], written to slots cache_lens[b] + i. A call that would overrun the
-            cache raises before anything is written. None: nothing is appended.
+        k: [B, Hkv, Snew, D], written to slots cache_lens[b] + i. None: nothing is appended. A call
+            that is refused has written nothing. Refused, too: caches that share memory with each
+            other or within themselves (expanded ones), and, where the values may be looked at, an
+            overrun, one place for two new keys, and NaN for an int8 cache. On a GPU, where looking
+            would wait, and in a compiled call these are the caller's to keep out: what overruns is
+            not written, and NaN becomes 0. k and the other operands may lie in the caches' memory:
+            they are read as they were before the call.
         v: [B, Hkv, Snew, Dv].
         page_table: int32 [B, max_pages]: slot s of entry b is slot s % page_size of page
             page_table[b, s // page_size].

@@ -176,7 +176,7 @@ def _existing(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
     if not operands.paged:
         return x[_batch(operands, piece), :, _span(piece.j, piece.key)]
     page_size = x.shape[2]
-    used = operands.page_table[piece.entry, : -(-piece.j.stop // page_size)].long()
+    used = operands.page_table[piece.entry, : -(-piece.j.stop // max(1, page_size))].long()
     return x[used].transpose(0, 1).flatten(1, 2)[None, :, _span(piece.j, 0)]
 
 
