@@ -167,9 +167,10 @@ inline void Call::check_operands() {
         CHECK(dropout_seed.has_value(), "dropout needs dropout_seed");
         check_cpu(*dropout_seed, "dropout_seed");
         CHECK(dropout_seed->scalar_type() == ScalarType::Long && dropout_seed->dim() == 1 &&
-                  (dropout_seed->size(0) == FIRST_HEAD || dropout_seed->size(0) == DROPOUT_NUMBERS),
-              "dropout_seed must be int64 [2], seed and offset, or [4], and then the first head and "
-              "the number of all heads");
+                  (dropout_seed->size(0) == FIRST_HEAD ||
+                   dropout_seed->size(0) == DROPOUT_NUMBERS),
+              "dropout_seed must be int64 [2], seed and offset, or [4], and then the first head "
+              "and the number of all heads");
     }
 }
 
