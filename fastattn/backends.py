@@ -213,7 +213,7 @@ def _cuda_held_back(spec, q, k, v, operands):
     return proof.why_not(q.device.index or 0, _features(q, operands, gradient))
 
 
-def _cuda_backward_unasked(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+def _cuda_backward_proven(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
     """Of a call that names no backend: where gradients are not proven, the next row's."""
     call = (dout, dlse, out, lse, q, k, v, spec, operands, *needs)
     if reason := proof.why_not(q.device.index or 0, _features(q, operands, True)):
@@ -303,7 +303,7 @@ BACKENDS = [
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in BACKENDS}
 NAMES = tuple(BY_NAME)
-_CUDA_UNASKED = replace(BY_NAME["cuda"], backward=_cuda_backward_unasked)
+_CUDA_PROVEN = replace(BY_NAME["cuda"], backward=_cuda_backward_proven)
 
 
 # ---- choosing ----------------------------------------------------------------------------------
@@ -328,11 +328,11 @@ def named(name: str | None) -> str | None:
     return name
 
 
-def unasked(spec, q, k, v, operands) -> Backend:
+def auto_select(spec, q, k, v, operands) -> Backend:
     """The row that runs a call which names none."""
     call = (spec, q, k, v, operands)
     row = next(row for row in BACKENDS if not (row.held_back(*call) or row.why_not(*call)))
-    return _CUDA_UNASKED if row.name == "cuda" else row
+    return _CUDA_PROVEN if row.name == "cuda" else row
 
 
 def pick(name, spec, q, k, v, operands) -> Backend:
@@ -345,7 +345,7 @@ def pick(name, spec, q, k, v, operands) -> Backend:
             source = "FASTATTN_BACKEND" if name is None else "backend"
             raise NotImplementedError(f"{source}={wanted!r} cannot run this call: {reason}")
     else:
-        row = unasked(spec, q, k, v, operands)
+        row = auto_select(spec, q, k, v, operands)
         if row.name == "reference":
             _warn_reference(spec, q, k, v, operands)
         if q.is_cuda and not ops.CUDA_MISSING and row.name != "cuda":

@@ -96,7 +96,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
     if asked:
         chosen = asked if reasons[asked] is None else None
     else:
-        chosen = backends.unasked(spec, q, k, v, operands).name
+        chosen = backends.auto_select(spec, q, k, v, operands).name
     row = backends.BY_NAME.get(chosen)
     work = _Work(q, k, v, spec, operands)
     pairs, head_dim, v_dim = work.pairs(), q.shape[3], v.shape[3]

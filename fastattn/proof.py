@@ -1,4 +1,4 @@
-"""Proof that the CUDA kernels are right on a GPU, without which none runs there unasked.
+"""Proof that the CUDA kernels are right on a GPU; without it, only calls that name them use them.
 
 `python -m fastattn verify` takes the STEPS in their order (proof_steps.py has what they do), each
 in a process of its own with a time limit: the likeliest fault of such kernels is that they never
@@ -201,7 +201,7 @@ def forget() -> None:
 @constant
 @functools.cache
 def why_not(index: int, features: tuple[str, ...]) -> str | None:
-    """Why the CUDA kernels do not run a call with these FEATURES unasked on GPU `index`."""
+    """Why a call with these FEATURES does not select the CUDA kernels by itself on GPU `index`."""
     results = _known(index)
     if results is None:
         return f"nothing has proven them on this GPU, driver and build yet; {HOW}"

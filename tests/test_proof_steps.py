@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Problem
 
-from fastattn import ops, proof_steps
+from fastattn import ops, proof_device, proof_steps
 from fastattn.proof_steps import STEPS, Case, Failed, OnCpu
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def test_right_kernels_pass(step):
 @pytest.mark.parametrize("step", STEPS)
 def test_right_kernels_pass_with_the_gpus_head_dimensions(step):
     device = OnCpu()
-    device.dims = proof_steps.DIMS
+    device.dims = proof_device.DIMS
     assert STEPS[step](device)
 
 
