@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from hf_models import Counter
-from hf_sweep import CHANGES, UNBUILT, build, cases, judge, table
+from hf_sweep import Verdict, judge, table
+from hf_tiny import CHANGES, UNBUILT, build, cases
 from transformers import AutoModelForCausalLM
 
 import fastattn
@@ -180,8 +181,6 @@ def test_the_docs_table_has_every_type():
 
 
 def test_table_names_reasons():
-    from hf_sweep import Verdict
-
     text = table([Verdict("a", calls=2), Verdict("b"), Verdict("c", "refused", "C does x; y")])
     assert "through fastattn: a." in text and "interface: b." in text and "C does x: c." in text
     assert set(UNBUILT).isdisjoint(CHANGES)
