@@ -8,6 +8,7 @@ import dis
 import functools
 import os
 import signal
+import textwrap
 from dataclasses import dataclass, field
 
 import torch
@@ -304,7 +305,9 @@ def table(verdicts: list[Verdict]) -> str:
         lines += [f"**{title}** ({len(rows)}).", ""]
         for reason in sorted({_reason(x) for x in rows}):
             names = ", ".join(sorted(x.name for x in rows if _reason(x) == reason))
-            lines += [f"- {reason}: {names}."]
+            lines += textwrap.wrap(
+                f"- {reason}: {names}.", 105, subsequent_indent="  ", break_on_hyphens=False
+            )
         lines += [""]
     return "\n".join(lines)
 

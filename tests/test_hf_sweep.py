@@ -105,6 +105,8 @@ def test_every_way_of_construction_refuses_with_the_sentence_of_enable(name, tmp
 
 
 def test_set_attn_implementation_refuses_what_only_goes_through_in_part():
+    if "deepseek_v4" not in cases():
+        pytest.skip("this version of transformers has no DeepSeek V4")
     model = build("deepseek_v4")
     why = sentence_of(lambda: model.set_attn_implementation("fastattn"))
     assert "masks that DeepseekV4Attention has lengthened" in why
