@@ -23,7 +23,7 @@ from .masks import WANT_EVERY_MASK
 
 def refusal(cls: type[PreTrainedModel]) -> str | None:
     """Why fastattn cannot serve this class, in one sentence; None: it can."""
-    if not cls._can_set_attn_implementation():
+    if cls.__module__ not in sys.modules or not cls._can_set_attn_implementation():
         return _sentence(cls, "does not go through transformers' attention interface")
     for part in _parts(cls):
         for rule in (_own_table, _own_attention, _changes_mask):
