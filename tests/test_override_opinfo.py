@@ -93,8 +93,8 @@ def compare(call, inputs, random):
         a, b, exact = a.double(), b.double(), exact.double()
         assert torch.equal(a.isfinite(), b.isfinite())
         a, b, exact = (x.nan_to_num(0, 0, 0) for x in (a, b, exact))
-        # A gradient's terms, and the scores whose roundings weights carry, are products of inputs and
-        # may be larger than itself; where an input is broadcast, what shares it adds up.
+        # A gradient's terms, and the scores whose roundings weights carry, are products of inputs
+        # and may be larger than itself; where an input is broadcast, what shares it adds up.
         shared = max(1.0, truth[0].numel() / exact.numel()) ** 0.5
         carried = max(1.0, term) * shared * (finer if n < results else rounding)
         allowed = 3 * float((b - exact).abs().max()) + rounding * float(exact.abs().max()) + carried
