@@ -395,9 +395,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 }
 
 // --- torch's C++ autograd over these kernels -----------------------------------------------------
-// aten::_scaled_dot_product_efficient_attention has a derivative and, in torch, no kernel for the CPU.
-// With ours under it, override.py's calls without a mask have torch's C++ autograd, which is several
-// times cheaper than a Python one, and their backward is ours whatever has been switched since.
+// aten::_scaled_dot_product_efficient_attention has a derivative and, in torch, no kernel for the
+// CPU. With ours there, override.py's calls without a mask have torch's C++ autograd, which is
+// several times cheaper than a Python one, and their backward is ours whatever has been switched.
 // Causal is aligned to the start. override.py gives neither a bias nor dropout.
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -447,8 +447,8 @@ extern "C" __attribute__((visibility("default"))) int fastattn_poison_on() {
     return fastattn::poison_on();
 }
 
-// Gives aten's operator these kernels, once and for the rest of the process: another thread may be in
-// them at any time, so they are never taken away. Called by fastattn/override.py.
+// Gives aten's operator these kernels, once and for the rest of the process: another thread may be
+// in them at any time, so they are never taken away. Called by fastattn/override.py.
 extern "C" __attribute__((visibility("default"))) void fastattn_register_sdpa() {
     using torch::stable::detail::StableLibrary;
     static StableLibrary* library = [] {

@@ -67,8 +67,8 @@ def enable() -> None:
     """Serves every call of F.scaled_dot_product_attention in this process with fastattn.
 
     nn.MultiheadAttention, the Transformer layers and anything else that calls it included, in every
-    thread and in compiled functions (which are compiled anew). Left to torch: devices other than
-    the CPU, dtypes that fastattn lacks, NestedTensors, and calls under
+    thread and in compiled functions (which are compiled once for each side). Left to torch: devices
+    other than the CPU, dtypes that fastattn lacks, NestedTensors, and calls under
     torch.nn.attention.sdpa_kernel without FLASH_ATTENTION (MATH, say).
 
     Counted: as many calls of disable() give torch back. Double backward of calls that torch's own

@@ -77,7 +77,7 @@ def compare(call, inputs, random):
         return
     truth = answer(call, [widened(x) for x in inputs])
     results = len(got[0])
-    term = max(float(x.detach().double().square().mean()) for x in inputs if x.is_floating_point())
+    term = max(float(x.detach().abs().max()) for x in inputs if x.is_floating_point()) ** 2
     got, want, truth = (tree_flatten(x)[0] for x in (got, want, truth))
     for n, (a, b, exact) in enumerate(zip(got, want, truth, strict=True)):
         if a is None or b is None:  # the gradient of what was not used
@@ -86,15 +86,18 @@ def compare(call, inputs, random):
         assert a.shape == b.shape and a.dtype == b.dtype
         if random or not b.numel():
             continue
-        rounding = ROUNDINGS["gradient"][a.dtype] * torch.finfo(a.dtype).eps
+        compute = torch.float64 if a.dtype == torch.float64 else torch.float32
+        rounding, finer = (
+            ROUNDINGS["gradient"][t] * torch.finfo(t).eps for t in (a.dtype, compute)
+        )
         a, b, exact = a.double(), b.double(), exact.double()
         assert torch.equal(a.isfinite(), b.isfinite())
         a, b, exact = (x.nan_to_num(0, 0, 0) for x in (a, b, exact))
-        # A gradient is a sum whose terms, products of inputs, may be larger than itself, and where
-        # an input is broadcast a sum over what shares it.
+        # A gradient's terms, and the scores whose roundings weights carry, are products of inputs
+        # and may be larger than itself; where an input is broadcast, what shares it adds up.
         shared = max(1.0, truth[0].numel() / exact.numel()) ** 0.5
-        size = float(exact.abs().max()) + (1.0 if n < results else max(1.0, term) * shared)
-        allowed = 3 * float((b - exact).abs().max()) + rounding * size
+        carried = max(1.0, term) * shared * (finer if n < results else rounding)
+        allowed = 3 * float((b - exact).abs().max()) + rounding * float(exact.abs().max()) + carried
         assert float((a - exact).abs().max()) <= allowed
 
 
