@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import fastattn
 import fastattn.hf
+from fastattn.hf.masks import WANT_EVERY_MASK
 from fastattn.hf.models import refusal
 
 PAGE = Path(__file__).parents[1] / "docs" / "huggingface.md"
@@ -146,6 +147,7 @@ def test_swap_leaves_models_that_share_a_refused_ones_configuration():
 def test_compiled_decoders_see_no_future(case):
     """Traced masks are transformers' own: None would be read by the module's is_causal."""
     torch._dynamo.reset()
+    WANT_EVERY_MASK.clear()  # what other tests have left
     model = build(case)
     inputs = {
         "input_ids": torch.randint(3, 90, (2, 9)),

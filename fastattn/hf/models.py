@@ -224,8 +224,9 @@ def _checked(theirs, names):
             why = refusal(type(self))
             if why is not None:
                 raise NotImplementedError(why)
-            if wants_every_mask(type(self)):
-                WANT_EVERY_MASK.add(type(self.config))
+            for inner in self.modules():  # those inside often share the configuration
+                if isinstance(inner, PreTrainedModel) and wants_every_mask(type(inner)):
+                    WANT_EVERY_MASK.add(type(inner.config))
         return theirs(self, implementation, *arguments, **options)
 
     checked.fastattn = names
