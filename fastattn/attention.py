@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import backends, checks, descales
 from .autograd import NO_OPERANDS, attend
+from .context_parallel import refuse_context_parallel
 from .ops import autocast_dtype, autocast_to
 from .reference import _in_memory_order_of
 from .spec import Descales, Operands
@@ -207,6 +208,7 @@ def varlen_attention(
 
 def run(q, k, v, spec, operands, row, num_splits=0):
     """(out, lse) of a checked call, whatever its strides; out in q's memory order."""
+    refuse_context_parallel()
     try:
         if q.is_contiguous() or q.stride(3) == 1:
             return attend(q, k, v, spec, operands, row, num_splits)

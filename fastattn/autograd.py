@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-from .context_parallel import refuse_context_parallel
 from .reference import reference
 from .spec import Operands
 
@@ -33,7 +32,6 @@ for _name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastC
 
 def attend(q, k, v, spec, operands, row, num_splits=0):
     """(out, lse) of a checked call in normal form, by the backend `row`."""
-    refuse_context_parallel()
     if torch.compiler.is_compiling():
         return row.forward(q, k, v, spec, operands, num_splits)  # autograd is the operator's own
     if operands.descales is not None and torch._C._are_functorch_transforms_active():

@@ -462,7 +462,7 @@ def dropout(spec, seed, head_origin, device) -> Tensor | None:
 def head_origin(x, entries, heads) -> tuple[int, int]:
     """(first, total): a call's heads are heads first, first + 1, ... of total."""
     if not isinstance(x, (tuple, list)) or len(x) != 2:
-        raise TypeError(f"head_origin is {x!r}; accepted is a pair (first, total), or None")
+        raise TypeError(f"head_origin is {said(x)}; accepted is a pair (first, total), or None")
     first, total = (integer(f"head_origin's {name}", n) for name, n in zip(("first", "total"), x))
     if first < 0 or first + heads > total:
         raise ValueError(
