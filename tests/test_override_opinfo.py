@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fastattn
-from fastattn.judge import ROUNDINGS
+from fastattn.judge import ROUNDINGS, allowed_error
 
 pytest.importorskip("expecttest")  # torch's samples need it
 with warnings.catch_warnings():
@@ -77,7 +77,9 @@ def compare(call, inputs, random):
         return
     truth = answer(call, [widened(x) for x in inputs])
     results = len(got[0])
-    term = max(float(x.detach().abs().max()) for x in inputs if x.is_floating_point()) ** 2
+    floats = [x.detach().double() for x in inputs if x.is_floating_point() and x.numel()]
+    score = max(float(x.abs().max()) for x in floats) ** 2
+    product = max(float(x.square().mean()) for x in floats)
     got, want, truth = (tree_flatten(x)[0] for x in (got, want, truth))
     for n, (a, b, exact) in enumerate(zip(got, want, truth, strict=True)):
         if a is None or b is None:  # the gradient of what was not used
@@ -86,19 +88,21 @@ def compare(call, inputs, random):
         assert a.shape == b.shape and a.dtype == b.dtype
         if random or not b.numel():
             continue
+        kind = "result" if n < results else "gradient"
         compute = torch.float64 if a.dtype == torch.float64 else torch.float32
-        rounding, finer = (
-            ROUNDINGS["gradient"][t] * torch.finfo(t).eps for t in (a.dtype, compute)
-        )
+        rounding, finer = (ROUNDINGS[kind][t] * torch.finfo(t).eps for t in (a.dtype, compute))
         a, b, exact = a.double(), b.double(), exact.double()
         assert torch.equal(a.isfinite(), b.isfinite())
         a, b, exact = (x.nan_to_num(0, 0, 0) for x in (a, b, exact))
-        # A gradient's terms, and the scores whose roundings weights carry, are products of inputs
-        # and may be larger than itself; where an input is broadcast, what shares it adds up.
+        # A gradient is a small difference of products of inputs, as in judge.py, and weights carry
+        # the roundings of the scores; where an input is broadcast, what shares it adds up.
         shared = max(1.0, truth[0].numel() / exact.numel()) ** 0.5
-        carried = max(1.0, term) * shared * (finer if n < results else rounding)
-        allowed = 3 * float((b - exact).abs().max()) + rounding * float(exact.abs().max()) + carried
-        assert float((a - exact).abs().max()) <= allowed
+        size = float(exact.abs().max()) + (product if kind == "gradient" else 0.0)
+        roundings = shared * (rounding * size + finer * max(1.0, score))
+        if compute == torch.float64:  # the truth is no more precise, and has as many
+            roundings *= 2
+        error, plain = (float((x - exact).abs().max()) for x in (a, b))
+        assert error <= allowed_error(kind, plain, roundings)
 
 
 def tensors_of(*trees):
