@@ -15,13 +15,13 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastattn import limited
+from fastattn.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ class Stage:
     vital: bool = False
 
 
-# A second look at what the first says would be a race; the GPU's name is for the report.
+# Fails where torch sees no GPU: then no other stage is run. What it prints is for the report.
 GPU_HERE = """
 import torch
 assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device here"
@@ -111,7 +111,7 @@ def run(stages, out: Path, tell: Callable[[str], None] = print) -> list[Reached]
 
 
 def write(out: Path, reached: list[Reached]) -> None:
-    """Both reports, each in one move."""
+    """Both reports, each whole or not at all."""
     stored = {"when": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": [asdict(x) for x in reached]}
     lines = [
         "# What this machine's GPU has shown",
@@ -125,9 +125,7 @@ def write(out: Path, reached: list[Reached]) -> None:
             lines += ["", f"## {x.stage}", "", "```", x.said, "```"]
     texts = {"report.json": json.dumps(stored, indent=1), "report.md": "\n".join(lines)}
     for name, text in texts.items():
-        with tempfile.NamedTemporaryFile("w", dir=out, delete=False) as file:
-            file.write(text + "\n")
-        os.replace(file.name, out / name)
+        replace_file(out / name, lambda whole, text=text: whole.write_text(text + "\n"))
 
 
 def main(argv: list[str] | None = None) -> int:

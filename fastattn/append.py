@@ -69,7 +69,8 @@ class Append(NamedTuple):
     descales: tuple[Tensor | None, Tensor | None]
 
     def checked(self) -> Append:
-        """Refuses what would be written wrongly; k and v do not change while it is written."""
+        """Self, with copies of k and v where they lie in the caches' memory; refuses what cannot be
+        written right."""
         caches = self.k_cache, self.v_cache
         for name, cache in zip(("k_cache", "v_cache"), caches):
             memory.writable(name, cache)
@@ -80,7 +81,7 @@ class Append(NamedTuple):
             )
         if self.table is not None and checks.has_values(self.table):
             self._check_slots()
-        k, v = (memory.copied_if_met(x, *caches) for x in (self.k, self.v))
+        k, v = (memory.copied_if_overlapping(x, *caches) for x in (self.k, self.v))
         new = self._replace(k=k, v=v)
         if self.k_cache.dtype == INT8 and checks.has_values(k) and checks.has_values(v):
             new._check_numbers()

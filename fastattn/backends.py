@@ -189,7 +189,7 @@ def _cuda_backward_refuses(q):
 
 
 def _features(q, operands, gradient: bool) -> tuple[str, ...]:
-    """What of proof.FEATURES a call has."""
+    """Which of proof.FEATURES a call has."""
     x = operands
     of_lengths = (x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.document_ids)
     lengths = any(y is not None for y in of_lengths)
@@ -214,7 +214,7 @@ def _cuda_held_back(spec, q, k, v, operands):
 
 
 def _cuda_backward_proven(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-    """Of a call that names no backend: where gradients are not proven, the next row's."""
+    """As _cuda_backward, for a call that names no backend: of gradients that are proven."""
     call = (dout, dlse, out, lse, q, k, v, spec, operands, *needs)
     if reason := proof.why_not(q.device.index or 0, _features(q, operands, True)):
         return _next_backward(reason, *call)
@@ -356,7 +356,7 @@ def pick(name, spec, q, k, v, operands) -> Backend:
 
 
 def _say_how_to_prove(spec, q, k, v, operands) -> None:
-    """Once: the CUDA kernels would have run this call, but for a proof that nobody has tried."""
+    """Warns, once, where the CUDA kernels could run this call but verify has never run."""
     able = BY_NAME["cuda"].why_not(spec, q, k, v, operands) is None
     if able and (sentence := proof.missing(q.device.index or 0)):
         _warn_once(sentence)

@@ -16,7 +16,7 @@ from .append import Append, check_rotary
 from .attention import run, score_operands
 from .context_parallel import refuse_context_parallel
 from .fused import has_kernel
-from .memory import copied_if_met
+from .memory import copied_if_overlapping
 from .ops import autocast_dtype, autocast_to, is_8_bit
 from .spec import OPERANDS, Descales, Operands
 
@@ -140,8 +140,8 @@ _DEFAULTS = {
 
 
 def decode_form(q, k_cache, v_cache, **call):
-    """(q, spec, operands, (k, v), num_splits, backend) of decode_attention()'s arguments by name,
-    those left out included; dropout draws no key."""
+    """(q, spec, operands, (k, v), num_splits, backend) of decode_attention()'s arguments by name;
+    those left out have their defaults, but dropout draws no key."""
     call = _DEFAULTS | call
     if call["dropout_seed"] is None:
         call["dropout_seed"] = (0, 0)
@@ -262,14 +262,15 @@ def cached_form(
     caches, append = (k_cache, v_cache), None
     if new_len and batch:
         append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale)).checked()
-        q, operands = copied_if_met(q, *caches), _apart(operands, caches)
+        q = copied_if_overlapping(q, *caches)
+        operands = _apart(operands, caches)
     return q, spec, operands, caches, append
 
 
 def _apart(operands, caches):
-    """The operands, with copies of those that the writing would change before they are read."""
+    """The operands, with copies of those that lie in the caches' memory, which is written first."""
     given = {name: getattr(operands, name) for name in OPERANDS}
-    copies = {n: copied_if_met(x, *caches) for n, x in given.items() if x is not None}
+    copies = {n: copied_if_overlapping(x, *caches) for n, x in given.items() if x is not None}
     changed = {name: x for name, x in copies.items() if x is not given[name]}
     return replace(operands, **changed) if changed else operands
 

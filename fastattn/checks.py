@@ -51,7 +51,7 @@ def scale_of(x, name="scale") -> float:
     x = number(name, x)
     if not abs(x) <= MAX_SCALE:
         raise ValueError(
-            f"{name} is {x}; accepted is any finite number in [-{MAX_SCALE}, {MAX_SCALE}], or None"
+            f"{name} is {x}; accepted is a finite number in [-{MAX_SCALE}, {MAX_SCALE}], or None"
         )
     return x
 
@@ -78,7 +78,7 @@ def integer(name, x) -> int:
 
 
 def said(x) -> str:
-    """An argument of any kind, for a sentence."""
+    """How an error message shows an argument of any kind: its repr, or its type if that is long."""
     text = f"of type {type(x).__name__}" if isinstance(x, Tensor) else repr(x)
     return text if len(text) < 80 and "\n" not in text else f"of type {type(x).__name__}"
 
@@ -231,8 +231,8 @@ def sizes(batch_heads, q_len, kv_len) -> None:
 
 
 def show(x: Tensor) -> str:
-    """A shape for a sentence. Only where something is wrong: torch.compile cannot trace the text of
-    a size that it keeps open, or compiles anew for each value of it."""
+    """How an error message shows a shape. To be called only where something is wrong: a size in a
+    text breaks torch.compile's graph, or makes it compile again for each value."""
     return "of sequences" if x.is_nested else str(list(x.shape))
 
 

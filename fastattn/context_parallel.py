@@ -26,7 +26,7 @@ def refuse_context_parallel() -> None:
 
 
 def _is_active() -> bool:
-    """Has DTensor handlers for aten's attention, as both of torch's ways to turn it on give it?"""
+    """Has DTensor handlers for aten's attention? Both of torch's ways to turn it on set them."""
     dispatcher = torch.distributed.tensor.DTensor._op_dispatcher
     handlers = dispatcher._custom_op_handlers
     return torch.ops.aten._scaled_dot_product_flash_attention.default in handlers

@@ -177,9 +177,9 @@ class _Arrive(torch.autograd.Function):
 
 
 def arrived(x: Tensor | None) -> Tensor | None:
-    """x; where it is the result of a collective that may still be under way (what tensor
-    parallelism's sums are), a plain tensor, once it is there. So that kernels take it, and dropout
-    draws what it draws in one process."""
+    """x itself, or, where x is the result of a collective that may still be under way (a sum over
+    tensor parallelism's ranks), a plain tensor once that has ended. Kernels take plain tensors
+    alone, and so dropout draws what it draws in one process."""
     if type(x) in _PLAIN or torch.compiler.is_compiling() or not hasattr(x, "trigger_wait"):
         return x
     return _Arrive.apply(x)

@@ -29,12 +29,12 @@ def writable(name, x) -> None:
             )
 
 
-def copied_if_met(x: Tensor, *written: Tensor) -> Tensor:
+def copied_if_overlapping(x: Tensor, *written: Tensor) -> Tensor:
     """x, or a copy of it where it may share memory with what is about to be written."""
     if not has_memory(x):
         return x
     place = span(x)
-    return x.clone() if any(meet(place, span(y)) for y in written if has_memory(y)) else x
+    return x.clone() if any(overlap(place, span(y)) for y in written if has_memory(y)) else x
 
 
 def span(x) -> tuple[int, int]:
@@ -45,14 +45,14 @@ def span(x) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def meet(a, b) -> bool:
-    """Do two spans meet?"""
+def overlap(a, b) -> bool:
+    """Have two spans an address in common?"""
     return a[0] < b[1] and b[0] < a[1]
 
 
 def share_memory(x, y) -> bool:
     """Do two tensors share an element? Interleaved ones, as two halves of one row, need not."""
-    if not meet(span(x), span(y)):
+    if not overlap(span(x), span(y)):
         return False
     return np.may_share_memory(_Addresses(x).array(), _Addresses(y).array(), max_work=10**5)
 

@@ -16,7 +16,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 
 from . import limited, ops
+from .files import replace_file
 from .gpu import constant
 
 # ---- the steps -----------------------------------------------------------------------------------
@@ -171,15 +171,14 @@ def load(gpu: Gpu) -> dict[str, Result] | None:
 
 
 def save(gpu: Gpu, results: dict[str, Result]) -> None:
-    """In one move: who reads meanwhile sees the file before or after it."""
+    """Whole or not at all: another process may read it."""
     steps = {name: asdict(result) for name, result in results.items()}
     when = time.strftime("%Y-%m-%d %H:%M:%S")
     entries = _read() | {gpu.key: {"when": when, "torch": torch.__version__, "steps": steps}}
     path = store()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({"gpus": entries}, file, indent=1)
-    os.replace(file.name, path)
+    text = json.dumps({"gpus": entries}, indent=1)
+    replace_file(path, lambda whole: whole.write_text(text))
     forget()
 
 

@@ -180,7 +180,7 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
 # ---- the command -------------------------------------------------------------------------------
 
 
-# Of proof.py's, those that FEATURES above have.
+# What proof.FEATURES calls the kinds of calls that are among FEATURES above.
 PROVEN = ("call", "lengths", "gradient", "gradient of lengths")
 
 

@@ -98,7 +98,7 @@ PACKED = {
 
 
 def thinned(*axes, when=lambda *values: True) -> list:
-    """For parametrize: all combinations of the axes' values, of which one in three runs unasked and
+    """For parametrize: all combinations of the axes' values, of which one in three always runs and
     the others with --long; with three axes, each pair of values is in one that runs. Those for
     which `when` is false all run."""
     lists = [list(axis) for axis in axes]

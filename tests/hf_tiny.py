@@ -79,9 +79,9 @@ SMALL = {
     "dropout": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
     "projection_dim": 32, "num_labels": 3, "num_nextn_layers": 0,
 }  # fmt: skip
-"""A dropout of any other name is 0 as well."""
+# A dropout of any other name is 0 as well.
 
-# What a type needs beyond that; a key with a dot is a field of an inner configuration.
+# What a type needs beyond that.
 START = {"decoder_start_token_id": 1}
 INDEXER = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
@@ -178,28 +178,23 @@ def configuration(name: str):
 
 def _shrunk(cls, changes):
     default = cls()
-    own = {key: x for key, x in changes.items() if "." not in key}
     fields = {}
     for key, x in vars(default).items():
-        if key in own or key in getattr(default, "attribute_map", {}) or key.startswith("_"):
+        if key in changes or key in getattr(default, "attribute_map", {}) or key.startswith("_"):
             continue
         if key in getattr(default, "sub_configs", {}):
             if isinstance(x, transformers.PreTrainedConfig):
-                inner = {k.partition(".")[2]: v for k, v in changes.items()
-                         if k.partition(".")[0] == key and "." in k}  # fmt: skip
-                fields[key] = _shrunk(type(x), inner).to_dict()
+                fields[key] = _shrunk(type(x), {}).to_dict()
         elif key in SMALL and (x is None or not isinstance(x, (list, tuple, dict, bool))):
             if x is not None or key in ("num_key_value_heads", "pad_token_id"):
                 fields[key] = SMALL[key]
         elif ("drop" in key or key.endswith("pdrop")) and isinstance(x, float):
             fields[key] = 0.0
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
-        fields["num_key_value_heads"] = fields[
-            "num_attention_heads"
-        ]  # latent attention has no groups
-    if "num_hidden_layers" not in own:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]  # latent keys have no groups
+    if "num_hidden_layers" not in changes:
         fields |= _one_layer_of_each(default, fields)
-    return cls(**fields | own)
+    return cls(**fields | changes)
 
 
 def _one_layer_of_each(default, fields) -> dict:
@@ -216,7 +211,7 @@ def _one_layer_of_each(default, fields) -> dict:
             lists[key] = list(dict.fromkeys(x))
     if not lists:
         return {}
-    count = max(2, *(len(x) for x in lists.values())) if lists else 2
+    count = max(2, *(len(x) for x in lists.values()))
     found = {key: (x * count)[:count] for key, x in lists.items()}
     name = getattr(default, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
     return found | ({name: count} if name in fields else {})

@@ -41,7 +41,7 @@ KINDS = [
 
 
 def crossed(first, second, all_of_them: bool = False) -> list:
-    """Parameters (a, b): unasked each a with one b, each b in its turn; all pairs with --long."""
+    """Parameters (a, b): each a with one b, each b in its turn; with --long all pairs."""
     return [
         pytest.param(
             a, b, marks=() if all_of_them or (i - j) % len(second) == 0 else pytest.mark.long

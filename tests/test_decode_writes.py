@@ -5,6 +5,7 @@ write, tensors that share memory give what separate ones would, and what cannot 
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 
 import pytest
@@ -107,11 +108,8 @@ def test_a_refusal_writes_nothing(name):
             except REFUSALS as error:
                 refused += 1
                 text = str(error)
-                assert (
-                    name.removesuffix("_interleaved") in text
-                    or "dtype" in text
-                    or any(other in text for other in ARGUMENTS)
-                ), text
+                named = set(re.findall(r"\w+", text)) & {*ARGUMENTS, "cache", "dtype"}
+                assert named, text
                 assert "\n" not in text.strip(), text
                 for x, old in zip(caches, before):
                     assert torch.equal(bits(x), old), (form, value, text)

@@ -27,7 +27,7 @@ MODULES = {
     info.name: info for info in module_db if "Transformer" in info.name or "Attention" in info.name
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-EVERY = 7  # of the samples, the share that runs unasked
+EVERY = 7  # one sample in so many runs without --long
 
 
 @pytest.fixture(autouse=True)

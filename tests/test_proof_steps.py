@@ -12,6 +12,7 @@ from cases import Problem
 
 from fastattn import ops, proof_device, proof_steps
 from fastattn.proof_steps import STEPS, Case, Failed, OnCpu
+from fastattn.spec import Operands, Spec
 
 pytestmark = pytest.mark.skipif(
     ops.NATIVE_MISSING is not None, reason=f"no CPU kernels: {ops.NATIVE_MISSING}"
@@ -71,11 +72,7 @@ def no_mask(d, call, out, lse):
     q, k, v, spec, operands = call
     if spec.right != 0:
         return out, lse
-    return d.__class__.__mro__[1].forward(d, q, k, v, OnCpu_spec(spec), operands)
-
-
-def OnCpu_spec(spec):
-    return type(spec)(spec.scale, spec.softcap)
+    return OnCpu.forward(d, q, k, v, Spec(spec.scale, spec.softcap), operands)
 
 
 def unsteady(d, call, out, lse):
@@ -89,7 +86,7 @@ def lens_ignored(d, call, out, lse):
     q, k, v, spec, x = call
     if x.kv_lens is None and x.cu_seqlens_q is None and x.document_ids is None:
         return out, lse
-    return d.__class__.__mro__[1].forward(d, q, k, v, spec, type(x)())
+    return OnCpu.forward(d, q, k, v, spec, Operands())
 
 
 def later_sequences_lost(d, call, out, lse):

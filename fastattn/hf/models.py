@@ -66,8 +66,8 @@ def _parts(cls: type) -> tuple[type, ...]:
 
 
 def _is_a_module(x) -> bool:
-    made_by_name = inspect.isclass(x) and issubclass(x, torch.nn.Module)
-    return made_by_name and not issubclass(x, PreTrainedModel)
+    is_module = inspect.isclass(x) and issubclass(x, torch.nn.Module)
+    return is_module and not issubclass(x, PreTrainedModel)
 
 
 def _is_a_library_class(cls: type) -> bool:
@@ -116,9 +116,10 @@ def _own_table(part: type) -> str | None:
 
 
 def _own_attention(part: type) -> str | None:
-    """It adds its mask to scores of its own: it wants a float mask, and knows no other."""
+    """It adds its mask to scores that it computes itself, so the mask must be a float one."""
     names = _names(part)
-    if {"get_interface", "bool"} & names or not {"softmax", "value"} <= names | _ends(names):
+    attends = "softmax" in names and any("value" in name for name in names)  # value_layer, too
+    if not attends or {"get_interface", "bool"} & names:
         return None
     for method, masks in _masks(part):
         for x in ast.walk(method):
@@ -135,7 +136,8 @@ def _own_attention(part: type) -> str | None:
 
 
 def _changes_mask(part: type) -> str | None:
-    """It lengthens the mask that it hands over by what only a float mask has: 0 for visible."""
+    """It lengthens its mask with zeros before it calls the interface: 0 means visible in a float
+    mask, and hidden in a bool one."""
     if "get_interface" not in _names(part):
         return None
     for method, masks in _masks(part):
@@ -197,16 +199,11 @@ def _names(part: type) -> frozenset[str]:
     return frozenset(names | {x.id for x in tree if isinstance(x, ast.Name)})
 
 
-def _ends(names) -> set[str]:
-    """ "value" of value_layer, v_value and the like."""
-    return {"value"} if any("value" in name for name in names) else set()
-
-
 # ---- at construction -----------------------------------------------------------------------------
 
 
 def check_names(names: frozenset[str]) -> None:
-    """From now on a model that is given one of the names is checked. Called again, nothing changes.
+    """From now on a model that is given one of these names is checked; a second call has no effect.
 
     transformers asks one of two methods what a name becomes, in every model's __init__ and in
     set_attn_implementation(); they raise for names of ours that the class cannot serve.
