@@ -65,6 +65,8 @@ SMALL = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2,
     "n_group": 1, "topk_group": 1, "num_expert_group": 1, "n_shared_experts": 1,
+    "encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
     "first_k_dense_replace": 1, "sliding_window": 4, "sliding_window_size": 4,
     "window_size": 4, "local_attention": 4, "attention_window": 4, "attention_chunk_size": 4,
     "chunk_size": 4, "image_size": 16, "patch_size": 4, "num_channels": 3, "num_mel_bins": 8,

@@ -26,7 +26,7 @@ def refusal(cls: type[PreTrainedModel]) -> str | None:
     if cls.__module__ not in sys.modules or not cls._can_set_attn_implementation():
         return _sentence(cls, "does not go through transformers' attention interface")
     for part in _parts(cls):
-        for rule in (_own_table, _own_attention, _changes_mask):
+        for rule in (_own_table, _own_attention, _changes_mask, _reads_mask_as_bool):
             why = rule(part)
             if why is not None:
                 return _sentence(cls, why)
@@ -156,6 +156,28 @@ def _changes_mask(part: type) -> str | None:
                     "to add"
                 )
     return None
+
+
+def _reads_mask_as_bool(part: type) -> str | None:
+    """It takes the attention's mask, besides one of padding, for bool: a float mask's 0, which is
+    visible, is False there, and True is visible in ours."""
+    for method, masks in _masks(part):
+        four = cast = None
+        for x in ast.walk(method):
+            if isinstance(x, ast.Compare) and getattr(x.comparators[0], "value", None) == 4:
+                four = four or _is_one(_of_rank(x.left), masks)
+            if isinstance(x, ast.Call) and isinstance(x.func, ast.Attribute):
+                cast = cast or (x.func.attr == "bool" and _is_one(x.func.value, masks))
+        if four and cast:
+            return f"hands its attention's mask to {part.__name__}, which takes 0 for visible in it"
+    return None
+
+
+def _of_rank(x: ast.AST) -> ast.AST | None:
+    """The tensor of len(tensor.shape), tensor.dim() and tensor.ndim."""
+    if isinstance(x, ast.Call):
+        x = x.args[0] if x.args else x.func
+    return x.value if isinstance(x, ast.Attribute) else None
 
 
 def wants_every_mask(cls: type[PreTrainedModel]) -> bool:
