@@ -131,6 +131,10 @@ def test_operators_see_the_mask_it_stands_for():
         lambda x: x[:, 0],
         lambda x: x.to(torch.int64),
         lambda x: x.sum(-1),
+        lambda x: x == False,  # noqa: E712
+        lambda x: x.masked_fill(full, False),
+        lambda x: torch.where(full, x, False),
+        lambda x: x.logical_not().any(-1),
     ):
         result, want = operation(mask), operation(full)
         if want.dtype == torch.bool:  # still a mask, and guarded as one
@@ -156,6 +160,21 @@ ARITHMETIC = {
     "padded with 0": lambda x: torch.nn.functional.pad(x, (0, 2), value=0.0),
     "a part of it": lambda x: SCORES[:, :, :2] + x[:, :, :2],
     "its opposite": lambda x: SCORES + ~x,
+    "copied into floats": lambda x: SCORES.clone().copy_(x),
+    "written to a part of floats": lambda x: SCORES.clone().__setitem__((..., slice(0, 5)), x),
+    "stacked with floats": lambda x: torch.stack((SCORES, x)),
+    "the lesser of both": lambda x: torch.minimum(SCORES, x),
+    "chosen among floats": lambda x: torch.where(SCORES > 0, x, -1.0),
+    "summed up": lambda x: x.cumsum(-1),
+    "clamped": lambda x: x.clamp(-1.0, 0.0),
+    "hidden where below 0": lambda x: x < 0,
+    "hidden where not 0": lambda x: x != 0,
+    "visible where 0": lambda x: x == 0.0,
+    "compared with floats": lambda x: x >= SCORES,
+    "more hidden by -inf": lambda x: x.masked_fill(SCORES == 0, -torch.inf),
+    "more hidden by the least float": lambda x: x.masked_fill(SCORES == 0, -3e38),
+    "written into": lambda x: x.__setitem__((..., 0), -torch.inf),
+    "filled": lambda x: x.masked_fill_(SCORES == 0, False),
 }
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import masking_utils
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -98,24 +98,49 @@ class CompactMask(Tensor):
         return visible.expand(batch, 1, q_len, kv_len)
 
 
-_ARITHMETIC = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in ("add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "addcmul", "baddbmm")
+_ATEN = torch.ops.aten
+
+
+def _named(*names: str) -> frozenset:
+    return frozenset(getattr(_ATEN, name) for name in names)
+
+
+_JOINS = _named("cat", "stack", "constant_pad_nd")
+_COMPARES = _named("eq", "ne", "lt", "le", "gt", "ge")
+_CHOOSES = _named(  # a bool operand says which of the other tensors' elements are meant
+    "where", "masked_fill", "masked_fill_", "masked_select", "index", "index_put", "index_put_"
 )
-_LENGTHENS = frozenset((torch.ops.aten.cat, torch.ops.aten.constant_pad_nd))
+_ARITHMETIC = _named(  # with numbers, with one another, or alone
+    "add", "sub", "rsub", "mul", "div", "cumsum", "minimum", "maximum", "clamp"
+)
 
 
 def _refuse_arithmetic(func, args, kwargs) -> None:
-    """Raises for operators that take a mask for one of floats."""
-    packet = func.overloadpacket
-    if packet in _LENGTHENS:
-        others = args[0] if packet is torch.ops.aten.cat else (None,)
-        wrong = not all(isinstance(x, CompactMask) for x in others)
+    """Raises for operators that take a mask for one of floats.
+
+    -inf and 0 written into a bool mask are True and False, the opposite of what they mean in a
+    float one; and of a mask that is not in memory, a write would be lost.
+    """
+    packet, first = func.overloadpacket, args[0]
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    among_floats = any(x.is_floating_point() for x in tensors)
+    with_numbers = any(type(x) in (int, float) for x in args[1:])
+    if packet in _JOINS:
+        wrong = packet is _ATEN.constant_pad_nd
+        wrong |= not all(isinstance(x, CompactMask) for x in tensors)
+    elif isinstance(first, CompactMask) and (
+        packet is _ATEN.masked_fill or func._schema.is_mutable
+    ):
+        wrong = func._schema.is_mutable or among_floats or with_numbers
+    elif packet in _COMPARES:
+        wrong = among_floats or with_numbers
+    elif packet in _CHOOSES:
+        wrong = packet is _ATEN.where and any(isinstance(x, CompactMask) for x in args[1:])
+        wrong &= among_floats
+    elif packet is _ATEN._to_copy:
+        wrong = kwargs.get("dtype", torch.bool).is_floating_point
     else:
-        wrong = packet in _ARITHMETIC
-        wrong |= (
-            packet is torch.ops.aten._to_copy and kwargs.get("dtype", torch.bool).is_floating_point
-        )
+        wrong = packet in _ARITHMETIC or (among_floats and "attention" not in str(packet))
     if wrong:
         raise NotImplementedError(
             f"the model applies {packet} to its attention mask, as if it were the float mask that "
