@@ -69,8 +69,8 @@ WRONG = {
     "heads past 32 bits": (ValueError, "q has 2147483648 heads over the batch; they must be below",
                            call(*[torch.zeros(1).expand(2**16, 2**15, 1, 1)] * 3)),
     # numbers
-    "scale is NaN": (ValueError, "scale is nan; accepted is any finite", call(scale=math.nan)),
-    "scale is inf": (ValueError, "scale is -inf; accepted is any finite", call(scale=-math.inf)),
+    "scale is NaN": (ValueError, "scale is nan; accepted is a finite", call(scale=math.nan)),
+    "scale is inf": (ValueError, "scale is -inf; accepted is a finite", call(scale=-math.inf)),
     "scale is a tensor": (TypeError, "scale is of type Tensor; accepted is a number",
                           call(scale=torch.tensor(1.0))),
     "scale past every float": (ValueError, "scale is inf; accepted", call(scale=10**400)),

@@ -70,7 +70,7 @@ def refused(kind, sentence, function, *arguments, **options):
 @pytest.mark.parametrize("kind, sentence, function, arguments, options", [
     refused(TypeError, "softmax_scale is of type str; accepted is a number",
             flash_attn_func, Q, K, V, softmax_scale="1"),
-    refused(ValueError, "softmax_scale is inf; accepted is any finite",
+    refused(ValueError, "softmax_scale is inf; accepted is a finite",
             flash_attn_qkvpacked_func, QKV, softmax_scale=torch.inf),
     refused(TypeError, r"window_size is 3; accepted is a pair \(left, right\)",
             flash_attn_func, Q, K, V, window_size=3),

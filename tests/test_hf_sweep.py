@@ -79,6 +79,15 @@ def sentence_of(function) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("case", here(["deepseek_v32", "glm_moe_dsa", "hy_v4"]))
+def test_a_selection_of_keys_is_refused_before_the_first_call(case):
+    """These hand every implementation but eager and sdpa the indices of the keys to attend to."""
+    model = build(case)
+    for function in (lambda: fastattn.hf.enable(model), lambda: type(model)._from_config(
+        model.config, attn_implementation=fastattn.hf.NAME)):  # fmt: skip
+        assert "leaves the selection of keys in" in sentence_of(function)
+
+
 def tiny_bloom():
     return transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
 

@@ -26,7 +26,7 @@ def refusal(cls: type[PreTrainedModel]) -> str | None:
     if cls.__module__ not in sys.modules or not cls._can_set_attn_implementation():
         return _sentence(cls, "does not go through transformers' attention interface")
     for part in _parts(cls):
-        for rule in (_own_table, _own_attention, _changes_mask, _reads_mask_as_bool):
+        for rule in RULES:
             why = rule(part)
             if why is not None:
                 return _sentence(cls, why)
@@ -171,6 +171,29 @@ def _reads_mask_as_bool(part: type) -> str | None:
         if four and cast:
             return f"hands its attention's mask to {part.__name__}, which takes 0 for visible in it"
     return None
+
+
+def _leaves_selection(part: type) -> str | None:
+    """It puts the keys that it selects for each row into the mask of eager and sdpa alone; every
+    other implementation is handed their indices, which attention() has no option for."""
+    if "get_interface" not in _names(part):
+        return None
+    for x in ast.walk(_tree(part)):
+        if (
+            isinstance(x, ast.Compare)
+            and isinstance(x.ops[0], ast.In)
+            and getattr(x.left, "attr", None) == "_attn_implementation"
+            and {getattr(y, "value", None) for y in getattr(x.comparators[0], "elts", ())}
+            == {"eager", "sdpa"}
+        ):
+            return (
+                f"leaves the selection of keys in {part.__name__} to the implementation, unless "
+                "that is eager or sdpa"
+            )
+    return None
+
+
+RULES = (_own_table, _own_attention, _changes_mask, _reads_mask_as_bool, _leaves_selection)
 
 
 def _of_rank(x: ast.AST) -> ast.AST | None:
