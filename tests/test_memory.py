@@ -212,12 +212,16 @@ BACKWARDS = (  # dtype, length, left, right
 
 @no_sanitizer
 def test_scratch_memory_is_bounded_and_given_back():
-    *backwards, left, splits = map(int, run(f"BACKWARDS = {BACKWARDS}" + PEAKS).split())
+    # Large blocks go back to the system when they are freed. By default malloc moves the size from
+    # which they do with the program's past, and a peak may be that of the call before, or none.
+    printed = run(f"BACKWARDS = {BACKWARDS}" + PEAKS, MALLOC_MMAP_THRESHOLD_="131072")
+    *backwards, left, splits = map(int, printed.split())
     for (dtype, length, *window), taken in zip(BACKWARDS, backwards, strict=True):
         k_and_v = 2 * length * 64 * getattr(torch, dtype).itemsize
         # Out and lse of the forward come in; packed keys and tiles are the threads' own.
         allowed = max(4 * k_and_v, 16 << 20) + k_and_v // 2 + (12 << 20)
         assert taken <= allowed, f"{dtype}, {length} keys, window {window}: {taken} bytes"
+        assert taken > k_and_v, "less than the sums of one part: the peak was not seen"
     assert left < 24 << 20, "the sums of 400000 keys take 98 MiB, and are to be given back"
     assert splits < 320 << 20, "a split for each key would take 4.4 GB"
 
