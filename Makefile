@@ -2,6 +2,7 @@
 #
 #   make demo    swap fastattn into a pretrained encoder: compare, time, write out/demo.html
 #   make test    the whole test suite                make bench   the quick benchmark (ARGS="...")
+#   make check   a minute's test of everything       make docs    the site, out/site/index.html
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
@@ -28,12 +29,12 @@ NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
     tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test bench build asan fuzz lint fmt size gpu gpu-audit cuda-load wheel clean distclean \
-    help
+.PHONY: demo test check bench build asan fuzz lint fmt size docs gpu gpu-audit cuda-load wheel clean \
+    distclean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,13s/^#   //p' Makefile
+	@sed -n '3,14s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
@@ -42,6 +43,10 @@ demo: build
 # process again, for a debugger: make test ARGS="-n 0 --pdb tests/test_cpu.py".
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal $(ARGS)
+
+# One small case of every option on every backend, the public names, lint and line budgets.
+check: lint size build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/test_check.py $(ARGS)
 
 bench: build
 	$(BIN)/python -m fastattn bench --quick $(ARGS)
@@ -109,6 +114,12 @@ fmt: $(VENV)/.installed
 
 size:
 	@$(PYTHON) benchmarks/size.py
+
+docs: $(VENV)/.installed
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null \
+	    || { echo "== installing the site's tools"; $(PIP) install -q -c $(VENV)/.torch -e ".[docs]" --no-build-isolation; }
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "out/site/index.html"
 
 # Begins with the self-tests that open the CUDA kernels; a stage that hangs is killed. What was
 # reached is in out/gpu/report.md, whatever happens.

@@ -3,9 +3,9 @@
     support  what each backend can run, asked of the backends (fastattn/info.py)
     speed    the reports in benchmarks/results/ (python -m fastattn bench --json FILE)
 
-A table lives between <!-- NAME:begin --> and <!-- NAME:end -->, in README.md and in pages of docs/;
-what is between is replaced. --check writes nothing and exits with 1 when a table is not what it
-should be.
+A table lives between <!-- NAME:begin --> and <!-- NAME:end --> in a page of docs/; what is between
+is replaced. README's picture of the same reports, docs/ratios.svg, is drawn again (readme_plot.py).
+--check writes nothing and exits with 1 when one of them is not what it should be.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import readme_plot
 from .entries import said, title
 from .history import load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {  # with generated tables
-    ROOT / "README.md": ("support", "speed"),
-    ROOT / "docs" / "benchmarks.md": ("support",),
+    ROOT / "docs" / "backends.md": ("support",),
+    ROOT / "docs" / "performance.md": ("speed",),
 }
+PLOT = ROOT / "docs" / "ratios.svg"
 RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = {
     "dense": "dense",
@@ -127,7 +129,12 @@ def _every_row(rows: list[dict]) -> list[str]:
     return lines
 
 
-def generated(text: str, names: tuple[str, ...] = ("support", "speed")) -> str:
+def plotted(reports: list[dict]) -> dict:
+    """What README's picture shows of these reports."""
+    return readme_plot.numbers(reports, _group, lambda entry: _against_torch(entry)[0])
+
+
+def generated(text: str, names: tuple[str, ...]) -> str:
     """A page's text with the generated tables of those names as they should be."""
     from fastattn.info import support_markdown  # imports torch, which speed_markdown does not need
 
@@ -152,12 +159,15 @@ def main(argv: list[str] | None = None) -> int:
             new = generated(old, names)
             if new != old:
                 stale[page] = new
+        data = plotted(stored_reports())
+        if not PLOT.exists() or not readme_plot.is_of(PLOT.read_text(), data):
+            stale[PLOT] = "" if options.check else readme_plot.draw(data)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if options.check:
         for page in stale:
-            print(f"{page.relative_to(ROOT)}: tables are out of date")
+            print(f"{page.relative_to(ROOT)} is out of date")
         return int(bool(stale))
     for page, text in stale.items():
         page.write_text(text)

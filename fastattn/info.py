@@ -1,7 +1,7 @@
 """`python -m fastattn info`: what this machine can run, and why not the rest.
 
 `facts()` gathers everything as plain data (that is `--json`), `show()` prints it, and
-`support_markdown()` is README's support table, asked of the backends' own checks.
+`support_markdown()` is the support table of docs/backends.md, asked of the backends' own checks.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def support() -> dict[str, dict[str, str | None]]:
 
 
 def support_markdown() -> str:
-    """README's support table."""
+    """the support table of docs/backends.md."""
     names = [row.name for row in backends.BACKENDS]
     lines = [f"| | {' | '.join(names)} |", "|---|" + ":-:|" * len(names)]
     for feature, row in support().items():

@@ -20,7 +20,17 @@ import fastattn
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TREE = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
-FOLDERS = ("fastattn", "kernels", "benchmarks", "csrc", "tests", "docs", ".ci", "examples")
+FOLDERS = (
+    "fastattn",
+    "kernels",
+    "benchmarks",
+    "csrc",
+    "tests",
+    "docs",
+    "examples",
+    ".ci",
+    ".github",
+)
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -57,6 +67,22 @@ def test_readme_tables_are_generated():
         text = page.read_text()
         updated = readme_table.generated(text, names) == text
         assert updated, f"{page.name}: run python -m fastattn.benchmarks.readme_table"
+
+
+def test_readme_is_short_and_its_picture_up_to_date():
+    from fastattn.benchmarks import readme_plot, readme_table
+
+    assert len(README.read_bytes()) < 10_000
+    data = readme_table.plotted(readme_table.stored_reports())
+    assert min(map(len, data.values())) > 20
+    assert readme_plot.is_of(readme_table.PLOT.read_text(), data)
+    assert not readme_plot.is_of(readme_table.PLOT.read_text(), {"avx2": {"dense": [1.0, 2.0]}})
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_readme_names_files_that_exist():
