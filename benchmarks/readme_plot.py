@@ -1,8 +1,8 @@
 """The README's picture: torch's time divided by fastattn's, one line for each kind of call.
 
-Drawn from the runs in benchmarks/results/ by readme_table.py, into docs/ratios.svg. Its colours can be
-read on a white and on a dark page, and its background is transparent. The numbers that it was drawn
-from stand in its description, so whether it is up to date does not depend on matplotlib's version.
+Drawn from the runs in benchmarks/results/ by readme_table.py, into docs/ratios.svg. Its colours can
+be read on a white and on a dark page, and its background is transparent. The numbers that it was
+drawn from stand in its description: whether it is up to date does not depend on matplotlib.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Callable
 COLOURS, TEXT = ("#12a39a", "#5b8def"), "#7d8797"
 
 
-def numbers(reports: list[dict], group_of: Callable, ratio_of: Callable) -> dict:
-    """{instruction set: {kind of call: [least, greatest ratio]}}, without kinds that have a RED row."""
-    found: dict[str, dict[str, list[float]]] = {}
+Ranges = dict[str, dict[str, list[float]]]  # {instruction set: {kind: [least, greatest ratio]}}
+
+
+def numbers(reports: list[dict], group_of: Callable, ratio_of: Callable) -> Ranges:
+    """What the picture shows. A kind of call with a RED row is left out."""
+    found: Ranges = {}
     for report in reports:
         kinds: dict[str, list[float | None]] = {}
         for entry in report["rows"]:
@@ -31,17 +34,17 @@ def numbers(reports: list[dict], group_of: Callable, ratio_of: Callable) -> dict
     return found
 
 
-def described(data: dict) -> str:
+def described(data: Ranges) -> str:
     """The numbers as the picture's description holds them."""
     return json.dumps(data, separators=(",", ":"))
 
 
-def is_of(svg: str, data: dict) -> bool:
+def is_of(svg: str, data: Ranges) -> bool:
     """Whether the picture was drawn from these numbers."""
     return html.escape(described(data), quote=False) in svg
 
 
-def draw(data: dict) -> str:
+def draw(data: Ranges) -> str:
     """The picture as the text of an SVG file. Needs matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
