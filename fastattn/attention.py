@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, descales
-from .autograd import NO_OPERANDS, attend
+from .autograd import attend
+from .call import Call, Result
 from .context_parallel import refuse_context_parallel
 from .ops import autocast_dtype, autocast_to
-from .reference import _in_memory_order_of
-from .spec import Descales, Operands
+from .reference import in_memory_order_of
+from .spec import NO_OPERANDS, Descales, Operands
 
 is_compiling = torch.compiler.is_compiling
 
@@ -124,16 +125,16 @@ def attention(
     (arXiv:2408.00118), windows as in Longformer (arXiv:2004.05150) and Mistral, sinks as in
     StreamingLLM (arXiv:2309.17453) and gpt-oss, grouped heads as in GQA (arXiv:2305.13245).
     """
-    q, k, v, spec, operands, rank, row, key = normal_form(
+    call, rank, row, key = normal_form(
         q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
         document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
         return_lse, deterministic, backend,
     )  # fmt: skip
     if row is None:
-        row = backends.pick(backend, spec, q, k, v, operands)
+        row = backends.pick(backend, call)
         if key is not None:
-            _remember(key, (spec, rank, row))
-    out, lse = run(q, k, v, spec, operands, row)
+            _remember(key, (call.spec, rank, row))
+    out, lse = run(call, row)
     if rank != 4:
         out, lse = (x.squeeze(1) if rank == 3 else x[0, 0] for x in (out, lse))
     return (out, lse) if return_lse else out
@@ -195,28 +196,28 @@ def varlen_attention(
     Returns:
         out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq].
     """
-    q, k, v, spec, operands = packed_form(
+    call = packed_form(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
         window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
         dropout_p, dropout_seed, return_lse, deterministic,
     )  # fmt: skip
-    row = backends.pick(backend, spec, q, k, v, operands)
-    out, lse = run(q, k, v, spec, operands, row)
+    out, lse = run(call, backends.pick(backend, call))
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # select's gradient is a copy
     return (out, lse) if return_lse else out
 
 
-def run(q, k, v, spec, operands, row, num_splits=0):
-    """(out, lse) of a checked call, whatever its strides; out in q's memory order."""
+def run(call: Call, row: backends.Backend) -> Result:
+    """The result of a checked call, whatever its strides; out in q's memory order."""
     refuse_context_parallel()
+    q = call.q
     try:
+        result = attend(call, row)
         if q.is_contiguous() or q.stride(3) == 1:
-            return attend(q, k, v, spec, operands, row, num_splits)
-        out, lse = attend(q, k, v, spec, operands, row, num_splits)
-        return _in_memory_order_of(q, out), lse
+            return result
+        return Result(in_memory_order_of(q, result.out), result.lse)
     except RuntimeError:  # a layout, say, where a call alike but for it was remembered
-        if operands.descales is None:
-            checks.same_kind(q=q, k=k, v=v)
+        if call.operands.descales is None:
+            checks.same_kind(q=q, k=call.k, v=call.v)
         raise
 
 
@@ -228,7 +229,7 @@ def normal_form(
     document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
     return_lse, deterministic, backend,
 ):  # fmt: skip
-    """Checks attention()'s arguments; (q, k, v, spec, operands, rank, row, key).
+    """Checks attention()'s arguments; (Call, rank, row, key).
 
     row is the backend of an earlier call alike in all but values and strides, or None; key is where
     to remember it. Reading the shapes once and looking them up costs less than checking them.
@@ -279,7 +280,7 @@ def normal_form(
         and document_ids is None
         and not spec.dropout_p
     ):
-        return q, k, v, spec, NO_OPERANDS, rank, row, key
+        return Call(q, k, v, spec, NO_OPERANDS), rank, row, key
 
     batch, heads, q_len, _ = q.shape
     kv_len, device = k.shape[2], q.device
@@ -296,17 +297,17 @@ def normal_form(
     if document_ids is not None:
         document_ids = checks.documents(document_ids, batch, q_len, kv_len, device)
     operands = Operands(
-        *score_operands(mask, bias, alibi_slopes, sinks, full, q, rank),
+        **score_operands(mask, bias, alibi_slopes, sinks, full, q, rank),
         kv_lens=kv_lens,
         document_ids=document_ids,
         dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
         descales=scales,
     )
-    return q, k, v, spec, operands, rank, row, key
+    return Call(q, k, v, spec, operands), rank, row, key
 
 
 def score_operands(mask, bias, alibi_slopes, sinks, full, q, rank=4):
-    """The first four of Operands, checked against full = [batch, heads, rows, keys]."""
+    """Operands of scores, checked against full = [batch, heads, rows, keys]."""
     if mask is not None:
         mask = checks.mask(mask, full, q.device, rank)
     if bias is not None:
@@ -315,15 +316,15 @@ def score_operands(mask, bias, alibi_slopes, sinks, full, q, rank=4):
         alibi_slopes = checks.slopes(alibi_slopes, *full[:2], q.device)
     if sinks is not None:
         sinks = checks.sinks(sinks, full[1], q)
-    return mask, bias, alibi_slopes, sinks
+    return {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
 
 
 def packed_form(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
     window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
     dropout_p, dropout_seed, return_lse, deterministic,
-):  # fmt: skip
-    """Checks varlen_attention()'s arguments; (q, k, v, spec, operands)."""
+) -> Call:  # fmt: skip
+    """Checks varlen_attention()'s arguments."""
     if torch._C._is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
     checks.same_kind(q=q, k=k, v=v)
@@ -369,14 +370,14 @@ def packed_form(
         k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
     q = q.transpose(0, 1).unsqueeze(0)
     operands = Operands(
-        *score_operands(mask, bias, alibi_slopes, sinks, (entries, heads, *longest), q),
+        **score_operands(mask, bias, alibi_slopes, sinks, (entries, heads, *longest), q),
         kv_lens=kv_lens,
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,
         page_table=page_table,
         dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
     )
-    return q, k, v, spec, operands
+    return Call(q, k, v, spec, operands)
 
 
 def autocast(*tensors):

@@ -18,88 +18,89 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
+from .call import Call, Result
 from .reference import reference
-from .spec import Operands
-
-NO_OPERANDS = Operands()
-_NO_OTHERS = (None,) * 9
+from .spec import LEAVES, NO_OPERANDS, OTHERS, Operands
+from .vmap import vmap_backward, vmap_forward
 
 # Below these keys an operator's kernel runs at once: no autograd, no autocast (done by then).
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
 for _name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
     _KEYS = _KEYS | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name))
 
+_NO_LEAVES, _NO_OTHERS = (None,) * len(LEAVES), (None,) * len(OTHERS)
 
-def attend(q, k, v, spec, operands, row, num_splits=0):
-    """(out, lse) of a checked call in normal form, by the backend `row`."""
+
+def attend(call: Call, row) -> Result:
+    """The result of a checked call, by the backend `row`."""
     if torch.compiler.is_compiling():
-        return row.forward(q, k, v, spec, operands, num_splits)  # autograd is the operator's own
-    if operands.descales is not None and torch._C._are_functorch_transforms_active():
-        return row.forward(q, k, v, spec, operands, num_splits)  # and vmap; there is no gradient
-    bias, sinks = operands.bias, operands.sinks
-    wants_grad = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    )
+        return row.forward(call)  # autograd is the operator's own
+    operands = call.operands
     transformed = torch._C._are_functorch_transforms_active()
+    if operands.descales is not None and transformed:
+        return row.forward(call)  # and vmap; there is no gradient
+    wants_grad = torch.is_grad_enabled() and (
+        call.q.requires_grad
+        or call.k.requires_grad
+        or call.v.requires_grad
+        or (
+            operands is not NO_OPERANDS
+            and any(x is not None and x.requires_grad for x in operands.leaves())
+        )
+    )
     if not (wants_grad or transformed or forward_ad._current_level >= 0):
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-            return row.forward(q, k, v, spec, operands, num_splits)
-    others = None if operands is NO_OPERANDS else other_operands(operands)
+            return row.forward(call)
+    leaves, others = _NO_LEAVES, None
+    if operands is not NO_OPERANDS:
+        leaves, others = operands.leaves(), operands.others()
     apply = Attention.apply if transformed else _apply_eager
-    return apply(q, k, v, bias, sinks, (others, spec, row, num_splits))
+    how = (call.spec, row, call.num_splits)
+    return Result(*apply(call.q, call.k, call.v, *leaves, others, how))
 
 
-def _join(bias, sinks, others) -> Operands:
-    return NO_OPERANDS if others is None else Operands(*_interleave(bias, sinks, others))
-
-
-def _interleave(bias, sinks, others):
-    """The eleven operands (or their vmap dimensions) in order."""
-    mask, slopes, *rest = others or _NO_OTHERS
-    return (mask, bias, slopes, sinks, *rest)
-
-
-def _separate(mask, bias, slopes, sinks, *rest):
-    """_interleave's inverse."""
-    return bias, sinks, (mask, slopes, *rest)
+def _call_of(q, k, v, leaves, others, spec, num_splits=0) -> Call:
+    operands = NO_OPERANDS if others is None else Operands.join(leaves, others)
+    return Call(q, k, v, spec, operands, num_splits)
 
 
 class Attention(torch.autograd.Function):
     """The forward pass; its derivative is AttentionBackward.
 
-    `call` is (others, spec, row, num_splits): everything that has no derivative. others is the nine
-    operands besides bias and sinks, or None when there are no operands at all.
+    Arguments: q, k, v and LEAVES, which have gradients; `others`, the operands that have none, or
+    None where there are no operands at all; `how`, (spec, row, num_splits).
     """
 
     @staticmethod
-    def forward(q, k, v, bias, sinks, call):
-        others, spec, row, num_splits = call
+    def forward(q, k, v, *rest):
+        *leaves, others, (spec, row, num_splits) = rest
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-            return row.forward(q, k, v, spec, _join(bias, sinks, others), num_splits)
+            return tuple(row.forward(_call_of(q, k, v, leaves, others, spec, num_splits)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, bias, sinks, call = inputs
-        others = call[0] or ()
-        ctx.save_for_backward(q, k, v, bias, sinks, *output, *others)
+        *tensors, others, how = inputs
+        ctx.save_for_backward(*tensors, *output, *(others or ()))
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(q, k, v, bias, sinks, *output, *others)
-        ctx.call = call[1:]  # without tensors
+            ctx.save_for_forward(*tensors, *output, *(others or ()))
+        ctx.how = how
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    def _saved(ctx):
+        """(q, k, v and LEAVES; out and lse; the others or None)."""
+        n, saved = 3 + len(LEAVES), ctx.saved_tensors
+        return saved[:n], Result(*saved[n : n + 2]), saved[n + 2 :] or None
+
+    @staticmethod
     def backward(ctx, dout, dlse):
+        nothing = (None,) * (5 + len(LEAVES))
         if dout is None and dlse is None:
-            return (None,) * 6
-        q, k, v, bias, sinks, out, lse, *others = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        spec, row, _ = ctx.call
-        _, _, _, need_dbias, need_dsinks, _ = ctx.needs_input_grad
-        call = (tuple(others) or None, spec, row, need_dbias, need_dsinks)
+            return nothing
+        tensors, result, others = Attention._saved(ctx)
+        dout = torch.zeros_like(result.out) if dout is None else dout
+        spec, row, _ = ctx.how
+        needs = ctx.needs_input_grad[3:-2]
         if (
             torch.is_grad_enabled()  # create_graph
             or torch._C._are_functorch_transforms_active()
@@ -108,29 +109,26 @@ class Attention(torch.autograd.Function):
             differentiate = AttentionBackward.apply
         else:
             differentiate = AttentionBackward.forward
-        grads = differentiate(dout, dlse, out, lse, q, k, v, bias, sinks, call)
-        dq, dk, dv, dbias, dsinks = grads
-        dbias = dbias.to(bias.dtype) if need_dbias else None
-        dsinks = dsinks.to(sinks.dtype) if need_dsinks else None
-        return dq, dk, dv, dbias, dsinks, None
+        grads = differentiate(dout, dlse, *result, *tensors, others, (spec, row, needs))
+        own = zip(grads[3:], tensors[3:], needs)
+        return *grads[:3], *(dx.to(x.dtype) if need else None for dx, x, need in own), None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
-        q, k, v, bias, sinks, _, _, *others = ctx.saved_tensors
-        function = reference_of(ctx.call[0], others)
-        return push_forward(function, (q, k, v, bias, sinks), tangents[:5])
+        tensors, _, others = Attention._saved(ctx)
+        spec, _, _ = ctx.how
+        return push_forward(reference_of(spec, others), tensors, tangents[:-2])
 
     @staticmethod
-    def vmap(info, in_dims, q, k, v, bias, sinks, call):
-        others, *call = call
+    def vmap(info, in_dims, q, k, v, *rest):
+        *leaves, others, how = rest
+        dims = (*in_dims[:3], *_in_order(in_dims[3:-2], in_dims[-2]))
 
         def attention(q, k, v, *operands):
-            bias, sinks, others = _separate(*operands)
-            return Attention.apply(q, k, v, bias, sinks, (others, *call))
+            return Attention.apply(q, k, v, *_leaves_and_others(operands), how)
 
-        dims = (*in_dims[:3], *_interleave(*in_dims[3:5], in_dims[5][0]))
-        tensors = (q, k, v, *_interleave(bias, sinks, others))
-        return vmap_forward(info.batch_size, dims, attention, tensors, call[0].dropout_p)
+        tensors = (q, k, v, *_in_order(leaves, others))
+        return vmap_forward(info.batch_size, dims, attention, tensors)
 
 
 # Past Function.apply, whose inspect.signature() costs more than the operator itself. What it adds
@@ -139,90 +137,92 @@ _apply_eager = super(torch.autograd.Function, Attention).apply
 
 
 class AttentionBackward(torch.autograd.Function):
-    """dq, dk, dv, dbias, dsinks (the last two fp32 or fp64, empty where not needed).
+    """Gradients of q, k, v and LEAVES (those of LEAVES fp32 or fp64, empty where not needed).
 
-    `call` is (others, spec, row, need_dbias, need_dsinks). out and lse depend on the other inputs;
-    derivatives treat them as part of the computation, so they get none of their own.
+    Arguments: dout, dlse, out and lse; then Attention's, where `how` is (spec, row, needs). out and
+    lse depend on the other inputs; derivatives treat them as part of the computation, so they get
+    none of their own.
     """
 
     @staticmethod
-    def forward(dout, dlse, out, lse, q, k, v, bias, sinks, call):
-        others, spec, row, *needs = call
-        operands = _join(bias, sinks, others)
+    def forward(dout, dlse, out, lse, q, k, v, *rest):
+        *leaves, others, (spec, row, needs) = rest
+        call = _call_of(q, k, v, leaves, others, spec)
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-            return row.backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+            return tuple(row.backward(call, Result(out, lse), dout, dlse, needs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dout, dlse, _, _, q, k, v, bias, sinks, call = inputs
-        others = call[0] or ()
-        ctx.save_for_backward(dout, dlse, q, k, v, bias, sinks, *others)
-        ctx.save_for_forward(dout, dlse, q, k, v, bias, sinks, *others)
-        ctx.call = call[1:]
+        dout, dlse, _, _, *tensors, others, how = inputs
+        ctx.save_for_backward(dout, dlse, *tensors, *(others or ()))
+        ctx.save_for_forward(dout, dlse, *tensors, *(others or ()))
+        ctx.how = how
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *cotangents):
         primals, function = AttentionBackward._function(ctx)
         dout, dlse, *rest = pull_back(function, primals, cotangents)
-        return dout, dlse, None, None, *rest, None
+        return dout, dlse, None, None, *rest, None, None
 
     @staticmethod
     def jvp(ctx, dout, dlse, _out, _lse, *rest):
         primals, function = AttentionBackward._function(ctx)
-        return push_forward(function, primals, (dout, dlse, *rest[:5]))
+        return push_forward(function, primals, (dout, dlse, *rest[:-2]))
 
     @staticmethod
     def _function(ctx):
-        spec, _, *needs = ctx.call
-        saved = ctx.saved_tensors
-        return saved[:7], reference_grads_of(spec, saved[7:], *needs)
+        spec, _, needs = ctx.how
+        n, saved = 5 + len(LEAVES), ctx.saved_tensors
+        return saved[:n], reference_grads_of(spec, saved[n:] or None, needs)
 
     @staticmethod
-    def vmap(info, in_dims, dout, dlse, out, lse, q, k, v, bias, sinks, call):
-        others, *call = call
+    def vmap(info, in_dims, dout, dlse, out, lse, q, k, v, *rest):
+        *leaves, others, how = rest
+        dims = (*in_dims[:7], *_in_order(in_dims[7:-2], in_dims[-2]))
 
         def gradients(dout, dlse, out, lse, q, k, v, *operands):
-            bias, sinks, others = _separate(*operands)
-            tensors = (dout, dlse, out, lse, q, k, v, bias, sinks)
-            return AttentionBackward.apply(*tensors, (others, *call))
+            tensors = (dout, dlse, out, lse, q, k, v)
+            return AttentionBackward.apply(*tensors, *_leaves_and_others(operands), how)
 
-        dims = (*in_dims[:7], *_interleave(*in_dims[7:9], in_dims[9][0]))
-        tensors = (dout, dlse, out, lse, q, k, v, *_interleave(bias, sinks, others))
-        spec, _, *needs = call
-        return vmap_backward(info.batch_size, dims, gradients, tensors, spec.dropout_p, *needs)
+        tensors = (dout, dlse, out, lse, q, k, v, *_in_order(leaves, others))
+        _, _, needs = how
+        return vmap_backward(info.batch_size, dims, gradients, tensors, needs)
 
 
-def other_operands(x: Operands):
-    """The operands but for the differentiable ones, which lead the Functions' arguments."""
-    return (
-        *(x.mask, x.alibi_slopes, x.kv_lens, x.kv_starts, x.document_ids, x.cu_seqlens_q),
-        *(x.cu_seqlens_k, x.page_table, x.dropout_seed),
-    )
+def _in_order(leaves, others):
+    """What belongs to LEAVES and OTHERS, in OPERANDS' order."""
+    return Operands.join(leaves, others or _NO_OTHERS).tensors()
+
+
+def _leaves_and_others(operands):
+    """(*leaves, others) of what is in OPERANDS' order."""
+    x = Operands(*operands)
+    return *x.leaves(), x.others()
 
 
 # ---- derivatives of the reference --------------------------------------------------------------
 
 
 def reference_of(spec, others):
-    """(q, k, v, bias, sinks) -> (out, lse)."""
+    """(q, k, v, *LEAVES) -> (out, lse)."""
 
-    def function(q, k, v, bias, sinks):
-        return reference(q, k, v, spec, Operands(*_interleave(bias, sinks, others)))
+    def function(q, k, v, *leaves):
+        return tuple(reference(q, k, v, spec, Operands.join(leaves, others or _NO_OTHERS)))
 
     return function
 
 
-def reference_grads_of(spec, others, need_dbias, need_dsinks):
-    """(dout, dlse, q, k, v, bias, sinks) -> (dq, dk, dv, dbias, dsinks)."""
+def reference_grads_of(spec, others, needs):
+    """(dout, dlse, q, k, v, *LEAVES) -> their gradients; those of LEAVES as `needs` says."""
 
-    def function(dout, dlse, q, k, v, bias, sinks):
+    def function(dout, dlse, q, k, v, *leaves):
         accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-        bias, sinks = (None if x is None else x.to(accumulate) for x in (bias, sinks))
-        grads = pull_back(reference_of(spec, others), (q, k, v, bias, sinks), (dout, dlse))
-        dq, dk, dv, dbias, dsinks = grads
+        leaves = tuple(None if x is None else x.to(accumulate) for x in leaves)
+        grads = pull_back(reference_of(spec, others), (q, k, v, *leaves), (dout, dlse))
         empty = q.new_empty(0, dtype=accumulate)
-        return dq, dk, dv, dbias if need_dbias else empty, dsinks if need_dsinks else empty
+        own = (x if need else empty for x, need in zip(grads[3:], needs))
+        return *grads[:3], *own
 
     return function
 
@@ -262,88 +262,3 @@ def push_forward(function, primals, tangents):
         tuple(torch.zeros_like(x) if t is None else t for x, t in zip(tensors, given))
     )
     return result
-
-
-# ---- vmap --------------------------------------------------------------------------------------
-# Dense calls join vmap's dimension with the batch. Where that would change what is computed (one
-# dropout mask for each instance, packed or paged operands, sinks of each instance), instances run
-# one by one. Tensors are (..., q, k, v, and the eleven operands).
-
-_MASK, _BIAS, _SLOPES, _SINKS = range(4)
-
-
-def vmap_forward(size, dims, call, tensors, dropout_p):
-    operands, operand_dims = tensors[3:], dims[3:]
-    if dropout_p > 0 or operand_dims[_SINKS] is not None or not _foldable(operands):
-        return one_by_one(size, dims, call, tensors)
-    batch = _sizes(tensors[0], dims[0])[0]
-    folded = [_fold(x, d, size, batch) for x, d in zip(tensors[:3], dims[:3])]
-    results = call(*folded, *_fold_operands(operands, operand_dims, size, batch))
-    return tuple(x.unflatten(0, (size, batch)) for x in results), (0, 0)
-
-
-def vmap_backward(size, dims, call, tensors, dropout_p, need_dbias, need_dsinks):
-    operands, operand_dims = tensors[7:], dims[7:]
-    own_sinks = need_dsinks or operand_dims[_SINKS] is not None
-    if dropout_p > 0 or own_sinks or not _foldable(operands):
-        return one_by_one(size, dims, call, tensors)
-    batch = _sizes(tensors[4], dims[4])[0]
-    folded = [_fold(x, dim, size, batch) for x, dim in zip(tensors[:7], dims[:7])]
-    bias = operands[_BIAS]
-    own_batch = 0 if bias is None else _sizes(bias, operand_dims[_BIAS])[0]
-    operands = _fold_operands(operands, operand_dims, size, batch)
-    if need_dbias:  # the gradient is each instance's own, so the bias must be too
-        operands[_BIAS] = _fold(bias, operand_dims[_BIAS], size, batch)
-    *grads, dbias, dsinks = call(*folded, *operands)
-    grads = [x.unflatten(0, (size, batch)) for x in grads]
-    if need_dbias:
-        dbias = dbias.unflatten(0, (size, batch))
-        dbias = dbias.sum(1, keepdim=True) if own_batch == 1 else dbias
-    return (*grads, dbias, dsinks), (0, 0, 0, 0 if need_dbias else None, None)
-
-
-def _foldable(operands) -> bool:
-    packed, paged = operands[7] is not None, operands[9] is not None
-    return not (packed or paged)
-
-
-def _sizes(x, dim):
-    """An instance's shape."""
-    return x.shape if dim is None else x.movedim(dim, 0).shape[1:]
-
-
-def _fold(x, dim, size, batch):
-    """[size * batch, ...]. A batch of 1 is expanded, which copies nothing until it must."""
-    if x is None:
-        return None
-    x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
-    return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
-
-
-def _fold_operands(operands, dims, size, batch):
-    """The eleven operands of the joined batch; what all instances share stays as it is."""
-    folded = []
-    for n, (x, dim) in enumerate(zip(operands, dims)):
-        if x is not None and n == _SLOPES and dim is not None and x.dim() == 2:  # each [heads]
-            x, dim = x.movedim(dim, 0).unsqueeze(1), 0
-        if x is None or (dim is None and _shared(n, x)):
-            folded.append(x)
-        else:
-            folded.append(_fold(x, dim, size, batch))
-    return folded
-
-
-def _shared(n, x) -> bool:
-    """Does operand n, the same for every instance, mean the same for the joined batch?"""
-    if n in (_MASK, _BIAS):
-        return x.shape[0] == 1
-    return n == _SINKS or (n == _SLOPES and x.dim() == 1)
-
-
-def one_by_one(size, dims, call, tensors):
-    results = [
-        call(*(x if dim is None else x.select(dim, n) for x, dim in zip(tensors, dims)))
-        for n in range(size)
-    ]
-    stacked = tuple(torch.stack(column) for column in zip(*results))
-    return stacked, (0,) * len(stacked)

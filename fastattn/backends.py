@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import autograd, ops, proof
-from .autograd import NO_OPERANDS
+from . import ops, proof
+from .autograd import reference_grads_of
+from .call import Call, Gradients, Result
 from .descales import E4M3, widened
 from .gpu import gpu_missing, interpreting, triton_missing
 from .reference import reference
@@ -29,7 +30,7 @@ MAX_HEAD_DIM = 65536  # of the CPU kernels
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One row. All five take tensors in the operators' normal form (ops.py).
+    """One row. Its functions take a Call, in the operators' normal form.
 
     why_not looks only at devices, dtypes, shapes, the spec and which operands are there, never at
     values or strides: its answer is kept for calls that are alike in these.
@@ -37,64 +38,49 @@ class Backend:
 
     name: str
     role: str
-    why_not: Callable  # (spec, q, k, v, operands) -> str | None
-    forward: Callable  # (q, k, v, spec, operands, num_splits) -> (out, lse)
-    backward: Callable  # (dout, dlse, out, lse, q, k, v, spec, operands, need_dbias, need_dsinks)
-    refuses: Callable  # the part of why_not that looks at the call alone, on any machine
+    why_not: Callable[[Call], str | None]
+    forward: Callable[[Call], Result]
+    # (call, its result, dout, dlse or None, needs: of which of LEAVES) -> Gradients
+    backward: Callable[..., Gradients]
+    refuses: Callable[[Call], str | None]  # why_not by the call alone, on any machine
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
     weights_rounded: bool = False  # to halves, as matrix units want them (judge.py)
     # As why_not: why the row, though it can, does not run a call that names no backend.
-    held_back: Callable = lambda *call: None
+    held_back: Callable[[Call], str | None] = lambda call: None
 
 
 # ---- the rows' functions -----------------------------------------------------------------------
 
-_NONE = (None,) * 11
+
+def _cpu_forward(call):
+    if call.operands.descales is not None:
+        return widened(_cpu_forward, call)
+    return Result(*ops.forward(*ops.arguments(call), call.num_splits))
 
 
-def _op_arguments(spec, x):
-    """The operators' arguments between v and the flags: eleven operands, six numbers."""
-    numbers = (spec.scale, spec.softcap, spec.left, spec.right, spec.align_end, spec.dropout_p)
-    if x is NO_OPERANDS:
-        return (*_NONE, *numbers)
-    tensors = (
-        x.mask, x.bias, x.alibi_slopes, x.sinks, x.kv_lens, x.kv_starts, x.document_ids,
-        x.cu_seqlens_q, x.cu_seqlens_k, x.page_table, x.dropout_seed,
-    )  # fmt: skip
-    return (*tensors, *numbers)
+def _cpu_backward(call, result, dout, dlse, needs):
+    return Gradients(*ops.backward(dout, dlse, *result, *ops.arguments(call), *needs))
 
 
-def _op_forward(q, k, v, spec, operands, num_splits):
-    if operands.descales is not None:
-        return widened(_op_forward, q, k, v, spec, operands, num_splits)
-    return ops.forward(q, k, v, *_op_arguments(spec, operands), num_splits)
+def _triton_forward(call):
+    descales = call.operands.descales or ()
+    return Result(*ops.forward_triton(*ops.arguments(call), call.num_splits, *descales))
 
 
-def _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-    arguments = _op_arguments(spec, operands)
-    return ops.backward(dout, dlse, out, lse, q, k, v, *arguments, *needs)
+def _triton_backward(call, result, dout, dlse, needs):
+    return Gradients(*ops.backward_triton(dout, dlse, *result, *ops.arguments(call), *needs))
 
 
-def _triton_forward(q, k, v, spec, operands, num_splits):
-    descales = operands.descales or ()
-    return ops.forward_triton(q, k, v, *_op_arguments(spec, operands), num_splits, *descales)
+def _reference_forward(call):
+    if call.operands.descales is not None:
+        return widened(_reference_forward, call)
+    # It has no splits: every number of them is one.
+    return reference(call.q, call.k, call.v, call.spec, call.operands)
 
 
-def _triton_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-    arguments = _op_arguments(spec, operands)
-    return ops.backward_triton(dout, dlse, out, lse, q, k, v, *arguments, *needs)
-
-
-def _reference_forward(q, k, v, spec, operands, num_splits):
-    if operands.descales is not None:
-        return widened(_reference_forward, q, k, v, spec, operands, num_splits)
-    return reference(q, k, v, spec, operands)  # it has no splits: every number of them is one
-
-
-def _reference_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-    bias, sinks, others = operands.bias, operands.sinks, autograd.other_operands(operands)
-    grads = autograd.reference_grads_of(spec, others, *needs)
-    return grads(dout, dlse, q, k, v, bias, sinks)
+def _reference_backward(call, result, dout, dlse, needs):
+    grads = reference_grads_of(call.spec, call.operands.others(), needs)
+    return Gradients(*grads(dout, dlse, call.q, call.k, call.v, *call.operands.leaves()))
 
 
 # What csrc/cuda has kernels for: a closed table. Everything else is the next row's.
@@ -128,15 +114,16 @@ def documents_as_sequences(x):
     return replace(x, document_ids=None, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
 
 
-def _cuda_forward(q, k, v, spec, operands, num_splits):
-    operands = documents_as_sequences(operands)
-    if operands.descales is None:
-        return _op_forward(q, k, v, spec, operands, num_splits)
-    arguments = _op_arguments(spec, operands)
-    return ops.forward_float8(q, k, v, *arguments, num_splits, *operands.descales)
+def _cuda_forward(call):
+    call = call.but(operands=documents_as_sequences(call.operands))
+    descales = call.operands.descales
+    if descales is None:
+        return _cpu_forward(call)
+    return Result(*ops.forward_float8(*ops.arguments(call), call.num_splits, *descales))
 
 
-def _cuda_why_not(spec, q, k, v, operands):
+def _cuda_why_not(call):
+    q = call.q
     if q.device.type != "cuda":
         return f"q is on {q.device} and this backend runs on NVIDIA GPUs"
     if ops.CUDA_MISSING:
@@ -149,13 +136,13 @@ def _cuda_why_not(spec, q, k, v, operands):
         return problem
     if torch.compiler.is_compiling() and (reason := _cuda_backward_refuses(q)):
         return f"torch.compile may want the backward, and {reason}"
-    return _cuda_refuses(spec, q, k, v, operands)
+    return _cuda_refuses(call)
 
 
-def _cuda_refuses(spec, q, k, v, operands):
+def _cuda_refuses(call):
     """The part of why_not that looks at the call alone."""
-    dims = (q.shape[3], v.shape[3])
-    given = [n for n in operands.__slots__ if getattr(operands, n) is not None]
+    q, spec, operands = call.q, call.spec, call.operands
+    dims = (q.shape[3], call.v.shape[3])
     float8 = q.dtype == E4M3
     if q.dtype not in CUDA_DTYPES and not float8:
         return f"q is {q.dtype}; the kernels take bfloat16, float16 and float8_e4m3fn"
@@ -165,7 +152,7 @@ def _cuda_refuses(spec, q, k, v, operands):
             "and 256, the same for both"
         )
     accepted = CUDA_FLOAT8_OPERANDS if float8 else CUDA_OPERANDS
-    if other := [name for name in given if name not in accepted]:
+    if other := [name for name in operands.given() if name not in accepted]:
         return f"{other[0]} is given; the kernels take {', '.join(accepted)}"
     low, high = CUDA_SOFTCAPS
     if spec.softcap and not low <= spec.softcap <= high:
@@ -188,59 +175,59 @@ def _cuda_backward_refuses(q):
     )
 
 
-def _features(q, operands, gradient: bool) -> tuple[str, ...]:
+def _features(call, gradient: bool) -> tuple[str, ...]:
     """Which of proof.FEATURES a call has."""
-    x = operands
+    x = call.operands
     of_lengths = (x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.document_ids)
     lengths = any(y is not None for y in of_lengths)
     features = ["call"]
     features += ["lengths"] if lengths else []
     features += ["pages"] if x.page_table is not None else []
-    features += ["float8"] if q.dtype == E4M3 else []
+    features += ["float8"] if call.q.dtype == E4M3 else []
     if gradient:
         features += ["gradient", "gradient of lengths"] if lengths else ["gradient"]
     return tuple(features)
 
 
-def _cuda_held_back(spec, q, k, v, operands):
+def _cuda_held_back(call):
+    q = call.q
     if q.device.type != "cuda" or ops.CUDA_MISSING:
         return "it cannot run here"
-    if operands.document_ids is not None:
+    if call.operands.document_ids is not None:
         return "document_ids make its calls wait for the GPU, so they run there only when named"
     if reason := _cuda_backward_refuses(q):
         return f"its backward cannot follow: {reason}"
     gradient = torch.compiler.is_compiling()  # then autograd is the operator's own
-    return proof.why_not(q.device.index or 0, _features(q, operands, gradient))
+    return proof.why_not(q.device.index or 0, _features(call, gradient))
 
 
-def _cuda_backward_proven(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+def _cuda_backward_proven(call, *rest):
     """As _cuda_backward, for a call that names no backend: of gradients that are proven."""
-    call = (dout, dlse, out, lse, q, k, v, spec, operands, *needs)
-    if reason := proof.why_not(q.device.index or 0, _features(q, operands, True)):
-        return _next_backward(reason, *call)
-    return _cuda_backward(*call)
+    if reason := proof.why_not(call.q.device.index or 0, _features(call, True)):
+        return _next_backward(reason, call, *rest)
+    return _cuda_backward(call, *rest)
 
 
-def _next_backward(reason, dout, dlse, out, lse, q, k, v, spec, operands, *needs):
+def _next_backward(reason, call, *rest):
     rows = BACKENDS[BACKENDS.index(BY_NAME["cuda"]) + 1 :]
-    row = next(row for row in rows if row.why_not(spec, q, k, v, operands) is None)
+    row = next(row for row in rows if row.why_not(call) is None)
     _warn_once(f"fastattn: {row.name} runs a backward of the cuda backend: {reason}.")
-    return row.backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+    return row.backward(call, *rest)
 
 
-def _cuda_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-    if reason := _cuda_backward_refuses(q):
-        call = (dout, dlse, out, lse, q, k, v, spec, operands, *needs)
-        return _next_backward(reason, *call)
-    operands = documents_as_sequences(operands)
-    return _op_backward(dout, dlse, out, lse, q, k, v, spec, operands, *needs)
+def _cuda_backward(call, *rest):
+    if reason := _cuda_backward_refuses(call.q):
+        return _next_backward(reason, call, *rest)
+    call = call.but(operands=documents_as_sequences(call.operands))
+    return _cpu_backward(call, *rest)
 
 
 MAX_TRITON_HEAD_DIM = 1024
 
 
-def _triton_refuses(spec, q, k, v, operands):
-    if q.dtype not in DTYPES[:3] and operands.descales is None:
+def _triton_refuses(call):
+    q, v = call.q, call.v
+    if q.dtype not in DTYPES[:3] and call.operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16 and float16"
     if max(q.shape[3], v.shape[3]) > MAX_TRITON_HEAD_DIM:
         return (
@@ -250,7 +237,8 @@ def _triton_refuses(spec, q, k, v, operands):
     return None
 
 
-def _triton_why_not(spec, q, k, v, operands):
+def _triton_why_not(call):
+    q = call.q
     if q.is_cuda:
         missing = gpu_missing(q.get_device())
     elif q.is_cpu and interpreting():
@@ -260,21 +248,23 @@ def _triton_why_not(spec, q, k, v, operands):
             f"q is on {q.device} and this backend runs on GPUs (or, very slowly, on the CPU in "
             "Triton's interpreter: TRITON_INTERPRET=1)"
         )
-    return missing or _triton_refuses(spec, q, k, v, operands)
+    return missing or _triton_refuses(call)
 
 
-def _triton_held_back(spec, q, k, v, operands):
-    return "Triton's interpreter runs only when named" if q.is_cpu else None
+def _triton_held_back(call):
+    return "Triton's interpreter runs only when named" if call.q.is_cpu else None
 
 
-def _cpu_why_not(spec, q, k, v, operands):
+def _cpu_why_not(call):
+    q = call.q
     if q.device.type not in ("cpu", "meta"):
         return f"q is on {q.device} and this backend runs on the CPU"
-    return ops.NATIVE_MISSING or _cpu_refuses(spec, q, k, v, operands)
+    return ops.NATIVE_MISSING or _cpu_refuses(call)
 
 
-def _cpu_refuses(spec, q, k, v, operands):
-    if q.dtype not in DTYPES and operands.descales is None:
+def _cpu_refuses(call):
+    q, v = call.q, call.v
+    if q.dtype not in DTYPES and call.operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return (
@@ -284,7 +274,7 @@ def _cpu_refuses(spec, q, k, v, operands):
     return None
 
 
-def _reference_why_not(spec, q, k, v, operands):
+def _reference_why_not(call):
     return None
 
 
@@ -297,7 +287,7 @@ BACKENDS = [
             _triton_why_not, _triton_forward, _triton_backward, _triton_refuses,
             weights_rounded=True, held_back=_triton_held_back),
     Backend("cpu", "C++ kernels on the CPU",
-            _cpu_why_not, _op_forward, _op_backward, _cpu_refuses, CPU_TILE),
+            _cpu_why_not, _cpu_forward, _cpu_backward, _cpu_refuses, CPU_TILE),
     Backend("reference", "plain torch, O(S^2) memory, any device",
             _reference_why_not, _reference_forward, _reference_backward, _reference_why_not),
 ]  # fmt: skip
@@ -328,37 +318,36 @@ def named(name: str | None) -> str | None:
     return name
 
 
-def auto_select(spec, q, k, v, operands) -> Backend:
+def auto_select(call: Call) -> Backend:
     """The row that runs a call which names none."""
-    call = (spec, q, k, v, operands)
-    row = next(row for row in BACKENDS if not (row.held_back(*call) or row.why_not(*call)))
+    row = next(row for row in BACKENDS if not (row.held_back(call) or row.why_not(call)))
     return _CUDA_PROVEN if row.name == "cuda" else row
 
 
-def pick(name, spec, q, k, v, operands) -> Backend:
+def pick(name: str | None, call: Call) -> Backend:
     """The row that runs this call: `name`, or what FASTATTN_BACKEND names, or the first able."""
     wanted = named(name)
     if wanted is not None:
         row = BY_NAME[wanted]
-        reason = row.why_not(spec, q, k, v, operands)
+        reason = row.why_not(call)
         if reason:
             source = "FASTATTN_BACKEND" if name is None else "backend"
             raise NotImplementedError(f"{source}={wanted!r} cannot run this call: {reason}")
     else:
-        row = auto_select(spec, q, k, v, operands)
+        row = auto_select(call)
         if row.name == "reference":
-            _warn_reference(spec, q, k, v, operands)
-        if q.is_cuda and not ops.CUDA_MISSING and row.name != "cuda":
-            _say_how_to_prove(spec, q, k, v, operands)
+            _warn_reference(call)
+        if call.q.is_cuda and not ops.CUDA_MISSING and row.name != "cuda":
+            _say_how_to_prove(call)
     if not torch.compiler.is_compiling():
-        _log(row, spec, q, k, v, operands)
+        _log(row, call)
     return row
 
 
-def _say_how_to_prove(spec, q, k, v, operands) -> None:
+def _say_how_to_prove(call: Call) -> None:
     """Warns, once, where the CUDA kernels could run this call but verify has never run."""
-    able = BY_NAME["cuda"].why_not(spec, q, k, v, operands) is None
-    if able and (sentence := proof.missing(q.device.index or 0)):
+    able = BY_NAME["cuda"].why_not(call) is None
+    if able and (sentence := proof.missing(call.q.device.index or 0)):
         _warn_once(sentence)
 
 
@@ -366,10 +355,10 @@ _warned: set[str] = set()
 _logged: set[str] = set()
 
 
-def _warn_reference(spec, q, k, v, operands) -> None:
+def _warn_reference(call: Call) -> None:
     """The slow backend runs, unasked: say so, once for each reason."""
-    closest = "cpu" if q.device.type in ("cpu", "meta") else "triton"
-    reason = BY_NAME[closest].why_not(spec, q, k, v, operands)
+    closest = "cpu" if call.q.device.type in ("cpu", "meta") else "triton"
+    reason = BY_NAME[closest].why_not(call)
     _warn_once(
         f"fastattn runs on its slow reference backend (O(S^2) memory), because {reason}. "
         'backend="reference" asks for it without this warning.'
@@ -391,20 +380,19 @@ def caller_level() -> int:
     return level
 
 
-def _log(row, spec, q, k, v, operands) -> None:
+def _log(row: Backend, call: Call) -> None:
     """FASTATTN_LOG=1: one line for each distinct decision."""
     if os.environ.get("FASTATTN_LOG", "0") in ("", "0"):
         return
-    given = [n for n in operands.__slots__ if getattr(operands, n) is not None]
-    call = (spec, q, k, v, operands)
+    q, given = call.q, call.operands.given()
     reasons = [
         f"not {other.name}: {reason}"
         for other in BACKENDS[: NAMES.index(row.name)]
-        if (reason := other.why_not(*call) or other.held_back(*call))
+        if (reason := other.why_not(call) or other.held_back(call))
     ]
     line = (
-        f"fastattn: {row.name} runs q {list(q.shape)} k {list(k.shape)} v {list(v.shape)} "
-        f"{str(q.dtype).removeprefix('torch.')} {spec}"
+        f"fastattn: {row.name} runs q {list(q.shape)} k {list(call.k.shape)} "
+        f"v {list(call.v.shape)} {str(q.dtype).removeprefix('torch.')} {call.spec}"
         + (f" with {', '.join(given)}" if given else "")
         + (f" ({'; '.join(reasons)})" if reasons else "")
     )

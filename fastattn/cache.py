@@ -14,6 +14,7 @@ from torch import Tensor
 from . import backends, checks, descales
 from .append import Append, check_rotary
 from .attention import run, score_operands
+from .call import Call
 from .context_parallel import refuse_context_parallel
 from .fused import has_kernel
 from .memory import copied_if_overlapping
@@ -111,25 +112,24 @@ def decode_attention(
     Rotary embeddings: RoFormer (Su et al., arXiv:2104.09864).
     """
     refuse_context_parallel()  # before anything is written
-    q, spec, operands, caches, append = cached_form(
+    call, append = cached_form(
         q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
         rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,
         alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin, dropout_p, dropout_seed,
         return_lse, deterministic,
     )  # fmt: skip
-    num_splits, row = _chosen(num_splits, backend, spec, q, caches, operands)
+    call, row = _chosen(call, num_splits, backend)
     if append is not None:
         append.by_kernel() if row.name == "triton" else append.in_torch()
-    out, lse = run(q, *caches, spec, operands, row, num_splits)
+    out, lse = run(call, row)
     return (out, lse) if return_lse else out
 
 
-def _chosen(num_splits, backend, spec, q, caches, operands):
-    """(num_splits, backend's row), checked."""
-    splits = 0
+def _chosen(call: Call, num_splits: int | None, backend: str | None):
+    """(the call with num_splits, backend's row), checked."""
     if num_splits is not None:
-        splits = checks.length("num_splits", num_splits, checks.MAX_SPLITS)
-    return splits, backends.pick(backend, spec, q, *caches, operands)
+        call = call.but(num_splits=checks.length("num_splits", num_splits, checks.MAX_SPLITS))
+    return call, backends.pick(backend, call)
 
 
 _DEFAULTS = {
@@ -140,20 +140,19 @@ _DEFAULTS = {
 
 
 def decode_form(q, k_cache, v_cache, **call):
-    """(q, spec, operands, (k, v), num_splits, backend) of decode_attention()'s arguments by name;
-    those left out have their defaults, but dropout draws no key."""
+    """(Call, num_splits, backend) of decode_attention()'s arguments by name; those left out have
+    their defaults, but dropout draws no key."""
     call = _DEFAULTS | call
     if call["dropout_seed"] is None:
         call["dropout_seed"] = (0, 0)
     backend, num_splits = call.pop("backend"), call.pop("num_splits")
-    *form, _ = cached_form(q, k_cache, v_cache, **call)
-    return *form, num_splits, backend
+    checked, _ = cached_form(q, k_cache, v_cache, **call)
+    return checked, num_splits, backend
 
 
 def check_decode(q, k_cache, v_cache, **call) -> None:
     """Raises what decode_attention() would, and does nothing else."""
-    q, spec, operands, caches, num_splits, backend = decode_form(q, k_cache, v_cache, **call)
-    _chosen(num_splits, backend, spec, q, caches, operands)
+    _chosen(*decode_form(q, k_cache, v_cache, **call))
 
 
 def cached_form(
@@ -162,7 +161,7 @@ def cached_form(
     alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin, dropout_p, dropout_seed,
     return_lse, deterministic,
 ):  # fmt: skip
-    """Checks decode_attention()'s arguments; (q, spec, operands, (k, v), Append or None)."""
+    """Checks decode_attention()'s arguments; (Call, Append or None)."""
     checks.flag("return_lse", return_lse)
     checks.flag("deterministic", False if deterministic is None else deterministic)
     for name, x, instead in (
@@ -252,7 +251,7 @@ def cached_form(
         descales.check(name, x, None if shared else batch, k_cache.shape[1], device)
         checks.no_gradient(name, x)
     operands = Operands(
-        *score_operands(mask, bias, alibi_slopes, sinks, (batch, heads, q_len, capacity), q),
+        **score_operands(mask, bias, alibi_slopes, sinks, (batch, heads, q_len, capacity), q),
         kv_lens=lens,
         kv_starts=cache_leftpad,
         page_table=table,
@@ -264,7 +263,7 @@ def cached_form(
         append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale)).checked()
         q = copied_if_overlapping(q, *caches)
         operands = _apart(operands, caches)
-    return q, spec, operands, caches, append
+    return Call(q, *caches, spec, operands), append
 
 
 def _apart(operands, caches):

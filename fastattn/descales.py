@@ -5,12 +5,14 @@ backends they are widened here, and nowhere else. Next hop: back to backends.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import checks
+from .call import Call, Result
 
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
 RANGES = {INT8: (-128.0, 127.0), E4M3: (-448.0, 448.0)}
@@ -45,30 +47,31 @@ def widen(x: Tensor, descale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (x.float() * descale[..., None, None]).to(dtype)
 
 
-def widened(forward, q, k, v, spec, operands, num_splits):
-    """(out, lse) by `forward`, of a backend that reads no 8-bit tensors.
+def widened(forward: Callable[[Call], Result], call: Call) -> Result:
+    """The result by `forward`, of a backend that reads no 8-bit tensors.
 
     8-bit k and v take q's dtype; an 8-bit q, and k and v with it, fp32, and out is bfloat16. Of a
     cache only the slots that some entry uses are read.
     """
-    descales = operands.descales
-    k, v, operands = _used(k, v, replace(operands, descales=None))
+    descales, q = call.operands.descales, call.q
+    call = _used(call.but(operands=replace(call.operands, descales=None)))
     dtype = torch.float32 if q.dtype == E4M3 else q.dtype
     out_dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
     if q.dtype == E4M3:
         own = descales.q
         if own is not None:
-            own = own.repeat_interleave(q.shape[1] // max(1, k.shape[1]), -1)  # of each q head
+            own = own.repeat_interleave(q.shape[1] // max(1, call.k.shape[1]), -1)  # of each q head
         q = widen(q, own, dtype)
-    k, v = widen(k, descales.k, dtype), widen(v, descales.v, dtype)
-    out, lse = forward(q, k, v, spec, operands, num_splits)
-    return out.to(out_dtype), lse
+    k, v = widen(call.k, descales.k, dtype), widen(call.v, descales.v, dtype)
+    out, lse = forward(call.but(q=q, k=k, v=v))
+    return Result(out.to(out_dtype), lse)
 
 
-def _used(k, v, operands):
-    """(k, v, operands) of an unpaged call without the keys that no entry has."""
+def _used(call: Call) -> Call:
+    """The call, in no pages, without the keys that no entry has."""
+    k, v, operands = call.k, call.v, call.operands
     if operands.kv_lens is None or operands.document_ids is not None:
-        return k, v, operands
+        return call
     table, size = operands.page_table, k.shape[2]
     slots = size if table is None else size * table.shape[1]
     if checks.has_values(operands.kv_lens):
@@ -82,4 +85,5 @@ def _used(k, v, operands):
         for x in (operands.mask, operands.bias)
     )
     k, v = k[:, :, :slots], v[:, :, :slots]
-    return k, v, replace(operands, mask=mask, bias=bias, page_table=None)
+    operands = replace(operands, mask=mask, bias=bias, page_table=None)
+    return call.but(k=k, v=v, operands=operands)

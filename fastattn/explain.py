@@ -10,10 +10,11 @@ import torch
 
 from . import backends, cache
 from .attention import attention, normal_form, packed_form, varlen_attention
+from .call import Call
 from .pairs import count_pairs
 from .philox import keep_probability
 from .reference import Piece, pieces
-from .spec import Operands, Spec
+from .spec import Spec
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,27 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         arguments["dropout_seed"] = (0, 0)  # drawing one would advance the generator
     asked = backends.named(arguments["backend"])
     if function is attention:
-        q, k, v, spec, operands = normal_form(**arguments)[:5]
+        checked, *_ = normal_form(**arguments)
     elif function is varlen_attention:
         arguments.pop("backend")
-        q, k, v, spec, operands = packed_form(**arguments)
+        checked = packed_form(**arguments)
     else:
-        q, spec, operands, (k, v), *_ = cache.decode_form(**arguments)
+        checked, *_ = cache.decode_form(**arguments)
 
-    reasons = {row.name: row.why_not(spec, q, k, v, operands) for row in backends.BACKENDS}
+    q, k, v, spec, operands = (getattr(checked, x) for x in ("q", "k", "v", "spec", "operands"))
+    reasons = {row.name: row.why_not(checked) for row in backends.BACKENDS}
     held_back = {
         row.name: reason
         for row in backends.BACKENDS
-        if reasons[row.name] is None and (reason := row.held_back(spec, q, k, v, operands))
+        if reasons[row.name] is None and (reason := row.held_back(checked))
     }
     if asked:
         chosen = asked if reasons[asked] is None else None
     else:
-        chosen = backends.auto_select(spec, q, k, v, operands).name
+        chosen = backends.auto_select(checked).name
     row = backends.BY_NAME.get(chosen)
-    work = _Work(q, k, v, spec, operands)
-    pairs, head_dim, v_dim = work.pairs(), q.shape[3], v.shape[3]
+    work = _Work(checked)
+    pairs, head_dim, v_dim = count_pairs(checked), q.shape[3], v.shape[3]
     no_gradient = operands.paged or operands.descales or function is cache.decode_attention
     return Explanation(
         backend=chosen,
@@ -115,7 +117,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         kv_dtype=k.dtype,
         device=q.device,
         spec=spec,
-        operands=tuple(n for n in operands.__slots__ if getattr(operands, n) is not None),
+        operands=tuple(operands.given()),
         pairs=pairs,
         all_pairs=work.all_pairs(),
         tiles=work.tiles(*row.tile) if row and row.tile else None,
@@ -129,8 +131,9 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
 class _Work:
     """What a call touches, from its band and the pieces that lengths and documents cut it into."""
 
-    def __init__(self, q, k, v, spec: Spec, operands: Operands):
-        self.q, self.k, self.v, self.spec, self.operands = q, k, v, spec, operands
+    def __init__(self, call: Call):
+        q, k, operands = call.q, call.k, call.operands
+        self.q, self.k, self.v, self.spec, self.operands = q, k, call.v, call.spec, operands
         self.pieces = list(pieces(q, k, operands))
         whole = len(self.pieces) == 1 and self.pieces[0].entry is None
         self.copies = q.shape[0] if whole else 1  # batch entries that each piece stands for
@@ -149,10 +152,6 @@ class _Work:
         lo, hi = self.spec.lo(i, *lengths), self.spec.hi(i, *lengths)
         lo, hi = max(lo, piece.j.start), min(hi, piece.j.stop)
         return lo, max(lo, hi)
-
-    def pairs(self) -> int:
-        band = (self.spec.left, self.spec.right, self.spec.align_end)
-        return count_pairs(self.q, self.k, self.operands, *band)
 
     def all_pairs(self) -> int:
         rows = sum(len(p.i) * self.keys_of(p) for p in self.pieces)

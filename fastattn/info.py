@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import backends, proof
+from .call import Call
 from .spec import Operands, Spec
 
 # What each instruction set of the CPU library needs, so that a refusal can name what is missing.
@@ -142,7 +143,7 @@ def _backends() -> list[dict]:
     rows = []
     for backend in backends.BACKENDS:
         calls = [_sample(device, **_plain(backend)) for device in devices]
-        reasons = [backend.why_not(*call) for call in calls]
+        reasons = [backend.why_not(call) for call in calls]
         reason = None if None in reasons else reasons[-1]
         rows.append({"name": backend.name, "role": backend.role, "why_not": reason})
     return rows
@@ -150,7 +151,7 @@ def _backends() -> list[dict]:
 
 def _plain(backend) -> dict:
     """For _sample(): a call in fp32, or in bf16 where the backend has no fp32."""
-    return {} if backend.refuses(*_sample()) is None else {"dtype": torch.bfloat16}
+    return {} if backend.refuses(_sample()) is None else {"dtype": torch.bfloat16}
 
 
 def _proof() -> dict[str, dict[str, str] | None]:
@@ -206,7 +207,7 @@ def _sample(
     kv_heads: int = 2,
     kv_len: int = 64,
     **changes,
-):
+) -> Call:
     """A small call in the operators' normal form: what every why_not takes."""
     packed = {"packed": torch.tensor([0, 64], dtype=torch.int32)}
     paged = {
@@ -228,7 +229,7 @@ def _sample(
     q = torch.zeros(1, 2, 64, dim, dtype=dtype, device=device)
     k = torch.zeros(1, kv_heads, kv_len, dim, dtype=dtype, device=device)
     v = torch.zeros(1, kv_heads, kv_len, dim_v or dim, dtype=dtype, device=device)
-    return Spec(scale=1.0, **numbers), q, k, v, Operands(**tensors)
+    return Call(q, k, v, Spec(scale=1.0, **numbers), Operands(**tensors))
 
 
 def support() -> dict[str, dict[str, str | None]]:
@@ -242,7 +243,7 @@ def support() -> dict[str, dict[str, str | None]]:
         plain = _plain(row)
         for feature, changes in SUPPORT:
             base = {} if feature == "fp32" else plain
-            table[feature][row.name] = row.refuses(*_sample(**(base | changes)))
+            table[feature][row.name] = row.refuses(_sample(**(base | changes)))
     return table
 
 

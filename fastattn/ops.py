@@ -20,15 +20,27 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import autograd
+from .call import Call, Gradients
 from .gpu import constant, launcher
 from .pairs import count_pairs
-from .spec import OPERANDS, Operands, Spec
+from .spec import (
+    LEAVES,
+    NO_OPERANDS,
+    NUMBERS,
+    OPERANDS,
+    Operands,
+    Spec,
+    numbers_of,
+    split_arguments,
+)
+from .vmap import one_by_one, vmap_backward, vmap_forward
 
 try:
     from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
@@ -38,12 +50,10 @@ except ImportError:  # the name in older releases
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 
-_OPERANDS = (
-    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? kv_lens, "
-    "Tensor? kv_starts, Tensor? document_ids, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? page_table, Tensor? dropout_seed"
-)
-_SPEC = "float scale, float softcap, int left, int right, bool align_end, float dropout_p"
+_OPERANDS = ", ".join(f"Tensor? {name}" for name in OPERANDS)
+_SPEC = ", ".join(f"{x.type} {x.name}" for x in fields(Spec))  # float scale, ...
+_NEEDS = ", ".join(f"bool need_d{name}" for name in LEAVES)
+_GRADIENTS = ", ".join(f"Tensor {name}" for name in Gradients._fields)
 
 FAMILIES = ("", "_triton")  # ends of the operators' names: each pair is made by other kernels
 FLOAT8 = "_float8"  # and of a forward without a partner
@@ -59,8 +69,7 @@ for _end in (*FAMILIES, FLOAT8):
 for _end in FAMILIES:
     _LIBRARY.define(
         f"flash_attn_bwd{_end}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q,"
-        f" Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, bool need_dbias, bool need_dsinks)"
-        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        f" Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, {_NEEDS}) -> ({_GRADIENTS})",
         tags=_TAGS,
     )
 
@@ -71,6 +80,35 @@ backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
 forward_float8 = torch.ops.fastattn.flash_attn_fwd_float8.default
 PAIRS = dict(zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton))))
 FORWARDS = {end: pair[0] for end, pair in PAIRS.items()} | {FLOAT8: forward_float8}
+
+_N, _M = len(OPERANDS), len(NUMBERS)
+_NOTHING = (None,) * _N
+
+
+def arguments(call: Call) -> tuple:
+    """What all of these take of a call: q, k and v, the operands, the numbers."""
+    x = call.operands
+    tensors = _NOTHING if x is NO_OPERANDS else x.tensors()
+    return call.q, call.k, call.v, *tensors, *numbers_of(call.spec)
+
+
+@dataclass(slots=True)
+class _Arguments:
+    """An operator's arguments by name; `rest` is what follows `arguments`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tensors: tuple  # those of OPERANDS
+    numbers: tuple  # those of NUMBERS
+    rest: tuple
+
+    @classmethod
+    def of(cls, q, k, v, *rest) -> _Arguments:
+        return cls(q, k, v, *split_arguments(rest))
+
+    def call(self) -> Call:
+        return Call(self.q, self.k, self.v, Spec(*self.numbers), Operands(*self.tensors))
 
 
 # ---- the native library ------------------------------------------------------------------------
@@ -166,10 +204,10 @@ def is_8_bit(x: Tensor) -> bool:
 
 
 def _forward_fake(*args):
-    _one_device(args[0], _FORWARD_TENSORS, args)
-    _one_device(args[0], ("q_descale", "k_descale", "v_descale"), args[21:])
-    q, _, v, *_ = args
-    q = _unit_stride(q)
+    x = _Arguments.of(*args)
+    _one_device(x.q, _FORWARD_TENSORS, args)
+    _one_device(x.q, ("q_descale", "k_descale", "v_descale"), x.rest[1:])
+    q, v = _unit_stride(x.q), x.v
     same = q.shape[3] == v.shape[3] and is_dense(q)
     dtype = torch.bfloat16 if is_8_bit(q) else q.dtype
     shape = (*q.shape[:3], v.shape[3])
@@ -177,14 +215,15 @@ def _forward_fake(*args):
     return out, q.new_empty(q.shape[:3], dtype=_accumulate(q.dtype))
 
 
-def _backward_fake(*args):
-    _one_device(args[4], _BACKWARD_TENSORS, args)
-    _, _, _, _, q, k, v, _, bias, _, sinks, *_, need_dbias, need_dsinks = args
-    dtype = _accumulate(q.dtype)
-    dbias = q.new_empty(bias.shape if need_dbias else (0,), dtype=dtype)
-    dsinks = q.new_empty(sinks.shape if need_dsinks else (0,), dtype=dtype)
-    dq, dk, dv = (torch.empty_like(_unit_stride(x)) for x in (q, k, v))
-    return dq, dk, dv, dbias, dsinks
+def _backward_fake(dout, dlse, out, lse, *args):
+    x = _Arguments.of(*args)
+    _one_device(x.q, _BACKWARD_TENSORS, (dout, dlse, out, lse, *args))
+    dtype, leaves = _accumulate(x.q.dtype), Operands(*x.tensors).leaves()
+    own = (
+        x.q.new_empty(leaf.shape if need else (0,), dtype=dtype)
+        for leaf, need in zip(leaves, x.rest)
+    )
+    return *(torch.empty_like(_unit_stride(y)) for y in (x.q, x.k, x.v)), *own
 
 
 # ---- autograd, for calls of the operators themselves (torch.compile, exported programs) --------
@@ -192,68 +231,71 @@ def _backward_fake(*args):
 
 
 def _forward_setup(ctx, inputs, output):
-    if any(is_8_bit(x) for x in inputs[:3]):
+    x = _Arguments.of(*inputs)
+    if any(is_8_bit(y) for y in (x.q, x.k, x.v)):
         raise NotImplementedError(
             "fastattn: 8-bit q, k and v have no gradient, and an input requires grad"
         )
-    ctx.arguments = len(inputs)
-    ctx.save_for_backward(*inputs[:14], *output)
-    ctx.spec = inputs[14:20]
+    ctx.save_for_backward(x.q, x.k, x.v, *x.tensors, *output)
+    ctx.numbers, ctx.rest = x.numbers, len(x.rest)
     ctx.set_materialize_grads(False)
 
 
 def _forward_grad(backward, ctx, dout, dlse):
-    q, k, v, *operands, out, lse = ctx.saved_tensors
-    nothing = (None,) * ctx.arguments
+    q, k, v, *tensors, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
-        return nothing
+        return (None,) * (3 + _N + _M + ctx.rest)
     dout = torch.zeros_like(out) if dout is None else dout
-    _, bias, _, sinks, *_ = operands
-    _, need_dbias, _, need_dsinks, *_ = ctx.needs_input_grad[3:]
-    needs = (need_dbias, need_dsinks)
-    grads = backward(dout, dlse, out, lse, q, k, v, *operands, *ctx.spec, *needs)
-    dq, dk, dv, dbias, dsinks = grads
-    dbias = dbias.to(bias.dtype) if need_dbias else None
-    dsinks = dsinks.to(sinks.dtype) if need_dsinks else None
-    return (dq, dk, dv, None, dbias, None, dsinks, *nothing[7:])
+    needed = dict(zip(OPERANDS, ctx.needs_input_grad[3:]))
+    needs = [needed[name] for name in LEAVES]
+    grads = backward(dout, dlse, out, lse, q, k, v, *tensors, *ctx.numbers, *needs)
+    own = {
+        name: dx.to(x.dtype)
+        for name, dx, x, need in zip(LEAVES, grads[3:], Operands(*tensors).leaves(), needs)
+        if need
+    }
+    return *grads[:3], *(own.get(name) for name in OPERANDS), *(None,) * (_M + ctx.rest)
 
 
 def _backward_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:18])
-    ctx.numbers = inputs[18:]
+    dout, dlse, _, _, *rest = inputs
+    x = _Arguments.of(*rest)
+    ctx.save_for_backward(dout, dlse, x.q, x.k, x.v, *x.tensors)
+    ctx.numbers, ctx.needs = x.numbers, x.rest
     ctx.set_materialize_grads(False)
 
 
 def _backward_grad(ctx, *cotangents):
-    dout, dlse, _, _, q, k, v, mask, bias, slopes, sinks, *rest = ctx.saved_tensors
-    *spec, need_dbias, need_dsinks = ctx.numbers
-    function = autograd.reference_grads_of(
-        Spec(*spec), (mask, slopes, *rest), need_dbias, need_dsinks
-    )
-    grads = autograd.pull_back(function, (dout, dlse, q, k, v, bias, sinks), cotangents)
-    dout, dlse, dq, dk, dv, dbias, dsinks = grads
-    return (dout, dlse, None, None, dq, dk, dv, None, dbias, None, dsinks, *(None,) * 15)
+    dout, dlse, q, k, v, *tensors = ctx.saved_tensors
+    operands = Operands(*tensors)
+    function = autograd.reference_grads_of(Spec(*ctx.numbers), operands.others(), ctx.needs)
+    primals = (dout, dlse, q, k, v, *operands.leaves())
+    dout, dlse, dq, dk, dv, *own = autograd.pull_back(function, primals, cotangents)
+    own = dict(zip(LEAVES, own))
+    tensors = (own.get(name) for name in OPERANDS)
+    return dout, dlse, None, None, dq, dk, dv, *tensors, *(None,) * (_M + len(LEAVES))
 
 
 # ---- vmap --------------------------------------------------------------------------------------
 
 
 def _forward_vmap(forward, info, in_dims, *args):
-    numbers = args[14:21]
-    if any(is_8_bit(x) for x in args[:3]):  # scales of each instance: one after the other
-        return autograd.one_by_one(
-            info.batch_size, (*in_dims[:14], *in_dims[21:]),
-            lambda *x: forward(*x[:14], *numbers, *x[14:]), (*args[:14], *args[21:]),
+    x, n = _Arguments.of(*args), 3 + _N
+    if any(is_8_bit(y) for y in (x.q, x.k, x.v)):  # scales of each instance: one after the other
+        num_splits, *descales = x.rest
+        return one_by_one(
+            info.batch_size, (*in_dims[:n], *in_dims[n + _M + 1 :]),
+            lambda *y: forward(*y[:n], *x.numbers, num_splits, *y[n:]), (*args[:n], *descales),
         )  # fmt: skip
-    return autograd.vmap_forward(
-        info.batch_size, in_dims[:14], lambda *x: forward(*x, *numbers), args[:14], numbers[5]
-    )
+    rest = (*x.numbers, *x.rest)
+    return vmap_forward(info.batch_size, in_dims[:n], lambda *y: forward(*y, *rest), args[:n])
 
 
 def _backward_vmap(backward, info, in_dims, *args):
-    numbers = args[18:]
-    return autograd.vmap_backward(
-        info.batch_size, in_dims[:18], lambda *x: backward(*x, *numbers), args[:18], *numbers[5:]
+    n = 7 + _N
+    rest, needs = args[n:], args[n + _M :]
+    return vmap_backward(
+        info.batch_size, in_dims[:n], lambda *y: backward(*y, *rest), args[:n], needs
     )
 
 
@@ -311,20 +353,14 @@ for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
 # pairs.py counts them.
 
 
-def _pairs(q, k, operands, left: int, right: int, align_end: bool) -> int:
-    return count_pairs(q, k, Operands(*operands), left, right, align_end)
+def forward_flops(*args, out_val=None, **_) -> int:
+    call = _Arguments.of(*args).call()
+    return 2 * count_pairs(call) * (call.q.shape[-1] + call.v.shape[-1])
 
 
-def forward_flops(q, k, v, *rest, out_val=None, **_) -> int:
-    operands, (left, right, align_end) = rest[:11], rest[13:16]
-    pairs = _pairs(q, k, operands, left, right, align_end)
-    return 2 * pairs * (q.shape[-1] + v.shape[-1])
-
-
-def backward_flops(dout, dlse, out, lse, q, k, v, *rest, out_val=None, **_) -> int:
-    *operands, _scale, _softcap, left, right, align_end, _dropout, _dbias, _dsinks = rest
-    pairs = _pairs(q, k, operands, left, right, align_end)
-    return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
+def backward_flops(dout, dlse, out, lse, *args, out_val=None, **_) -> int:
+    call = _Arguments.of(*args).call()
+    return 2 * count_pairs(call) * (3 * call.q.shape[-1] + 2 * call.v.shape[-1])
 
 
 def _register_flops() -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from .call import Call
 from .reference import pieces
 from .spec import Operands
 
@@ -32,18 +33,16 @@ def pairs_of_band(q_len: int, kv_len: int, left: int = -1, right: int = -1, offs
     return end - (0 if left < 0 else _clamped_sum(offset - left, q_len, kv_len))
 
 
-def count_pairs(
-    q: Tensor, k: Tensor, operands: Operands, left: int, right: int, align_end: bool
-) -> int:
+def count_pairs(call: Call) -> int:
     """Pairs of a call over all heads. Lengths whose values cannot be read (meta and fake tensors)
     count as not given: the most that there can be."""
-    operands = _without_unreadable(operands)
+    operands, spec = _without_unreadable(call.operands), call.spec
     total = 0
-    for p in pieces(q, k, operands):
-        offset = (p.kv_len - p.q_len if align_end else 0) + p.i.start - p.j.start
-        pairs = pairs_of_band(len(p.i), len(p.j), left, right, offset)
-        total += pairs * (q.shape[0] if p.entry is None else 1)
-    return total * q.shape[1]
+    for p in pieces(call.q, call.k, operands):
+        offset = spec.offset(p.q_len, p.kv_len) + p.i.start - p.j.start
+        pairs = pairs_of_band(len(p.i), len(p.j), spec.left, spec.right, offset)
+        total += pairs * (call.q.shape[0] if p.entry is None else 1)
+    return total * call.q.shape[1]
 
 
 def _without_unreadable(operands: Operands) -> Operands:

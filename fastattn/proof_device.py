@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
+from .call import Call, Gradients, Result
+from .spec import LEAVES
 
 BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 DIMS = (64, 128, 256)
@@ -29,11 +31,12 @@ class Device:
     heads, length, runs = 40, 4096, 30
     dims: tuple[int, ...] = DIMS
 
-    def forward(self, q, k, v, spec, operands, splits=0):
-        return backends.BY_NAME[self.backend].forward(q, k, v, spec, operands, splits)
+    def forward(self, call: Call) -> Result:
+        return backends.BY_NAME[self.backend].forward(call)
 
-    def backward(self, *call):
-        return backends.BY_NAME[self.backend].backward(*call)
+    def backward(self, call: Call, result: Result, dout, dlse=None, *, sinks=False) -> Gradients:
+        needs = tuple(name == "sinks" and sinks for name in LEAVES)
+        return backends.BY_NAME[self.backend].backward(call, result, dout, dlse, needs)
 
 
 class Cuda(Device):

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .call import Call
 from .judge import Judge
 from .proof import gpu_of
 from .proof_device import BF16, E4M3, FP16, Cuda, Device, Failed, OnCpu
 from .reference import reference
-from .spec import Descales, Operands, Spec
+from .spec import NO_OPERANDS, Descales, Operands, Spec
 
 # ---- one call ------------------------------------------------------------------------------------
 
@@ -58,6 +59,10 @@ class Case:
     def spec(self) -> Spec:
         return Spec(**{"scale": self.dim**-0.5, **self.numbers})
 
+    def call(self, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        operands = self.operands(q, k, v) if self.operands else NO_OPERANDS
+        return Call(q, k, v, self.spec(), operands, self.splits)
+
     def tensors(self, where: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         draw = torch.Generator().manual_seed(seed)
         kv_heads = self.kv_heads or self.heads
@@ -79,13 +84,14 @@ class Case:
         return normal(*q), normal(*k), normal(*k)
 
 
-def truth(q, k, v, spec, operands, dtype, cotangents):
+def truth(call: Call, dtype, cotangents):
     """(out, lse, gradients of q, k, v and sinks where cotangents are given), computed in dtype."""
-    leaves = [x.detach().to(dtype).requires_grad_(bool(cotangents)) for x in (q, k, v)]
+    tensors, operands = (call.q, call.k, call.v), call.operands
+    leaves = [x.detach().to(dtype).requires_grad_(bool(cotangents)) for x in tensors]
     if operands.sinks is not None:
         leaves.append(operands.sinks.detach().to(dtype).requires_grad_(bool(cotangents)))
         operands = replace(operands, sinks=leaves[3])
-    out, lse = reference(*leaves[:3], spec, operands)
+    out, lse = reference(*leaves[:3], call.spec, operands)
     if not cotangents:
         return out, lse
     dout, dlse = (x.to(dtype) for x in cotangents)
@@ -96,26 +102,22 @@ def truth(q, k, v, spec, operands, dtype, cotangents):
 
 def check(device: Device, case: Case, gradients: bool = False) -> float:
     """The largest error, as a share of what is allowed; raises Failed where that is over 1."""
-    q, k, v = case.tensors(device.where)
-    spec, operands = case.spec(), Operands()
-    if case.operands:
-        operands = case.operands(q, k, v)
-    out, lse = device.forward(q, k, v, spec, operands, case.splits)
+    call = case.call(*case.tensors(device.where))
+    q, sinks = call.q, call.operands.sinks is not None
+    out, lse = result = device.forward(call)
     got, cotangents = [out, lse], ()
     if gradients:
         draw = torch.Generator().manual_seed(1)
         dout = torch.randn(q.shape, generator=draw).to(q)
         dlse = torch.randn(lse.shape, generator=draw).to(lse)
         dlse = dlse.masked_fill(lse == -torch.inf, 0)
-        cotangents, sinks = (dout, dlse), operands.sinks is not None
-        dq, dk, dv, _, dsinks = device.backward(
-            dout, dlse, out, lse, q, k, v, spec, operands, False, sinks
-        )
-        got += [dq, dk, dv, *([dsinks] if sinks else [])]
+        cotangents = (dout, dlse)
+        grads = device.backward(call, result, *cotangents, sinks=sinks)
+        got += [grads.dq, grads.dk, grads.dv, *([grads.dsinks] if sinks else [])]
     device.synchronize()
-    want = truth(q, k, v, spec, operands, torch.float64, cotangents)
-    plain = truth(q, k, v, spec, operands, torch.float32, cotangents)
-    judge = Judge(q, k, v, spec.scale, want[1], *cotangents, weights_rounded=True)
+    want = truth(call, torch.float64, cotangents)
+    plain = truth(call, torch.float32, cotangents)
+    judge = Judge(q, call.k, call.v, call.spec.scale, want[1], *cotangents, weights_rounded=True)
     worst = 0.0
     for name, x, true, rough in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want, plain):
         found = judge.compare(name, x, true, rough if name == "lse" else rough.to(x.dtype))
@@ -267,12 +269,10 @@ def orders(d: Device) -> str:
     runs = 0
     for dim in d.dims:
         case = _heavy(d, dim)
-        q, k, v = case.tensors(d.where)
-        spec, none = case.spec(), Operands()
-        first = None
+        call, first = case.call(*case.tensors(d.where)), None
         for _ in range(d.runs):
-            out, lse = d.forward(q, k, v, spec, none)
-            got = out, lse, *d.backward(q, None, out, lse, q, k, v, spec, none, False, False)[:3]
+            result = d.forward(call)
+            got = *result, *d.backward(call, result, call.q)[:3]
             if not all(bool(x.isfinite().all()) for x in got):
                 raise Failed(f"{case}: NaN or infinity where there can be none")
             same_bits(d, f"{case}: two runs", first or got, got)
@@ -304,19 +304,17 @@ def graphs(d: Device) -> str:
         Case(1, 1000, heads=8, kv_heads=2),
     ]
     for case in cases:
-        spec, none = case.spec(), Operands()
-        _graph(d, case, lambda q, k, v, s=spec, o=none: d.forward(q, k, v, s, o)[0])
+        _graph(d, case, lambda *tensors, case=case: d.forward(case.call(*tensors)).out)
     return f"{len(cases)} graphs"
 
 
 def graphs_of_gradients(d: Device) -> str:
     for dim in d.dims:
         case = Case(200, 330, dim, heads=4, numbers=MASKS["causal"])
-        spec, none = case.spec(), Operands()
 
-        def gradients(q, k, v, spec=spec, none=none):
-            out, lse = d.forward(q, k, v, spec, none)
-            grads = d.backward(q, None, out, lse, q, k, v, spec, none, False, False)
+        def gradients(*tensors, case=case):
+            call = case.call(*tensors)
+            grads = d.backward(call, d.forward(call), call.q)
             return torch.cat([x.flatten() for x in grads[:3]])
 
         _graph(d, case, gradients)
@@ -358,13 +356,12 @@ def pages(d: Device) -> str:
                 for j in range(0, n, size):
                     end = min(j + size, n)
                     cache[table[entry, j // size], :, : end - j] = x[entry, :, j:end]
-        operands = Operands(kv_lens=_ints(q, *lens), page_table=table)
-        cases += 1
-        out, lse = d.forward(q, *caches, case.spec(), operands)
+        lens, cases = _ints(q, *lens), cases + 1
+        operands = Operands(kv_lens=lens, page_table=table)
+        out, lse = d.forward(Call(q, *caches, case.spec(), operands))
         d.synchronize()
-        alone = Operands(kv_lens=_ints(q, *lens))
-        want = truth(q, k, v, case.spec(), alone, torch.float64, ())
-        plain = truth(q, k, v, case.spec(), alone, torch.float32, ())
+        alone = Call(q, k, v, case.spec(), Operands(kv_lens=lens))
+        want, plain = (truth(alone, dtype, ()) for dtype in (torch.float64, torch.float32))
         judge = Judge(q, k, v, case.spec().scale, want[1], weights_rounded=True)
         for name, x, true, rough in zip(("out", "lse"), (out, lse), want, plain):
             found = judge.compare(name, x, true, rough.to(x.dtype))
@@ -381,7 +378,7 @@ def float8(d: Device) -> str:
         case = Case(450, 450, dim, E4M3, heads=4, kv_heads=2, numbers=MASKS[mask])
         q, k, v = case.tensors(d.where)
         spec, operands = case.spec(), descales(q, k, v)
-        out, lse = d.forward(q, k, v, spec, operands)
+        out, lse = d.forward(Call(q, k, v, spec, operands))
         d.synchronize()
         scales = [x.double().repeat_interleave(4 // 2 if n == 0 else 1)[:, None, None]
                   for n, x in enumerate(operands.descales[:2])]  # fmt: skip

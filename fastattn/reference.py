@@ -15,15 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .call import Result
 from .philox import heads_of, keep_block, keep_probability
-from .spec import Operands, Spec
-
-_NO_OPERANDS = Operands()
+from .spec import NO_OPERANDS, Operands, Spec
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands = _NO_OPERANDS
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands = NO_OPERANDS
+) -> Result:
     """Attention of q [B, heads, q_len, D] over k, v [B, kv_heads, kv_len, D | v_dim].
 
     Returns out [B, heads, q_len, v_dim] in q's dtype and memory order, and lse [B, heads, q_len].
@@ -46,7 +45,7 @@ def reference(
         lses.append(wide[0].new_full((1, heads, rest), -torch.inf))
         out = torch.cat(outs, dim=2)[0].unflatten(1, (batch, q_len)).transpose(0, 1)
         lse = torch.cat(lses, dim=2)[0].unflatten(1, (batch, q_len)).transpose(0, 1)
-    return _in_memory_order_of(q, out.to(q.dtype)), lse.contiguous()
+    return Result(in_memory_order_of(q, out.to(q.dtype)), lse.contiguous())
 
 
 def _no_autocast(device_type: str):
@@ -186,7 +185,7 @@ def _part(x: Tensor, piece: Piece) -> Tensor:
     return x[tuple(slice(None) if n == 1 else s for n, s in zip(x.shape, wanted, strict=True))]
 
 
-def _in_memory_order_of(q: Tensor, out: Tensor) -> Tensor:
+def in_memory_order_of(q: Tensor, out: Tensor) -> Tensor:
     """out with q's strides where q is dense and has out's shape, else contiguous."""
     order = sorted(range(4), key=lambda d: (q.stride(d), q.shape[d]), reverse=True)
     if q.shape != out.shape or not q.permute(order).is_contiguous():

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import backends, checks, ops
 from .attention import autocast, run
-from .autograd import NO_OPERANDS
-from .spec import Operands, Spec
+from .call import Call
+from .spec import NO_OPERANDS, Operands, Spec
 
 _NAME = "scaled_dot_product_attention"
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -79,7 +79,8 @@ def scaled_dot_product_attention(
         except (TypeError, RuntimeError):  # a tensor without shape, or what no check accepts
             plan_key = plan = None
         if plan is not None:
-            return run(query, key, value, plan[0], NO_OPERANDS, plan[1])[0]
+            spec, row = plan
+            return run(Call(query, key, value, spec, NO_OPERANDS), row).out
     return _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plan_key)
 
 
@@ -122,12 +123,13 @@ def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
             bias=None if boolean else mask,
             dropout_seed=checks.dropout_key(None, query.device) if spec.dropout_p else None,
         )
-    row = backends.pick(None, spec, q4, k4, v4, operands)
+    call = Call(q4, k4, v4, spec, operands)
+    row = backends.pick(None, call)
     if plan_key is not None and q4 is query and k4 is key and v4 is value:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
         _PLANS[plan_key] = (spec, row)
-    out, _ = run(q4, k4, v4, spec, operands, row)
+    out = run(call, row).out
     return out if out.shape == shape else out.reshape(shape)
 
 

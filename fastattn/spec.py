@@ -6,7 +6,8 @@ csrc/spec.h holds the same few lines in C++; an exhaustive test keeps the two eq
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -48,25 +49,50 @@ class Descales(NamedTuple):
     v: Tensor | None = None
 
 
+def _is(vmap: str, gradient: bool = False) -> dict:
+    """What an operand is: whether it has a gradient, and what vmap makes of it when it joins its
+    own dimension with the call's entries (vmap.py):
+
+    broadcast  the first of its four dimensions counts entries, or is 1 for all of them
+    entries    its first dimension counts entries
+    heads      [heads], for all entries; or [entries, heads]
+    all        [heads], for all entries: instances that each have their own run one by one
+    alone      instances of a call that has it run one by one
+    """
+    return {"vmap": vmap, "gradient": gradient}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
-    """The optional tensors of a call, in the order in which the operators take them.
+    """The optional tensors of a call. This is the one list of them: the operators' schemas and the
+    order of their arguments, saved tensors and vmap are made from it.
 
     An entry is a batch entry, or a sequence of a packed call; N is the number of entries, and
     mask and bias broadcast to [N, heads, q_len, kv_len] (the longest lengths, when packed).
     """
 
-    mask: Tensor | None = None  # bool, 4-D, each dimension 1 or full; True = attend
-    bias: Tensor | None = None  # float, 4-D, each dimension 1 or full; added to the scores
-    alibi_slopes: Tensor | None = None  # fp32 [heads] or [N, heads]; adds -slope * |i + offset - j|
-    sinks: Tensor | None = None  # [heads]: a logit that joins the softmax denominator only
-    kv_lens: Tensor | None = None  # int32 [N]: keys at or past kv_lens[n] do not exist
-    kv_starts: Tensor | None = None  # int32 [N]: keys before kv_starts[n] do not exist
-    document_ids: Tensor | None = None  # int32 [B, S], non-decreasing; rows see their own document
-    cu_seqlens_q: Tensor | None = None  # int32 [N + 1]: sequence n is rows cu[n]:cu[n + 1]
-    cu_seqlens_k: Tensor | None = None  # int32 [N + 1]: the same for keys (lengths only, if paged)
-    page_table: Tensor | None = None  # int32 [N, max_pages]: k and v are [pages, kv_heads, size, *]
-    dropout_seed: Tensor | None = None  # int64 [2] or [4]: philox.py's SEED, OFFSET, ...
+    # bool, 4-D, each dimension 1 or full; True = attend
+    mask: Tensor | None = field(default=None, metadata=_is("broadcast"))
+    # float, 4-D, each dimension 1 or full; added to the scores
+    bias: Tensor | None = field(default=None, metadata=_is("broadcast", gradient=True))
+    # fp32 [heads] or [N, heads]; adds -slope * |i + offset - j|
+    alibi_slopes: Tensor | None = field(default=None, metadata=_is("heads"))
+    # [heads]: a logit that joins the softmax denominator only
+    sinks: Tensor | None = field(default=None, metadata=_is("all", gradient=True))
+    # int32 [N]: keys at or past kv_lens[n] do not exist
+    kv_lens: Tensor | None = field(default=None, metadata=_is("entries"))
+    # int32 [N]: keys before kv_starts[n] do not exist
+    kv_starts: Tensor | None = field(default=None, metadata=_is("entries"))
+    # int32 [B, S], non-decreasing; rows see their own document
+    document_ids: Tensor | None = field(default=None, metadata=_is("entries"))
+    # int32 [N + 1]: sequence n is rows cu[n]:cu[n + 1]
+    cu_seqlens_q: Tensor | None = field(default=None, metadata=_is("alone"))
+    # int32 [N + 1]: the same for keys (lengths only, if paged)
+    cu_seqlens_k: Tensor | None = field(default=None, metadata=_is("alone"))
+    # int32 [N, max_pages]: k and v are [pages, kv_heads, size, *]
+    page_table: Tensor | None = field(default=None, metadata=_is("alone"))
+    # int64 [2] or [4]: philox.py's SEED, OFFSET, ...
+    dropout_seed: Tensor | None = field(default=None, metadata=_is("alone"))
     descales: Descales | None = None  # there where k and v (and perhaps q) are 8-bit; not a tensor
 
     @property
@@ -80,11 +106,53 @@ class Operands:
         return self.page_table is not None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The eleven operands, in the order of the operators' arguments."""
-        return tuple(getattr(self, name) for name in OPERANDS)
+        """The tensors, in the order of the operators' arguments."""
+        return _tensors_of(self)
+
+    def given(self) -> list[str]:
+        """The names of those that are there."""
+        return [name for name in self.__slots__ if getattr(self, name) is not None]
+
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """Those of LEAVES."""
+        return _leaves_of(self)
+
+    def others(self) -> tuple[Tensor | None, ...]:
+        """Those of OTHERS."""
+        return _others_of(self)
+
+    @staticmethod
+    def join(leaves, others) -> Operands:
+        """From what leaves() and others() give."""
+        return Operands(*_in_order((*leaves, *others)))
 
 
-OPERANDS = tuple(field.name for field in fields(Operands))[:-1]  # the names of the eleven
+_TENSORS = [x for x in fields(Operands) if x.metadata]
+OPERANDS = tuple(x.name for x in _TENSORS)  # in the order of the operators' arguments
+LEAVES = tuple(x.name for x in _TENSORS if x.metadata["gradient"])  # those that have a gradient
+OTHERS = tuple(x.name for x in _TENSORS if not x.metadata["gradient"])
+VMAP = {x.name: x.metadata["vmap"] for x in _TENSORS}
+NUMBERS = tuple(x.name for x in fields(Spec))  # likewise
+
+
+def _getter(names: tuple[str, ...]):
+    """x -> (x.name, ...). Written out, since torch.compile does not know operator.attrgetter, and a
+    loop over names would cost every call 2 us."""
+    return eval(f"lambda x: ({', '.join(f'x.{name}' for name in names)},)")
+
+
+_tensors_of, _leaves_of, _others_of = map(_getter, (OPERANDS, LEAVES, OTHERS))
+_in_order = itemgetter(*((*LEAVES, *OTHERS).index(name) for name in OPERANDS))
+numbers_of = _getter(NUMBERS)
+
+
+def split_arguments(rest: tuple) -> tuple[tuple, tuple, tuple]:
+    """(what belongs to OPERANDS, to NUMBERS, the rest) of an operator's arguments after v."""
+    n, m = len(OPERANDS), len(OPERANDS) + len(NUMBERS)
+    return rest[:n], rest[n:m], rest[m:]
+
+
+NO_OPERANDS = Operands()
 
 
 def _clip(x, high):

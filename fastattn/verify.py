@@ -23,8 +23,9 @@ from torch import Tensor
 
 from . import backends, proof
 from .attention import attention, varlen_attention
+from .call import Call
 from .judge import Comparison, Judge
-from .spec import Operands, Spec
+from .spec import NO_OPERANDS, Spec
 
 try:
     from . import _C
@@ -192,9 +193,9 @@ def backends_here(gpu: bool = True) -> Iterator[tuple[str, str, str | None]]:
         reasons = {}
         for device in devices:
             x = torch.zeros(1, 1, 1, 64, device=device)
-            if row.refuses(Spec(0.125), x, x, x, Operands()):  # it has no fp32
+            if row.refuses(Call(x, x, x, Spec(0.125), NO_OPERANDS)):  # it has no fp32
                 x = x.bfloat16()
-            reasons[device] = row.why_not(Spec(0.125), x, x, x, Operands())
+            reasons[device] = row.why_not(Call(x, x, x, Spec(0.125), NO_OPERANDS))
         able = [device for device in devices if reasons[device] is None]
         device = able[0] if able else devices[-1]
         reason = reasons[device]

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..descales import E4M3
 from ..ops import _unit_stride, is_dense
 from ..philox import FIRST_HEAD, TOTAL_HEADS, keep_probability, keep_threshold
-from ..spec import Descales, Operands, Spec
+from ..spec import Descales, Operands, Spec, split_arguments
 from . import config, tune
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
 from .decode import combine_kernel
@@ -154,10 +154,10 @@ def new_results(q, v, packed: bool):
 
 
 def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
-    """flash_attn_fwd: (out, lse). rest is the eleven operands, six numbers, num_splits and, or not,
-    three descales; row stands in for the table's Config, device for q's (config.Device)."""
-    operands = Operands(*rest[:11], Descales(*rest[18:]))
-    spec, num_splits = Spec(*rest[11:17]), rest[17]
+    """flash_attn_fwd: (out, lse). rest is the operands, the numbers, num_splits and, or not, three
+    descales; row stands in for the table's Config, device for q's (config.Device)."""
+    tensors, numbers, (num_splits, *descales) = split_arguments(rest)
+    operands, spec = Operands(*tensors, Descales(*descales)), Spec(*numbers)
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     out, lse = new_results(q, v, operands.packed)
     if lse.numel() == 0 or out.numel() == 0:
@@ -243,9 +243,9 @@ def _descriptors(p: Params, tensors, row: config.Config, length: int, blocks):
 
 def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = None, device=None):
     """flash_attn_bwd: (dq, dk, dv, dbias, dsinks), the last two fp32 and empty where not needed.
-    rest is the eleven operands, six numbers, need_dbias and need_dsinks."""
-    operands, spec = Operands(*rest[:11]), Spec(*rest[11:17])
-    need_dbias, need_dsinks = rest[17:]
+    rest is the operands, the numbers, need_dbias and need_dsinks."""
+    tensors, numbers, (need_dbias, need_dsinks) = split_arguments(rest)
+    operands, spec = Operands(*tensors), Spec(*numbers)
     if operands.paged:
         raise NotImplementedError("fastattn: keys in pages have no gradient")
     dout, out, q, k, v = (_unit_stride(x) for x in (dout, out, q, k, v))

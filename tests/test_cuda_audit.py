@@ -9,7 +9,8 @@ import torch
 from fastattn.benchmarks import cuda_audit
 
 from fastattn import backends
-from fastattn.spec import Descales, Operands, Spec
+from fastattn.call import Call, Result
+from fastattn.spec import NO_OPERANDS, Descales, Operands, Spec
 
 needs_nvcc = pytest.mark.skipif(cuda_audit.why_not() is not None, reason=str(cuda_audit.why_not()))
 
@@ -133,7 +134,7 @@ def test_differences_are_shown():
 
 def refusal(dtype=torch.bfloat16, dim=64, v_dim=64, rows=64, spec=None, **operands):
     q, k, v = (torch.empty(1, 2, rows, d, dtype=dtype, device="meta") for d in (dim, dim, v_dim))
-    return backends._cuda_refuses(spec or Spec(0.125), q, k, v, Operands(**operands))
+    return backends._cuda_refuses(Call(q, k, v, spec or Spec(0.125), Operands(**operands)))
 
 
 def test_what_the_kernels_serve():
@@ -177,20 +178,19 @@ def test_float8_has_kernels_of_its_own(monkeypatch):
     q.shape = (1, 1, 64, 64)
     for found, reason in (((9, 0), None), ((8, 9), "sm_89"), ((10, 0), "sm_100")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, x=found: x)
-        answer = backends.BY_NAME["cuda"].why_not(
-            Spec(0.125), q, q, q, Operands(descales=FLOAT8["descales"])
-        )
+        operands = Operands(descales=FLOAT8["descales"])
+        answer = backends.BY_NAME["cuda"].why_not(Call(q, q, q, Spec(0.125), operands))
         assert answer is None if reason is None else reason in answer
 
 
 def test_float8_goes_to_its_operator(monkeypatch):
     """With the operands' arguments, documents as sequences, and the descales at the end."""
     calls = []
-    monkeypatch.setattr(backends.ops, "forward_float8", lambda *a: calls.append(a))
+    monkeypatch.setattr(backends.ops, "forward_float8", lambda *a: calls.append(a) or (a[0], a[0]))
     q, scale = torch.empty(1, 1, 2, 64), torch.ones(1)
     ids = torch.zeros(1, 2, dtype=torch.int32)
     operands = Operands(document_ids=ids, descales=Descales(None, scale, None))
-    backends.BY_NAME["cuda"].forward(q, q, q, Spec(0.5), operands, 0)
+    backends.BY_NAME["cuda"].forward(Call(q, q, q, Spec(0.5), operands))
     (*_, given_ids, cu_q, _, _, _), numbers = calls[0][3:14], calls[0][14:21]
     assert given_ids is None and cu_q.tolist() == [[0, 2]]
     assert numbers == (0.5, 0.0, -1, -1, True, 0.0, 0) and calls[0][21:] == (None, scale, None)
@@ -214,7 +214,7 @@ def test_documents_become_sequences():
 
 def test_cpu_tensors_are_refused():
     q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)
-    reason = backends.BY_NAME["cuda"].why_not(Spec(0.125), q, q, q, Operands())
+    reason = backends.BY_NAME["cuda"].why_not(Call(q, q, q, Spec(0.125), NO_OPERANDS))
     assert "q is on cpu" in reason
 
 
@@ -234,14 +234,15 @@ def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
     rows = [backends.BY_NAME["cuda"], unable, able]
     monkeypatch.setattr(backends, "BACKENDS", rows)
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(backends, "_op_backward", lambda *a: calls.append("cuda"))
+    monkeypatch.setattr(backends, "_cpu_backward", lambda *a: calls.append("cuda"))
     gpu = type("Properties", (), {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
     def backward(shared, dim):
         gpu.shared_memory_per_block_optin = shared
         q = type("Q", (), {"device": None, "is_cuda": True, "shape": (1, 1, 64, dim)})
-        rows[0].backward(q, None, q, q, q, q, q, Spec(1.0), Operands(), False, False)
+        call = Call(q, q, q, Spec(1.0), NO_OPERANDS)
+        rows[0].backward(call, Result(q, q), q, None, (False, False))
 
     backward(232448, 256)
     backward(101376, 128)
@@ -256,5 +257,5 @@ def test_gpus_older_than_sm_80_are_refused(monkeypatch, found, reason):
     monkeypatch.setattr(backends.ops, "CUDA_MISSING", None)
     q = type("Q", (), {"device": torch.device("cuda"), "dtype": torch.float16})()
     q.shape = (1, 1, 1, 64)
-    answer = backends.BY_NAME["cuda"].why_not(Spec(0.125), q, q, q, Operands())
+    answer = backends.BY_NAME["cuda"].why_not(Call(q, q, q, Spec(0.125), NO_OPERANDS))
     assert answer is None if reason is None else reason in answer

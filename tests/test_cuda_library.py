@@ -89,6 +89,7 @@ def test_a_built_library_that_does_not_load_is_a_fault(monkeypatch):
 def test_a_driver_that_does_not_serve_the_library_is_named(monkeypatch):
     """By explain() and by backend="cuda"; the operators ask again themselves."""
     from fastattn import backends
+    from fastattn.call import Call
     from fastattn.spec import Operands, Spec
 
     class Old:
@@ -104,7 +105,7 @@ def test_a_driver_that_does_not_serve_the_library_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     ops.cuda_problem.cache_clear()
     try:
-        said = backends.BY_NAME["cuda"].why_not(Spec(1.0), Q, Q, Q, Operands())
+        said = backends.BY_NAME["cuda"].why_not(Call(Q, Q, Q, Spec(1.0), Operands()))
     finally:
         ops.cuda_problem.cache_clear()
     assert "serves CUDA up to 12.2" in said

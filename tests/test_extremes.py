@@ -20,6 +20,7 @@ from torch import Tensor
 import fastattn
 from fastattn import checks
 from fastattn.backends import BY_NAME as BY_BACKEND
+from fastattn.call import Call as AttentionCall
 from fastattn.gpu import triton_missing
 from fastattn.judge import allowed_error
 from fastattn.spec import Operands, Spec
@@ -445,8 +446,9 @@ def test_what_leaves_float32_is_refused():
         with pytest.raises(ValueError, match=r"scale is .*; accepted is a finite number in"):
             fastattn.scaled_dot_product_attention(q, q, q, scale=scale)
     spec = Spec(1.0, softcap=1e4)
+    x = q[..., :1].expand(1, 2, 4, 64).bfloat16()
     assert "softcap is 10000.0" in BY_BACKEND["cuda"].refuses(
-        spec, *[x[..., :1].expand(1, 2, 4, 64).bfloat16() for x in (q, q, q)], Operands()
+        AttentionCall(x, x, x, spec, Operands())
     )
     for softcap in (1e38, 1e-38):
         with pytest.raises(ValueError, match=r"softcap is .*; accepted are 0"):

@@ -99,8 +99,8 @@ def test_support_is_what_the_backends_say(monkeypatch):
     """Of the call alone, on any machine: never a guess, nor a matter of what runs here."""
     from fastattn import backends, info
 
-    def halves_only(spec, q, *rest):
-        return "it takes halves only" if q.dtype.itemsize != 2 else None
+    def halves_only(call):
+        return "it takes halves only" if call.q.dtype.itemsize != 2 else None
 
     def nothing(*call):
         raise AssertionError("asked about this machine")

@@ -10,7 +10,8 @@ import torch
 from pretended import GPU, closed, prove
 
 from fastattn import backends, explain, info, ops, proof
-from fastattn.spec import Descales, Operands, Spec
+from fastattn.call import Call, Result
+from fastattn.spec import NO_OPERANDS, Descales, Operands, Spec
 
 file = pytest.fixture(autouse=True)(pretended.file)
 
@@ -36,9 +37,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
 
 
+def plain_call(q) -> Call:
+    return Call(q, q, q, Spec(0.125), NO_OPERANDS)
+
+
 def picked(q=None, name=None, **operands):
     q = q or Tensor()
-    return backends.pick(name, Spec(0.125), q, q, q, Operands(**operands))
+    return backends.pick(name, Call(q, q, q, Spec(0.125), Operands(**operands)))
 
 
 def test_without_proof_triton_runs_and_says_once_how_to_get_it(gpu):
@@ -111,7 +116,7 @@ def test_gradients_that_are_not_proven_are_the_next_rows(gpu, monkeypatch, step)
     with pytest.warns(
         UserWarning, match="triton runs a backward of the cuda backend: .* failed: out"
     ):
-        row.backward(q, None, q, q, q, q, q, Spec(0.125), Operands(), False, False)
+        row.backward(plain_call(q), Result(q, q), q, None, (False, False))
     assert calls == ["triton"]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert picked().name == "triton"
@@ -120,11 +125,10 @@ def test_gradients_that_are_not_proven_are_the_next_rows(gpu, monkeypatch, step)
 def test_proven_gradients_run(gpu, monkeypatch):
     prove()
     calls = []
-    monkeypatch.setattr(backends, "_op_backward", lambda *a: calls.append("cuda"))
+    monkeypatch.setattr(backends, "_cpu_backward", lambda *a: calls.append("cuda"))
     q = Tensor()
-    picked(kv_lens=torch.ones(1)).backward(
-        q, None, q, q, q, q, q, Spec(0.125), Operands(kv_lens=torch.ones(1)), False, False
-    )
+    call = plain_call(q).but(operands=Operands(kv_lens=torch.ones(1)))
+    picked(kv_lens=torch.ones(1)).backward(call, Result(q, q), q, None, (False, False))
     assert calls == ["cuda"]
 
 
@@ -165,4 +169,4 @@ def test_cpu_calls_ask_for_no_proof(monkeypatch):
     monkeypatch.setattr(proof, "gpu_of", lambda index: pytest.fail("asked"))
     monkeypatch.setattr(ops, "CUDA_MISSING", None)
     q = torch.zeros(1, 2, 8, 64)
-    assert backends.pick(None, Spec(1.0), q, q, q, Operands()).name in ("cpu", "reference")
+    assert backends.pick(None, plain_call(q)).name in ("cpu", "reference")

@@ -11,8 +11,9 @@ import torch
 from cases import Problem
 
 from fastattn import ops, proof_device, proof_steps
+from fastattn.call import Gradients, Result
 from fastattn.proof_steps import STEPS, Case, Failed, OnCpu
-from fastattn.spec import Operands, Spec
+from fastattn.spec import NO_OPERANDS, Spec
 
 pytestmark = pytest.mark.skipif(
     ops.NATIVE_MISSING is not None, reason=f"no CPU kernels: {ops.NATIVE_MISSING}"
@@ -38,15 +39,15 @@ class Faulty(OnCpu):
     def __init__(self, forward=None, backward=None):
         self.change, self.change_back, self.calls = forward, backward, 0
 
-    def forward(self, q, k, v, spec, operands, splits=0):
+    def forward(self, call):
         self.calls += 1
-        results = super().forward(q, k, v, spec, operands, splits)
-        return self.change(self, (q, k, v, spec, operands), *results) if self.change else results
+        result = super().forward(call)
+        return Result(*self.change(self, call, *result)) if self.change else result
 
-    def backward(self, *call):
+    def backward(self, call, *rest, **options):
         self.calls += 1
-        results = super().backward(*call)
-        return self.change_back(self, call, *results) if self.change_back else results
+        grads = super().backward(call, *rest, **options)
+        return Gradients(*self.change_back(self, call, *grads)) if self.change_back else grads
 
 
 def scaled(d, call, out, lse):
@@ -69,10 +70,9 @@ def nan_once(d, call, out, lse):
 
 def no_mask(d, call, out, lse):
     """Only what is causal is wrong."""
-    q, k, v, spec, operands = call
-    if spec.right != 0:
+    if call.spec.right != 0:
         return out, lse
-    return OnCpu.forward(d, q, k, v, Spec(spec.scale, spec.softcap), operands)
+    return OnCpu.forward(d, call.but(spec=Spec(call.spec.scale, call.spec.softcap)))
 
 
 def unsteady(d, call, out, lse):
@@ -83,14 +83,14 @@ def unsteady(d, call, out, lse):
 
 
 def lens_ignored(d, call, out, lse):
-    q, k, v, spec, x = call
+    x = call.operands
     if x.kv_lens is None and x.cu_seqlens_q is None and x.document_ids is None:
         return out, lse
-    return OnCpu.forward(d, q, k, v, spec, Operands())
+    return OnCpu.forward(d, call.but(operands=NO_OPERANDS))
 
 
 def later_sequences_lost(d, call, out, lse):
-    if call[4].cu_seqlens_q is not None:
+    if call.operands.cu_seqlens_q is not None:
         out[:, :, -7:] = 0
     return out, lse
 
@@ -176,16 +176,18 @@ class Emulated(OnCpu):
 
     heads = 2
 
-    def forward(self, q, k, v, spec, operands, splits=0):
-        many = q.shape[2] > 64 and not operands.paged
-        problem = Problem(q, k, v, spec, operands)
-        arch = "sm90" if many else "sm80"
-        return emulated.forward(problem, seed=1, arch=arch, num_splits=0 if many else splits)
+    def forward(self, call):
+        many = call.q.shape[2] > 64 and not call.operands.paged
+        arch, splits = ("sm90", 0) if many else ("sm80", call.num_splits)
+        return Result(*emulated.forward(problem_of(call), seed=1, arch=arch, num_splits=splits))
 
-    def backward(self, dout, dlse, out, lse, q, k, v, spec, operands, *needs):
-        problem = Problem(q, k, v, spec, operands)
-        grads = emulated.backward(problem, dout, dlse, out, lse, seed=1)
-        return *grads[:3], None, grads[3]
+    def backward(self, call, result, dout, dlse=None, *, sinks=False):
+        grads = emulated.backward(problem_of(call), dout, dlse, *result, seed=1)
+        return Gradients(*grads[:3], None, grads[3])
+
+
+def problem_of(call) -> Problem:
+    return Problem(call.q, call.k, call.v, call.spec, call.operands)
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=f"no emulator: {emulated.why_not()}")
@@ -208,6 +210,5 @@ def test_the_cuda_kernels_pass_on_the_emulator():
         case = Case(130, 150, 64, heads=2, numbers={"right": 0}, operands=operands)
         assert proof_steps.check(device, case, gradients=True) <= 1
     case = Case(100, 100, 64, torch.float8_e4m3fn, heads=2, operands=proof_steps.descales)
-    q, k, v = case.tensors("cpu")
-    out, _ = device.forward(q, k, v, case.spec(), proof_steps.descales(q, k, v))
+    out, _ = device.forward(case.call(*case.tensors("cpu")))
     assert out.isfinite().all()

@@ -239,12 +239,13 @@ def test_a_bad_origin_is_said_before_the_cache_is_written():
 )
 def test_the_operator_refuses_bad_numbers(numbers):
     from fastattn.backends import BY_NAME
+    from fastattn.call import Call
     from fastattn.spec import Operands, Spec
 
     q, k, v = tensors(2, 4, 2, 5, 5)
     operands = Operands(dropout_seed=torch.tensor(numbers))
     with pytest.raises(RuntimeError, match="dropout_seed"):
-        BY_NAME["cpu"].forward(q, k, v, Spec(0.25, dropout_p=0.1), operands, 0)
+        BY_NAME["cpu"].forward(Call(q, k, v, Spec(0.25, dropout_p=0.1), operands))
 
 
 def test_explain_takes_it():
