@@ -234,7 +234,9 @@ def cached_form(
         head_origin = checks.head_origin(head_origin, batch, heads)
     checks.lengths(
         "cache_lens", cache_lens, 0, capacity - new_len,
-        lambda: f"{capacity} slots less {new_len} new keys:" if new_len else "a number of keys in",
+        lambda: (f"{capacity} slots less {new_len} new keys" if new_len else "a number of keys")
+        + ("" if page_table is None else ", as many as a row of page_table reaches")
+        + (":" if new_len else " in"),
     )  # fmt: skip
     lens = cache_lens + new_len
     if cache_leftpad is not None:
