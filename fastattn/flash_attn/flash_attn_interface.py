@@ -26,10 +26,12 @@ from fastattn.flash_attn.arguments import (
     unpacked,
 )
 from fastattn.flash_attn.dropped import dense_weights, packed_weights, signed_weights
+from fastattn.habits import unscriptable
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
+@unscriptable
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -85,6 +87,7 @@ def flash_attn_func(
     return _results(call, weights, (1, 2), q, dropout_p, return_attn_probs)
 
 
+@unscriptable
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -108,6 +111,7 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -130,6 +134,7 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -185,6 +190,7 @@ def flash_attn_varlen_func(
     return _results(call, weights, None, q, dropout_p, return_attn_probs)
 
 
+@unscriptable
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -209,6 +215,7 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -233,6 +240,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
