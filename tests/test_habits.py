@@ -15,7 +15,7 @@ from fastattn import nn as fnn
 from fastattn.habits import _OURS
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 B, H, S, D = 2, 3, 5, 8
