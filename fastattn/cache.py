@@ -239,8 +239,8 @@ def cached_form(
     checks.lengths(
         "cache_lens", cache_lens, 0, capacity - new_len,
         lambda: (f"{capacity} slots less {new_len} new keys" if new_len else "a number of keys")
-        + ("" if page_table is None else ", as many as a row of page_table reaches")
-        + (":" if new_len else " in"),
+        + ("" if page_table is None else " within a row of page_table")
+        + (" in" if page_table is None and not new_len else ":"),
     )  # fmt: skip
     lens = cache_lens + new_len
     if cache_leftpad is not None:

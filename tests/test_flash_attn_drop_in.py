@@ -130,9 +130,11 @@ def refused(kind, sentence, function, *arguments, **options):
     refused(ValueError, r"cache_seqlens\[1\] is 9; accepted is 9 slots less 1 new keys: \[0, 8\]",
             flash_attn_with_kvcache, Q, CACHE, CACHE, NEW, NEW,
             cache_seqlens=torch.tensor([1, 9], dtype=torch.int32)),
-    refused(ValueError, r"cache_seqlens\[0\] is 8; accepted is 8 slots less 1 new keys, as many "
-            r"as a row of block_table reaches: \[0, 7\]", flash_attn_with_kvcache, Q[:, :1],
-            BLOCKS, BLOCKS, NEW, NEW, cache_seqlens=8, block_table=TABLE),
+    refused(ValueError, r"cache_seqlens\[0\] is 8; accepted is 8 slots less 1 new keys within a "
+            r"row of block_table: \[0, 7\]", flash_attn_with_kvcache, Q[:, :1], BLOCKS, BLOCKS,
+            NEW, NEW, cache_seqlens=8, block_table=TABLE),
+    refused(ValueError, r"is 9; accepted is a number of keys within a row of block_table: \[0, 8\]",
+            flash_attn_with_kvcache, Q, BLOCKS, BLOCKS, cache_seqlens=9, block_table=TABLE),
     refused(ValueError, "rotary_cos came alone", flash_attn_with_kvcache, Q, CACHE, CACHE,
             rotary_cos=torch.ones(9, 2)),
     refused(ValueError, r"rotary_sin has shape \[9, 5\]; accepted", flash_attn_with_kvcache,
