@@ -9,20 +9,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import backends, checks, descales
+from . import backends, checks, descales, habits
 from .autograd import NO_OPERANDS, attend
 from .context_parallel import refuse_context_parallel
 from .ops import autocast_dtype, autocast_to
 from .reference import _in_memory_order_of
 from .spec import Descales, Operands
 
-is_compiling = torch.compiler.is_compiling
+is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but values and strides
 _MAX_PLANS = 4096
 
 
+@habits.public
 def attention(
     q: Tensor,
     k: Tensor,
@@ -48,6 +49,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with every option and every derivative, in memory linear in the lengths.
 
@@ -124,6 +126,8 @@ def attention(
     (arXiv:2408.00118), windows as in Longformer (arXiv:2004.05150) and Mistral, sinks as in
     StreamingLLM (arXiv:2309.17453) and gpt-oss, grouped heads as in GQA (arXiv:2305.13245).
     """
+    if unknown:
+        habits.refuse_unknown(attention, unknown)
     q, k, v, spec, operands, rank, row, key = normal_form(
         q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
         document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
@@ -139,6 +143,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@habits.public
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -166,6 +171,7 @@ def varlen_attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention() over N sequences packed one after the other, without padding.
 
@@ -195,6 +201,8 @@ def varlen_attention(
     Returns:
         out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq].
     """
+    if unknown:
+        habits.refuse_unknown(varlen_attention, unknown)
     q, k, v, spec, operands = packed_form(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
         window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
@@ -243,7 +251,7 @@ def normal_form(
         or v_descale is not None
     )
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
-    if plain and not float8 and not is_compiling():
+    if plain and not float8 and not is_compiling() and not _is_tracing():
         try:
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,

@@ -32,7 +32,7 @@ for _name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastC
 
 def attend(q, k, v, spec, operands, row, num_splits=0):
     """(out, lse) of a checked call in normal form, by the backend `row`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return row.forward(q, k, v, spec, operands, num_splits)  # autograd is the operator's own
     if operands.descales is not None and torch._C._are_functorch_transforms_active():
         return row.forward(q, k, v, spec, operands, num_splits)  # and vmap; there is no gradient

@@ -30,10 +30,7 @@ MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
 
 def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
     """The call's numbers, checked."""
-    if scale is None:
-        scale = head_dim**-0.5
-    else:
-        scale = scale_of(scale)
+    scale = default_scale(head_dim) if scale is None else scale_of(scale)
     left, right = window_of(causal, window)
     if align not in ("end", "start"):
         raise ValueError(f"align is {said(align)}; accepted are 'end' and 'start'")
@@ -45,6 +42,10 @@ def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; accepted is a number in [0, 1)")
     return Spec(scale, softcap, left, right, align == "end", dropout_p)
+
+
+def default_scale(head_dim) -> float:
+    return (int(head_dim) if isinstance(head_dim, Tensor) else head_dim) ** -0.5  # torch.jit.trace
 
 
 def scale_of(x, name="scale") -> float:
@@ -269,9 +270,11 @@ def broadcast(name, x, full, rank=4) -> Tensor:
     while wide.dim() < 4:
         wide = wide.unsqueeze(0)
     if wide.dim() > 4 or any(n != 1 and n != m for n, m in zip(wide.shape, full)):
+        forms = {(full[0], full[3]): ", None, None], or kv_lens", (full[0], *full[2:]): ", None]"}
+        form = forms.get(tuple(x.shape))
         raise ValueError(
-            f"{name} has shape {show(x)}; accepted is any that broadcasts to {list(full)} "
-            "(batch, heads, rows, keys)"
+            f"{name} has shape {show(x)}; accepted is any that broadcasts to {list(full)} (batch, "
+            f"heads, rows, keys){f', here {name}[:{form}' if form else ''}"
         )
     return wide
 
@@ -348,7 +351,7 @@ def has_values(x) -> bool:
 def has_memory(x) -> bool:
     """Does x have an address of its own? Not while anything traces."""
     return (
-        not torch.compiler.is_compiling()
+        not (torch.compiler.is_compiling() or torch._C._is_tracing())
         and type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0

@@ -4,6 +4,7 @@ Drop-ins for torch's six: multihead.py, transformer.py. Blocks: attention.py, ca
 rotary.py, gated.py, positional.py, block.py, loss.py.
 """
 
+from .. import habits
 from .attention import Attention
 from .block import TransformerBlock
 from .cache import KVCache
@@ -41,3 +42,6 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+
+for _name in __all__:
+    habits.unscriptable(globals()[_name])
