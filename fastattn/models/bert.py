@@ -50,6 +50,10 @@ class PretrainingHead(nn.Module):
         self.pooler = nn.Linear(config.dim, config.dim)
         self.next_sentence = nn.Linear(config.dim, 2)
 
+    def reset_parameters(self) -> None:
+        """The vocabulary's bias 0; the parts start by themselves."""
+        nn.init.zeros_(self.bias)
+
     def forward(
         self,
         x: Tensor,

@@ -53,12 +53,13 @@ class EncoderDecoder(Generates, Model):
         rotary = RotaryEmbedding(c.dim // c.heads)
         shared = {"kv_heads": c.kv_heads, "hidden": c.hidden, "mlp": c.mlp, "dropout": c.dropout}
         self.encoder = nn.ModuleList(
-            TransformerBlock(c.dim, c.heads, rotary=rotary, **shared) for _ in range(c.layers)
+            TransformerBlock(c.dim, c.heads, rotary=rotary.twin(), **shared)
+            for _ in range(c.layers)
         )
         self.encoder_norm = RMSNorm(c.dim)
         self.decoder = nn.ModuleList(
             TransformerBlock(
-                c.dim, c.heads, causal=True, context_dim=c.dim, rotary=rotary, **shared
+                c.dim, c.heads, causal=True, context_dim=c.dim, rotary=rotary.twin(), **shared
             )
             for _ in range(c.layers if c.decoder_layers is None else c.decoder_layers)
         )

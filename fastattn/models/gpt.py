@@ -55,7 +55,7 @@ class GPT(Generates, Model):
         window = None if c.window is None else (c.window, 0)
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                *(c.dim, c.heads, c.kv_heads), causal=True, window=window, rotary=rotary,
+                *(c.dim, c.heads, c.kv_heads), causal=True, window=window, rotary=rotary.twin(),
                 qk_norm=c.qk_norm, hidden=c.hidden, mlp=c.mlp, norm=c.norm, dropout=c.dropout,
             )
             for _ in range(c.layers)
