@@ -194,14 +194,7 @@ class Model(nn.Module):
     def new_caches(self, layers: list[Attention], batch: int, max_len: int) -> list[KVCache]:
         """An empty cache for each of some attention layers."""
         _, kind = _implementation(self.config.attention)
-        return [
-            kind(
-                *(batch, layer.kv_heads, max_len, layer.head_dim),
-                device=layer.k_proj.weight.device,
-                dtype=layer.k_proj.weight.dtype,
-            )
-            for layer in layers
-        ]
+        return [layer.make_cache(batch, max_len, kind=kind) for layer in layers]
 
     # ---- its folder ---------------------------------------------------------------------------
 
