@@ -17,7 +17,7 @@ def test_two_processes_are_as_one():
     assert_right("sharded_cases.py")
 
 
-# ---- every head's operands, of which head_origin takes this process's -----------------------------
+# ---- every head's operands, of which head_origin takes this process's ----------------------------
 
 OPERANDS = {
     "sinks": torch.randn(8),
@@ -62,7 +62,7 @@ def test_operands_of_every_head(call, names):
 def test_without_head_origin_they_are_refused_with_that_hint(call, name):
     q, k, v = (x[:, : x.shape[1] // 2] for x in qkv())
     with pytest.raises(
-        ValueError, match=rf"{name} has shape \[8\].*head_origin = \(first, total\)"
+        ValueError, match=rf"{name} has shape \[8\].*head_origin = \(first"
     ):
         CALLS[call](q, k, v, **{name: OPERANDS[name]})
     with pytest.raises(ValueError, match=f"{name} has shape"):
@@ -108,7 +108,7 @@ def test_a_module_whose_projections_others_sharded():
     torch.testing.assert_close(sum(parts), whole)
 
 
-# ---- a cache whose heads are not known yet --------------------------------------------------------
+# ---- a cache whose heads are not known yet -------------------------------------------------------
 
 
 def test_a_cache_takes_its_memory_from_the_first_keys():
@@ -127,7 +127,7 @@ def test_a_cache_takes_its_memory_from_the_first_keys():
         KVCache(1, 0, 8, 16)
 
 
-# ---- norms that are not, or no longer, ours alone -------------------------------------------------
+# ---- norms that are not, or no longer, ours alone ------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["hooked", "torch's"])
