@@ -61,9 +61,7 @@ def test_operands_of_every_head(call, names):
 @pytest.mark.parametrize("name", ["sinks", "alibi_slopes"])
 def test_without_head_origin_they_are_refused_with_that_hint(call, name):
     q, k, v = (x[:, : x.shape[1] // 2] for x in qkv())
-    with pytest.raises(
-        ValueError, match=rf"{name} has shape \[8\].*head_origin = \(first"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} has shape \[8\].*head_origin = \(first"):
         CALLS[call](q, k, v, **{name: OPERANDS[name]})
     with pytest.raises(ValueError, match=f"{name} has shape"):
         CALLS[call](q, k, v, head_origin=(0, 16), **{name: OPERANDS[name]})

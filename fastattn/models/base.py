@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -25,7 +26,7 @@ IMPLEMENTATIONS = {"fastattn": (attention, KVCache), "torch": (torch_attention, 
 STD = 0.02  # of every matrix at the start (GPT-2's and BERT's)
 
 
-class ModelOutput(dict):
+class ModelOutput(OrderedDict):
     """What forward() gives: a dict of the tensors there are, also as attributes, None where there
     is none, and by number; transformers' names.
 
@@ -34,6 +35,8 @@ class ModelOutput(dict):
     seq_relationship_logits: [B, 2]: follows, does not.
     start_logits, end_logits: [B, S].
     last_hidden_state: [B, S, dim].
+
+    An OrderedDict, because FSDP1 makes a plain dict of every other.
     """
 
     NAMES = (
