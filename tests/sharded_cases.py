@@ -44,12 +44,15 @@ def of_the_page(name: str):
     """The function that docs/pipelines.md defines."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (block,) = [x for x in blocks if f"def {name}(" in x]
-    found: dict = {}
+    found: dict = {"torch": torch}
     exec(block, found)
     return found[name]
 
 
 tensor_parallel = of_the_page("tensor_parallel")
+
+
+clip = of_the_page("clip")
 
 
 def whole(x):
@@ -120,6 +123,20 @@ def models(mesh):
             model = tensor_parallel(copy.deepcopy(alone), mesh, parts)
             parallelize_module(model, mesh, more) if more else None
             assert_equal(step(model, **inputs), step(alone, **inputs), f"{name}, parts {parts}")
+
+
+def optimizing(mesh):
+    """The page's clip() and AdamW move sharded and whole parameters as one process moves them."""
+    torch.manual_seed(0)
+    alone = GPT(**SIZE, qk_norm=True)
+    model = tensor_parallel(copy.deepcopy(alone), mesh, True)
+    results = []
+    for x in (alone, model):
+        step(x)
+        norm = clip(x, 0.1) if x is model else nn.utils.clip_grad_norm_(x.parameters(), 0.1)
+        torch.optim.AdamW(x.parameters(), lr=0.1, eps=1.0).step()  # of gradients, not their signs
+        results.append({"norm": norm, **{n: whole(p.detach()) for n, p in x.named_parameters()}})
+    assert_equal(*reversed(results), "after a step")
 
 
 def generation(mesh):
@@ -286,6 +303,7 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (2,))
     calls(mesh)
     models(mesh)
+    optimizing(mesh)
     generation(mesh)
     attention_alone(mesh)
     sequence_parts(mesh)
