@@ -88,8 +88,9 @@ def attention(
             document only. The diagonal stays the whole row's.
         head_origin: (first, total): these are heads first, first + 1, ... of total, a part of the
             whole (tensor parallelism). Dropout counts heads of the whole, so that processes with
-            one dropout_seed (or one state of their generators) drop what one process would. None:
-            they are the whole. Without dropout it has no effect.
+            one dropout_seed (or one state of their generators) drop what one process would. mask,
+            bias, alibi_slopes and sinks may have all `total` heads; these are then taken from them.
+            None: they are the whole.
         dropout_p: probability in [0, 1) that a weight is dropped; kept ones are divided by the
             exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
         dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one key drops the
@@ -304,7 +305,7 @@ def normal_form(
     if document_ids is not None:
         document_ids = checks.documents(document_ids, batch, q_len, kv_len, device)
     operands = Operands(
-        *score_operands(mask, bias, alibi_slopes, sinks, full, q, rank),
+        *score_operands(mask, bias, alibi_slopes, sinks, head_origin, full, q, rank),
         kv_lens=kv_lens,
         document_ids=document_ids,
         dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
@@ -313,8 +314,14 @@ def normal_form(
     return q, k, v, spec, operands, rank, row, key
 
 
-def score_operands(mask, bias, alibi_slopes, sinks, full, q, rank=4):
-    """The first four of Operands, checked against full = [batch, heads, rows, keys]."""
+def score_operands(mask, bias, alibi_slopes, sinks, head_origin, full, q, rank=4):
+    """The first four of Operands, checked against full = [batch, heads, rows, keys]. Where
+    head_origin says that these heads are a part, operands may have every head."""
+    if head_origin is not None and head_origin[1] != full[1]:
+        mask, bias = (_own_heads(x, -3, head_origin, full[1]) for x in (mask, bias))
+        alibi_slopes, sinks = (
+            _own_heads(x, -1, head_origin, full[1]) for x in (alibi_slopes, sinks)
+        )
     if mask is not None:
         mask = checks.mask(mask, full, q.device, rank)
     if bias is not None:
@@ -324,6 +331,14 @@ def score_operands(mask, bias, alibi_slopes, sinks, full, q, rank=4):
     if sinks is not None:
         sinks = checks.sinks(sinks, full[1], q)
     return mask, bias, alibi_slopes, sinks
+
+
+def _own_heads(x, dim, head_origin, heads):
+    """x, or of an x with every head in dimension dim those that are here."""
+    first, total = head_origin
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() < -dim or x.shape[dim] != total:
+        return x
+    return x.narrow(dim, first, heads)
 
 
 def packed_form(
@@ -377,7 +392,9 @@ def packed_form(
         k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
     q = q.transpose(0, 1).unsqueeze(0)
     operands = Operands(
-        *score_operands(mask, bias, alibi_slopes, sinks, (entries, heads, *longest), q),
+        *score_operands(
+            mask, bias, alibi_slopes, sinks, head_origin, (entries, heads, *longest), q
+        ),
         kv_lens=kv_lens,
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,

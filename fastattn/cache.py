@@ -258,7 +258,9 @@ def cached_form(
         descales.check(name, x, None if shared else batch, k_cache.shape[1], device)
         checks.no_gradient(name, x)
     operands = Operands(
-        *score_operands(mask, bias, alibi_slopes, sinks, (batch, heads, q_len, capacity), q),
+        *score_operands(
+            mask, bias, alibi_slopes, sinks, head_origin, (batch, heads, q_len, capacity), q
+        ),
         kv_lens=lens,
         kv_starts=cache_leftpad,
         page_table=table,

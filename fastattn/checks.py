@@ -23,6 +23,7 @@ SOFTCAPS = 1e-30, 1e30
 MAX_SLOPE = 2.0**94  # past it, a slope times a distance does
 MAX_SPLITS = 1 << 20  # parts of a decode call's keys
 MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
+ALL_HEADS = ", or every head's with head_origin = (first, total), which says which are here"
 
 
 # ---- numbers -----------------------------------------------------------------------------------
@@ -122,10 +123,6 @@ def same_kind(accepted=DTYPES, **tensors) -> None:
         if x.is_nested:
             raise TypeError(f"{name} is a NestedTensor; accepted is a strided one (or pack it for "
                             "varlen_attention)")  # fmt: skip
-        if type(x).__name__ == "DTensor":  # importing it would cost everyone
-            raise TypeError(f"{name} is a DTensor; accepted is what this process holds of it, "
-                            f"{name}.to_local(), with head_origin where its heads are "
-                            "sharded")  # fmt: skip
         strided(name, x)
     (first, q), *others = tensors.items()
     for name, x in others:
@@ -250,6 +247,10 @@ def on_device(name, x, device) -> Tensor:
 def strided(name, x) -> None:
     if x.is_nested:
         raise TypeError(f"{name} is a NestedTensor; accepted is a strided one")
+    if type(x).__name__ == "DTensor":  # importing it would cost everyone
+        raise TypeError(f"{name} is a DTensor; accepted is what this process holds of it, "
+                        f"{name}.to_local(), with head_origin where its heads are "
+                        "sharded")  # fmt: skip
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; accepted is torch.strided")
 
@@ -302,7 +303,7 @@ def slopes(x, batch, heads, device) -> Tensor:
     if tuple(x.shape) not in ((heads,), (batch, heads)):
         raise ValueError(
             f"alibi_slopes has shape {show(x)}; accepted are [heads] = [{heads}] and "
-            f"[batch, heads] = [{batch}, {heads}]"
+            f"[batch, heads] = [{batch}, {heads}]{ALL_HEADS}"
         )
     no_grad("alibi_slopes", x)
     x = x.float()
@@ -319,7 +320,8 @@ def sinks(x, heads, q) -> Tensor:
     if x.dtype not in DTYPES or (x.dtype == torch.float64 and q.dtype != torch.float64):
         raise TypeError(f"sinks is {x.dtype} and q {q.dtype}; accepted are q's dtype and float32")
     if tuple(x.shape) != (heads,):
-        raise ValueError(f"sinks has shape {show(x)}; accepted is [heads] = [{heads}]")
+        wanted = f"[heads] = [{heads}]{ALL_HEADS}"
+        raise ValueError(f"sinks has shape {show(x)}; accepted is {wanted}")
     if q.dtype == torch.float64:
         return x.double()
     return x if x.dtype == q.dtype else x.float()
