@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import backends, checks, descales
+from . import backends, checks, descales, habits
 from .autograd import attend
 from .call import Call, Result
 from .context_parallel import refuse_context_parallel
@@ -17,13 +17,14 @@ from .ops import autocast_dtype, autocast_to
 from .reference import in_memory_order_of
 from .spec import NO_OPERANDS, Descales, Operands
 
-is_compiling = torch.compiler.is_compiling
+is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but values and strides
 _MAX_PLANS = 4096
 
 
+@habits.public
 def attention(
     q: Tensor,
     k: Tensor,
@@ -49,6 +50,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with every option and every derivative, in memory linear in the lengths.
 
@@ -87,8 +89,9 @@ def attention(
             document only. The diagonal stays the whole row's.
         head_origin: (first, total): these are heads first, first + 1, ... of total, a part of the
             whole (tensor parallelism). Dropout counts heads of the whole, so that processes with
-            one dropout_seed (or one state of their generators) drop what one process would. None:
-            they are the whole. Without dropout it has no effect.
+            one dropout_seed (or one state of their generators) drop what one process would. mask,
+            bias, alibi_slopes and sinks may have all `total` heads; these are then taken from them.
+            None: they are the whole.
         dropout_p: probability in [0, 1) that a weight is dropped; kept ones are divided by the
             exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
         dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one key drops the
@@ -125,6 +128,8 @@ def attention(
     (arXiv:2408.00118), windows as in Longformer (arXiv:2004.05150) and Mistral, sinks as in
     StreamingLLM (arXiv:2309.17453) and gpt-oss, grouped heads as in GQA (arXiv:2305.13245).
     """
+    if unknown:
+        habits.refuse_unknown(attention, unknown)
     call, rank, row, key = normal_form(
         q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
         document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
@@ -140,6 +145,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@habits.public
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -167,6 +173,7 @@ def varlen_attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention() over N sequences packed one after the other, without padding.
 
@@ -196,6 +203,8 @@ def varlen_attention(
     Returns:
         out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq].
     """
+    if unknown:
+        habits.refuse_unknown(varlen_attention, unknown)
     call = packed_form(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
         window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
@@ -244,7 +253,7 @@ def normal_form(
         or v_descale is not None
     )
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
-    if plain and not float8 and not is_compiling():
+    if plain and not float8 and not is_compiling() and not _is_tracing():
         try:
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
@@ -297,7 +306,7 @@ def normal_form(
     if document_ids is not None:
         document_ids = checks.documents(document_ids, batch, q_len, kv_len, device)
     operands = Operands(
-        **score_operands(mask, bias, alibi_slopes, sinks, full, q, rank),
+        **score_operands(mask, bias, alibi_slopes, sinks, head_origin, full, q, rank),
         kv_lens=kv_lens,
         document_ids=document_ids,
         dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
@@ -306,8 +315,14 @@ def normal_form(
     return Call(q, k, v, spec, operands), rank, row, key
 
 
-def score_operands(mask, bias, alibi_slopes, sinks, full, q, rank=4):
-    """Operands of scores, checked against full = [batch, heads, rows, keys]."""
+def score_operands(mask, bias, alibi_slopes, sinks, head_origin, full, q, rank=4):
+    """Operands of scores, checked against full = [batch, heads, rows, keys]. Where
+    head_origin says that these heads are a part, operands may have every head."""
+    if head_origin is not None and head_origin[1] != full[1]:
+        mask, bias = (_own_heads(x, -3, head_origin, full[1]) for x in (mask, bias))
+        alibi_slopes, sinks = (
+            _own_heads(x, -1, head_origin, full[1]) for x in (alibi_slopes, sinks)
+        )
     if mask is not None:
         mask = checks.mask(mask, full, q.device, rank)
     if bias is not None:
@@ -317,6 +332,14 @@ def score_operands(mask, bias, alibi_slopes, sinks, full, q, rank=4):
     if sinks is not None:
         sinks = checks.sinks(sinks, full[1], q)
     return {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+
+
+def _own_heads(x, dim, head_origin, heads):
+    """x, or of an x with every head in dimension dim those that are here."""
+    first, total = head_origin
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() < -dim or x.shape[dim] != total:
+        return x
+    return x.narrow(dim, first, heads)
 
 
 def packed_form(
@@ -370,7 +393,9 @@ def packed_form(
         k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
     q = q.transpose(0, 1).unsqueeze(0)
     operands = Operands(
-        **score_operands(mask, bias, alibi_slopes, sinks, (entries, heads, *longest), q),
+        **score_operands(
+            mask, bias, alibi_slopes, sinks, head_origin, (entries, heads, *longest), q
+        ),
         kv_lens=kv_lens,
         cu_seqlens_q=cu_q,
         cu_seqlens_k=cu_k,

@@ -33,7 +33,7 @@ _NO_LEAVES, _NO_OTHERS = (None,) * len(LEAVES), (None,) * len(OTHERS)
 
 def attend(call: Call, row) -> Result:
     """The result of a checked call, by the backend `row`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return row.forward(call)  # autograd is the operator's own
     operands = call.operands
     transformed = torch._C._are_functorch_transforms_active()

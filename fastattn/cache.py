@@ -11,7 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from . import backends, checks, descales
+from . import backends, checks, descales, habits
 from .append import Append, check_rotary
 from .attention import run, score_operands
 from .call import Call
@@ -22,6 +22,7 @@ from .ops import autocast_dtype, autocast_to, is_8_bit
 from .spec import OPERANDS, Descales, Operands
 
 
+@habits.public
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -55,6 +56,7 @@ def decode_attention(
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str | None = None,
+    **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends k and v to a cache in place, then attends to all it holds. No gradient.
 
@@ -111,6 +113,8 @@ def decode_attention(
 
     Rotary embeddings: RoFormer (Su et al., arXiv:2104.09864).
     """
+    if unknown:
+        habits.refuse_unknown(decode_attention, unknown)
     refuse_context_parallel()  # before anything is written
     call, append = cached_form(
         q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
@@ -233,7 +237,9 @@ def cached_form(
         head_origin = checks.head_origin(head_origin, batch, heads)
     checks.lengths(
         "cache_lens", cache_lens, 0, capacity - new_len,
-        lambda: f"{capacity} slots less {new_len} new keys:" if new_len else "a number of keys in",
+        lambda: (f"{capacity} slots less {new_len} new keys" if new_len else "a number of keys")
+        + ("" if page_table is None else " within a row of page_table")
+        + (" in" if page_table is None and not new_len else ":"),
     )  # fmt: skip
     lens = cache_lens + new_len
     if cache_leftpad is not None:
@@ -251,7 +257,9 @@ def cached_form(
         descales.check(name, x, None if shared else batch, k_cache.shape[1], device)
         checks.no_gradient(name, x)
     operands = Operands(
-        **score_operands(mask, bias, alibi_slopes, sinks, (batch, heads, q_len, capacity), q),
+        **score_operands(
+            mask, bias, alibi_slopes, sinks, head_origin, (batch, heads, q_len, capacity), q
+        ),
         kv_lens=lens,
         kv_starts=cache_leftpad,
         page_table=table,
@@ -308,6 +316,7 @@ def _merges_by_kernel(*tensors) -> bool:
     return tensors[0].is_cuda and narrow and not wanted and has_kernel(*tensors)
 
 
+@habits.unscriptable
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ SOFTCAPS = 1e-30, 1e30
 MAX_SLOPE = 2.0**94  # past it, a slope times a distance does
 MAX_SPLITS = 1 << 20  # parts of a decode call's keys
 MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
+ALL_HEADS = ", or every head's with head_origin = (first, total), which says which are here"
 
 
 # ---- numbers -----------------------------------------------------------------------------------
@@ -30,10 +31,7 @@ MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
 
 def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
     """The call's numbers, checked."""
-    if scale is None:
-        scale = head_dim**-0.5
-    else:
-        scale = scale_of(scale)
+    scale = default_scale(head_dim) if scale is None else scale_of(scale)
     left, right = window_of(causal, window)
     if align not in ("end", "start"):
         raise ValueError(f"align is {said(align)}; accepted are 'end' and 'start'")
@@ -45,6 +43,10 @@ def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; accepted is a number in [0, 1)")
     return Spec(scale, softcap, left, right, align == "end", dropout_p)
+
+
+def default_scale(head_dim) -> float:
+    return (int(head_dim) if isinstance(head_dim, Tensor) else head_dim) ** -0.5  # torch.jit.trace
 
 
 def scale_of(x, name="scale") -> float:
@@ -121,10 +123,6 @@ def same_kind(accepted=DTYPES, **tensors) -> None:
         if x.is_nested:
             raise TypeError(f"{name} is a NestedTensor; accepted is a strided one (or pack it for "
                             "varlen_attention)")  # fmt: skip
-        if type(x).__name__ == "DTensor":  # importing it would cost everyone
-            raise TypeError(f"{name} is a DTensor; accepted is what this process holds of it, "
-                            f"{name}.to_local(), with head_origin where its heads are "
-                            "sharded")  # fmt: skip
         strided(name, x)
     (first, q), *others = tensors.items()
     for name, x in others:
@@ -249,6 +247,10 @@ def on_device(name, x, device) -> Tensor:
 def strided(name, x) -> None:
     if x.is_nested:
         raise TypeError(f"{name} is a NestedTensor; accepted is a strided one")
+    if type(x).__name__ == "DTensor":  # importing it would cost everyone
+        raise TypeError(f"{name} is a DTensor; accepted is what this process holds of it, "
+                        f"{name}.to_local(), with head_origin where its heads are "
+                        "sharded")  # fmt: skip
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; accepted is torch.strided")
 
@@ -269,9 +271,11 @@ def broadcast(name, x, full, rank=4) -> Tensor:
     while wide.dim() < 4:
         wide = wide.unsqueeze(0)
     if wide.dim() > 4 or any(n != 1 and n != m for n, m in zip(wide.shape, full)):
+        forms = {(full[0], full[3]): ", None, None], or kv_lens", (full[0], *full[2:]): ", None]"}
+        form = forms.get(tuple(x.shape))
         raise ValueError(
-            f"{name} has shape {show(x)}; accepted is any that broadcasts to {list(full)} "
-            "(batch, heads, rows, keys)"
+            f"{name} has shape {show(x)}; accepted is any that broadcasts to {list(full)} (batch, "
+            f"heads, rows, keys){f', here {name}[:{form}' if form else ''}"
         )
     return wide
 
@@ -299,7 +303,7 @@ def slopes(x, batch, heads, device) -> Tensor:
     if tuple(x.shape) not in ((heads,), (batch, heads)):
         raise ValueError(
             f"alibi_slopes has shape {show(x)}; accepted are [heads] = [{heads}] and "
-            f"[batch, heads] = [{batch}, {heads}]"
+            f"[batch, heads] = [{batch}, {heads}]{ALL_HEADS}"
         )
     no_grad("alibi_slopes", x)
     x = x.float()
@@ -316,7 +320,8 @@ def sinks(x, heads, q) -> Tensor:
     if x.dtype not in DTYPES or (x.dtype == torch.float64 and q.dtype != torch.float64):
         raise TypeError(f"sinks is {x.dtype} and q {q.dtype}; accepted are q's dtype and float32")
     if tuple(x.shape) != (heads,):
-        raise ValueError(f"sinks has shape {show(x)}; accepted is [heads] = [{heads}]")
+        wanted = f"[heads] = [{heads}]{ALL_HEADS}"
+        raise ValueError(f"sinks has shape {show(x)}; accepted is {wanted}")
     if q.dtype == torch.float64:
         return x.double()
     return x if x.dtype == q.dtype else x.float()
@@ -348,7 +353,7 @@ def has_values(x) -> bool:
 def has_memory(x) -> bool:
     """Does x have an address of its own? Not while anything traces."""
     return (
-        not torch.compiler.is_compiling()
+        not (torch.compiler.is_compiling() or torch._C._is_tracing())
         and type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import backends, cache
+from . import backends, cache, habits
 from .attention import attention, normal_form, packed_form, varlen_attention
 from .call import Call
 from .pairs import count_pairs
@@ -74,6 +74,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         function = varlen_attention
     else:
         function = attention
+    habits.refuse_unknown(function, call)
     bound = inspect.signature(function).bind(q, k, v, *args, **call)
     bound.apply_defaults()
     arguments = bound.arguments

@@ -187,7 +187,7 @@ def arrived(x: Tensor | None) -> Tensor | None:
 
 def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
     """Do kernels take these tensors, here and now?"""
-    if torch.compiler.is_compiling():  # asked first: nothing below is to be traced
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # first: nothing below is traced
         return False
     on_cpu = first.is_cpu
     return (

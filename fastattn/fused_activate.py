@@ -31,13 +31,17 @@ def activate_reference(x, bias, seed, dropout_p, activation):
 
 
 def activate(
-    x: Tensor, bias: Tensor | None = None, dropout_p: float = 0.0, activation: str = "identity"
+    x: Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    activation: str = "identity",
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """dropout(activation(x + bias)), x [..., n] and bias [n] or None, in x's dtype.
 
     dropout_p, in [0, 1), is the probability that an element becomes 0; the others are divided by
     the probability with which they are kept, a multiple of 1/65536. activation is one of
-    ACTIVATIONS.
+    ACTIVATIONS. dropout_seed: int64 [2], the key; None: drawn from the device's generator.
     """
     n = fused._floating("x", x).shape[-1:]
     if bias is not None and checks.tensor("bias", bias).shape != n:
@@ -49,8 +53,10 @@ def activate(
         raise ValueError(f"dropout_p is {dropout_p}; accepted is [0, 1)")
     x = fused.arrived(x)
     if x.dim() == 0 or not fused.has_kernel(x, bias):
+        if dropout_seed is not None:
+            return activate_reference(x, bias, dropout_seed, dropout_p, activation)
         return F.dropout(activate_reference(x, bias, None, 0.0, activation), dropout_p)
-    seed = checks.dropout_key(None, x.device) if dropout_p else None
+    seed = checks.dropout_key(dropout_seed, x.device) if dropout_p else None
     return _activate(x, bias, seed, dropout_p, activation)
 
 

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import backends, checks, habits, ops
 from .attention import autocast, run
 from .call import Call
 from .spec import NO_OPERANDS, Operands, Spec
@@ -19,9 +19,10 @@ _NAME = "scaled_dot_product_attention"
 _PLAIN = {Tensor, torch.nn.Parameter}
 _PLANS: dict = {}  # (spec, backend) of 4-D calls without mask and dropout
 _MAX_PLANS = 4096
-is_compiling = torch.compiler.is_compiling
+is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 
+@habits.unscriptable
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -68,6 +69,7 @@ def scaled_dot_product_attention(
         and type(key) in _PLAIN
         and type(value) in _PLAIN
         and not is_compiling()
+        and not _is_tracing()
     ):
         try:
             plan_key = (
@@ -192,7 +194,7 @@ def _number(name, x) -> float:
 
 def _scale(scale, head_dim) -> float:
     if scale is None:
-        return head_dim**-0.5
+        return checks.default_scale(head_dim)
     return checks.scale_of(_number("scale", scale))
 
 

@@ -63,8 +63,8 @@ def attention_weights(
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         part = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
     rows = max(1, CHUNK // max(1, batch * heads * kv_len))
-    # torch.compile would keep q_len constant in a range, and write out every chunk of it.
-    whole = torch.compiler.is_compiling() or q_len <= rows
+    # What traces would keep q_len constant in a range, and write out every chunk of it.
+    whole = torch.compiler.is_compiling() or torch._C._is_tracing() or q_len <= rows
     rows, starts = (q_len, [0]) if whole else (rows, range(0, q_len, rows))
     parts = [
         part(

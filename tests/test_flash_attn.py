@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from flash_calls import (
@@ -25,6 +26,7 @@ from fastattn.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from fastattn.judge import allowed_error
 from fastattn.philox import keep_mask
@@ -133,6 +135,47 @@ def test_varlen_in_blocks(name):
         results.append(call)
     assert_all_close(*results)
     assert results[0][2].signbit().any() == (options["dropout_p"] > 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_block_table_of_inputs_that_require_grad(compiled):
+    """The forward runs; whoever asks for its gradient reads that there is none."""
+    function = torch.compile(flash_attn_varlen_func) if compiled else flash_attn_varlen_func
+    blocks, table = torch.randn(3, 4, 2, DIM), torch.tensor([[0, 1], [2, 1]], dtype=torch.int32)
+    q, cu = torch.randn(5, HEADS, DIM, requires_grad=True), ends((2, 3))
+    for inputs in ((q, blocks, blocks), (q.detach(), blocks, blocks.clone().requires_grad_())):
+
+        def call(inputs, **more):
+            return function(*inputs, cu, cu, 3, 3, causal=True, block_table=table, **more)
+
+        want = call([x.detach() for x in inputs])
+        out, lse, _ = call(inputs, return_attn_probs=True)
+        assert torch.equal(out, want) and out.requires_grad and lse.requires_grad
+        for x in (out, lse, call(inputs)):
+            with pytest.raises(NotImplementedError, match="block_table, which has none") as caught:
+                x.sum().backward()
+            assert "\n" not in str(caught.value)
+        with torch.no_grad():
+            assert not call(inputs).requires_grad
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        [2, 1], torch.tensor([2, 1]), torch.tensor([2, 1], dtype=torch.int32), torch.Size([2, 1]),
+        np.array([2, 1]), (torch.tensor(2), np.int64(1)),
+    ],
+    ids=lambda x: type(x).__name__,
+)  # fmt: skip
+def test_windows_in_any_form(window):
+    """Programs write the pair as a tensor or an array too; FlashAttention takes what unpacks."""
+    x, cu = torch.randn(2, 9, HEADS, DIM), ends((9, 9))
+    want = flash_attn_func(x, x, x, window_size=(2, 1))
+    assert torch.equal(flash_attn_func(x, x, x, window_size=window), want)
+    assert torch.equal(flash_attn_with_kvcache(x, x, x, window_size=window), want)
+    packed = x.flatten(0, 1)
+    out = flash_attn_varlen_func(packed, packed, packed, cu, cu, 9, 9, window_size=window)
+    torch.testing.assert_close(out, want.flatten(0, 1))
 
 
 def test_examples_of_the_documentation():

@@ -113,9 +113,10 @@ def refused(kind, sentence, function, *arguments, **options):
             QKV[0], CU, 3.0),
     refused(ValueError, "block_table row 1 names block 3; accepted", flash_attn_varlen_func,
             Q[0], BLOCKS, BLOCKS, CU, CU * 2, 3, 6, block_table=TABLE),
-    refused(NotImplementedError, "block_table came with an input that requires grad",
-            flash_attn_varlen_func, Q[0].clone().requires_grad_(), BLOCKS, BLOCKS, CU, CU, 3, 3,
-            block_table=TABLE),
+    refused(TypeError, "window_size's left side is of type float", flash_attn_varlen_func,
+            Q[0], K[0], V[0], CU, CU, 3, 3, window_size=torch.tensor([1.0, 2.0])),
+    refused(TypeError, r"window_size is \[1, 2, 3\]; accepted is a pair", flash_attn_func, Q, K, V,
+            window_size=torch.tensor([1, 2, 3])),
     refused(ValueError, r"k_cache has shape \[9, 2, 8\]; accepted is \[B, Smax, kv_heads, D\] or",
             flash_attn_with_kvcache, Q, CACHE[0], CACHE),
     refused(ValueError, r"v_cache has shape \[2, 8, 2, 8\] and k_cache \[2, 9, 2, 8\]",
@@ -129,6 +130,11 @@ def refused(kind, sentence, function, *arguments, **options):
     refused(ValueError, r"cache_seqlens\[1\] is 9; accepted is 9 slots less 1 new keys: \[0, 8\]",
             flash_attn_with_kvcache, Q, CACHE, CACHE, NEW, NEW,
             cache_seqlens=torch.tensor([1, 9], dtype=torch.int32)),
+    refused(ValueError, r"cache_seqlens\[0\] is 8; accepted is 8 slots less 1 new keys within a "
+            r"row of block_table: \[0, 7\]", flash_attn_with_kvcache, Q[:, :1], BLOCKS, BLOCKS,
+            NEW, NEW, cache_seqlens=8, block_table=TABLE),
+    refused(ValueError, r"is 9; accepted is a number of keys within a row of block_table: \[0, 8\]",
+            flash_attn_with_kvcache, Q, BLOCKS, BLOCKS, cache_seqlens=9, block_table=TABLE),
     refused(ValueError, "rotary_cos came alone", flash_attn_with_kvcache, Q, CACHE, CACHE,
             rotary_cos=torch.ones(9, 2)),
     refused(ValueError, r"rotary_sin has shape \[9, 5\]; accepted", flash_attn_with_kvcache,
@@ -184,6 +190,33 @@ def test_imports_of_programs(alias):
     for n, length in enumerate((3, 5)):
         want = flash_attn_qkvpacked_func(qkv[n : n + 1, :length])
         torch.testing.assert_close(out[n : n + 1, :length], want)
+
+
+ABSENT = [
+    ("flash_attn", "_flash_attn_forward", "call flash_attn_func"),
+    ("flash_attn.flash_attn_interface", "_wrapped_flash_attn_varlen_backward", "by autograd"),
+    ("flash_attn.flash_attn_interface", "FlashAttnVarlenKVPackedFunc", "call that function"),
+    ("flash_attn.flash_attn_interface", "flash_attn_gpu", "FlashAttention's own extension"),
+    ("flash_attn", "flash_attn_unpadded_qkvpacked_func", "call flash_attn_varlen_func"),
+    ("flash_attn", "layers", "fastattn.nn"),
+    ("flash_attn.bert_padding", "index_put_first_axis", "call pad_input"),
+    ("flash_attn.bert_padding", "IndexFirstAxis", "call index_first_axis"),
+    ("flash_attn.bert_padding", "rearrange", "import it from einops"),
+]
+
+
+@pytest.mark.parametrize("module, name, instead", ABSENT)
+def test_names_that_are_not_here(alias, module, name, instead):
+    """A sentence to who imports them; to who asks whether they are there, no."""
+    with pytest.raises(ImportError, match=rf"{name}: .*{instead}") as caught:
+        exec(f"from {module} import {name}")
+    assert "\n" not in str(caught.value)
+    found = importlib.import_module(module)
+    assert not hasattr(found, name)
+    with pytest.raises(AttributeError, match=f"{name}: .*{instead}"):
+        getattr(found, name)
+    with pytest.raises(ImportError, match="cannot import name 'no_such_name'"):
+        exec(f"from {module} import no_such_name")
 
 
 def test_documentation_runs(alias):

@@ -7,6 +7,7 @@ sys.modules["flash_attn"] = fastattn.flash_attn  # for a program that imports fl
 """
 
 from . import bert_padding
+from .absent import absent
 from .flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -29,3 +30,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+
+def __getattr__(name: str):
+    raise absent(__name__, name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor
 
 from fastattn import checks
@@ -99,3 +100,51 @@ def max_length(name, x) -> int:
     if isinstance(x, Tensor) and x.numel() == 1 and not x.is_floating_point():
         x = int(x)
     return checks.length(name, x)
+
+
+def pair(window_size):
+    """window_size as numbers: programs pass tensors and arrays of two integers too."""
+    if isinstance(window_size, (tuple, list)):
+        return tuple(_plain(side) for side in window_size)
+    return _plain(window_size)
+
+
+def _plain(x):
+    """A tensor's or an array's numbers; anything else as it is."""
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
+def undifferentiable(function):
+    """The function, which refuses inputs that require grad, on such inputs too: what it returns
+    then raises where its gradient is asked for."""
+
+    def call(q, k, v, *args, **options):
+        wanted = [x for x in (q, k, v) if isinstance(x, Tensor) and x.requires_grad]
+        if not wanted or not torch.is_grad_enabled():
+            return function(q, k, v, *args, **options)
+        with torch.no_grad():
+            results = function(q, k, v, *args, **options)
+        if isinstance(results, Tensor):
+            return _NoGradient.apply(results, *wanted)
+        return tuple(_NoGradient.apply(x, *wanted) for x in results)
+
+    return call
+
+
+class _NoGradient(torch.autograd.Function):
+    """A tensor as it is, with a gradient that raises."""
+
+    @staticmethod
+    def forward(x, *inputs):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(
+            "a gradient was asked of flash_attn_varlen_func with block_table, which has none; "
+            "gather the blocks into k and v [Tk, kv_heads, D], or detach the inputs"
+        )

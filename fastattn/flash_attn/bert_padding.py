@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import checks
+from fastattn.flash_attn.absent import absent
 
 _MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -155,3 +156,7 @@ def _indices(x, other, rows):
             f"indices reach from {int(x.min())} to {int(x.max())}; accepted is [0, {rows - 1}]"
         )
     return x.long()
+
+
+def __getattr__(name: str):
+    raise absent(__name__, name)

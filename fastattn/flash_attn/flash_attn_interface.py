@@ -15,18 +15,23 @@ from torch import Tensor
 from fastattn import checks
 from fastattn.attention import attention, varlen_attention
 from fastattn.cache import decode_attention
+from fastattn.flash_attn.absent import absent
 from fastattn.flash_attn.arguments import (
     cache_shapes,
     call_named,
     dense_shapes,
     max_length,
+    pair,
+    undifferentiable,
     unpacked,
 )
 from fastattn.flash_attn.dropped import dense_weights, packed_weights, signed_weights
+from fastattn.habits import unscriptable
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
+@unscriptable
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -49,8 +54,8 @@ def flash_attn_func(
         dropout_p: probability in [0, 1) that a weight is dropped.
         softmax_scale: None is 1 / sqrt(D).
         causal: row i sees keys j <= i + Skv - Sq (the last row sees the last key).
-        window_size: (left, right): i + Skv - Sq - left <= j <= i + Skv - Sq + right. A negative
-            side is unbounded; causal makes the right side 0.
+        window_size: (left, right), or a tensor or array of the two: i + Skv - Sq - left <= j <=
+            i + Skv - Sq + right. A negative side is unbounded; causal makes the right side 0.
         softcap: s -> softcap * tanh(s / softcap) of the scaled scores; 0 is off.
         alibi_slopes: [Hq] or [B, Hq] float32: -slope * |i + Skv - Sq - j| is added to the scores.
         deterministic: accepted; the same call always gives the same bits.
@@ -82,6 +87,7 @@ def flash_attn_func(
     return _results(call, weights, (1, 2), q, dropout_p, return_attn_probs)
 
 
+@unscriptable
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -105,6 +111,7 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -127,6 +134,7 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -155,7 +163,7 @@ def flash_attn_varlen_func(
         cu_seqlens_k: [N + 1] int32, the same for keys; with block_table only the lengths count.
         max_seqlen_q, max_seqlen_k: the longest lengths or more, ints or tensors of one integer.
         block_table: [N, max_blocks] int32: key j of sequence n is slot j % block_size of block
-            block_table[n, j // block_size]. No gradients.
+            block_table[n, j // block_size]. Who asks for its gradient is refused, at backward.
         The other arguments are flash_attn_func's; alibi_slopes [Hq] or [N, Hq].
 
     Returns:
@@ -165,16 +173,16 @@ def flash_attn_varlen_func(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
-        NotImplementedError: block_table with an input that wants a gradient.
+        NotImplementedError: at backward, a gradient was asked of a call with block_table.
     """
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     longest = (max_length("max_seqlen_q", max_seqlen_q), max_length("max_seqlen_k", max_seqlen_k))
     packing = (cu_seqlens_q, cu_seqlens_k, *longest)
 
+    attend = varlen_attention if block_table is None else undifferentiable(varlen_attention)
+
     def call(**more):
-        return call_named(
-            varlen_attention, q, k, v, *packing, page_table=block_table, **options, **more
-        )
+        return call_named(attend, q, k, v, *packing, page_table=block_table, **options, **more)
 
     def weights():
         return packed_weights(q, k, *packing, block_table, options)
@@ -182,6 +190,7 @@ def flash_attn_varlen_func(
     return _results(call, weights, None, q, dropout_p, return_attn_probs)
 
 
+@unscriptable
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -206,6 +215,7 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -230,6 +240,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@unscriptable
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -335,7 +346,7 @@ def _unseen_is_inf(lse: Tensor) -> Tensor:
 
 
 def _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic) -> dict:
-    left, right = call_named(checks.window_of, False, window_size)
+    left, right = call_named(checks.window_of, False, pair(window_size))
     return {
         "scale": softmax_scale,
         "window": (left, 0 if checks.flag("causal", causal) else right),
@@ -343,3 +354,7 @@ def _options(softmax_scale, causal, window_size, softcap, alibi_slopes, determin
         "alibi_slopes": alibi_slopes,
         "deterministic": deterministic,
     }
+
+
+def __getattr__(name: str):
+    raise absent(__name__, name)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -24,7 +26,7 @@ IMPLEMENTATIONS = {"fastattn": (attention, KVCache), "torch": (torch_attention, 
 STD = 0.02  # of every matrix at the start (GPT-2's and BERT's)
 
 
-class ModelOutput(dict):
+class ModelOutput(OrderedDict):
     """What forward() gives: a dict of the tensors there are, also as attributes, None where there
     is none, and by number; transformers' names.
 
@@ -33,6 +35,8 @@ class ModelOutput(dict):
     seq_relationship_logits: [B, 2]: follows, does not.
     start_logits, end_logits: [B, S].
     last_hidden_state: [B, S, dim].
+
+    An OrderedDict, because FSDP1 makes a plain dict of every other.
     """
 
     NAMES = (
@@ -59,6 +63,25 @@ register_pytree_node(
     lambda values, names: ModelOutput(**dict(zip(names, values))),
     serialized_type_name="fastattn.models.ModelOutput",
 )
+
+
+class NormalStart:
+    """A module's reset_parameters(): Normal(0, std) weight, zero bias.
+
+    An attribute of the module, whose class stays torch's own: quantisation and adapters look for
+    that. The module is held weakly, so that its memory goes with its last user."""
+
+    def __init__(self, module: nn.Module, std: float) -> None:
+        self.module, self.std = weakref.ref(module), std
+
+    def __call__(self) -> None:
+        module = self.module()
+        nn.init.normal_(module.weight, std=self.std)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+    def __reduce__(self):  # copied and pickled with its module, it is the copy's
+        return NormalStart, (self.module(), self.std)
 
 
 @dataclass(kw_only=True)
@@ -147,17 +170,21 @@ class Model(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal(0, 0.02) matrices, zero biases; what is added to the residual stream starts
-        smaller by sqrt(number of additions), so that its size does not grow with depth (GPT-2)."""
+        smaller by sqrt(number of additions), so that its size does not grow with depth (GPT-2).
+
+        Every part's own reset_parameters() gives the same distribution, so a model made on the meta
+        device may also be started part by part, as FSDP does it."""
+        added = [m for n, m in self.named_modules() if n.endswith(("o_proj", "down_proj"))]
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=STD)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif hasattr(module, "reset_parameters") and not list(module.children()):
+                std = STD / math.sqrt(len(added)) if module in added else STD
+                module.reset_parameters = NormalStart(module, std)
+        for module in self.modules():
+            own = next(module.parameters(recurse=False), None) is not None
+            if own and module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        last = [m for n, m in self.named_modules() if n.endswith(("o_proj", "down_proj"))]
-        for module in last:
-            nn.init.normal_(module.weight, std=STD / math.sqrt(len(last)))
+        for module in added:  # again, so that a seed keeps giving the weights it gave
+            module.reset_parameters()
 
     def set_attention(self, name: str) -> None:
         """Whose attention computes from now on: "fastattn" or "torch"."""
@@ -170,14 +197,7 @@ class Model(nn.Module):
     def new_caches(self, layers: list[Attention], batch: int, max_len: int) -> list[KVCache]:
         """An empty cache for each of some attention layers."""
         _, kind = _implementation(self.config.attention)
-        return [
-            kind(
-                *(batch, layer.kv_heads, max_len, layer.head_dim),
-                device=layer.k_proj.weight.device,
-                dtype=layer.k_proj.weight.dtype,
-            )
-            for layer in layers
-        ]
+        return [layer.make_cache(batch, max_len, kind=kind) for layer in layers]
 
     # ---- its folder ---------------------------------------------------------------------------
 

@@ -12,8 +12,18 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..nn import LayerNorm, LearnedPositionalEncoding, TransformerBlock
+from ..nn.sharded import whole
 from .base import Config, Model, ModelOutput
-from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, tokens, wide
+from .inputs import (
+    IGNORED,
+    cross_entropy,
+    head_loss,
+    labels_like,
+    padding,
+    sequence_parts,
+    tokens,
+    wide,
+)
 
 
 @dataclass(kw_only=True)
@@ -49,6 +59,10 @@ class PretrainingHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.pooler = nn.Linear(config.dim, config.dim)
         self.next_sentence = nn.Linear(config.dim, 2)
+
+    def reset_parameters(self) -> None:
+        """The vocabulary's bias 0; the parts start by themselves."""
+        nn.init.zeros_(self.bias)
 
     def forward(
         self,
@@ -209,7 +223,8 @@ class BERT(Model):
             raise ValueError("skip_logits came without labels, so that nothing is left to compute")
         x = self.encode(input_ids, attention_mask, token_type_ids)
         if self.config.head == "pretraining":
-            return self.head(x, self.words.weight, labels, next_sentence_label, skip_logits)
+            words = whole(self.words.weight)
+            return self.head(x, words, labels, next_sentence_label, skip_logits)
         if skip_logits:
             raise ValueError(f"skip_logits came to a BERT with head={self.config.head!r}; it is "
                              "for pretraining")  # fmt: skip
@@ -228,7 +243,7 @@ class BERT(Model):
         input_ids = tokens("input_ids", input_ids, c.vocab_size, c.max_len)
         options = padding("attention_mask", attention_mask, input_ids)
         if token_type_ids is None:
-            types = self.types.weight[0]
+            types = whole(self.types.weight)[0]
         else:
             checked = tokens("token_type_ids", token_type_ids, c.type_vocab_size, c.max_len)
             if checked.shape != input_ids.shape:
@@ -236,6 +251,7 @@ class BERT(Model):
                                  f"input_ids', {checks.show(input_ids)}")  # fmt: skip
             types = self.types(checked)
         x = self.drop(self.embed_norm(self.positions(self.words(input_ids) + types)))
+        x = sequence_parts(x, input_ids)
         for block in self.blocks:
             x = block(x, **options)
         return self.norm(x)

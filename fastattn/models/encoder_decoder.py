@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..nn import RMSNorm, RotaryEmbedding, TransformerBlock
+from ..nn.sharded import whole
 from .base import Config, Model, ModelOutput
 from .generation import Decoding, Generates
 from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, tokens
@@ -53,12 +54,13 @@ class EncoderDecoder(Generates, Model):
         rotary = RotaryEmbedding(c.dim // c.heads)
         shared = {"kv_heads": c.kv_heads, "hidden": c.hidden, "mlp": c.mlp, "dropout": c.dropout}
         self.encoder = nn.ModuleList(
-            TransformerBlock(c.dim, c.heads, rotary=rotary, **shared) for _ in range(c.layers)
+            TransformerBlock(c.dim, c.heads, rotary=rotary.twin(), **shared)
+            for _ in range(c.layers)
         )
         self.encoder_norm = RMSNorm(c.dim)
         self.decoder = nn.ModuleList(
             TransformerBlock(
-                c.dim, c.heads, causal=True, context_dim=c.dim, rotary=rotary, **shared
+                c.dim, c.heads, causal=True, context_dim=c.dim, rotary=rotary.twin(), **shared
             )
             for _ in range(c.layers if c.decoder_layers is None else c.decoder_layers)
         )
@@ -98,9 +100,10 @@ class EncoderDecoder(Generates, Model):
         context, seen = self.encode(input_ids, attention_mask)
         x = self._decode(decoder_input_ids, decoder_attention_mask, context, seen)
         loss = None
-        logits = None if skip_logits else F.linear(x, self.embed.weight)
+        words = whole(self.embed.weight)
+        logits = None if skip_logits else F.linear(x, words)
         if labels is not None and skip_logits:
-            loss = head_loss(x, self.embed.weight, labels)
+            loss = head_loss(x, words, labels)
         elif labels is not None:
             loss = cross_entropy(logits, labels)
         return ModelOutput(loss=loss, logits=logits, last_hidden_state=x)
@@ -145,7 +148,7 @@ class EncoderDecoder(Generates, Model):
 
         def step(new: Tensor, context: Tensor | None = None) -> Tensor:
             x = self._decode(new, None, context, seen, caches, held)
-            return F.linear(x[:, -1], self.embed.weight)
+            return F.linear(x[:, -1], whole(self.embed.weight))
 
         def repeat(beams: int) -> None:
             seen.update({name: x.repeat_interleave(beams, 0) for name, x in seen.items()})

@@ -55,8 +55,8 @@ class FusionEncoder(Model):
         rotary = RotaryEmbedding(c.dim // c.heads)
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                *(c.dim, c.heads, c.kv_heads), context_dim=c.dim, rotary=rotary, hidden=c.hidden,
-                mlp=c.mlp, dropout=c.dropout,
+                *(c.dim, c.heads, c.kv_heads), context_dim=c.dim, rotary=rotary.twin(),
+                hidden=c.hidden, mlp=c.mlp, dropout=c.dropout,
             )
             for _ in range(c.layers)
         )  # fmt: skip

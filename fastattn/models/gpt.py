@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import KVCache, RotaryEmbedding, TransformerBlock
+from ..nn.sharded import whole
 from .base import Config, Model, ModelOutput
 from .generation import Decoding, Generates, prompts
-from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, tokens
+from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, sequence_parts, tokens
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class GPT(Generates, Model):
         window = None if c.window is None else (c.window, 0)
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                *(c.dim, c.heads, c.kv_heads), causal=True, window=window, rotary=rotary,
+                *(c.dim, c.heads, c.kv_heads), causal=True, window=window, rotary=rotary.twin(),
                 qk_norm=c.qk_norm, hidden=c.hidden, mlp=c.mlp, norm=c.norm, dropout=c.dropout,
             )
             for _ in range(c.layers)
@@ -94,18 +95,19 @@ class GPT(Generates, Model):
                              "labels")  # fmt: skip
         if skip_logits and labels is None:
             raise ValueError("skip_logits came without labels, so that nothing is left to compute")
-        x = self.drop(self.embed(input_ids))
+        x = sequence_parts(self.drop(self.embed(input_ids)), input_ids)
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[i]
             x = block(x, document_ids=document_ids, cache=layer_cache, **options)
         x = self.norm(x)  # [B, S, dim]
-        weight = self.embed.weight if self.head is None else self.head.weight
-        loss = None
-        logits = None if skip_logits else F.linear(x, weight)
+        head = self.embed if self.head is None else self.head
+        loss = logits = None
+        if not skip_logits:  # a head of its own is called: a plan may have wrapped it
+            logits = F.linear(x, whole(head.weight)) if self.head is None else head(x)
         if labels is not None:
             targets = self._targets(labels, input_ids, document_ids)
             if skip_logits:
-                loss = head_loss(x, weight, targets)
+                loss = head_loss(x, whole(head.weight), targets)
             else:
                 loss = cross_entropy(logits, targets)
         return ModelOutput(loss=loss, logits=logits, last_hidden_state=x)

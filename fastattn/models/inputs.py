@@ -53,6 +53,17 @@ def padding(name: str, mask: Tensor | None, like: Tensor) -> dict[str, Tensor]:
     return {"mask": real}
 
 
+def sequence_parts(x: Tensor, ids: Tensor) -> Tensor:
+    """x, the embedded ids. A plan of sequence parallelism leaves each process its part of the rows;
+    torch takes parts of one size for granted, and would stop the process."""
+    rows, here = ids.shape[1], x.shape[1]
+    if here != rows and (here == 0 or rows % here):
+        raise ValueError(f"sequences of {rows} tokens came to a plan of sequence parallelism that "
+                         f"leaves {here} here; accepted are lengths that the number of processes "
+                         "divides, and no generate()")  # fmt: skip
+    return x
+
+
 def labels_like(name: str, labels: Tensor, shape: tuple[int, ...], classes: int) -> Tensor:
     """labels int64 of that shape, each IGNORED or in [0, classes)."""
     if tuple(checks.tensor(name, labels).shape) != tuple(shape) or labels.dtype not in INTEGERS:

@@ -91,6 +91,7 @@ class TorchCache(KVCache):
     ) -> Tensor:
         """KVCache.attend's arguments and result."""
         if k is not None:
+            self.reserve(k.shape[1])
             rows = torch.arange(self.batch, device=k.device)[:, None]
             slots = self.positions(k.shape[2])
             if slots.numel() and int(slots.max()) >= self.max_len:

@@ -1,9 +1,10 @@
 """Modules: drop-ins for torch.nn's attention classes, and blocks for new models.
 
 Drop-ins for torch's six: multihead.py, transformer.py. Blocks: attention.py, cache.py, norm.py,
-rotary.py, gated.py, positional.py, block.py, loss.py.
+rotary.py, gated.py, positional.py, block.py, loss.py. sharded.py: tensor parallelism.
 """
 
+from .. import habits
 from .attention import Attention
 from .block import TransformerBlock
 from .cache import KVCache
@@ -41,3 +42,6 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
+
+for _name in __all__:
+    habits.unscriptable(globals()[_name])

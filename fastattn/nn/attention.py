@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..attention import attention, varlen_attention
+from . import sharded
 from ._arguments import last_size, positive, probability
 from .cache import KVCache
 from .norm import RMSNorm
@@ -168,18 +169,14 @@ class Attention(nn.Module):
         options |= {"scale": self.scale, "causal": self.causal, "window": self.window}
         options["dropout_p"] = self.dropout if self.training else 0.0
         options["head_origin"] = self.head_origin
-        q = self._heads(self.q_proj, self.q_norm, x)
-        if q.shape[-3] != self.heads and self.head_origin is None and options["dropout_p"]:
-            raise ValueError(
-                f"q_proj gives {q.shape[-3]} of {self.heads} heads and dropout is {self.dropout}: "
-                "where the projections are sharded, head_origin = (first, total) says which heads "
-                "are here, so that each process drops weights of its own"
-            )
+        q, mesh = self._heads("q_proj", x), None
+        if q.shape[-3] != self.heads:
+            mesh = self._check_part(q.shape[-3], options)
+        q = self._normed(self.q_norm, q, mesh)
         if self.context_dim is not None and cache is not None:
-            return self._project(self._cross_cached(q, context, cache, kv_lens, options))
+            return self._project(self._cross_cached(q, context, cache, kv_lens, options, mesh))
         source = x if self.context_dim is None else context
-        k = self._heads(self.k_proj, self.k_norm, source)
-        v = self._heads(self.v_proj, None, source)
+        k, v = self._keys(source, q.shape[-3], mesh)
         if self.rotary is not None:
             if positions is None and cache is not None:
                 positions = cache.positions(x.shape[1])
@@ -208,29 +205,74 @@ class Attention(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kind: type[KVCache] = KVCache,
     ) -> KVCache:
-        """An empty cache for this layer, on the device and in the dtype of its weights."""
+        """An empty cache for this layer, on the device and in the dtype of its weights; of the
+        heads that are here, where the weights are sharded."""
         weight = self.k_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        return KVCache(batch, self.kv_heads, max_len, self.head_dim, device=device, dtype=dtype)
+        place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        here = sharded.is_sharded(weight) or self.head_origin is not None
+        return kind(batch, None if here else self.kv_heads, max_len, self.head_dim, **place)
 
-    def _heads(self, projection, norm, x):
+    def _heads(self, name, x):
         """[..., S, dim] -> [..., heads, S, head_dim], a view."""
-        y = projection(x).unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
-        return y if norm is None else norm(y)
+        y = sharded.local(name, getattr(self, name)(x))
+        if y.shape[-1] % self.head_dim:
+            raise ValueError(
+                f"{name} gives {y.shape[-1]} channels and head_dim is {self.head_dim}: a process "
+                f"has whole heads only; accepted is a number of processes that divides kv_heads = "
+                f"{self.kv_heads}"
+            )
+        return y.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
+
+    def _keys(self, source, q_heads, mesh):
+        """k and v of as many heads as q's need."""
+        k, v = self._heads("k_proj", source), self._heads("v_proj", source)
+        if k.shape[-3] * self.heads != q_heads * self.kv_heads:
+            raise ValueError(
+                f"q_proj gives {q_heads} of {self.heads} heads and k_proj {k.shape[-3]} of "
+                f"{self.kv_heads}; accepted is as large a part of both, so that each process has "
+                "the keys of its own heads"
+            )
+        return self._normed(self.k_norm, k, mesh), v
+
+    def _normed(self, norm, x, mesh):
+        """norm(x); with a mesh, whose processes have other heads each, so that all learn alike."""
+        if norm is None:
+            return x
+        if mesh is None:
+            return norm(x)
+        y = sharded.call_shared(norm, x, mesh)
+        return y.to_local() if sharded.is_sharded(y) else y
+
+    def _check_part(self, heads, options):
+        """The mesh whose processes have `heads` of all heads each, or None where it is unknown;
+        options' sinks become theirs."""
+        if self.head_origin is None and options["dropout_p"]:
+            raise ValueError(
+                f"q_proj gives {heads} of {self.heads} heads and dropout is {self.dropout}: "
+                "where the projections are sharded, head_origin = (first, total) says which heads "
+                "are here, so that each process drops weights of its own"
+            )
+        mesh = sharded.mesh_of(self.q_proj)
+        if mesh is not None and self.sinks is not None:
+            options["sinks"] = sharded.own_part(self.sinks, mesh)
+        if mesh is not None and self.head_origin is None:  # masks and biases may have every head
+            options["head_origin"] = (mesh.get_local_rank() * heads, self.heads)
+        return mesh
 
     def _project(self, out):
         return self.o_proj(out.transpose(-2, -3).flatten(-2))
 
-    def _cross_cached(self, q, context, cache, kv_lens, options):
+    def _cross_cached(self, q, context, cache, kv_lens, options, mesh):
         k = v = None
         if not cache.filled:
             if context is None:
                 raise ValueError("context is None and the cache is empty; the first call needs it")
-            k = self._heads(self.k_proj, self.k_norm, context)
-            v = self._heads(self.v_proj, None, context)
+            k, v = self._keys(context, q.shape[-3], mesh)
             if kv_lens is None:
                 return cache.attend(q, k, v, **options)
+            cache.reserve(k.shape[1])
             cache.check(q, cache_lens=kv_lens, **options)  # before the other call writes
             cache.attend(q[:, :, :0], k, v, new_lens=kv_lens)  # those past kv_lens drop out
         return cache.attend(q, **options)

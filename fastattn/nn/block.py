@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..fused_activate import activate
+from . import sharded
 from ._arguments import choice, probability
 from .attention import Attention
 from .cache import KVCache
 from .gated import MLP, GeGLU, SwiGLU
+from .linear import plain
 from .norm import LayerNorm, RMSNorm
 from .rotary import RotaryEmbedding
 
@@ -137,16 +139,34 @@ class TransformerBlock(nn.Module):
             positions=positions, cache=cache, **packed,
         )  # fmt: skip
         if self.cross is not None:
-            normed, x = self.cross_norm(added, x, p)
+            normed, x = _join(self.cross_norm, added, x, p)
             added = self.cross(
                 normed, context, mask=context_mask, kv_lens=context_lens, cache=context_cache,
                 context_cu_seqlens=context_cu_seqlens, context_max_seqlen=context_max_seqlen,
                 **packed,
             )  # fmt: skip
-        normed, x = self.mlp_norm(added, x, p)
-        added = self.mlp(normed)
-        return x + (activate(added, dropout_p=p) if p else added)
+        normed, x = _join(self.mlp_norm, added, x, p)
+        return _add(self.mlp_norm, self.mlp(normed), x, p)
 
     def make_cache(self, batch: int, max_len: int, **place) -> KVCache:
         """An empty cache of the self-attention; Attention.make_cache's arguments."""
         return self.attn.make_cache(batch, max_len, **place)
+
+
+def _join(norm: nn.Module, added: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """(norm(y), y) of y = x + dropout(added): one pass where the norm is ours and nothing is
+    attached to it. Hooks, a plan's among them, and other norms see one tensor and give one."""
+    if type(norm) in NORMS.values() and plain(norm, type(norm)):
+        return norm(added, x, p)
+    x = _add(norm, added, x, p)
+    return norm(x), x
+
+
+def _add(norm: nn.Module, added: Tensor, x: Tensor, p: float) -> Tensor:
+    """x + dropout(added). A plan that shards the norm's weight cuts the sequence into parts."""
+    added = sharded.alike(added, x)
+    if p:
+        mesh = None if sharded.is_sharded(added) else sharded.mesh_of(norm)
+        key = None if mesh is None else sharded.own_key(mesh, added.device)
+        added = activate(added, dropout_p=p, dropout_seed=key)
+    return x + added

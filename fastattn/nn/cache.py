@@ -19,7 +19,8 @@ class KVCache:
 
     Args:
         batch: B, entries.
-        kv_heads: Hkv.
+        kv_heads: Hkv. None: as many as the first keys have, whose call takes the memory (a sharded
+            model's processes have some heads each).
         max_len: slots of each entry; a call that would overrun them raises and writes nothing.
         head_dim: D of the keys, and of the values unless v_dim says otherwise.
 
@@ -32,7 +33,7 @@ class KVCache:
     def __init__(
         self,
         batch: int,
-        kv_heads: int,
+        kv_heads: int | None,
         max_len: int,
         head_dim: int,
         *,
@@ -42,7 +43,9 @@ class KVCache:
     ) -> None:
         sizes = {"batch": batch, "kv_heads": kv_heads, "max_len": max_len, "head_dim": head_dim}
         for name, x in sizes.items():
-            positive(name, x)
+            if name != "kv_heads" or x is not None:
+                positive(name, x)
+        kv_heads = kv_heads or 0
         v_dim = head_dim if v_dim is None else positive("v_dim", v_dim)
         place = {"device": device, "dtype": dtype}
         self.k = torch.zeros(batch, kv_heads, max_len, head_dim, **place)
@@ -81,6 +84,8 @@ class KVCache:
             [B, Hq, Sq, Dv].
         """
         added = 0 if k is None else _new_keys(k)
+        if added:
+            self.reserve(k.shape[1])
         if new_lens is not None:
             new_lens = checks.int_vector("new_lens", new_lens, (self.batch,), q.device, "[B]")
             checks.lengths("new_lens", new_lens, 0, added, "a number of new keys in")
@@ -88,6 +93,12 @@ class KVCache:
         self.lens = self.lens + (added if new_lens is None else new_lens)
         self.filled = self.filled or added > 0
         return out
+
+    def reserve(self, kv_heads: int) -> None:
+        """Takes the memory for so many heads, where their number was not known yet."""
+        if self.k.shape[1] == 0:
+            shapes = ((self.batch, kv_heads, self.max_len, x.shape[3]) for x in (self.k, self.v))
+            self.k, self.v = (self.k.new_zeros(shape) for shape in shapes)
 
     def check(self, q: Tensor, **options) -> None:
         """Raises what attend(q, **options) would, and does nothing else; cache_lens= stands in for

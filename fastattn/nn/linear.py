@@ -31,7 +31,11 @@ SMALL_PRODUCT = 1 << 26  # multiplications: below, the difference is less than a
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] weight [out, in]' + bias [out], with all derivatives: F.linear."""
+    """x [..., in] weight [out, in]' + bias [out], with all derivatives: F.linear. A bias of another
+    dtype than weight is added to the product, as torch does it in nn.MultiheadAttention."""
+    if bias is not None and bias.dtype != weight.dtype:
+        out = linear(x, weight, None)
+        return (out + bias).to(out.dtype)
     if (
         _ONEDNN is None
         or not fused.has_kernel(x, weight, bias)

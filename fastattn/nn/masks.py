@@ -34,7 +34,8 @@ def operands(padding, attn, is_causal, batch, heads, q_len, kv_len, extra, dtype
         attn = attn[None, None] if attn.dim() == 2 else attn.unflatten(0, (batch, heads))
         attn = F.pad(attn, (extra, 0))  # [1 or batch, 1 or heads, q_len, keys]
         if attn.dtype != torch.bool:
-            bias = attn if bias is None else bias + attn
+            wide = torch.promote_types(dtype, torch.float32)  # a sum in half precision would round
+            bias = attn if bias is None else bias.to(wide) + attn
         else:
             if hidden is not None:  # one of the two becomes a bias, and neither is expanded
                 bias = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)

@@ -5,10 +5,11 @@ masks.py says how its masks are given to attention(), ../weights.py where the we
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.init import xavier_normal_, xavier_uniform_
 
 from .. import checks
 from ..attention import attention, varlen_attention
@@ -48,26 +49,13 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """True only while torch's constructor asks. Later it is the fast paths of torch's encoder
-        classes that ask, and they would compute attention past this module's forward."""
-        return self.__dict__["_qkv_same_embed_dim"] and "out_proj" not in self._modules
+        """torch's: do query, key and value have one width? Only the fast path of torch's encoder
+        layer reads False, as it would compute attention past this module's forward."""
+        return self.__dict__["_qkv_same_embed_dim"] and not _fast_path_asks()
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
         self.__dict__["_qkv_same_embed_dim"] = value
-
-    def _reset_parameters(self) -> None:
-        """torch's, draw for draw; torch's own asks _qkv_same_embed_dim."""
-        joined, separate = self.in_proj_weight, (self.q_proj_weight, self.k_proj_weight,
-                                                 self.v_proj_weight)  # fmt: skip
-        for weight in separate if joined is None else (joined,):
-            xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-        for bias in (self.bias_k, self.bias_v):
-            if bias is not None:
-                xavier_normal_(bias)
 
     def forward(
         self,
@@ -243,6 +231,17 @@ class _Packed:
         exists = self.exists()
         out = values.new_zeros(*exists.shape, values.shape[-1])
         return out.masked_scatter(exists[..., None], values)
+
+
+def _fast_path_asks() -> bool:
+    """Does a function that calls torch's fused encoder layer read the property, itself or through a
+    wrapper's property? While torch.compile traces, nobody knows who asks, and it may be one."""
+    if torch.compiler.is_compiling():
+        return True
+    reader = sys._getframe(2)
+    readers = (reader, reader.f_back)
+    return any(x is not None and "_transformer_encoder_layer_fwd" in x.f_code.co_names
+               for x in readers)  # fmt: skip
 
 
 def _check_lengths(query, key, value, batched: bool, batch_first: bool) -> None:

@@ -93,6 +93,16 @@ class RotaryEmbedding(nn.Module):
         self.scaling = None if scaling is None else dict(scaling)
         self.table = AngleTable(_scaled_frequencies(dim, self.base, self.scaling))
 
+    def twin(self) -> RotaryEmbedding:
+        """Another module with the same angles, which both keep in one table. A model that is cut
+        into pipeline stages needs one in each of its layers: torch traces no module under two
+        names."""
+        twin = RotaryEmbedding(
+            self.dim, self.base, interleaved=self.interleaved, scaling=self.scaling
+        )
+        twin.table = self.table
+        return twin
+
     def forward(
         self,
         q: Tensor,

@@ -1,0 +1,103 @@
+"""What people try out of habit, each answered in one sentence: the arguments of other libraries'
+attention, and torch.jit.script.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+
+_MASK = "mask= takes bool, True where a row sees a key, and bias= takes what is added to the scores"
+_PADDING = "kv_lens= takes each entry's number of keys, and mask= bool [B, 1, 1, S], True for a key"
+_SCALE, _SOFTCAP, _SINKS = "scale= is its name", "softcap= is its name", "sinks= is its name"
+_DROPOUT = "dropout_p= is its name"
+_LSE = "return_lse=True returns (out, lse)"
+_WINDOW = "window=(left, right) takes how many keys a row sees on each side"
+_TABLE = "page_table= is its name, in varlen_attention() and decode_attention()"
+_PROBS = "weights are never stored here, and fastattn.nn.MultiheadAttention returns them"
+_OURS = {
+    "is_causal": "causal= is its name, with align='start' for torch's diagonal from the top left",
+    "attn_mask": _MASK,
+    "attention_mask": _MASK,
+    "key_padding_mask": _PADDING,
+    "src_key_padding_mask": _PADDING,
+    "attn_bias": "bias= is its name",
+    "score_mod": "bias=, alibi_slopes= and softcap= change scores",
+    "block_mask": "mask=, window= and document_ids= hide keys",
+    "dropout": _DROPOUT,
+    "attention_dropout": _DROPOUT,
+    "p": _DROPOUT,
+    "enable_gqa": "k and v may have fewer heads than q, without asking",
+    "softmax_scale": _SCALE,
+    "sm_scale": _SCALE,
+    "scaling": _SCALE,
+    "window_size": _WINDOW,
+    "sliding_window": "window=(n - 1, 0) shows a row its own key and the n - 1 before it",
+    "soft_cap": _SOFTCAP,
+    "logits_soft_cap": _SOFTCAP,
+    "s_aux": _SINKS,
+    "sink": _SINKS,
+    "return_attn_probs": _PROBS,
+    "need_weights": _PROBS,
+    "output_attentions": _PROBS,
+    "return_softmax_lse": _LSE,
+    "return_aux": _LSE,
+    "block_table": _TABLE,
+    "block_tables": _TABLE,
+    "cache_seqlens": "cache_lens= is its name, in decode_attention()",
+    "seqused_k": "kv_lens= is its name",
+    "rotary_cos": "rotary=(cos, sin) is its form, in decode_attention()",
+    "rotary_sin": "rotary=(cos, sin) is its form, in decode_attention()",
+    "cu_seqlens": "cu_seqlens_q= and cu_seqlens_k= are its names, in varlen_attention()",
+}  # fmt: skip
+
+_PUBLIC: list[Callable] = []
+
+
+def public(function: Callable) -> Callable:
+    """A function that takes its unknown keywords as **unknown, for refuse_unknown() to name ours.
+    Its signature does not show them."""
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=shown)
+    _PUBLIC.append(function)
+    return unscriptable(function)
+
+
+def refuse_unknown(function: Callable, unknown) -> None:
+    """Raises TypeError for the first of these keywords that the function does not take."""
+    known = inspect.signature(function).parameters
+    for name in unknown:
+        if name in known:
+            continue
+        others = [f"{x.__name__}()" for x in _PUBLIC if name in inspect.signature(x).parameters]
+        close = get_close_matches(name, known, n=1)
+        if name in _OURS:
+            why = f"; {_OURS[name]}"
+        elif others:
+            why = f"; it is one of {' and '.join(others)}"
+        else:
+            why = f"; did you mean {close[0]}=?" if close else ""
+        raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{why}")
+
+
+# ---- torch.jit.script --------------------------------------------------------------------------
+
+_NO_SCRIPT = (
+    "torch.jit.script cannot compile fastattn; use torch.compile, torch.export or torch.jit.trace"
+)
+
+
+def unscriptable(x):
+    """A function or a class of modules, which torch.jit.script refuses in one sentence, in whatever
+    it is used. (Without this it would show the first line that it does not understand.)"""
+    if isinstance(x, type):
+        x.__prepare_scriptable__ = _refuse_script
+    else:
+        x.__script_unsupported = _NO_SCRIPT
+    return x
+
+
+def _refuse_script(module):
+    raise NotImplementedError(f"{type(module).__name__}: {_NO_SCRIPT}")
