@@ -3,19 +3,20 @@
 A module is swapped by changing its class. It stays the same object: parameters, buffers, hooks,
 training flag, whoever holds it, and what is assigned to it later. (A new module in its place would
 need all of that copied, and every reference to the old one found.) The new class is a subclass of
-the old one in which `forward` alone is another, so isinstance() and unknown methods work on, and
-names its original, so going back needs no record.
+the old one in which `forward`, or the methods that call attention for it, alone are others, so
+isinstance() and unknown methods work on, and names its original, so going back needs no record.
+Objects that modules hold and call, as diffusers' attention processors, are swapped in the same way.
 """
 
 from __future__ import annotations
 
 import copyreg
-import dis
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from types import FunctionType, ModuleType
+from types import FunctionType
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,9 +25,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .nn.transformer import OURS
+from .redirect import Redirected, leads, redirect
 from .sdpa import scaled_dot_product_attention
 
 _ORIGINAL = "_fastattn_original"  # on a swapped class: the class that it stands for
+_HELD = "_fastattn_held"  # and the attributes of the instance that it replaces
 _BEFORE = "_fastattn_attn_implementation"  # on a transformers model: what it ran before
 _SDPA = "scaled_dot_product_attention"
 
@@ -59,8 +62,11 @@ def swap(model: nn.Module) -> SwapReport:
     - torch.nn.MultiheadAttention and torch.nn's Transformer classes, and subclasses that have no
       forward of their own: fastattn.nn's forward runs, with its two differences (a row that sees
       nothing gives no NaN, is_causal never discards a mask);
-    - modules whose forward calls F.scaled_dot_product_attention by that name, as timm's attention
-      blocks do: their own forward runs on fastattn's, and a `fused_attn` flag reads True;
+    - modules whose forward calls torch's scaled_dot_product_attention, in any spelling, in its
+      other methods or in the functions that it calls by name, as timm's attention blocks do: their
+      own code runs on fastattn's, and a `fused_attn` flag reads True;
+    - objects that a module holds and calls, where their __call__ does so, or calls diffusers'
+      dispatch_attention_fn: the attention processors of diffusers' models;
     - transformers' PreTrainedModels: fastattn.hf.enable().
 
     Weights are shared, hooks, parametrizations, flags, dtypes and devices stay, and the model can
@@ -75,21 +81,36 @@ def swap(model: nn.Module) -> SwapReport:
     """
     swapped, left, served = [], [], []  # served: prefixes of transformers models
     refused = {}  # configurations of those that are not, which models inside may share
-    for name, module in _modules(model):
+    found, rows = {}, {}  # what each class reaches; what the report names
+    for name, module in _parts(model):
         kind, inside = type(module).__name__, name.startswith(tuple(served))
         if _is_transformers_model(module) and not inside:
             cls, what = None, _enable(module, refused)
             if what in (_ENABLED, _ALREADY):
                 served.append("" if module is model else f"{name}.")
         else:
-            cls, what = _swapped(module)
+            cls, what = swapped_class(module, found)
         if cls is not None:
             module.__class__ = cls
         if cls is not None or what == _ENABLED:
             swapped.append((name, kind, what))
         elif what is not None and not (inside and what == _UNKNOWN):
             left.append((name, kind, what))
+        else:
+            continue
+        rows[name] = module
+    left = [row for row in left if row[2] != _UNKNOWN or not _only_holds(rows, row[0], found)]
     return _report(swapped, left, "swapped")
+
+
+def _only_holds(rows: dict, name: str, found: dict) -> bool:
+    """Is this module named for the attention that a part of it computes, which has a row?"""
+    module = rows[name]
+    by_hand = "softmax" in found[_without_parametrization(module)].names
+    if by_hand or not isinstance(module, nn.Module):
+        return False
+    inside = {id(part) for _, part in _parts(module) if part is not module}
+    return any(id(part) in inside for part in rows.values())
 
 
 def unswap(model: nn.Module) -> SwapReport:
@@ -99,14 +120,14 @@ def unswap(model: nn.Module) -> SwapReport:
     class something else has wrapped since.
     """
     back, left = [], []
-    for name, module in _modules(model):
+    for name, module in _parts(model):
         cls, kind = type(module), type(module).__name__
         if _BEFORE in vars(module):
             module.set_attn_implementation(vars(module).pop(_BEFORE))
             back.append((name, kind, "set_attn_implementation()"))
         original = _original(_without_parametrization(module))
         if original is not None:
-            module.__class__ = _with_parametrization(module, original)
+            unswap_object(module)
             back.append((name, kind, f"{original.__module__}.{original.__qualname__}"))
         elif any(_ORIGINAL in vars(base) for base in cls.__mro__):
             left.append((name, kind, f"its class became {cls.__qualname__} after swap(); undo that "
@@ -114,10 +135,22 @@ def unswap(model: nn.Module) -> SwapReport:
     return _report(back, left, "swapped back")
 
 
-def _modules(model):
+_ROOT = "(model)"
+
+
+def _parts(model) -> list[tuple[str, object]]:
+    """The modules, and the objects with a __call__ of their own that they hold, each once."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; accepted is a torch.nn.Module")
-    return [(name or "(model)", module) for name, module in model.named_modules()]
+    parts = {}
+    for name, module in model.named_modules():
+        parts[id(module)] = (name or _ROOT, module)
+        for attribute, held in vars(module).items():
+            call = inspect.getattr_static(type(held), "__call__", None)
+            is_part = isinstance(call, FunctionType) and hasattr(held, "__dict__")
+            if is_part and not isinstance(held, nn.Module):
+                parts.setdefault(id(held), (f"{name}.{attribute}".lstrip("."), held))
+    return list(parts.values())
 
 
 def _report(swapped, left, done) -> SwapReport:
@@ -129,54 +162,82 @@ def _report(swapped, left, done) -> SwapReport:
 # ---- which class -------------------------------------------------------------------------------
 
 
-def _swapped(module: nn.Module) -> tuple[type | None, str | None]:
-    """(the class to change to, what it is), or (None, why not), or (None, None): no attention."""
+def swapped_class(module: object, found: dict | None = None) -> tuple[type | None, str | None]:
+    """(the class to change to, what it is), or (None, why not), or (None, None): no attention.
+
+    found: what classes looked at before reach, to be added to.
+    """
+    found = {} if found is None else found
     cls = _without_parametrization(module)
-    ours = next((ours for theirs, ours in OURS.items() if issubclass(cls, theirs)), None)
+    ours = _ours(cls)
     if _original(cls) is not None or (ours is not None and issubclass(cls, ours)):
         return None, _ALREADY
     if isinstance(module, torch.jit.ScriptModule):
         known = module.original_name in {theirs.__name__ for theirs in OURS}
         return None, "is compiled by TorchScript; swap before that" if known else None
-    served = None if ours is not None else _on_fastattn(cls.forward)
-    looks = re.search("attention|attn", cls.__name__, re.IGNORECASE)
-    if ours is None and served is None:
-        return None, _UNKNOWN if looks and any(True for _ in module.parameters()) else None
+    held, why = (), None
+    if ours is None:
+        if cls not in found:
+            found[cls] = _methods_of(cls)
+        held, why = _held(module, found[cls])
+        if not (found[cls].methods or held or why):
+            looks = re.search("attention|attn", cls.__name__, re.IGNORECASE)
+            empty = isinstance(module, nn.Module) and not any(True for _ in module.parameters())
+            return None, _UNKNOWN if looks and not empty else None
     if "forward" in vars(module):
         return None, "its forward is replaced on the instance"
     if ours is not None:
         theirs = next(theirs for theirs, x in OURS.items() if x is ours)
         if cls.forward is not theirs.forward:
             return None, f"{cls.__qualname__} has a forward of its own"
-        new = _class_of(cls, ours)
-        return _with_parametrization(module, new), f"fastattn.nn.{ours.__name__}"
-    return _with_parametrization(module, _class_of(cls, None)), f"its {_SDPA} is fastattn's"
+        what = f"fastattn.nn.{ours.__name__}"
+    elif why is not None:
+        return None, f"{why}, which swap cannot replace; {_OTHERS}"
+    else:
+        what = f"its {' and '.join(x.__name__ for x in found[cls].reached) or _SDPA} is fastattn's"
+    return _with_parametrization(module, _class_of(cls, held)), what
+
+
+def _ours(cls: type) -> type | None:
+    return next((ours for theirs, ours in OURS.items() if issubclass(cls, theirs)), None)
 
 
 _ALREADY, _ENABLED = "is fastattn's already", "fastattn.hf.enable()"
+_OTHERS = "fastattn.enable() serves every call of torch's function"
 _UNKNOWN = (
-    f"not a class that swap knows, and its forward calls no F.{_SDPA}; fastattn.enable() serves "
-    "the calls that other functions make for it"
+    f"not a class that swap knows, and swap finds no {_SDPA} among the functions that its code "
+    f"calls by name; {_OTHERS}"
 )
 
-_made: WeakValueDictionary[type, type] = WeakValueDictionary()
+_made: WeakValueDictionary[tuple, type] = WeakValueDictionary()
 
 
-def _class_of(cls: type, ours: type | None) -> type:
-    """The subclass of cls, alike but for forward: fastattn.nn's `ours`, or cls' own on fastattn."""
-    made = _made.get(cls)
+def _class_of(cls: type, held: tuple[str, ...] = ()) -> type:
+    """The subclass of cls, alike but for the methods that attend: fastattn.nn's, or cls' own on
+    fastattn. held: attributes of the instance that are torch's function."""
+    made = _made.get((cls, held))
     if made is None:
-        content = {_ORIGINAL: cls, "__reduce_ex__": _reduce, "__module__": __name__}
+        content = {_ORIGINAL: cls, _HELD: held, "__reduce_ex__": _reduce, "__module__": __name__}
         content |= {"__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
+        ours = _ours(cls)
         if ours is None:
-            content["forward"] = _on_fastattn(cls.forward)
-            if "fused_attn" in cls.forward.__code__.co_names:
-                content["fused_attn"] = _FUSED
-            bases = (cls,)
+            bases, methods = _on_fastattn(cls, held)
+            content |= methods
         else:
             bases = (ours,) if cls in OURS else (cls, ours)
-        made = _made[cls] = type(cls.__name__, bases, content)
+        made = _made[cls, held] = type(cls.__name__, bases, content)
     return made
+
+
+def is_swapped(module: object) -> bool:
+    """Is it of a class that swap() made?"""
+    return _original(_without_parametrization(module)) is not None
+
+
+def unswap_object(module: object) -> None:
+    """Gives a swapped module, or an object that one holds, its own class back."""
+    original = _original(_without_parametrization(module))
+    module.__class__ = _with_parametrization(module, original)
 
 
 def _original(cls: type) -> type | None:
@@ -212,56 +273,79 @@ def _reduce(self, protocol: int):
     cls = next(base for base in type(self).__mro__ if _ORIGINAL in vars(base))
     make, arguments, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
     if make is copyreg.__newobj__ and arguments[0] is cls:
-        make, arguments = _revive, (_original(cls), *arguments[1:])
+        make, arguments = _revive, (_original(cls), vars(cls)[_HELD], *arguments[1:])
     return (make, arguments, *rest)
 
 
-def _revive(original: type, *arguments):
-    ours = next((ours for theirs, ours in OURS.items() if issubclass(original, theirs)), None)
-    cls = _class_of(original, ours)
+def _revive(original: type, held: tuple[str, ...] = (), *arguments):
+    cls = _class_of(original, held)
     return cls.__new__(cls, *arguments)
 
 
-# ---- modules that call F.scaled_dot_product_attention ------------------------------------------
-
-_F = ModuleType(F.__name__, "torch.nn.functional, its attention fastattn's")
-vars(_F).update(vars(F), **{_SDPA: scaled_dot_product_attention})
+# ---- functions that are replaced in other classes' methods ---------------------------------------
 
 
-def _on_fastattn(forward) -> FunctionType | None:
-    """The same code, in a copy of its global names in which attention is fastattn's.
+def _instead() -> dict[Callable, Callable]:
+    """{a function that others call for their attention: fastattn's}."""
+    functions = {getattr(F, _SDPA): scaled_dot_product_attention}
+    if "diffusers.models.attention_dispatch" in sys.modules:
+        from . import diffusers
 
-    None where it calls no F.scaled_dot_product_attention, or reaches it by other ways too.
-    """
-    if not isinstance(forward, FunctionType) or _SDPA not in forward.__code__.co_names:
-        return None
-    known, instead = forward.__globals__, {}
-    steps = [x for x in dis.get_instructions(forward) if x.opname != "EXTENDED_ARG"]
-    for before, step in pairwise(steps):
-        if step.argval != _SDPA:
-            continue
-        if step.opname == "LOAD_GLOBAL" and known.get(_SDPA) is getattr(F, _SDPA):
-            instead[_SDPA] = scaled_dot_product_attention
-        elif before.opname == "LOAD_GLOBAL" and known.get(before.argval) is F:
-            instead[before.argval] = _F
-        else:
-            return None
-    names = {**known, **instead}
-    names.pop("__name__", None)  # torch.compile would look names up in the module of this name
-    function = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    function.__kwdefaults__, function.__doc__ = forward.__kwdefaults__, forward.__doc__
-    function.__annotations__, function.__module__ = forward.__annotations__, forward.__module__
-    return function
+        functions[diffusers.THEIR_DISPATCH] = diffusers.dispatch_attention_fn
+    return functions
 
 
-def _set_fused(module: nn.Module, value: bool) -> None:
-    vars(module)["fused_attn"] = value
+def _methods_of(cls: type) -> Redirected:
+    return redirect(cls, ("forward", "__call__"), _instead())
 
 
-# timm's flag for the branch that calls it. The instance's own value waits for unswap().
-_FUSED = property(lambda module: True, _set_fused)
+def _held(module: object, found: Redirected) -> tuple[tuple[str, ...], str | None]:
+    """(attributes of the instance that are torch's function, what cannot be replaced)."""
+    instead, held, lost = _instead(), [], list(found.lost)
+    for name in sorted(found.names & vars(module).keys()):
+        value = vars(module)[name]
+        if any(value is theirs for theirs in instead):
+            held.append(name)
+        elif leads(getattr(value, "func", value), instead):  # a partial's, or itself
+            lost.append(f"its attribute {name} is a function that calls it")
+    return tuple(held), next(iter(lost), None)
+
+
+def _on_fastattn(cls: type, held: tuple[str, ...]) -> tuple[tuple[type, ...], dict]:
+    """(bases, content) of the subclass of cls whose methods attend with fastattn."""
+    found, content, shadowed = _methods_of(cls), {}, {}
+    for (owner, name), method in found.methods.items():
+        first = next(base for base in cls.__mro__ if name in vars(base))
+        into = content if first is owner else shadowed.setdefault(owner, {})
+        into[name] = method
+    for name in held:
+        content[name] = _of_instance(name, lambda module, name=name: _ours_for(vars(module)[name]))
+    if "fused_attn" in found.names:
+        content["fused_attn"] = _FUSED
+    # Methods that super() gets at come from a class between those of cls and their owner.
+    between = [
+        type(owner.__name__, (owner,), {**shadowed[owner], "__module__": __name__})
+        for owner in cls.__mro__
+        if owner in shadowed
+    ]
+    return (cls, *between), content
+
+
+def _ours_for(value):
+    return next((ours for theirs, ours in _instead().items() if value is theirs), value)
+
+
+def _of_instance(name: str, get: Callable) -> property:
+    """An attribute of the class that hides the instance's own, which waits for unswap()."""
+
+    def store(module, value) -> None:
+        vars(module)[name] = value
+
+    return property(get, store)
+
+
+# timm's flag for the branch that calls it
+_FUSED = _of_instance("fused_attn", lambda module: True)
 
 
 # ---- transformers ------------------------------------------------------------------------------

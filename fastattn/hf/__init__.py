@@ -62,39 +62,41 @@ def register() -> None:
             )
 
 
-def enable(model: PreTrainedModel, implementation: str = NAME) -> PreTrainedModel:
+def enable(model: torch.nn.Module, implementation: str = NAME) -> torch.nn.Module:
     """Switches a built model to fastattn, with every model inside it; returns the model.
 
     Args:
-        model: any transformers model; its weights and hooks stay. What is saved does not name
-            fastattn, so a reloaded model is switched again.
+        model: any transformers model, or a module around some, as peft's PeftModel; its weights and
+            hooks stay. What is saved does not name fastattn, so a reloaded model is switched again.
         implementation: "fastattn", or "fastattn/flash-attn2" where the name counts: packed vision
             branches, sentence-transformers' unpadding, sequence parallelism.
 
-    model.set_attn_implementation("sdpa") switches back.
+    model.set_attn_implementation("sdpa") switches back, a PeftModel too.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: neither a transformers model nor a module that holds one.
         NotImplementedError: a class, which is named, does not go through transformers' attention
             interface, or not all of it. Nothing is changed then. Construction with
             attn_implementation="fastattn" raises the same.
         ValueError: an implementation of another name.
     """
-    if not isinstance(model, PreTrainedModel):
+    models = _models_in(model) if isinstance(model, torch.nn.Module) else []
+    if not models:
         raise TypeError(
-            f"model is of type {type(model).__name__}; accepted is a transformers PreTrainedModel"
+            f"model is of type {type(model).__name__}; accepted is a transformers PreTrainedModel, "
+            "or a module that holds one"
         )
     if implementation not in (NAME, FLASH_NAME):
         raise ValueError(
             f"implementation is {implementation!r}; accepted are {NAME!r} and {FLASH_NAME!r}"
         )
-    models = _models_in(model)
     for inner in models:
         why = refusal(type(inner))
         if why is not None:
             raise NotImplementedError(why)
     before = [inner.config._attn_implementation for inner in models]
-    model.set_attn_implementation(implementation)
+    for outer in _outermost(models):
+        outer.set_attn_implementation(implementation)
     refused = [x for x in models if x.config._attn_implementation != implementation]
     if refused:
         taken = refused[0].config._attn_implementation
@@ -108,6 +110,11 @@ def enable(model: PreTrainedModel, implementation: str = NAME) -> PreTrainedMode
 
 def _models_in(model: torch.nn.Module) -> list[PreTrainedModel]:
     return [inner for inner in model.modules() if isinstance(inner, PreTrainedModel)]
+
+
+def _outermost(models: list[PreTrainedModel]) -> list[PreTrainedModel]:
+    inner = {id(x) for model in models for x in _models_in(model) if x is not model}
+    return [model for model in models if id(model) not in inner]
 
 
 register()

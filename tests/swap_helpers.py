@@ -1,0 +1,9 @@
+"""A function that swap_models.py calls for its attention: one of another module."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
