@@ -46,6 +46,7 @@ class GPT(Generates, Model):
 
     config_class = GPTConfig
     config: GPTConfig
+    config: GPTConfig
 
     def build(self, config: GPTConfig) -> None:
         c = config
