@@ -27,7 +27,7 @@ code { font-size: .78rem; word-break: break-all } details { margin: .3rem 0 }
 .heat .cell { text-align: center; border-radius: .2rem }
 @media (max-width: 40rem) { /* the lengths that a kind of row has, side by side */
   .heat tr:not(.head) { display: flex; flex-wrap: wrap; gap: .2rem }
-  .heat td.name { flex: 0 0 100% }
+  .heat td.name { flex: 0 0 100%; box-sizing: border-box }
   .heat .cell { flex: 0 0 3.1rem }
   .heat .cell[data-label]::before { display: block; color: inherit; font-size: .7rem }
 }
