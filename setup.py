@@ -362,6 +362,18 @@ class BuildPython(build_py):
         if PLAN.mode != "asan":
             folder = ROOT if self.editable_mode else Path(self.build_lib)
             write_facts(folder / "fastattn")
+        if self.editable_mode:
+            show_to_checkers(Path(self.get_finalized_command("install").install_lib))
+
+
+def show_to_checkers(site: Path) -> None:
+    """Gives the environment a plain path to the package: type checkers run no import hooks, which
+    are all that an editable install has. Nothing else of the tree is in the folder."""
+    folder = ROOT / "build/editable"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fastattn").unlink(missing_ok=True)
+    (folder / "fastattn").symlink_to("../../fastattn")
+    (site / "fastattn.pth").write_text(f"{folder}\n")
 
 
 def write_facts(folder: Path) -> None:

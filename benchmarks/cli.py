@@ -33,8 +33,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fastattn bench",
         description="fastattn beside what you use today: checked against float64, then timed.",
-        epilog="exit codes: 0 done; 1 a row is RED, or --fail-if fired; 2 nothing could be done, "
-        "or the base does not build; 130 stopped by Ctrl-C, what was measured is kept",
+        epilog="exit codes:\n  0  done\n  1  a row is RED, or --fail-if fired\n"
+        "  2  nothing could be done, or the base does not build\n"
+        "  130  stopped by Ctrl-C, what was measured is kept",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(dict.fromkeys([*suites.SUITES, *suites.groups()]))
     p.add_argument("suite", nargs="?", metavar="SUITE", help=f"a suite or kind of row: {known}")

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure
 
-from fastattn.report import INK, MUTED, STYLE, plain
+from fastattn.report import INK, MUTED, STYLE, WIDTH, plain
 
 from .cells import LABELS, Row
 from .entries import OURS
@@ -21,12 +21,12 @@ from .history import BASE
 from .output import headline
 from .suites import variant
 
-WIDTH = 4.7  # inches
 COLOURS = {OURS: "#0b7a75", "sdpa": "#8a94a6", "torch": "#8a94a6", "math": "#c9a227",
            "flex": "#6f4fa0", "flash_attn": "#b3541e", "xformers": "#3b6fb6", "eager": "#b56576",
            BASE: "#3b6fb6"}  # fmt: skip
 DTYPE_COLOURS = {"fp32": "#0b7a75", "bf16": "#3b6fb6", "fp16": "#b3541e"}
 DIVERGING = LinearSegmentedColormap.from_list("ratio", ["#b3261e", "#fbf7ef", "#0b7a75"])
+NORM = TwoSlopeNorm(0.0, -1.5, 3.5)  # of a ratio's binary logarithm
 
 
 def _rows(data: dict) -> list[dict]:
@@ -36,14 +36,14 @@ def _rows(data: dict) -> list[dict]:
     ]
 
 
-def _keys(entry: dict) -> int:
+def keys_of(entry: dict) -> int:
     return entry["row"]["kv_len"] or entry["row"]["q_len"]
 
 
 def by_variant(data: dict) -> dict[tuple, list[dict]]:
     """Rows that differ in length only, shortest first."""
     found: dict[tuple, list[dict]] = {}
-    for entry in sorted(_rows(data), key=_keys):
+    for entry in sorted(_rows(data), key=keys_of):
         found.setdefault(variant(Row(**entry["row"])), []).append(entry)
     return found
 
@@ -67,14 +67,14 @@ def speed(data: dict) -> Iterator[tuple[str, Figure]]:
         axes = figure.subplots()
         sides = dict.fromkeys(name for e in entries for name in e["sides"])
         for name in sides:
-            points = [(_keys(e), e["sides"][name]) for e in entries if name in e["sides"]]
+            points = [(keys_of(e), e["sides"][name]) for e in entries if name in e["sides"]]
             points = [(x, side) for x, side in points if "tflops" in side]
             if points:
                 xs, rates = zip(*((x, side["tflops"] * 1e3) for x, side in points))
                 colour = COLOURS.get(name, MUTED)
                 axes.plot(xs, rates, "o-", color=colour, label=name, markersize=4)
-        lengths = [_keys(e) for e in entries]
-        axes.set(title=textwrap.fill(variant_name(key), 36), xscale="log", xlabel="keys",
+        lengths = [keys_of(e) for e in entries]
+        axes.set(title=textwrap.fill(variant_name(key), 32), xscale="log", xlabel="keys",
                  ylabel="GFLOP/s, visible")  # fmt: skip
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.xaxis.minorticks_off()
@@ -83,26 +83,32 @@ def speed(data: dict) -> Iterator[tuple[str, Figure]]:
         yield f"speed-{len(lengths)}-{variant_name(key).replace(' ', '-')}", figure
 
 
+def heat(entry: dict) -> tuple[str, str, str]:
+    """(text, its colour, the colour behind it) of a row's ratio to its first competitor."""
+    ratio = headline(entry)
+    behind = DIVERGING(NORM(math.log2(ratio["value"])))
+    light = sum(part * x**2.2 for part, x in zip((0.213, 0.715, 0.072), behind)) > 0.18
+    text = "=" if ratio["verdict"] == "no difference" else f"{ratio['value']:.1f}"
+    return text, "#000" if light else "#fff", to_hex(behind)
+
+
 def heat_map(data: dict) -> Figure | None:
     """Every variant's ratio to its first competitor, by length."""
     table = by_variant(data)
-    lengths = sorted({_keys(e) for entries in table.values() for e in entries})
+    lengths = sorted({keys_of(e) for entries in table.values() for e in entries})
     if not table:
         return None
-    figure = Figure(figsize=(max(WIDTH, 2.2 + 0.52 * len(lengths)), 1.0 + 0.27 * len(table)),
+    figure = Figure(figsize=(max(4.7, 2.2 + 0.52 * len(lengths)), 1.0 + 0.27 * len(table)),
                     layout="constrained")  # fmt: skip
     axes = figure.subplots()
     logs = [[math.nan] * len(lengths) for _ in table]
     for y, entries in enumerate(table.values()):
         for entry in entries:
-            x, ratio = lengths.index(_keys(entry)), headline(entry)
-            logs[y][x] = math.log2(ratio["value"])
-            sure = ratio["verdict"] != "no difference"
-            dark = logs[y][x] > 2.2 or logs[y][x] < -1.0
-            axes.text(x, y, f"{ratio['value']:.1f}" if sure else "=", ha="center", va="center",
-                      fontsize=8, color="white" if dark else INK)  # fmt: skip
+            x, (text, colour, _) = lengths.index(keys_of(entry)), heat(entry)
+            logs[y][x] = math.log2(headline(entry)["value"])
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
     edges = [[n - 0.5 for n in range(count + 1)] for count in (len(lengths), len(table))]
-    axes.pcolormesh(*edges, logs, cmap=DIVERGING, norm=TwoSlopeNorm(0.0, -1.5, 3.5))
+    axes.pcolormesh(*edges, logs, cmap=DIVERGING, norm=NORM)
     axes.invert_yaxis()
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=8)
     axes.set_yticks(range(len(table)), [variant_name(key) for key in table], fontsize=8)
@@ -164,7 +170,7 @@ def _against(data: dict, title: str, unit: str, value: Callable[[dict], float | 
 
 
 def memory(data: dict) -> Figure | None:
-    return _against(data, "Peak memory beyond the inputs: lower is less", "MB",
+    return _against(data, "Peak memory beyond the inputs:\nlower is less", "MB",
                     lambda side: (side.get("memory") or 0) / 1e6)  # fmt: skip
 
 
@@ -198,7 +204,7 @@ def history(runs: list[tuple[str, dict]]) -> Figure | None:
     axes.set_xticks(range(0, len(runs), step), names[::step], rotation=45, ha="right", fontsize=8)
     axes.set(title="Mean ratio by kind of row, run by run", yscale="log", ylabel="ratio")
     plain(axes.yaxis)
-    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
+    figure.legend(fontsize=7, ncols=3, loc="outside lower center")
     return figure
 
 

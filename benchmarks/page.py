@@ -16,13 +16,21 @@ from .output import EXPLAINED, header, megabytes
 STYLE_OF_PAGE = (
     CSS
     + """
+@media (min-width: 40rem) { body { max-width: 76rem } }
+th, td { padding-right: .5rem } td.whole { white-space: normal; min-width: 5rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem }
 .grid figure { margin: 0 }
-figure.heat { max-width: 44rem } figure.heat svg { min-width: 25rem }
 table { font-size: .85rem } td.name { min-width: 13rem }
 code { font-size: .78rem; word-break: break-all } details { margin: .3rem 0 }
-.same { color: #7a6a1f }
-@media (max-width: 40rem) { body { margin: 1rem auto; padding: 0 .7rem; font-size: 15px } }
+.same { color: var(--olive); font-weight: 600 }
+.heat td, .heat th { padding: .15rem .3rem; border: 1px solid var(--paper) }
+.heat .cell { text-align: center; border-radius: .2rem }
+@media (max-width: 40rem) { /* the lengths that a kind of row has, side by side */
+  .heat tr:not(.head) { display: flex; flex-wrap: wrap; gap: .2rem }
+  .heat td.name { flex: 0 0 100%; box-sizing: border-box }
+  .heat .cell { flex: 0 0 3.1rem }
+  .heat .cell[data-label]::before { display: block; color: inherit; font-size: .7rem }
+}
 """
 )
 SHADES = {"faster": "good", "slower": "bad", "no difference": "same"}
@@ -33,11 +41,10 @@ def page(data: dict, changes: list = (), runs: list[tuple[str, dict]] = ()) -> s
     """The whole document for a run; `runs` are the earlier ones and this."""
     with matplotlib.rc_context(STYLE):
         drawn = {n: svg(f, _identifier(n)) for n, f in figures.drawn(data, list(runs)).items()}
-    heat = drawn.pop("heat-map", None)
+    drawn.pop("heat-map", None)  # here it is a table, which a phone can break
     speeds = [text for name, text in drawn.items() if name.startswith("speed-")]
     others = [text for name, text in drawn.items() if name in OTHERS]
     head = "".join(f'<p class="muted">{escape(line)}</p>' for line in header(data)[1:])
-    heat_part = f'<figure class="wide heat">{heat}</figure>' if heat else ""
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"/>
@@ -49,8 +56,9 @@ def page(data: dict, changes: list = (), runs: list[tuple[str, dict]] = ()) -> s
 {head}
 {_first(data, changes)}
 <h2>Ratios by kind of row and length</h2>
-<p class="muted">Above 1 fastattn is faster; against the first competitor of each row.</p>
-{heat_part}
+<p class="muted">By number of keys. Above 1 fastattn is faster; = is no difference; against the
+first competitor of each row.</p>
+{_heat(data)}
 {_figures("Speed by sequence length", speeds)}
 {_figures("The machine, memory, error, history", others)}
 <h2>Every row</h2>
@@ -70,6 +78,24 @@ def _figures(heading: str, drawn: list[str]) -> str:
         return ""
     figures = "".join(f"<figure>{figure}</figure>" for figure in drawn)
     return f'<h2>{heading}</h2>\n<div class="grid">{figures}</div>'
+
+
+def _heat(data: dict) -> str:
+    """figures.heat_map() as a table."""
+    table = figures.by_variant(data)
+    lengths = sorted({figures.keys_of(e) for entries in table.values() for e in entries})
+    heads = "".join(f'<th class="cell">{n}</th>' for n in lengths)
+    lines = [f'<tr class="head"><th></th>{heads}</tr>']
+    for key, entries in table.items():
+        cells = dict.fromkeys(lengths, "<td></td>")
+        for entry in entries:
+            text, colour, behind = figures.heat(entry)
+            n = figures.keys_of(entry)
+            cells[n] = (f'<td class="cell" data-label="{n}" style="color: {colour}; '
+                        f'background: {behind}">{text}</td>')  # fmt: skip
+        name = escape(figures.variant_name(key))
+        lines.append(f'<tr><td class="name">{name}</td>{"".join(cells.values())}</tr>')
+    return f'<div class="wide"><table class="heat">{"".join(lines)}</table></div>'
 
 
 def _first(data: dict, changes: list) -> str:
@@ -120,7 +146,8 @@ def _table(data: dict) -> str:
     pairs = [(entry, other) for entry in rows for other in base_and_others(entry)[1] or [""]]
     lines = "".join(_line(entry, other) for entry, other in pairs)
     heads = "".join(f"<th{' class=number' * (n > 0)}>{h}</th>" for n, h in enumerate(HEADS))
-    return f'<div class="wide"><table><tr>{heads}</tr>{lines}</table></div>'
+    head = f'<tr class="head">{heads}</tr>'
+    return f'<div class="wide"><table>{head}{lines}</table></div>'
 
 
 def _line(entry: dict, other: str) -> str:
@@ -149,7 +176,10 @@ def _line(entry: dict, other: str) -> str:
     repeat += f"<code>{escape(entry['command'])}</code></details>"
     cells = [
         f'<td class="name">{repeat}</td>',
-        f'<td class="number {shade}">{escape(verdict)}</td>',
+        f'<td class="number whole {shade}" data-label="ratio">{escape(verdict)}</td>',
     ]
-    cells += [f'<td class="number">{escape(text)}</td>' for text in numbers]
+    cells += [
+        f'<td class="number" data-label="{head}">{escape(text)}</td>'
+        for head, text in zip(HEADS[2:], numbers)
+    ]
     return f"<tr>{''.join(cells)}</tr>"

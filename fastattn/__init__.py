@@ -5,7 +5,12 @@ out = fastattn.scaled_dot_product_attention(q, k, v)    # torch's signature: sdp
 fastattn.enable()                                       # every program that calls SDPA: override.py
 print(fastattn.swap(model))                             # a built model, in place: swap.py
 print(fastattn.explain(q, k, v, causal=True))           # what would run, and why: explain.py
+
+fastattn.flash_attn, .hf and .models are imported when they are first used.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from . import nn
 from .attention import attention, varlen_attention
@@ -15,6 +20,11 @@ from .override import disable, enable, override_sdpa
 from .sdpa import scaled_dot_product_attention
 from .spec import Spec
 from .swap import SwapReport, swap, unswap
+
+if TYPE_CHECKING:
+    from . import flash_attn as flash_attn
+    from . import hf as hf
+    from . import models as models
 
 __version__ = "0.1.0"
 
@@ -35,3 +45,19 @@ __all__ = [
     "unswap",
     "varlen_attention",
 ]
+
+_LAZY = ("flash_attn", "hf", "models")
+
+if not TYPE_CHECKING:  # a checker would take it to give any name
+
+    def __getattr__(name: str):
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ImportError as error:  # hasattr() and dir()'s readers expect no other
+            raise AttributeError(str(error)) from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_LAZY, "__version__"])

@@ -39,7 +39,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; its exit code is the program's."""
+    """Runs one command; its exit code is the program's. Ctrl-C and a reader that has seen enough
+    end it without a traceback, as they end other programs."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: list[str] | None) -> int:
     top = parser()
     chosen = top.parse_args(argv)
     if chosen.version:
@@ -52,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         module = importlib.import_module(COMMANDS[chosen.command][0])
-        code = module.main(chosen.options) or 0
-        sys.stdout.flush()
-        return code
+        return module.main(chosen.options) or 0
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fastattn":
             raise  # a broken installation, not a missing extra
@@ -62,11 +74,6 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"pip install 'fastattn[{extra}]'" if extra else f"pip install {error.name}"
         print(f"{chosen.command} needs the package {error.name}: {hint}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 if __name__ == "__main__":

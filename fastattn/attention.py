@@ -5,6 +5,7 @@ Next hop: backends.py, through autograd.py.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +15,12 @@ from .autograd import attend
 from .call import Call, Result
 from .context_parallel import refuse_context_parallel
 from .ops import autocast_dtype, autocast_to
+from .options import Align, BackendName, DenseOptions, PackedOptions
 from .reference import in_memory_order_of
 from .spec import NO_OPERANDS, Descales, Operands
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
@@ -24,6 +29,23 @@ _PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but valu
 _MAX_PLANS = 4096
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[DenseOptions],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[DenseOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[DenseOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @habits.public
 def attention(
     q: Tensor,
@@ -33,7 +55,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    align: str = "end",
+    align: Align = "end",
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -49,7 +71,7 @@ def attention(
     v_descale: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with every option and every derivative, in memory linear in the lengths.
@@ -145,6 +167,45 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PackedOptions],
+) -> Tensor: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool,
+    **options: Unpack[PackedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @habits.public
 def varlen_attention(
     q: Tensor,
@@ -159,7 +220,7 @@ def varlen_attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    align: str = "end",
+    align: Align = "end",
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -172,7 +233,7 @@ def varlen_attention(
     dropout_seed: tuple[int, int] | Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention() over N sequences packed one after the other, without padding.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from numbers import Integral
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +20,43 @@ from .context_parallel import refuse_context_parallel
 from .fused import has_kernel
 from .memory import copied_if_overlapping
 from .ops import autocast_dtype, autocast_to, is_8_bit
+from .options import Align, BackendName, CacheOptions
 from .spec import OPERANDS, Descales, Operands
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lens: Tensor | int,
+    return_lse: Literal[False] = False,
+    **options: Unpack[CacheOptions],
+) -> Tensor: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lens: Tensor | int,
+    return_lse: Literal[True],
+    **options: Unpack[CacheOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lens: Tensor | int,
+    return_lse: bool,
+    **options: Unpack[CacheOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @habits.public
 def decode_attention(
     q: Tensor,
@@ -42,7 +77,7 @@ def decode_attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    align: str = "end",
+    align: Align = "end",
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -55,7 +90,7 @@ def decode_attention(
     dropout_seed: tuple[int, int] | Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     **unknown,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends k and v to a cache in place, then attends to all it holds. No gradient.

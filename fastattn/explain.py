@@ -5,16 +5,22 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from torch import Tensor
 
 from . import backends, cache, habits
 from .attention import attention, normal_form, packed_form, varlen_attention
 from .call import Call
+from .options import CacheOptions, DenseOptions, PackedOptions
 from .pairs import count_pairs
 from .philox import keep_probability
 from .reference import Piece, pieces
 from .spec import Spec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,9 @@ class Tiles:
     masked: int  # on an edge of the band
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """What a call would do. str() is a table."""
+    """What a call would do. str() is a table, and so is what a console or a notebook shows."""
 
     backend: str | None  # the one that would run; None when the one asked for cannot
     asked: str | None  # by backend= or FASTATTN_BACKEND
@@ -57,11 +63,42 @@ class Explanation:
     def __str__(self) -> str:
         return _table(self)
 
+    __repr__ = __str__
 
-def explain(q, k, v, /, *args, **call) -> Explanation:
+
+@overload
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, /, *, return_lse: bool = False, **options: Unpack[DenseOptions]
+) -> Explanation: ...
+@overload
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    /,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[PackedOptions],
+) -> Explanation: ...
+@overload
+def explain(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    /,
+    *,
+    cache_lens: Tensor | int,
+    return_lse: bool = False,
+    **options: Unpack[CacheOptions],
+) -> Explanation: ...
+def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any) -> Explanation:
     """What would run for a call of attention(), varlen_attention() or decode_attention().
 
-    Takes that call's arguments, q, k and v by position; which function it is shows in them
+    Takes that call's arguments, its first three by position; which function it is shows in them
     (cu_seqlens_q, cache_lens). They are checked as in the call. Nothing is computed or written, and
     no random numbers are drawn.
 
@@ -75,7 +112,10 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
     else:
         function = attention
     habits.refuse_unknown(function, call)
-    bound = inspect.signature(function).bind(q, k, v, *args, **call)
+    try:
+        bound = inspect.signature(function).bind(q, keys, values, *args, **call)
+    except TypeError as error:
+        raise TypeError(f"{function.__name__}() cannot be called so: {error}") from None
     bound.apply_defaults()
     arguments = bound.arguments
     if arguments["dropout_seed"] is None:
@@ -127,6 +167,23 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         bytes_forward=work.bytes_forward(),
         keep_probability=keep_probability(spec.dropout_p) if spec.dropout_p else None,
     )
+
+
+def _signature() -> inspect.Signature:
+    """Every argument of the three calls, once; those that not all of them require are optional."""
+    own = inspect.signature(explain).parameters
+    parameters = {name: own[name] for name in ("q", "keys", "values")}
+    for function in (varlen_attention, attention, cache.decode_attention):
+        for parameter in list(inspect.signature(function).parameters.values())[3:]:
+            if parameter.default is parameter.empty:
+                annotation = f"{parameter.annotation} | None"
+                parameter = parameter.replace(default=None, annotation=annotation)
+            parameters.setdefault(parameter.name, parameter)
+    ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
+    return inspect.Signature(ordered, return_annotation=Explanation)
+
+
+explain.__signature__ = _signature()
 
 
 class _Work:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from . import backends, proof
@@ -262,24 +261,31 @@ def support_markdown() -> str:
 
 
 def show(gathered: dict, console: Console) -> None:
-    """The facts as a readable page: sections of (name, value, remark)."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for title, rows in (
-        ("machine", _machine_rows(gathered)),
-        ("instruction sets, best first", [(i["name"], i["state"]) for i in gathered["isas"]]),
-        ("backends, best first", [_backend_row(row) for row in gathered["backends"]]),
-        ("proof of the CUDA kernels", _proof_rows(gathered["proof"])),
-        ("build", _build_rows(gathered["build"])),
-        ("environment", _environment_rows(gathered["environment"])),
-    ):
+    """The facts as a readable page: sections of (name, value, remark). Lines are broken between
+    words for a terminal's width, and nowhere else: who reads a pipe searches whole lines."""
+    sections = {
+        "machine": _machine_rows(gathered),
+        "instruction sets, best first": [(i["name"], i["state"]) for i in gathered["isas"]],
+        "backends, best first": [_backend_row(row) for row in gathered["backends"]],
+        "proof of the CUDA kernels": _proof_rows(gathered["proof"]),
+        "build": _build_rows(gathered["build"]),
+        "environment": _environment_rows(gathered["environment"]),
+    }
+    width = max(len(name) for rows in sections.values() for name, *_ in rows)
+    blank = ""  # before every section but the first
+    for title, rows in sections.items():
         if rows:
-            table.add_row(Text(f"\n{title}", style="bold"), "")
+            console.print(Text(f"{blank}{title}", style="bold"), soft_wrap=True)
+            blank = "\n"
         for name, value, *remark in rows:
             style = {"chosen": "green", "available": "green"}.get(value, "")
-            table.add_row(f"  {name}", Text(value, style=style).append_text(_remark(remark)))
-    console.print(table)
+            text = Text(value, style=style).append_text(_remark(remark))
+            room = max(20, console.width - width - 4)
+            left = Text(f"  {name:<{width}}  ", style="cyan")
+            for line in text.wrap(console, room) if console.is_terminal else [text]:
+                line.rstrip()
+                console.print(left + line, soft_wrap=True)
+                left = Text(" " * len(left))
 
 
 def _remark(remark: list[str]) -> Text:
@@ -343,5 +349,8 @@ def main(argv: list[str] | None = None) -> int:
     elif options.markdown:
         print(support_markdown())
     else:
-        show(facts(), Console())
+        console = Console()
+        with console.capture() as page:  # rich would end with 1 where the reader leaves
+            show(facts(), console)
+        print(page.get(), end="")
     return 0

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch.autograd import forward_ad
@@ -96,7 +97,7 @@ def disable() -> None:
 
 
 @contextlib.contextmanager
-def override_sdpa():
+def override_sdpa() -> Iterator[None]:
     """enable() for a block. It is the process that switches, not only this thread."""
     enable()
     try:

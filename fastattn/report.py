@@ -18,6 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 COLOURS = {"torch": "#8a94a6", "fastattn": "#0b7a75"}
+DARK = {  # each colour of pages and figures: its name there, and what it becomes in a dark scheme
+    "#ffffff": ("paper", "#14181f"),
+    "#1d2433": ("ink", "#e4e8ef"),
+    "#5c677d": ("muted", "#9aa5b8"),
+    "#e6e9ef": ("grid", "#2c3440"),
+    "#0b7a75": ("teal", "#3fbdb3"),
+    "#b3261e": ("red", "#ff8f85"),
+    "#7a6a1f": ("olive", "#d9c36a"),
+    "#6f4fa0": ("violet", "#ab8fe0"),
+    "#3b6fb6": ("blue", "#7fadf0"),
+    "#b3541e": ("rust", "#e39263"),
+}
+WIDTH = 3.9  # inches of a figure: a phone shows it at its own size
 KINDS = ("encode", "attention", "attention, training", "fine-tuning step")  # of demo's timings
 INK, MUTED, GRID = "#1d2433", "#5c677d", "#e6e9ef"
 STYLE = {
@@ -158,8 +171,8 @@ def _colour(verdict: str) -> str:
 def latency(data: dict) -> Figure:
     """Time of each timed thing over the length of the batch's longest text."""
     kinds = [k for k in KINDS[:-1] if any(t["what"] == k for t in data["timings"])]
-    figure = Figure(figsize=(9.6, 3.1), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+    figure = Figure(figsize=(WIDTH, 2.1 * len(kinds)), layout="constrained")
+    for axes, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds):
         points = [t for t in _in_order(data) if t["what"] == kind]
         lengths = [t["tokens"] for t in points]
         for side, colour in COLOURS.items():
@@ -176,8 +189,9 @@ def latency(data: dict) -> Figure:
 def ratios(data: dict) -> Figure:
     """Every ratio with its interval; left of the line fastattn is slower."""
     timings = _in_order(data)[::-1]
-    figure = Figure(figsize=(9.6, 0.8 + 0.27 * len(timings)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.36 * len(timings)), layout="constrained")
     axes = figure.subplots()
+    left = axes.get_yaxis_transform()  # across in parts of the width, up by row
     axes.axvline(1.0, color=INK, linewidth=1)
     for y, timing in enumerate(timings):
         ratio = timing["ratio"]
@@ -185,17 +199,20 @@ def ratios(data: dict) -> Figure:
         colour = COLOURS["fastattn"] if sure else COLOURS["torch"]
         axes.plot([ratio["low"], ratio["high"]], [y, y], color=colour, linewidth=3, alpha=0.45)
         axes.plot(ratio["value"], y, "o", color=colour, markersize=5)
-    names = [f"{t['what']}, {t['shape']} tokens" for t in timings]
-    axes.set_yticks(range(len(timings)), names)
-    axes.grid(axis="y", visible=False)
-    axes.set(xscale="log", xlabel="torch's time / fastattn's, 95 % interval; grey: no difference")
+        name = f"{timing['what']}, {timing['shape']} tokens"  # above its line: beside it is no room
+        behind = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5}
+        axes.text(0, y + 0.3, name, transform=left, fontsize=8.5, va="bottom", bbox=behind)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(-0.5, len(timings))
+    axes.set(xscale="log", xlabel="torch's time / fastattn's, 95 % interval;\ngrey: no difference")
     plain(axes.xaxis)
     return figure
 
 
 def differences(data: dict) -> Figure:
     """How far apart the two embeddings of each text are."""
-    figure = Figure(figsize=(4.7, 2.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
     values = [v * 1e7 for v in data["agreement"]["difference_by_text"]]
     axes.hist(values, bins=24, range=(0, max(*values, 1e-3)), color=COLOURS["fastattn"])
@@ -210,7 +227,7 @@ def differences(data: dict) -> Figure:
 
 def losses(data: dict) -> Figure:
     """The real steps that were timed, dropout on: the draws differ, the descent should not."""
-    figure = Figure(figsize=(4.7, 2.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
     for side, colour in COLOURS.items():
         values = data["training"]["losses"][side]
@@ -232,33 +249,58 @@ def plain(axis) -> None:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element; ids carry its name, so that several fit into one page."""
+    """The figure as an <svg> element; ids carry its name, so that several fit into one page, and
+    colours are the page's, so that they follow its scheme."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub("#[0-9a-f]{6}\\b", lambda hit: _variable(hit[0]), text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+
+
+def _variable(colour: str) -> str:
+    return f"var(--{DARK[colour][0]})" if colour in DARK else colour
 
 
 # ---- the page ---------------------------------------------------------------------------------
 
-CSS = """
-:root { color-scheme: light }
-body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; color: #1d2433;
-       background: #fff; font: 16px/1.55 system-ui, sans-serif }
+LIGHTS = "; ".join(f"--{name}: {light}" for light, (name, _) in DARK.items())
+DARKS = "; ".join(f"--{name}: {dark}" for name, dark in DARK.values())
+CSS = (
+    f"""
+:root {{ color-scheme: light dark; {LIGHTS} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARKS} }} }}
+"""
+    + """
+body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1.25rem; color: var(--ink);
+       background: var(--paper); font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem }
-p, li { max-width: 46rem } .muted, figcaption { color: #5c677d; font-size: .9rem }
+p, li { max-width: 46rem } .muted, figcaption { color: var(--muted); font-size: .9rem }
 table { border-collapse: collapse; width: 100%; font-size: .92rem }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid #e6e9ef;
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--grid);
          vertical-align: top }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.good { color: #0b7a75; font-weight: 600 } .bad { color: #b3261e; font-weight: 600 }
-figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
-.pair { display: flex; flex-wrap: wrap; gap: 1rem } .pair figure { flex: 1 1 20rem }
+.good { color: var(--teal); font-weight: 600 } .bad { color: var(--red); font-weight: 600 }
+figure { margin: 1rem 0 } svg { width: 100%; max-width: 32rem; height: auto }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start;
+        margin: 1.2rem 0 }
+.pair figure { flex: 1 1 20rem; margin: 0 }
 .wide { overflow-x: auto }
+@media (max-width: 40rem) { /* a phone: each row of a table is a card, its cells are labelled */
+  body { margin: 1rem auto; padding: 0 .7rem; font-size: 15px }
+  table, tbody { display: block } .head { display: none }
+  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0 .7rem;
+       padding: .5rem 0; border-bottom: 1px solid var(--grid) }
+  td { border: 0; padding: .05rem 0 } td:first-child { grid-column: 1 / -1 }
+  td.whole { grid-column: 1 / -1 } td:empty { display: none }
+  .number { text-align: left; white-space: normal }
+  td[data-label]::before { content: attr(data-label) " "; color: var(--muted); font-weight: 400 }
+}
 """
+)
 
 
 def page(data: dict) -> str:
@@ -278,7 +320,7 @@ def page(data: dict) -> str:
     steps = len(trained["losses"]["fastattn"])
     return f"""<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
+<head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>fastattn demo</title><style>{CSS}</style></head>
 <body>
 <h1>fastattn in a pretrained encoder</h1>
@@ -298,7 +340,7 @@ with torch's attention and with fastattn's. The model and its code are the same:
 the ratios' median. Where it includes 1.00 there is no difference. <i>Attention</i> is the call
 alone, on the real tensors and padding masks of the first layer; <i>attention, training</i> runs it
 forward and backward with dropout 0.1.</p>
-{"".join(f'<figure class="wide">{figure}</figure>' for figure in speed_figures)}
+<div class="pair">{"".join(f"<figure>{figure}</figure>" for figure in speed_figures)}</div>
 {_table(speeds(data))}
 <h2>Nearest docstrings</h2>
 {"".join(_found(found) for found in data["search"])}
@@ -313,13 +355,13 @@ def _table(rows: list[tuple[str, str, str, str]]) -> str:
         colour = _colour(verdict)
         shade = {"green": "good", "red": "bad", "bold red": "bad"}.get(colour, "")
         lines.append(
-            f'<tr><td>{escape(what)}</td><td class="number">{escape(torch)}</td>'
-            f'<td class="number">{escape(ours)}</td>'
-            f'<td class="{shade}">{escape(verdict)}</td></tr>'
+            f"<tr><td>{escape(what)}</td>"
+            f'<td class="number" data-label="torch">{escape(torch)}</td>'
+            f'<td class="number" data-label="fastattn">{escape(ours)}</td>'
+            f'<td class="whole {shade}">{escape(verdict)}</td></tr>'
         )
-    head = (
-        '<tr><th></th><th class="number">torch</th><th class="number">fastattn</th><th></th></tr>'
-    )
+    heads = "".join(f'<th class="number">{side}</th>' for side in ("torch", "fastattn"))
+    head = f'<tr class="head"><th></th>{heads}<th></th></tr>'
     return f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +25,16 @@ class Spec:
     align_end: bool = True  # the diagonal ends at the last key (True) or starts at the first
     dropout_p: float = 0.0  # probability in [0, 1) that a weight is dropped
 
-    def offset(self, q_len, kv_len):
+    def offset(self, q_len: Any, kv_len: Any) -> Any:
         """The key that lies on row 0's diagonal. Lengths are those of the batch entry."""
         return kv_len - q_len if self.align_end else 0
 
-    def lo(self, i, q_len, kv_len):
+    def lo(self, i: Any, q_len: Any, kv_len: Any) -> Any:
         """First key that row i sees, in [0, kv_len]. Ints give an int, tensors a tensor."""
         first = i * 0 if self.left < 0 else i + self.offset(q_len, kv_len) - self.left
         return _clip(first, kv_len)
 
-    def hi(self, i, q_len, kv_len):
+    def hi(self, i: Any, q_len: Any, kv_len: Any) -> Any:
         """One past the last key that row i sees, in [lo, kv_len]."""
         end = i * 0 + kv_len if self.right < 0 else i + self.offset(q_len, kv_len) + self.right + 1
         return _clip(end, kv_len)

@@ -34,10 +34,10 @@ _BEFORE = "_fastattn_attn_implementation"  # on a transformers model: what it ra
 _SDPA = "scaled_dot_product_attention"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SwapReport:
     """What swap() or unswap() did. Rows are (module's name, its class, what happened or why not);
-    str() is a table."""
+    str() is a table, and so is what a console or a notebook shows."""
 
     swapped: tuple[tuple[str, str, str], ...]  # or swapped back
     left: tuple[tuple[str, str, str], ...]  # attention modules left alone
@@ -52,6 +52,8 @@ class SwapReport:
             for name, kind, what in part:
                 lines.append(f"  {name:<{name_width}}  {kind:<{kind_width}}  {what}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def swap(model: nn.Module) -> SwapReport:
@@ -220,6 +222,10 @@ def _class_of(cls: type, held: tuple[str, ...] = ()) -> type:
         content = {_ORIGINAL: cls, _HELD: held, "__reduce_ex__": _reduce, "__module__": __name__}
         content |= {"__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
         ours = _ours(cls)
+        if issubclass(cls, nn.Module):
+            on = "fastattn" if ours is None else f"fastattn.nn.{ours.__name__}"
+            shown = on if cls in OURS else f"{cls.__name__}[{on}]"
+            content["_get_name"] = lambda module: shown  # what print(model) calls it
         if ours is None:
             bases, methods = _on_fastattn(cls, held)
             content |= methods

@@ -365,12 +365,13 @@ def prove(console: Console, sanitize: bool) -> proof.Found:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fastattn verify",
-        description="Check every backend that runs on this machine against float64, or with "
-        "--model a model of yours, swapped, layer by layer. On a machine with a GPU it begins with "
-        "the self-tests of the CUDA kernels, each in a process with a time limit; those that pass "
-        "open the CUDA backend to calls that name none.",
-        epilog="exit codes: 0 all passed; 1 something differs more than rounding allows; 2 the "
-        "model or its inputs cannot be had",
+        description="Check every backend that runs on this machine against float64, or with\n"
+        "--model a model of yours, swapped, layer by layer. On a machine with a GPU it\n"
+        "begins with the self-tests of the CUDA kernels, each in a process with a time\n"
+        "limit; those that pass open the CUDA backend to calls that name none.",
+        epilog="exit codes:\n  0  all passed\n  1  something differs more than rounding allows\n"
+        "  2  the model or its inputs cannot be had",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--quick", action="store_true", help="fewer options, float32 and bfloat16")
     p.add_argument("--json", metavar="FILE", type=Path, help="write everything found there too")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
+import re
 
 import pytest
 from bench_data import example
+from browser import Browser
 
 matplotlib = pytest.importorskip("matplotlib", reason="the report's figures need matplotlib")
 
 from fastattn.benchmarks import entries, figures, page  # noqa: E402
 from fastattn.benchmarks.history import Change  # noqa: E402
 from test_demo import Reader  # noqa: E402
+from test_demo import example as demo_example  # noqa: E402
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from fastattn import report  # noqa: E402
 
 
 def runs(data: dict) -> list:
@@ -34,7 +34,7 @@ def test_the_page_stands_alone(html):
     names = figures.drawn(example(), runs(example()))
     assert set(names) >= {"heat-map", "roofline", "memory", "error", "history"}
     assert sum(name.startswith("speed-") for name in names) == 2
-    assert reader.tags.count("svg") == len(names)
+    assert reader.tags.count("svg") == len(names) - 1  # the heat map is a table
     assert len(set(reader.ids)) == len(reader.ids)
     assert all(link.startswith("#") for link in reader.links)
     assert not {"script", "link", "img", "iframe"} & set(reader.tags) and "@import" not in html
@@ -85,25 +85,72 @@ def test_heat_map_says_no_difference_and_numbers():
     assert texts.count("=") == 3 and texts.count("2.0") == 3 and "0.5" in texts
 
 
-@pytest.mark.parametrize("width", [390, 1100])
-def test_a_browser_draws_the_page(html, width, tmp_path):
-    browser = next((b for b in BROWSERS if shutil.which(b)), None)
-    if browser is None:
-        pytest.skip(f"no browser on this machine ({', '.join(BROWSERS)})")
-    (tmp_path / "page.html").write_text(html, encoding="utf-8")
-    command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-sandbox"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400"]
-    shot = tmp_path / "page.png"
-    page_url = (tmp_path / "page.html").as_uri()
-    run = subprocess.run(
-        [*command, f"--screenshot={shot}", page_url], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert shot.exists(), run.stderr
-    pixels = matplotlib.image.imread(shot)[..., :3]  # [2400, width, 3], 0 to 1
-    dark = (pixels.mean(-1) < 0.5).mean(1)  # of each line
-    assert (dark > 0).mean() > 0.2, "most of the page is empty"
+def test_the_heat_table_says_what_the_heat_map_does(html):
+    table = re.search(r'<table class="heat">.*?</table>', html, re.DOTALL)[0]
+    cells = re.findall(
+        r'data-label="(\d+)" style="color: (#\w+); background: (#\w+)">(.+?)<', table
+    )
+    texts = [text.get_text() for text in figures.heat_map(example()).axes[0].texts]
+    assert [text for *_, text in cells] == texts
+    assert {n for n, *_ in cells} == {"24", "64", "128", "256"}
+    assert len({behind for *_, behind, _ in cells}) == 3  # slower, no difference, faster
+
+
+# ---- drawn by a browser -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(html, tmp_path_factory):
+    """(the browser, its folder with both pages)."""
+    folder = tmp_path_factory.mktemp("drawn")
+    (folder / "bench.html").write_text(html, encoding="utf-8")
+    (folder / "demo.html").write_text(report.page(demo_example()), encoding="utf-8")
+    browser = Browser(folder)
+    yield browser, folder
+    browser.close()
+
+
+LOOKS = [(name, width, scheme) for name in ("bench", "demo") for width in (390, 1280)
+         for scheme in ("light", "dark")]  # fmt: skip
+# Every piece of text that is laid out: [its contrast with what is behind it, its height, itself].
+TEXTS = """(() => {
+  const numbers = colour => colour.match(/[\\d.]+/g).map(Number)
+  const light = colour => numbers(colour).slice(0, 3).map(x => x / 255)
+    .map(x => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    .reduce((sum, x, n) => sum + x * [.2126, .7152, .0722][n], 0)
+  const behind = element => {
+    for (; element; element = element.parentElement) {
+      const colour = numbers(getComputedStyle(element).backgroundColor)
+      if (colour.length < 4 || colour[3] > 0) return getComputedStyle(element).backgroundColor
+    }
+    return 'rgb(255, 255, 255)'
+  }
+  return [...document.body.querySelectorAll('*')].flatMap(element => {
+    const text = [...element.childNodes].filter(n => n.nodeType == 3).map(n => n.data).join('')
+    const box = element.getBoundingClientRect()
+    if (!text.trim() || element.closest('style, defs') || !box.width) return []
+    const style = getComputedStyle(element), svg = element.closest('svg')
+    const pair = [light(svg ? style.fill : style.color), light(behind(element))]
+    const contrast = (Math.max(...pair) + .05) / (Math.min(...pair) + .05)
+    return [[contrast, box.height, text.trim().slice(0, 40)]]
+  })
+})()"""
+
+
+@pytest.mark.parametrize("name, width, scheme", LOOKS)
+def test_a_browser_draws_the_page(drawn, name, width, scheme):
+    """Nothing is wider than a phone, and everything can be read, in both schemes."""
+    browser, folder = drawn
+    browser.show(folder / f"{name}.html", width, scheme)
+    assert browser.ask("innerWidth") == width == browser.ask("document.body.parentNode.scrollWidth")
+    wide = "[...document.querySelectorAll('.wide')].map(x => x.scrollWidth - x.clientWidth)"
+    assert max(browser.ask(wide)) <= 0, "a table is cut"
+    texts = browser.ask(TEXTS)
+    assert len(texts) > 60
+    assert [text for text in texts if text[0] < 4.5] == []
+    assert [text for text in texts if text[1] < 9] == [], "too small to read"
+    pixels = matplotlib.image.imread(browser.screenshot(folder / "shot.png"))[..., :3]
+    assert pixels.shape[1] == width and pixels.shape[0] > 1000
+    assert (pixels[5, 5].mean() > 0.9) == (scheme == "light")
     green = (pixels[..., 1] - pixels[..., 0] > 0.2).sum()
     assert green > 500, "no figure is drawn"
-    margin = pixels[:, -3:].mean()
-    assert margin > 0.97, "the page is wider than the window"

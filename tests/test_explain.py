@@ -134,6 +134,20 @@ def test_table_of_the_cpu_backend():
     assert "tiles 96 x 96" in str(told) and "3 full, 3 masked, 3 skipped" in str(told)
 
 
+def test_a_console_shows_the_table():
+    q = torch.randn(1, 1, 4, 8)
+    told = fastattn.explain(q, q, q)
+    assert repr(told) == str(told) and str(told).startswith("call ")
+
+
+def test_a_call_that_cannot_be_bound_names_the_function():
+    q, lens = torch.randn(1, 1, 4, 8), torch.tensor([0, 4])
+    with pytest.raises(TypeError, match=r"^attention\(\) cannot be called so: .*'casual'"):
+        fastattn.explain(q, q, q, casual=True)
+    with pytest.raises(TypeError, match=r"^varlen_attention\(\) .*'max_seqlen_q'"):
+        fastattn.explain(q[0], q[0], q[0], lens, lens)
+
+
 def test_what_is_explained_is_what_runs(monkeypatch):
     q = torch.randn(1, 2, 4, 8)
     refused = fastattn.explain(q, q, q, backend="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 import warnings
 
@@ -125,14 +126,28 @@ def test_identity_hooks_and_flags_stay_and_unswap_restores_exactly():
         assert isinstance(y, classes[name]) and type(y).__name__ == classes[name].__name__
     got = m(x.double())
     assert got.dtype == torch.float64 and seen == ["after", "before"]
-    assert m.named.describe() == "2 heads" and repr(m) == written
+    assert m.named.describe() == "2 heads"
+    assert "fastattn.nn.TransformerEncoder(" in repr(m) and "fastattn" not in written
     torch.testing.assert_close(got, want)
     hook.remove()
     report = fastattn.unswap(m)
     assert len(report.swapped) == 12 and str(report).startswith("swapped back: 12")
-    assert {n: type(y) for n, y in m.named_modules()} == classes
+    assert {n: type(y) for n, y in m.named_modules()} == classes and repr(m) == written
     assert torch.equal(m(x.double()), want)
     assert fastattn.unswap(m).swapped == ()
+
+
+def test_what_is_printed_names_fastattn():
+    """A model by its swapped classes, and a report at a console or in a notebook by its table."""
+    m = model()
+    report = fastattn.swap(m)
+    assert repr(report) == str(report) and repr(report).startswith("swapped: 12\n")
+    shown = {str(name): x._get_name() for name, x in m.named_children()}
+    assert shown["encoder"] == "fastattn.nn.TransformerEncoder"
+    assert shown["named"] == "Named[fastattn.nn.MultiheadAttention]"
+    assert shown["block"] == "Block[fastattn]" and shown["doubled"] == "Doubled"
+    assert all(f"({name}): {what}(" in repr(m) for name, what in shown.items())
+    assert type(m.named).__name__ == type(copy.deepcopy(m).named).__name__ == "Named"
 
 
 def test_swapping_twice_is_harmless():

@@ -7,6 +7,8 @@ model = fastattn.hf.enable(model)  # one that is built already
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 try:
@@ -30,6 +32,7 @@ NAME = "fastattn"
 # "flash" in it opens the packed branches of vision models, "/" and "flash-attn" accelerate's
 # sequence parallelism, the 2 continuous batching's fast path. T5 and its kin accept only NAME.
 FLASH_NAME = "fastattn/flash-attn2"
+M = TypeVar("M", bound=PreTrainedModel)
 
 __all__ = [
     "FLASH_NAME",
@@ -62,7 +65,7 @@ def register() -> None:
             )
 
 
-def enable(model: torch.nn.Module, implementation: str = NAME) -> torch.nn.Module:
+def enable(model: M, implementation: str = NAME) -> M:
     """Switches a built model to fastattn, with every model inside it; returns the model.
 
     Args:

@@ -144,6 +144,7 @@ class Model(nn.Module):
     """
 
     config_class: ClassVar[type[Config]]
+    config: Config
 
     def __init__(self, config: Config | None = None, **fields_: Any) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class Model(nn.Module):
     # ---- its folder ---------------------------------------------------------------------------
 
     def save_pretrained(
-        self, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None
+        self, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None
     ) -> None:
         """Writes model.safetensors and config.json into `folder`, made if it is missing.
 
@@ -214,7 +215,7 @@ class Model(nn.Module):
         checkpoint.save(folder, state, config)
 
     @classmethod
-    def from_pretrained(cls: type[M], folder: str | os.PathLike, **changes: Any) -> M:
+    def from_pretrained(cls: type[M], folder: str | os.PathLike[str], **changes: Any) -> M:
         """The model that save_pretrained wrote, in eval mode, in the dtype it was saved in.
 
         changes: fields of the configuration to set otherwise (dropout, attention, ...). With
@@ -275,7 +276,7 @@ class Model(nn.Module):
         fully_shard() makes a class of its own."""
         return next(c.__name__ for c in cls.__mro__ if "config_class" in vars(c))
 
-    def load_pretrained(self, folder: str | os.PathLike) -> None:
+    def load_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Takes the weights in `folder`; one that does not fit raises and changes nothing."""
         state, _ = checkpoint.load(folder)
         checkpoint.match(self.state_dict(), state, str(folder))

@@ -162,6 +162,7 @@ class BERT(Model):
 
     config_class = BERTConfig
     config: BERTConfig
+    config: BERTConfig
 
     def build(self, config: BERTConfig) -> None:
         c = config

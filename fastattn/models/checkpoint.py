@@ -28,7 +28,9 @@ class CheckpointError(ValueError):
     """A folder does not hold what was asked for: missing, corrupted, or another model's."""
 
 
-def save(folder: str | os.PathLike, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+def save(
+    folder: str | os.PathLike[str], state: Mapping[str, Tensor], config: dict[str, Any]
+) -> None:
     """Writes `state` and `config` into `folder`, which is made if it is missing.
 
     Args:
@@ -49,7 +51,7 @@ def save(folder: str | os.PathLike, state: Mapping[str, Tensor], config: dict[st
     replace_file(folder / CONFIG, lambda path: path.write_text(text))
 
 
-def load(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, config) of a folder that save() wrote, checked; raises CheckpointError.
 
     A model.safetensors from elsewhere, without configuration, takes config.json's, which must then

@@ -46,6 +46,7 @@ class EncoderDecoder(Generates, Model):
 
     config_class = EncoderDecoderConfig
     config: EncoderDecoderConfig
+    config: EncoderDecoderConfig
 
     def build(self, config: EncoderDecoderConfig) -> None:
         c = config

@@ -42,6 +42,7 @@ class FusionEncoder(Model):
 
     config_class = FusionConfig
     config: FusionConfig
+    config: FusionConfig
 
     def build(self, config: FusionConfig) -> None:
         c = config

@@ -47,6 +47,7 @@ class GPT(Generates, Model):
 
     config_class = GPTConfig
     config: GPTConfig
+    config: GPTConfig
 
     def build(self, config: GPTConfig) -> None:
         c = config

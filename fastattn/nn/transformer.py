@@ -4,12 +4,21 @@ or cost for nothing, is replaced; the rest is torch's, inherited.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
 from .feedforward import Steps
 from .multihead import MultiheadAttention
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def _as(theirs: Init) -> Callable[[Callable[..., None]], Init]:
+    """wraps(theirs), which type checkers read as theirs too."""
+    return cast("Callable[[Callable[..., None]], Init]", wraps(theirs))
 
 
 class TransformerEncoderLayer(Steps, nn.TransformerEncoderLayer):
@@ -22,7 +31,7 @@ class TransformerEncoderLayer(Steps, nn.TransformerEncoderLayer):
     evaluation and training run the same code.
     """
 
-    @wraps(nn.TransformerEncoderLayer.__init__)
+    @_as(nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         adopt(self)
@@ -51,7 +60,7 @@ class TransformerDecoderLayer(Steps, nn.TransformerDecoderLayer):
     Masks are those of MultiheadAttention, whose rules hold.
     """
 
-    @wraps(nn.TransformerDecoderLayer.__init__)
+    @_as(nn.TransformerDecoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         adopt(self)
@@ -90,7 +99,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     training. (torch's evaluation may pass through nested tensors and then gives 0 there.)
     """
 
-    @wraps(nn.TransformerEncoder.__init__)
+    @_as(nn.TransformerEncoder.__init__)
     def __init__(
         self, encoder_layer, num_layers, norm=None, enable_nested_tensor=True, mask_check=True
     ) -> None:
@@ -124,7 +133,7 @@ class TransformerDecoder(nn.TransformerDecoder):
     recognised where its values can be read, tgt_is_causal or not.
     """
 
-    @wraps(nn.TransformerDecoder.__init__)
+    @_as(nn.TransformerDecoder.__init__)
     def __init__(self, decoder_layer, num_layers, norm=None) -> None:
         super().__init__(decoder_layer, num_layers, norm)
         adopt(self.layers)
@@ -158,7 +167,7 @@ class Transformer(nn.Transformer):
     what they are.
     """
 
-    @wraps(nn.Transformer.__init__)
+    @_as(nn.Transformer.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         given = [*args, *kwargs.values()]

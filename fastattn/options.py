@@ -1,0 +1,63 @@
+"""The options of the calls, as type checkers read them: what an overload of attention(),
+varlen_attention(), decode_attention() or explain() takes by keyword. The functions' own signatures
+are the rule, and tests/test_types.py holds these to them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+Align = Literal["end", "start"]
+BackendName = Literal["cuda", "triton", "cpu", "reference"]
+
+
+class Options(TypedDict, total=False):
+    """What the three calls share, but for return_lse: what they return depends on it."""
+
+    scale: float | None
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    align: Align
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float
+    sinks: Tensor | None
+    kv_lens: Tensor | None
+    document_ids: Tensor | None
+    head_origin: tuple[int, int] | None
+    dropout_p: float
+    dropout_seed: tuple[int, int] | Tensor | None
+    deterministic: bool | None
+    backend: BackendName | None
+
+
+class DenseOptions(Options, total=False):
+    """attention()'s."""
+
+    q_descale: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+
+
+class PackedOptions(Options, total=False):
+    """varlen_attention()'s."""
+
+    page_table: Tensor | None
+
+
+class CacheOptions(Options, total=False):
+    """decode_attention()'s, but for cache_lens, which it requires."""
+
+    k: Tensor | None
+    v: Tensor | None
+    page_table: Tensor | None
+    cache_leftpad: Tensor | None
+    cache_batch_idx: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
+    rotary_interleaved: bool
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+    num_splits: int | None
