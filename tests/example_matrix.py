@@ -71,9 +71,9 @@ def start(name: str, words: list[str], log: Path, rank: int, processes: int, kil
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
         torch.set_num_threads(1)
         if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
             store = f"file://{log}.store"
             dist.init_process_group("gloo", store, rank=rank, world_size=processes)
         if kill:
