@@ -73,7 +73,9 @@ def start(name: str, words: list[str], log: Path, rank: int, processes: int, kil
         os.dup2(file, 2)
         torch.set_num_threads(1)
         if processes > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            os.environ |= {**ranks, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
             store = f"file://{log}.store"
             dist.init_process_group("gloo", store, rank=rank, world_size=processes)
         if kill:
