@@ -1,4 +1,4 @@
-"""What the training examples share: options, the loop, checkpoints, the log, the cost of attention.
+"""What the training examples share: a task, one step of it, the loop.
 
 An example brings a Task: a model, `batch(step)` and how to evaluate. Everything random in step n
 (its batch, its dropout) is a function of (seed, n, rank), so a run that was killed goes on from its
@@ -13,21 +13,21 @@ import atexit
 import math
 import os
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from command_line import Options, mistaken
 from cost import Clock
 from fastattn.benchmarks.devices import peak_flops
-from files import Checkpoints, Log
+from files import Checkpoints, Log, own, writing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -40,66 +40,6 @@ from torch.distributed.checkpoint.state_dict import (
 from fastattn.models.checkpoint import CheckpointError, match
 
 Batch = dict[str, Tensor]
-
-# ---- options: a dataclass is the command line --------------------------------------------------
-
-
-def option(default: Any, text: str, *, free: bool = False, choices: tuple = ()) -> Any:
-    """A field of Options. free: a resumed run may change it, because no number depends on it."""
-    return field(default=default, metadata={"help": text, "free": free, "choices": choices})
-
-
-@dataclass
-class Options:
-    """What every example takes; each adds its own."""
-
-    out: str = option("", "folder of this run: checkpoints, log, model", free=True)
-    fresh: bool = option(False, "delete the checkpoints in --out and start over", free=True)
-    steps: int = option(200, "optimizer steps")
-    batch: int = option(16, "rows of a step, over all processes and accumulation")
-    accumulate: int = option(1, "forward passes that a step's rows are cut into")
-    lr: float = option(1e-3, "highest learning rate, reached after --warmup")
-    warmup: int = option(20, "steps of linear warm-up; a cosine to a tenth follows")
-    weight_decay: float = option(0.1, "AdamW's, on matrices only")
-    clip: float = option(1.0, "largest gradient norm; 0 does not clip")
-    bf16: bool = option(False, "autocast to bfloat16")
-    compile: str = option("", "torch.compile backend, for example inductor", free=True)
-    attention: str = option("fastattn", "whose attention", choices=("fastattn", "torch"))
-    parallel: str = option("ddp", "under torchrun", choices=("ddp", "fsdp"), free=True)
-    seed: int = option(0, "of everything random")
-    threads: int = option(0, "CPU threads; 0 leaves torch's number", free=True)
-    save_every: int = option(50, "steps between checkpoints", free=True)
-    eval_every: int = option(100, "steps between evaluations", free=True)
-    log_every: int = option(10, "steps between printed lines", free=True)
-    tensorboard: bool = option(False, "also write out/tensorboard", free=True)
-    compare: int = option(10, "steps to compare the cost of attention on; 0: none", free=True)
-
-
-O = TypeVar("O", bound=Options)
-
-
-def parse(kind: type[O], text: str, argv: list[str] | None) -> O:
-    """The command line as an Options; `text` is the example's docstring."""
-    parser = ArgumentParser(description=text, formatter_class=ArgumentDefaultsHelpFormatter)
-    types = get_type_hints(kind)
-    for f in fields(kind):
-        name = "--" + f.name.replace("_", "-")
-        more: dict[str, Any] = {"default": f.default, "help": f.metadata["help"]}
-        if types[f.name] is bool:
-            parser.add_argument(name, action=BooleanOptionalAction, **more)
-        else:
-            more |= {"choices": f.metadata["choices"] or None, "type": types[f.name]}
-            parser.add_argument(name, **more)
-    options = kind(**vars(parser.parse_args(argv)))
-    for name in ("steps", "batch", "accumulate", "save_every", "eval_every", "log_every"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, below 1")
-    if not options.out:
-        parser.error("--out is empty; accepted is a folder's name")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return options
-
 
 # ---- a task, and one step of it ----------------------------------------------------------------
 
@@ -161,6 +101,16 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rows_of_a_pass(options: Options) -> int:
+    """How many rows a process takes at once; ValueError where they are not as many every time."""
+    if options.batch % (processes() * options.accumulate):
+        raise ValueError(
+            f"--batch is {options.batch}; it must be a multiple of processes x --accumulate = "
+            f"{processes()} x {options.accumulate}"
+        )
+    return options.batch // (processes() * options.accumulate)
+
+
 def _world() -> tuple[int, int]:
     """(rank, processes) of torchrun's group, joined at the first call; (0, 1) without torchrun."""
     if processes() == 1:
@@ -169,6 +119,13 @@ def _world() -> tuple[int, int]:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def run_folder(options: Options):
+    """options.out for this run alone, as files.own says; of several processes the first has it."""
+    with own(Path(options.out), options.fresh) if _world()[0] == 0 else nullcontext():
+        yield
 
 
 @contextmanager
@@ -186,13 +143,11 @@ class Stepper:
     """The model, wrapped as the options say, its optimizer, and one step of training."""
 
     def __init__(self, task: Task, options: Options) -> None:
+        if mistake := mistaken(options):
+            raise ValueError(mistake)
         self.task, self.options = task, options
         self.rank, self.world = _world()
-        if options.batch % (self.world * options.accumulate):
-            raise ValueError(
-                f"--batch is {options.batch}; it must be a multiple of processes x --accumulate = "
-                f"{self.world} x {options.accumulate}"
-            )
+        rows_of_a_pass(options)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -327,28 +282,41 @@ class Result:
     folder: Path  # out/model, for from_pretrained
 
 
+def identity(options: Options, data: str) -> dict[str, Any]:
+    """What the numbers of a run depend on; data: the fingerprint of its data."""
+    chosen = {f.name: getattr(options, f.name) for f in fields(options) if not f.metadata["free"]}
+    return chosen | {"data": data}
+
+
 def train(task: Task, options: Options) -> Result:
     """Trains from the last checkpoint in options.out to options.steps and saves out/model.
 
+    A finished run goes on to a larger options.steps, from there on along that number's schedule.
+
     Raises CheckpointError where the folder holds another run's checkpoints or none that can be
-    read, and FloatingPointError at a loss that is not a number; neither touches a checkpoint.
+    read, OSError where it cannot be written or another process trains in it, and FloatingPointError
+    at a loss that is not a number; none touches a checkpoint.
     """
-    stepper, out = Stepper(task, options), Path(options.out)
-    chief = stepper.rank == 0
+    stepper = Stepper(task, options)
+    with run_folder(options):
+        return _train(stepper, task, options)
+
+
+def _train(stepper: Stepper, task: Task, options: Options) -> Result:
+    out, chief = Path(options.out), stepper.rank == 0
     console = Console(quiet=not chief, highlight=False, soft_wrap=True)
     say = partial(console.print, markup=False)
-    identity = {f.name: getattr(options, f.name) for f in fields(options) if not f.metadata["free"]}
-    checkpoints = Checkpoints(out / "checkpoints", identity | {"data": task.data})
-    with first_process_first() as first:
-        if options.fresh and first:
-            checkpoints.clear()
+    checkpoints = Checkpoints(out / "checkpoints", identity(options, task.data))
+    with first_process_first():
         found = checkpoints.latest(say)
     done = 0
     if found is not None:
         content, path = found
         stepper.load(content, path)
         done = content["step"]
-        say(f"going on from {path}")
+        steps = content["identity"]["steps"]
+        longer = f", where a run of {steps} steps ended" if steps < options.steps else ""
+        say(f"going on from {path}{longer}")
     del found
     log = Log(out / "log.jsonl", done, options.tensorboard) if chief else None
     dtype = torch.bfloat16 if options.bf16 else torch.float32
@@ -365,7 +333,7 @@ def train(task: Task, options: Options) -> Result:
                 last = checkpoints.paths()[-1:] or ["none"]
                 raise FloatingPointError(
                     f"the loss is {values['loss']} at step {step}; the last checkpoint, {last[0]}, "
-                    "is untouched; try a lower --lr"
+                    "is untouched; try a lower --lr with another --out or --fresh"
                 )
             values["tokens_per_second"] = values.pop("tokens") / seconds
             flops = values.pop("flops")
@@ -385,7 +353,8 @@ def train(task: Task, options: Options) -> Result:
                 del state
     state = stepper.state()
     if chief:
-        task.model.save_pretrained(out / "model", state_dict=state["model"])
+        with writing(out / "model"):
+            task.model.save_pretrained(out / "model", state_dict=state["model"])
     if stepper.world > 1:
         dist.barrier()
     evaluation = evaluation or stepper.evaluate()

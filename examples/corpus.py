@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import first_process_first
+from files import started, writing
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -108,31 +110,41 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT's
 PAD, UNK, CLS, SEP, MASK = range(5)
 
 
-def train_tokenizer(
-    texts: Sequence[str], size: int, path: Path, special: Sequence[str], lower: bool = False
+def run_tokenizer(
+    out: str, texts: Sequence[str], size: int, special: Sequence[str], lower: bool = False
 ) -> Tokenizer:
-    """A byte-level BPE of `size` tokens, the special ones first; read from `path` if it is there.
+    """A byte-level BPE of `size` tokens, the special ones first, in out/tokenizer.json.
 
-    Not WordPiece, whose training in tokenizers 0.23 depends on the order of a hash table.
+    One that is there is kept where a run goes on with it; else it may be of other texts or another
+    size. Not WordPiece, whose training in tokenizers 0.23 depends on the order of a hash table.
     """
-    if not path.exists():
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if size < len(alphabet) + len(special):
-            raise ValueError(f"--vocabulary is {size}; accepted is at least "
-                             f"{len(alphabet) + len(special)}, for single bytes")  # fmt: skip
-        tokenizer = Tokenizer(models.BPE())
-        if lower:
-            tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lower)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=list(special), show_progress=False,
-            initial_alphabet=sorted(alphabet),
-        )  # fmt: skip
-        tokenizer.train_from_iterator(texts, trainer)
+    path = Path(out) / "tokenizer.json"
+    with first_process_first() as first:
+        if not path.exists() or (first and not started(Path(out))):
+            _train_tokenizer(texts, size, path, special, lower)
+    return read_tokenizer(path)
+
+
+def _train_tokenizer(
+    texts: Sequence[str], size: int, path: Path, special: Sequence[str], lower: bool
+) -> None:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if size < len(alphabet) + len(special):
+        raise ValueError(f"--vocabulary is {size}; accepted is at least "
+                         f"{len(alphabet) + len(special)}, for single bytes")  # fmt: skip
+    tokenizer = Tokenizer(models.BPE())
+    if lower:
+        tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=lower)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(special), show_progress=False,
+        initial_alphabet=sorted(alphabet),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: tokenizer.save(str(temporary)))
-    return read_tokenizer(path)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -259,9 +271,15 @@ def read_labelled(path: Path) -> list[tuple[str, str]]:
     """(text, label) of a .csv or .jsonl file with the columns "text" and "label"."""
     if not path.is_file():
         raise ValueError(f"--data is {path}, which is no file")
-    lines = path.read_text(encoding="utf-8")
+    try:
+        lines = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     if path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(lines)))
+        try:
+            rows = list(csv.DictReader(io.StringIO(lines)))
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table: {error}") from error
     elif path.suffix == ".jsonl":
         try:
             rows = [json.loads(line) for line in lines.splitlines() if line.strip()]

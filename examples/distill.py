@@ -9,13 +9,13 @@ arXiv:1503.02531) and the attention maps of its last layer (MiniLM, arXiv:2002.1
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Batch, Options, Result, Task, first_process_first, option, parse, train
+from command_line import COUNT, NONE_OR_MORE, POSITIVE, Options, Range, option, parse, run
+from common import Batch, Result, Task, run_folder, train
 from corpus import (
     CLS,
     PAD,
@@ -27,8 +27,8 @@ from corpus import (
     pad,
     pick,
     read_labelled,
+    run_tokenizer,
     scores,
-    train_tokenizer,
 )
 from cost import Clock, Cost, report
 from rich.console import Console
@@ -41,17 +41,17 @@ from fastattn.models import BERT
 class DistillOptions(Options):
     out: str = option("runs/distill", "folder of this run: checkpoints, log, model", free=True)
     data: str = option("", ".csv or .jsonl with text and label; none: docstring or comment")
-    examples: int = option(4000, "labelled texts to take; 0: all")
-    steps: int = option(300, "optimizer steps of the student")
-    teacher_steps: int = option(200, "optimizer steps of the teacher")
+    examples: int = option(4000, "labelled texts to take; 0: all", NONE_OR_MORE)
+    steps: int = option(300, "optimizer steps of the student", COUNT)
+    teacher_steps: int = option(200, "optimizer steps of the teacher", COUNT)
     teacher: str = option("", "folder of a trained teacher, as this example leaves it")
-    batch: int = option(32, "texts of a step, over all processes and accumulation")
-    length: int = option(48, "tokens of a text, at most")
-    layers: int = option(2, "the student's blocks; the teacher has twice as many")
-    dim: int = option(64, "the student's vectors; the teacher's are twice as long")
-    heads: int = option(4, "attention heads of both, whose maps are compared one by one")
-    temperature: float = option(2.0, "the outputs' temperature")
-    maps: float = option(1.0, "weight of the attention maps beside the outputs")
+    batch: int = option(32, "texts of a step, over all processes and accumulation", COUNT)
+    length: int = option(48, "tokens of a text, at most", Range(least=3))
+    layers: int = option(2, "the student's blocks; the teacher has twice as many", COUNT)
+    dim: int = option(64, "the student's vectors; the teacher's are twice as long", COUNT)
+    heads: int = option(4, "attention heads of both, whose maps are compared one by one", COUNT)
+    temperature: float = option(2.0, "the outputs' temperature", POSITIVE)
+    maps: float = option(1.0, "weight of the attention maps beside the outputs", NONE_OR_MORE)
 
 
 class Data:
@@ -60,10 +60,8 @@ class Data:
     def __init__(self, options: DistillOptions) -> None:
         pairs = read_labelled(Path(options.data)) if options.data else docstring_or_comment(6.0)
         self.texts = Labelled.split(pairs, options.seed, options.examples)
-        with first_process_first():
-            path = Path(options.out) / "tokenizer.json"
-            texts = [text for text, _ in self.texts.train]
-            tokenizer = train_tokenizer(texts, 2048, path, SPECIAL, lower=True)
+        texts = [text for text, _ in self.texts.train]
+        tokenizer = run_tokenizer(options.out, texts, 2048, SPECIAL, lower=True)
         self.vocabulary = tokenizer.get_vocab_size()
         self.train, self.test = (
             [
@@ -134,9 +132,11 @@ def build(options: DistillOptions, data: Data, folder: Path) -> Task:
     """Learning from the teacher in `folder`."""
     teacher = BERT.from_pretrained(folder, attention=options.attention).requires_grad_(False)
     student = bert(options, data, 1)
-    if teacher.config.heads != student.config.heads:
-        raise ValueError(f"the teacher has {teacher.config.heads} heads and the student "
-                         f"{student.config.heads}; their maps are compared one by one")  # fmt: skip
+    for name in ("heads", "num_labels", "vocab_size"):  # what their outputs and maps have in common
+        has, wanted = (getattr(model.config, name) for model in (teacher, student))
+        if has != wanted:
+            raise ValueError(f"--teacher has {name} {has} and the student {wanted}; accepted is a "
+                             "teacher with as many heads, of the same data")  # fmt: skip
     theirs, ours = MapOfLastLayer(teacher), MapOfLastLayer(student)
     hot = options.temperature
 
@@ -164,7 +164,11 @@ def build(options: DistillOptions, data: Data, folder: Path) -> Task:
 
 def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
     options = parse(DistillOptions, __doc__, argv)
-    console = Console(highlight=False)
+    with run_folder(options):
+        return _main(options, Console(highlight=False))
+
+
+def _main(options: DistillOptions, console: Console) -> tuple[Result, Cost | None]:
     data = Data(options)
     folder = Path(options.teacher)
     if not options.teacher:
@@ -174,13 +178,14 @@ def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
     task = build(options, data, folder)
     result = train(task, options)
     if result.losses:
-        for name, model in (("teacher", BERT.from_pretrained(folder)), ("student", task.model)):
+        for name, where in {"teacher": folder, "student": result.folder}.items():
+            model = BERT.from_pretrained(where)  # whole: FSDP has left the task's in pieces
             with torch.no_grad():
-                found = task.evaluate(model.eval())
+                found = task.evaluate(model)
             shown = "  ".join(f"{key} {x:.3f}" for key, x in found.items())
             console.print(f"{name}: {model.num_parameters():,} parameters  {shown}")
     return result, report(lambda changed: build(changed, data, folder), options, console)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -10,12 +10,12 @@ nothing, or any BERT's folder. attn_implementation="fastattn" is all that makes 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Batch, Options, Result, Task, first_process_first, option, parse, train
+from command_line import COUNT, NONE_OR_MORE, POSITIVE, SHARE, Options, Range, option, parse, run
+from common import Batch, Result, Task, run_folder, train
 from corpus import (
     SPECIAL,
     Labelled,
@@ -23,10 +23,12 @@ from corpus import (
     fingerprint,
     pick,
     read_labelled,
+    read_tokenizer,
+    run_tokenizer,
     scores,
-    train_tokenizer,
 )
 from cost import Clock, Cost, report
+from files import writing
 from rich.console import Console
 from transformers import (
     AttentionInterface,
@@ -34,13 +36,10 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
     pipeline,
-    set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
+from with_trainer import train_with_trainer
 
 import fastattn.hf  # noqa: F401  registers attn_implementation="fastattn"
 from fastattn.minilm import PACKAGE, weights_folder
@@ -52,14 +51,14 @@ IMPLEMENTATION = {"fastattn": "fastattn", "torch": "sdpa"}
 class FinetuneOptions(Options):
     out: str = option("runs/finetune", "folder of this run: checkpoints, log, model", free=True)
     data: str = option("", ".csv or .jsonl with text and label; none: docstring or comment")
-    examples: int = option(4000, "labelled texts to take; 0: all")
+    examples: int = option(4000, "labelled texts to take; 0: all", NONE_OR_MORE)
     model: str = option("", 'a BERT\'s folder, "small" or "minilm"; none: minilm if it is there')
-    trainer: str = option("plain", "whose loop", choices=("plain", "hf"))
-    steps: int = option(100, "optimizer steps")
-    lr: float = option(2e-4, "highest learning rate, reached after --warmup")
-    weight_decay: float = option(0.01, "AdamW's, on matrices only")
-    length: int = option(64, "tokens of a text, at most")
-    dropout: float = option(0.1, "the model's")
+    trainer: str = option("plain", "whose loop", ("plain", "hf"))
+    steps: int = option(100, "optimizer steps", COUNT)
+    lr: float = option(2e-4, "highest learning rate, reached after --warmup", POSITIVE)
+    weight_decay: float = option(0.01, "AdamW's, on matrices only", NONE_OR_MORE)
+    length: int = option(64, "tokens of a text, at most", Range(least=3))
+    dropout: float = option(0.1, "the model's", SHARE)
 
 
 def folder_of(options: FinetuneOptions) -> Path | None:
@@ -87,12 +86,11 @@ class Data:
         self.options, self.start = options, folder_of(options)
         special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
         named = {f"{name}_token": token for name, token in special.items()}
-        path = Path(options.out) / "tokenizer.json"
-        if self.start is not None:
-            path = self.start / "tokenizer.json"
-        with first_process_first():
+        if self.start is None:
             texts = [text for text, _ in self.texts.train]
-            fast = train_tokenizer(texts, 2048, path, SPECIAL, lower=True)
+            fast = run_tokenizer(options.out, texts, 2048, SPECIAL, lower=True)
+        else:
+            fast = read_tokenizer(self.start / "tokenizer.json")
         if fast.post_processor is None:
             from tokenizers.processors import BertProcessing
 
@@ -131,7 +129,15 @@ def model_of(options: FinetuneOptions, data: Data) -> BertForSequenceClassificat
         "attn_implementation": IMPLEMENTATION[options.attention],
     }
     if data.start is not None:
-        return BertForSequenceClassification.from_pretrained(data.start, **settings)
+        try:
+            model = BertForSequenceClassification.from_pretrained(data.start, **settings)
+        except Exception as error:  # whatever a broken folder makes of its reader
+            raise ValueError(f"--model is {options.model}, whose folder {data.start} cannot be "
+                             f"read: {error}") from error  # fmt: skip
+        if options.length > model.config.max_position_embeddings:
+            raise ValueError(f"--length is {options.length}; accepted is at most "
+                             f"{model.config.max_position_embeddings}, the model's")  # fmt: skip
+        return model
     implementation = settings.pop("attn_implementation")
     config = BertConfig(
         vocab_size=len(data.tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -175,40 +181,10 @@ def build(options: FinetuneOptions, data: Data) -> Task:
     )
 
 
-def train_with_trainer(options: FinetuneOptions, data: Data) -> Result:
-    """transformers' Trainer; it too goes on from its last checkpoint."""
-    out = Path(options.out) / "trainer"
-    set_seed(options.seed)
-
-    def metrics(found) -> dict[str, float]:
-        logits, labels = map(torch.as_tensor, found)
-        return scores(logits.argmax(-1), labels, len(data.texts.names))
-
-    arguments = TrainingArguments(
-        output_dir=str(out), max_steps=options.steps, seed=options.seed,
-        per_device_train_batch_size=options.batch // options.accumulate,
-        gradient_accumulation_steps=options.accumulate, learning_rate=options.lr,
-        warmup_steps=options.warmup, weight_decay=options.weight_decay, bf16=options.bf16,
-        max_grad_norm=options.clip, lr_scheduler_type="cosine", logging_steps=1,
-        save_steps=options.save_every, save_total_limit=2, report_to=[], disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False, log_level="error",
-    )  # fmt: skip
-    trainer = Trainer(
-        model_of(options, data), arguments, data_collator=data.collate, train_dataset=data.train,
-        eval_dataset=data.test, compute_metrics=metrics,
-    )  # fmt: skip
-    last = get_last_checkpoint(str(out)) if out.is_dir() and not options.fresh else None
-    trainer.train(resume_from_checkpoint=last)
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    evaluation = trainer.evaluate()
-    folder = Path(options.out) / "model"
-    trainer.save_model(str(folder))
-    return Result(losses, {n: evaluation[f"eval_{n}"] for n in ("accuracy", "f1")}, folder)
-
-
 def ask(result: Result, data: Data, options: FinetuneOptions, console: Console) -> None:
     """Three tested texts through the pipeline that a user would write."""
-    data.tokenizer.save_pretrained(result.folder)
+    with writing(result.folder):
+        data.tokenizer.save_pretrained(result.folder)
     classify = pipeline(
         "sentiment-analysis",  # transformers' other name for text-classification
         model=str(result.folder),
@@ -224,17 +200,19 @@ def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
     options = parse(FinetuneOptions, __doc__, argv)
     transformers_logging.set_verbosity_error()  # its reports of a new head are not news here
     transformers_logging.disable_progress_bar()
-    data = Data(options)
     console = Console(highlight=False)
-    if options.trainer == "hf":
-        result = train_with_trainer(options, data)
-    else:
-        result = train(build(options, data), options)
-    console.print("  ".join(f"{name} {x:.3f}" for name, x in result.evaluation.items()))
-    if result.losses:
-        ask(result, data, options, console)
-    return result, report(lambda changed: build(changed, data), options, console)
+    with run_folder(options):
+        data = Data(options)
+        task = build(options, data)
+        if options.trainer == "hf":
+            result = train_with_trainer(task, options, data)
+        else:
+            result = train(task, options)
+        if result.losses:
+            console.print("  ".join(f"{name} {x:.3f}" for name, x in result.evaluation.items()))
+            ask(result, data, options, console)
+        return result, report(lambda changed: build(changed, data), options, console)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

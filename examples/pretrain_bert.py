@@ -11,13 +11,13 @@ comes from somewhere else. 15 % of the words are to be guessed (arXiv:1810.04805
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from common import Batch, Options, Result, Task, first_process_first, option, parse, train
+from command_line import COUNT, POSITIVE, SHARE, Options, Range, option, parse, run
+from common import Batch, Result, Task, run_folder, train
 from corpus import (
     CLS,
     MASK,
@@ -29,7 +29,7 @@ from corpus import (
     pad,
     pick,
     read_folder,
-    train_tokenizer,
+    run_tokenizer,
 )
 from cost import Cost, report
 from rich.console import Console
@@ -45,15 +45,15 @@ CHANCE = 0.15  # that a word is to be guessed: then 80 % are masked, 10 % replac
 class BERTOptions(Options):
     out: str = option("runs/bert", "folder of this run: checkpoints, log, model", free=True)
     data: str = option("", "folder of Python sources; none: the standard library")
-    megabytes: float = option(6.0, "how much of it")
-    steps: int = option(500, "optimizer steps")
-    batch: int = option(64, "pairs of a step, over all processes and accumulation")
-    vocabulary: int = option(4096, "tokens")
-    length: int = option(64, "tokens of a pair, at most")
-    layers: int = option(2, "transformer blocks")
-    dim: int = option(128, "size of a token's vector")
-    heads: int = option(4, "attention heads")
-    dropout: float = option(0.0, "dropout; small data and few steps need none")
+    megabytes: float = option(6.0, "how much of it", POSITIVE)
+    steps: int = option(500, "optimizer steps", COUNT)
+    batch: int = option(64, "pairs of a step, over all processes and accumulation", COUNT)
+    vocabulary: int = option(4096, "tokens", COUNT)
+    length: int = option(64, "tokens of a pair, at most", Range(least=5))
+    layers: int = option(2, "transformer blocks", COUNT)
+    dim: int = option(128, "size of a token's vector", COUNT)
+    heads: int = option(4, "attention heads", COUNT)
+    dropout: float = option(0.0, "dropout; small data and few steps need none", SHARE)
 
 
 class Pairs:
@@ -86,11 +86,9 @@ class Data:
         self.options = options
         found = docstrings(read_folder(options.data, options.megabytes))
         sentences = [sentence for document in found for sentence in document]
-        with first_process_first():
-            path = Path(options.out) / "tokenizer.json"
-            self.tokenizer = train_tokenizer(
-                sentences, options.vocabulary, path, SPECIAL, lower=True
-            )
+        self.tokenizer = run_tokenizer(
+            options.out, sentences, options.vocabulary, SPECIAL, lower=True
+        )
         ids = iter(self.tokenizer.encode_batch(sentences))
         documents = [[next(ids).ids for _ in document] for document in found]
         cut = max(1, len(documents) // 10)
@@ -187,6 +185,8 @@ def guess(folder: Path, data: Data, text: str) -> str:
     """What the trained model puts in the place of [MASK]."""
     model = BERT.from_pretrained(folder)
     ids = torch.tensor([[CLS, *data.tokenizer.encode(text).ids, SEP]])
+    if ids.shape[1] > data.options.length:
+        return f"{text}: {ids.shape[1]} tokens, more than --length {data.options.length}"
     with torch.no_grad():
         logits = model(ids).logits[0, (ids[0] == MASK).nonzero()[0, 0]]
     best = ",".join(data.tokenizer.decode([i]) for i in logits.topk(5).indices.tolist())
@@ -195,13 +195,14 @@ def guess(folder: Path, data: Data, text: str) -> str:
 
 def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
     options = parse(BERTOptions, __doc__, argv)
-    data = Data(options)
-    result = train(build(options, data), options)
     console = Console(highlight=False)
-    if result.losses:
-        console.print(guess(result.folder, data, "Return [MASK] of the object."), markup=False)
-    return result, report(lambda changed: build(changed, data), options, console)
+    with run_folder(options):
+        data = Data(options)
+        result = train(build(options, data), options)
+        if result.losses:
+            console.print(guess(result.folder, data, "Return [MASK] of the object."), markup=False)
+        return result, report(lambda changed: build(changed, data), options, console)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -10,13 +10,13 @@ padding, and document_ids keep each file to itself. Killed? The same command goe
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Batch, Options, Result, Task, first_process_first, option, parse, train
-from corpus import Packed, fingerprint, read_folder, train_tokenizer
+from command_line import COUNT, NONE_OR_MORE, POSITIVE, SHARE, Options, Range, option, parse, run
+from common import Batch, Result, Task, run_folder, train
+from corpus import Packed, fingerprint, read_folder, run_tokenizer
 from cost import Cost, report
 from rich.console import Console
 
@@ -28,18 +28,18 @@ END = 0  # the token after each document, <|end|>
 @dataclass
 class GPTOptions(Options):
     out: str = option("runs/gpt", "folder of this run: checkpoints, log, model", free=True)
-    lr: float = option(2e-3, "highest learning rate, reached after --warmup")
+    lr: float = option(2e-3, "highest learning rate, reached after --warmup", POSITIVE)
     data: str = option("", "folder of text to learn; none: Python's standard library")
-    megabytes: float = option(2.0, "how much of it")
-    vocabulary: int = option(2048, "tokens")
-    length: int = option(256, "tokens of a row")
-    layers: int = option(4, "transformer blocks")
-    dim: int = option(128, "size of a token's vector")
-    heads: int = option(4, "attention heads")
-    kv_heads: int = option(2, "heads of keys and values")
-    dropout: float = option(0.0, "dropout")
+    megabytes: float = option(2.0, "how much of it", POSITIVE)
+    vocabulary: int = option(2048, "tokens", COUNT)
+    length: int = option(256, "tokens of a row", Range(least=2))
+    layers: int = option(4, "transformer blocks", COUNT)
+    dim: int = option(128, "size of a token's vector", COUNT)
+    heads: int = option(4, "attention heads", COUNT)
+    kv_heads: int = option(2, "heads of keys and values", COUNT)
+    dropout: float = option(0.0, "dropout", SHARE)
     prompt: str = option("def ", "what the sample at the end begins with", free=True)
-    sample: int = option(64, "tokens of the sample; 0: none", free=True)
+    sample: int = option(64, "tokens of the sample; 0: none", NONE_OR_MORE, free=True)
 
 
 class Data:
@@ -47,9 +47,7 @@ class Data:
 
     def __init__(self, options: GPTOptions) -> None:
         texts = read_folder(options.data, options.megabytes)
-        with first_process_first():
-            path = Path(options.out) / "tokenizer.json"
-            self.tokenizer = train_tokenizer(texts, options.vocabulary, path, ["<|end|>"])
+        self.tokenizer = run_tokenizer(options.out, texts, options.vocabulary, ["<|end|>"])
         documents = [torch.tensor([*e.ids, END]) for e in self.tokenizer.encode_batch(texts)]
         held_out = max(1, len(documents) // 10)
         if len(documents) == 1:
@@ -58,6 +56,10 @@ class Data:
         self.rows = Packed(documents[held_out:], options.length, options.seed)
         self.held_out = Packed(documents[:held_out], options.length, options.seed)
         self.fingerprint = fingerprint(texts)
+        self.prompt = self.tokenizer.encode(options.prompt).ids or [END]
+        if options.sample and len(self.prompt) >= options.length:
+            raise ValueError(f"--prompt has {len(self.prompt)} tokens; accepted are fewer than "
+                             f"--length {options.length}, so that one can follow")  # fmt: skip
 
 
 def predicted(batch: Batch) -> int:
@@ -110,7 +112,7 @@ def build(options: GPTOptions, data: Data) -> Task:
 def write(folder: Path, data: Data, options: GPTOptions) -> str:
     """What the trained model makes of the prompt."""
     model = GPT.from_pretrained(folder)
-    ids = torch.tensor([data.tokenizer.encode(options.prompt).ids or [END]])
+    ids = torch.tensor([data.prompt])
     room = min(options.sample, options.length - ids.shape[1])
     generator = torch.Generator().manual_seed(options.seed)
     new = model.generate(ids, room, temperature=0.8, top_k=50, top_p=0.95, generator=generator)
@@ -119,14 +121,14 @@ def write(folder: Path, data: Data, options: GPTOptions) -> str:
 
 def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
     options = parse(GPTOptions, __doc__, argv)
-    data = Data(options)
-    task = build(options, data)
     console = Console(highlight=False)
-    result = train(task, options)
-    if options.sample and result.losses:
-        console.print(write(result.folder, data, options), markup=False)
-    return result, report(lambda changed: build(changed, data), options, console)
+    with run_folder(options):
+        data = Data(options)
+        result = train(build(options, data), options)
+        if options.sample and result.losses:
+            console.print(write(result.folder, data, options), markup=False)
+        return result, report(lambda changed: build(changed, data), options, console)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

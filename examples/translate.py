@@ -10,12 +10,12 @@ give pairs() other pairs.
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Batch, Options, Result, Task, option, parse, train
+from command_line import COUNT, NONE_OR_MORE, POSITIVE, Options, Range, option, parse, run
+from common import Batch, Result, Task, run_folder, train
 from corpus import pad
 from cost import Cost, report
 from rich.console import Console
@@ -59,28 +59,27 @@ def text(words: list[str]) -> str:
 @dataclass
 class TranslateOptions(Options):
     out: str = option("runs/translate", "folder of this run: checkpoints, log, model", free=True)
-    steps: int = option(400, "optimizer steps")
-    batch: int = option(128, "pairs of a step, over all processes and accumulation")
-    lr: float = option(2e-3, "highest learning rate, reached after --warmup")
-    warmup: int = option(50, "steps of linear warm-up; a cosine to a tenth follows")
-    eval_every: int = option(200, "steps between evaluations", free=True)
-    digits: int = option(6, "of the longest number, 1 to 6")
-    tested: int = option(500, "numbers that are tested, and in no training step")
-    beams: int = option(1, "beams of the test", free=True)
-    layers: int = option(2, "blocks of encoder and decoder each")
-    dim: int = option(96, "size of a token's vector")
-    heads: int = option(4, "attention heads")
+    steps: int = option(400, "optimizer steps", COUNT)
+    batch: int = option(128, "pairs of a step, over all processes and accumulation", COUNT)
+    lr: float = option(2e-3, "highest learning rate, reached after --warmup", POSITIVE)
+    warmup: int = option(50, "steps of linear warm-up; a cosine to a tenth follows", NONE_OR_MORE)
+    eval_every: int = option(200, "steps between evaluations", COUNT, free=True)
+    digits: int = option(6, "of the longest number", Range(1, 6))
+    tested: int = option(500, "numbers that are tested, and in no training step", COUNT)
+    beams: int = option(1, "beams of the test", COUNT, free=True)
+    layers: int = option(2, "blocks of encoder and decoder each", COUNT)
+    dim: int = option(96, "size of a token's vector", COUNT)
+    heads: int = option(4, "attention heads", COUNT)
 
 
 class Data:
     """Numbers of every length, as many of one as of another; none is trained on and tested."""
 
     def __init__(self, options: TranslateOptions) -> None:
-        if not 1 <= options.digits <= 6:
-            raise ValueError(f"--digits is {options.digits}; accepted are 1 to 6")
-        self.options = options
-        if not 1 <= options.tested <= 10**options.digits // 2:
-            raise ValueError(f"--tested is {options.tested}; accepted is 1 to half of the numbers")
+        self.options, half = options, 10**options.digits // 2
+        if options.tested > half:
+            raise ValueError(f"--tested is {options.tested}; accepted is 1 to {half}, half of the "
+                             f"numbers of --digits {options.digits}")  # fmt: skip
         chance, self.tested = random.Random(options.seed), set()
         while len(self.tested) < options.tested:  # long ones: the short ones are too few to miss
             self.tested.add(self.number(chance, min(4, options.digits)))
@@ -154,13 +153,13 @@ def show(folder: Path, options: TranslateOptions, data: Data) -> str:
 
 def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
     options = parse(TranslateOptions, __doc__, argv)
-    data = Data(options)
-    result = train(build(options, data), options)
-    console = Console(highlight=False)
-    if result.losses:
-        console.print(show(result.folder, options, data), markup=False)
-    return result, report(lambda changed: build(changed, data), options, console)
+    data, console = Data(options), Console(highlight=False)
+    with run_folder(options):
+        result = train(build(options, data), options)
+        if result.losses:
+            console.print(show(result.folder, options, data), markup=False)
+        return result, report(lambda changed: build(changed, data), options, console)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

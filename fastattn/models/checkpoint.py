@@ -47,8 +47,26 @@ def save(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     about = {"format": "pt", "config": text, "config_crc32": _crc32(text)}
     about["crc32"] = checksum(tensors)
-    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, about))
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, about)
+        _sort_about(path)
+
+    replace_file(folder / WEIGHTS, write)
     replace_file(folder / CONFIG, lambda path: path.write_text(text))
+
+
+def _sort_about(path: Path) -> None:
+    """Puts what a .safetensors file says about itself in order, which safetensors leaves to a hash
+    table, so that equal models are equal files. Nothing else moves."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # which it is; spaces may follow a header
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
