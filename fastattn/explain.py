@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import backends, cache
+from . import backends, cache, isa
 from .attention import attention, normal_form, packed_form, varlen_attention
 from .pairs import count_pairs
 from .philox import keep_probability
@@ -106,7 +106,7 @@ def explain(q, k, v, /, *args, **call) -> Explanation:
         asked=asked,
         reasons=reasons,
         held_back=held_back,
-        isa=_isa() if chosen == "cpu" else None,
+        isa=isa.selected() if chosen == "cpu" else None,
         function=function.__name__,
         q=tuple(q.shape),
         k=tuple(k.shape),
@@ -196,15 +196,6 @@ class _Work:
                 once = (n for n, stride in zip(x.shape, x.stride()) if stride)
                 moved += math.prod(once) * x.element_size()
         return moved
-
-
-def _isa() -> str | None:
-    """The instruction set that the CPU kernels use; None without the module that tells."""
-    try:
-        from . import _C
-    except ImportError:
-        return None
-    return _C.selected_isa()
 
 
 # ---- the table ---------------------------------------------------------------------------------
