@@ -4,7 +4,7 @@ Three libraries, each optional, so that the package installs everywhere and says
 
     fastattn/_cpu.abi3.so   the CPU kernels, on LibTorch's stable ABI: one build for torch >= 2.10
     fastattn/_cuda.abi3.so  the CUDA kernels, the same way, compiled by nvcc against any torch
-    fastattn/_C.*.so        pybind11: build and machine facts, tile schedules; no tensor operators
+    fastattn/_C.*.so        pybind11: build facts, tile schedules; no tensor operators
 
 What was built, with what, and why the rest was not, is written to fastattn/_build.json.
 
@@ -49,14 +49,19 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SUBPACKAGES = ("nn", "models", "hf", "flash_attn", "kernels", "benchmarks")
 MODES = ("auto", "cpu", "cuda", "wheel", "none", "asan")
+COMPILERS = {"GCC": 12, "clang": 14}  # first versions with all that the kernels use
 CUDA_FLOOR = (12, 0)  # of nvcc: the first that knows 90a and cuTensorMapEncodeTiled
 TORCH_FLOOR = (2, 10)  # first release whose stable ABI has parallel_for
 CUDA_ARCHS = "80;90a"
 HOPPER = "90a"  # an architecture that has no successor: its instructions are nowhere else
 
-# The last is for GCC 12's own avx512fintrin.h.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-# No -march: each instruction set is a translation unit that names its own target.
+# The last two: GCC 12's own avx512fintrin.h needs the one, which clang does not know.
+WARNINGS = [
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
+    *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
+]
+# No -march: each instruction set is a translation unit that names its own target (csrc/cpu/
+# kernels.h says why), so that one library serves every CPU of the platform.
 OPTIMIZE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 SANITIZE = [
     *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"),
@@ -93,17 +98,41 @@ def first_line(command: list[str]) -> str | None:
     return run.stdout.strip().split("\n")[0] if run.returncode == 0 else None
 
 
+def compiler_of(command: list[str]) -> tuple[str, int] | None:
+    """("GCC" or "clang", major version), by what it defines; None when it cannot be run."""
+    try:
+        run = subprocess.run(
+            [*command, "-dM", "-E", "-x", "c++", os.devnull],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    macros = dict(re.findall(r"#define (__clang_major__|__GNUC__) (\d+)", run.stdout))
+    if "__clang_major__" in macros:  # clang defines __GNUC__ too
+        return "clang", int(macros["__clang_major__"])
+    return ("GCC", int(macros["__GNUC__"])) if macros else None
+
+
 def find_cxx() -> tuple[list[str], str] | str:
     """(command, version line) of a C++ compiler, or the sentence that says why there is none."""
     wanted = os.environ.get("CXX")
-    for command in [shlex.split(wanted)] if wanted else [["g++"], ["c++"]]:
-        version = first_line([*command, "--version"])
-        if version is None:
+    too_old = None
+    for command in [shlex.split(wanted)] if wanted else [["g++"], ["c++"], ["clang++"]]:
+        found = compiler_of(command)
+        if found is None:
             continue
-        if "clang" in version.lower():
-            return f"{command[0]} is clang, which ignores #pragma GCC target; set CXX=g++"
-        return command, version
-    return f"CXX={wanted} cannot be run" if wanted else "no C++ compiler (g++) was found"
+        name, version = found
+        if version >= COMPILERS[name]:
+            return command, first_line([*command, "--version"]) or f"{name} {version}"
+        too_old = too_old or f"{shlex.join(command)} is {name} {version}"
+    accepted = " and ".join(f"{name} {floor} or newer" for name, floor in COMPILERS.items())
+    if too_old:
+        return f"{too_old}; accepted are {accepted} (CXX names another)"
+    if wanted:
+        return f"CXX={wanted} cannot be run as a C++ compiler"
+    return "no C++ compiler (g++, c++ or clang++) was found"
 
 
 def find_ninja() -> str | None:
@@ -220,6 +249,8 @@ class Plan:
     def _cpu(self, why_not: str | None) -> Library:
         sources = [*sorted(ROOT.glob("csrc/*_cpu.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
         why_not = why_not or (None if sources else "csrc/ops_cpu.cpp is not in this source tree")
+        if not why_not and self.mode == "asan" and compiler_of(self.cxx)[0] != "GCC":
+            why_not = "the sanitizers' runtime that make asan loads first is GCC's; set CXX=g++"
         if why_not:
             return Library("_cpu", why_not=why_not)
         includes, links = self._torch_flags()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fastattn
-from fastattn import backends
+from fastattn import backends, isa
 from fastattn.info import cpu_name
 
 from . import devices
@@ -28,12 +28,6 @@ ROOT = Path(fastattn.__file__).resolve().parents[1]
 
 def machine_facts(device: str = "cpu") -> dict:
     """The machine by name: enough to know later what a number was taken on."""
-    try:
-        from fastattn import _C
-
-        isa = _C.selected_isa()
-    except (ImportError, ValueError):
-        isa = None  # no native library: fastattn ran its reference
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -41,7 +35,7 @@ def machine_facts(device: str = "cpu") -> dict:
         "cores": os.cpu_count(),
         "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
-        "isa": isa,
+        "isa": None if isa.problem() else isa.selected(),  # None: the reference ran
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "backends": [row.name for row in backends.BACKENDS],
         "torch": torch.__version__,

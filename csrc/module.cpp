@@ -1,15 +1,13 @@
-// fastattn._C: facts that are not tensor operators. What was built, what this CPU has, which
-// instruction set runs, and the tile schedule, so that tests can hold it equal to fastattn/spec.py.
+// fastattn._C: what compiled it, and the tile schedule, so that tests can hold that equal to
+// fastattn/spec.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/isa.h"
 #include "spec.h"
 
 namespace py = pybind11;
@@ -20,41 +18,16 @@ using namespace fastattn;
 
 static py::dict build_info() {
     py::dict info;
+#if defined(__clang__)
+    info["compiler"] = __VERSION__;
+#else
     info["compiler"] = "GCC " __VERSION__;
+#endif
     info["cxx_standard"] = static_cast<long>(__cplusplus);
     info["pybind11"] = FASTATTN_STRING(PYBIND11_VERSION_MAJOR) "." FASTATTN_STRING(
         PYBIND11_VERSION_MINOR) "." FASTATTN_STRING(PYBIND11_VERSION_PATCH);
     return info;
 }
-
-// The features the kernels could use, whether or not they were compiled for them.
-static std::map<std::string, bool> cpu_features() {
-    std::map<std::string, bool> features;
-#if defined(__x86_64__)
-#define FASTATTN_FEATURE(name) features[name] = __builtin_cpu_supports(name) != 0
-    FASTATTN_FEATURE("sse4.2");
-    FASTATTN_FEATURE("avx");
-    FASTATTN_FEATURE("fma");
-    FASTATTN_FEATURE("f16c");
-    FASTATTN_FEATURE("avx2");
-    FASTATTN_FEATURE("avx512f");
-    FASTATTN_FEATURE("avx512bw");
-    FASTATTN_FEATURE("avx512dq");
-    FASTATTN_FEATURE("avx512vl");
-    FASTATTN_FEATURE("avx512vnni");
-    FASTATTN_FEATURE("avx512bf16");
-#undef FASTATTN_FEATURE
-#endif
-    return features;
-}
-
-static std::vector<std::pair<std::string, bool>> isa_table() {
-    std::vector<std::pair<std::string, bool>> rows;
-    for (const cpu::Isa& isa : cpu::isas()) rows.emplace_back(isa.name, isa.supported);
-    return rows;
-}
-
-static std::string selected_isa() { return cpu::isas()[cpu::select_isa()].name; }
 
 using Bounds = std::tuple<int, int, int, int>;
 constexpr int LENGTH_LIMIT = 1 << 30;  // below it no sum in Band overflows
@@ -93,15 +66,8 @@ static Bounds q_range(int left, int right, bool align_end, int q_len, int kv_len
 }
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Build facts, CPU features and tile schedules of fastattn.";
+    m.doc() = "Build facts and tile schedules of fastattn.";
     m.def("build_info", &build_info, "What compiled this module.");
-    m.def("cpu_features", &cpu_features,
-          "Instruction-set extensions, and whether this CPU has each.");
-    m.def("isas", &isa_table, "(name, supported) of every instruction set compiled, best first.");
-    m.def(
-        "selected_isa", &selected_isa,
-        "The instruction set the CPU kernels use; FASTATTN_ISA forces one. Raises ValueError when "
-        "that names an unknown or unsupported one.");
     m.def("kv_range", &kv_range, py::arg("left"), py::arg("right"), py::arg("align_end"),
           py::arg("q_len"), py::arg("kv_len"), py::arg("q0"), py::arg("q1"),
           "(begin, full_begin, full_end, end): the keys that query rows [q0, q1) need; all of "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from . import backends, cache, habits
+from . import backends, cache, habits, isa
 from .attention import attention, normal_form, packed_form, varlen_attention
 from .call import Call
 from .options import CacheOptions, DenseOptions, PackedOptions
@@ -149,7 +149,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         asked=asked,
         reasons=reasons,
         held_back=held_back,
-        isa=_isa() if chosen == "cpu" else None,
+        isa=isa.selected() if chosen == "cpu" else None,
         function=function.__name__,
         q=tuple(q.shape),
         k=tuple(k.shape),
@@ -253,15 +253,6 @@ class _Work:
                 once = (n for n, stride in zip(x.shape, x.stride()) if stride)
                 moved += math.prod(once) * x.element_size()
         return moved
-
-
-def _isa() -> str | None:
-    """The instruction set that the CPU kernels use; None without the module that tells."""
-    try:
-        from . import _C
-    except ImportError:
-        return None
-    return _C.selected_isa()
 
 
 # ---- the table ---------------------------------------------------------------------------------

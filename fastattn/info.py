@@ -18,17 +18,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from . import backends, proof
+from . import backends, isa, proof
 from .call import Call
 from .spec import Operands, Spec
-
-# What each instruction set of the CPU library needs, so that a refusal can name what is missing.
-ISA_NEEDS = {
-    "avx512_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "avx2": ("avx2", "fma", "f16c"),
-}
-FOR_TESTS = "portable_bf16"  # never picked unless FASTATTN_ISA names it
 
 ENVIRONMENT = {
     "FASTATTN_BACKEND": "forces a backend, as backend= does in a call",
@@ -69,7 +61,7 @@ def _machine() -> dict:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "features": _cpu_features(),
+        "features": isa.features(),
         "gpus": devices,
     }
 
@@ -106,33 +98,21 @@ def _native():
     return _C
 
 
-def _cpu_features() -> dict[str, bool] | None:
-    native = _native()
-    return native.cpu_features() if native else None
-
-
 def _isas() -> list[dict]:
     """Every instruction set of the CPU library, best first: what it is to this machine."""
-    native = _native()
-    if native is None:
-        return []
-    try:
-        chosen, refused = native.selected_isa(), None
-    except ValueError as error:
-        chosen, refused = None, str(error)
-    features = native.cpu_features()
+    refused = isa.problem()
+    chosen = None if refused else isa.selected()
     rows = []
-    for name, supported in native.isas():
-        missing = [need for need in ISA_NEEDS.get(name, ()) if not features.get(need)]
-        if name == chosen:
+    for row in isa.isas():
+        if row.name == chosen:
             state = "chosen"
-        elif not supported:
-            state = f"this CPU lacks {', '.join(missing)}" if missing else "not for this CPU"
-        elif name == FOR_TESTS:
+        elif not row.supported:
+            state = f"this CPU lacks {', '.join(row.lacking)}"
+        elif not row.automatic:
             state = "for tests, only by FASTATTN_ISA"
         else:
             state = "could run"
-        rows.append({"name": name, "supported": supported, "state": refused or state})
+        rows.append({"name": row.name, "supported": row.supported, "state": refused or state})
     return rows
 
 
@@ -300,7 +280,7 @@ def _machine_rows(gathered: dict) -> list[tuple[str, str]]:
     machine, versions = gathered["machine"], gathered["versions"]
     features = machine["features"]
     if features is None:
-        listed = "unknown (fastattn._C is not built)"
+        listed = "unknown (the native CPU library tells, and there is none)"
     else:
         listed = " ".join(name for name, has in features.items() if has) or "none that matter here"
     return [
@@ -335,7 +315,7 @@ def _environment_rows(environment: dict) -> list[tuple[str, str, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `python -m fastattn info`."""
+    """Entry point of `python -m fastattn info`: status 1 where FASTATTN_ISA lets no kernel run."""
     parser = argparse.ArgumentParser(
         prog="python -m fastattn info",
         description="What this machine can run, and why not the rest.",
@@ -344,11 +324,15 @@ def main(argv: list[str] | None = None) -> int:
     form.add_argument("--json", action="store_true", help="everything, as JSON")
     form.add_argument("--markdown", action="store_true", help="the support table, as Markdown")
     options = parser.parse_args(argv)
+    if options.markdown:
+        print(support_markdown())
+        return 0
     if options.json:
         print(json.dumps(facts(), indent=2))
-    elif options.markdown:
-        print(support_markdown())
-    else:
+    if problem := isa.problem():
+        print(problem, file=sys.stderr)
+        return 1
+    if not options.json:
         console = Console()
         with console.capture() as page:  # rich would end with 1 where the reader leaves
             show(facts(), console)

@@ -21,16 +21,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from . import backends, proof
+from . import backends, isa, proof
 from .attention import attention, varlen_attention
 from .call import Call
 from .judge import Comparison, Judge
 from .spec import NO_OPERANDS, Spec
-
-try:
-    from . import _C
-except ImportError:
-    _C = None
 
 __all__ = ["Comparison", "Judge", "run", "verify"]
 
@@ -253,7 +248,7 @@ class Verified:
         return {
             "passed": not self.failures,
             "torch": torch.__version__,
-            "isa": _C.selected_isa() if _C else None,
+            "isa": isa.selected(),
             "not_run": self.not_run,
             "worst": self.worst(),
             "cells": [asdict(cell) for cell in self.cells],
@@ -325,8 +320,8 @@ def show(found: Verified, console: Console) -> None:
 def _table(cells: list[Cell]) -> Table:
     """Features by dtypes, of one backend."""
     backend, device = cells[0].backend, cells[0].device
-    isa = f", {_C.selected_isa()}" if backend == "cpu" and _C else ""
-    table = Table(title=f"{backend} on {device}{isa}", title_justify="left")
+    runs = f", {isa.selected()}" if backend == "cpu" else ""
+    table = Table(title=f"{backend} on {device}{runs}", title_justify="left")
     yardstick = "the exact result's, rounded" if backend == "reference" else "plain torch's"
     table.caption = f"largest error against float64, relative to the largest value ({yardstick})"
     table.caption_justify = "left"

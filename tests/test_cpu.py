@@ -15,15 +15,11 @@ import torch
 from cases import CASES, Case, Problem, select
 
 import fastattn
+from fastattn import isa as cpu_isa
 from fastattn.philox import keep_mask
 from fastattn.reference import reference
 from fastattn.spec import Operands, Spec
 from fastattn.verify import Judge
-
-try:
-    from fastattn import _C
-except ImportError:
-    _C = None
 
 pytestmark = pytest.mark.native
 
@@ -32,9 +28,8 @@ DTYPES = (torch.float32, torch.float64, *HALVES)
 LARGE = ("alone", "dim", "edge", "everything", "gqa", "long", "size")  # run in all dtypes
 SMALL = ("alone", "everything", "gqa")  # run on all instruction sets
 
-ISAS = [name for name, supported in _C.isas() if supported] if _C else []
-DEFAULT_ISA = _C.selected_isa() if _C else None
-needs_isas = pytest.mark.skipif(not ISAS, reason="fastattn._C, which names them, is not built")
+ISAS = cpu_isa.supported()
+DEFAULT_ISA = cpu_isa.selected()
 
 
 def name_of(x) -> str:
@@ -178,7 +173,6 @@ def test_shapes_on_other_instruction_sets(case, isa, monkeypatch):
     check(case, torch.bfloat16 if isa.endswith("bf16") else torch.float32)
 
 
-@needs_isas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_instruction_sets_are_obeyed(dtype, monkeypatch):
     """They round differently: fused multiply-add or not, bf16 dot product or not."""
@@ -273,7 +267,6 @@ def test_dropout_mask_is_the_reference_one(dtype, shape, seed):
     assert torch.equal(out != 0, kept.view(2, heads, q_len, kv_len))
 
 
-@needs_isas
 def test_dropout_mask_is_the_same_on_every_instruction_set(monkeypatch):
     q = torch.randn(1, 2, 50, 4)
     v = torch.eye(50).expand(1, 2, 50, 50)

@@ -18,7 +18,7 @@ from cases import Problem
 from torch import Tensor
 
 import fastattn
-from fastattn import checks
+from fastattn import checks, isa
 from fastattn.backends import BY_NAME as BY_BACKEND
 from fastattn.call import Call as AttentionCall
 from fastattn.gpu import triton_missing
@@ -26,12 +26,7 @@ from fastattn.judge import allowed_error
 from fastattn.spec import Operands, Spec
 from fastattn.weights import attention_weights
 
-try:
-    from fastattn import _C
-except ImportError:
-    _C = None
-
-ISAS = [name for name, supported in _C.isas() if supported] if _C else []
+ISAS = isa.supported()
 HEADS, ROWS, KEYS, DIM = 2, 19, 110, 16
 HALF = (torch.bfloat16, torch.float16)
 

@@ -7,18 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import fused
+from fastattn import isa as cpu_isa
 from fastattn.fused_loss import linear_cross_entropy
-
-try:
-    from fastattn import _C
-except ImportError:  # pybind11 was missing when it was built
-    _C = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS = torch.ops.fastattn
 
 
-ISAS = [name for name, supported in _C.isas() if supported] if _C else []
+ISAS = cpu_isa.supported()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from native_calls import SPOILERS, Call, calls, packed, paged, plain
 from torch import Tensor
 
+from fastattn import isa
 from fastattn.reference import reference
 
 pytestmark = pytest.mark.native
@@ -34,12 +35,6 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
     database=None,
 )
-
-
-def supported_isas() -> list[str]:
-    from fastattn import _C
-
-    return [name for name, supported in _C.isas() if supported]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +74,7 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> No
 @FUZZ
 @given(calls(), st.data())
 def test_random_forward_is_right(call, data):
-    os.environ["FASTATTN_ISA"] = data.draw(st.sampled_from(supported_isas()))
+    os.environ["FASTATTN_ISA"] = data.draw(st.sampled_from(isa.supported()))
     torch.set_num_threads(data.draw(st.sampled_from((1, 2))))
     out, lse = call.forward()
     want_out, want_lse = expected(call, in_double(call))
@@ -92,7 +87,7 @@ def test_random_forward_is_right(call, data):
 @FUZZ
 @given(calls(paged=False), st.data())
 def test_random_backward_is_right(call, data):
-    os.environ["FASTATTN_ISA"] = data.draw(st.sampled_from(supported_isas()))
+    os.environ["FASTATTN_ISA"] = data.draw(st.sampled_from(isa.supported()))
     torch.set_num_threads(data.draw(st.sampled_from((1, 2))))
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     out, lse = call.forward()
@@ -300,9 +295,7 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
 
 
 def test_unsupported_instruction_set_is_refused(monkeypatch):
-    from fastattn import _C
-
-    lacking = [name for name, supported in _C.isas() if not supported]
+    lacking = [row.name for row in isa.isas() if not row.supported]
     if not lacking:
         pytest.skip("this CPU has every instruction set")
     monkeypatch.setenv("FASTATTN_ISA", lacking[0])

@@ -7,13 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastattn import isa as cpu_isa
 from fastattn.nn import linear as module
 from fastattn.nn.linear import call_linear, linear
-
-try:
-    from fastattn import _C
-except ImportError:
-    _C = None
 
 pytestmark = [
     pytest.mark.native,
@@ -60,7 +56,7 @@ def test_values_and_gradients(view, with_bias, calls):
 
 
 WEIGHT = torch.ops.fastattn.linear_bwd_weight
-ISAS = [name for name, supported in _C.isas() if supported] if _C else []
+ISAS = cpu_isa.supported()
 
 
 @pytest.mark.parametrize("isa", ISAS)

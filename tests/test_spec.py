@@ -108,18 +108,3 @@ def test_largest_lengths_do_not_overflow():
 def test_module_facts():
     """What `info` shows comes from here."""
     assert {"compiler", "cxx_standard", "pybind11"} <= _C.build_info().keys()
-    assert all(type(has) is bool for has in _C.cpu_features().values())
-    names = [name for name, _ in _C.isas()]
-    assert names == ["avx512_bf16", "avx512", "avx2", "portable", "portable_bf16"]
-    assert dict(_C.isas())["portable"] and dict(_C.isas())["portable_bf16"]
-
-
-def test_selected_isa(monkeypatch):
-    monkeypatch.delenv("FASTATTN_ISA", raising=False)
-    best = next(name for name, supported in _C.isas() if supported)
-    assert _C.selected_isa() == best
-    monkeypatch.setenv("FASTATTN_ISA", "portable_bf16")
-    assert _C.selected_isa() == "portable_bf16"
-    monkeypatch.setenv("FASTATTN_ISA", "mmx")
-    with pytest.raises(ValueError, match="avx512_bf16, avx512, avx2, portable"):
-        _C.selected_isa()

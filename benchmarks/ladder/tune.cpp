@@ -1,6 +1,6 @@
 // Times variants of the AVX2 kernels against each other and against the core's own FMA peak, on one
 // thread and in CPU time, so that a busy machine disturbs all of them alike. Run by tune.py:
-//   tune forward|backward NAME=LIBRARY ...
+//   tune forward|backward|both full|quick NAME=LIBRARY ...
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -78,17 +78,25 @@ struct Problem {
         }
     }
 
+    void new_call() {  // or a thread would take what it has packed for the last one
+        static uint64_t calls = 0;
+        p.call = ++calls;
+    }
+
     double forward(const Kernels& kernels) {
-        ForwardPlan plan = plan_forward(segments, shape.heads, 1, kernels.block_q, 1);
+        new_call();
+        ForwardPlan plan = plan_forward(segments, shape.heads, 1, kernels.block_q, 1,
+                                        sizeof(float) * (shape.dim + 2));
         double start = now();
         for (const ForwardItem& item : plan.items) kernels.forward(p, item, {});
         return now() - start;
     }
 
     double backward(const Kernels& kernels) {
+        new_call();
         double start = now();
         for (int head = 0; head < shape.heads; head++)
-            kernels.backward(p, {0, head, 0, shape.length, nullptr, nullptr});
+            kernels.backward(p, {0, head, 0, shape.length, 0, shape.length, nullptr, nullptr});
         return now() - start;
     }
 
@@ -99,10 +107,34 @@ struct Problem {
     }
 };
 
+// Prints a line: the first variant's share of the peak, and how many times as fast each other is.
+static void race(Problem& problem, const std::vector<Variant>& variants, bool forward, int rounds) {
+    std::vector<double> of_peak;
+    std::vector<std::vector<double>> ratios(variants.size());
+    for (int round = 0; round < rounds; round++) {
+        double roof = peak(), first = 0;
+        for (size_t i = 0; i < variants.size(); i++) {
+            const Kernels& kernels = *variants[i].kernels;
+            double seconds = forward ? problem.forward(kernels) : problem.backward(kernels);
+            if (i == 0) of_peak.push_back(problem.flops(forward) / seconds * 1e-9 / roof);
+            if (i == 0) first = seconds;
+            ratios[i].push_back(first / seconds);
+        }
+    }
+    const Shape& shape = problem.shape;
+    std::printf("%-8s S %-5d D %-4d %-7s %3.0f %% of peak", forward ? "forward" : "backward",
+                shape.length, shape.dim, shape.causal ? "causal" : "full", 100 * median(of_peak));
+    for (size_t i = 1; i < variants.size(); i++)
+        std::printf("   %s x%.3f", variants[i].name.c_str(), median(ratios[i]));
+    std::printf("\n");
+    std::fflush(stdout);
+}
+
 int main(int count, char** words) {
-    bool forward = std::string(words[1]) == "forward";
+    const std::string mode = words[1];
+    const bool quick = std::string(words[2]) == "quick";
     std::vector<Variant> variants;
-    for (int i = 2; i < count; i++) {
+    for (int i = 3; i < count; i++) {
         std::string word = words[i];
         size_t equals = word.find('=');
         void* library = dlopen(word.substr(equals + 1).c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -111,34 +143,16 @@ int main(int count, char** words) {
         variants.push_back(
             {word.substr(0, equals), &(*static_cast<const IsaKernels* const*>(symbol))->f32});
     }
-    constexpr int ROUNDS = 15;
-    for (Shape shape : {Shape{8, 512, 64, false},
-                        {2, 1024, 64, false},
-                        {1, 2048, 64, false},
-                        {8, 512, 64, true},
-                        {1, 2048, 64, true},
-                        {2, 1024, 128, false},
-                        {4, 512, 32, false},
-                        {64, 64, 64, false}}) {
+    std::vector<Shape> shapes{{64, 64, 64, false}};
+    if (!quick)
+        shapes = {{8, 512, 64, false}, {2, 1024, 64, false}, {1, 2048, 64, false},
+                  {8, 512, 64, true},  {1, 2048, 64, true},  {2, 1024, 128, false},
+                  {4, 512, 32, false}, {64, 64, 64, false}};
+    const int rounds = quick ? 1 : 15;
+    for (const Shape& shape : shapes) {
         Problem problem(shape);
         problem.forward(*variants[0].kernels);  // out and lse, for the backward
-        std::vector<double> of_peak;
-        std::vector<std::vector<double>> ratios(variants.size());
-        for (int round = 0; round < ROUNDS; round++) {
-            double roof = peak(), first = 0;
-            for (size_t i = 0; i < variants.size(); i++) {
-                const Kernels& kernels = *variants[i].kernels;
-                double seconds = forward ? problem.forward(kernels) : problem.backward(kernels);
-                if (i == 0) of_peak.push_back(problem.flops(forward) / seconds * 1e-9 / roof);
-                if (i == 0) first = seconds;
-                ratios[i].push_back(first / seconds);
-            }
-        }
-        std::printf("S %-5d D %-4d %-7s %3.0f %% of peak", shape.length, shape.dim,
-                    shape.causal ? "causal" : "full", 100 * median(of_peak));
-        for (size_t i = 1; i < variants.size(); i++)
-            std::printf("   %s x%.3f", variants[i].name.c_str(), median(ratios[i]));
-        std::printf("\n");
-        std::fflush(stdout);
+        if (mode != "backward") race(problem, variants, true, rounds);
+        if (mode != "forward") race(problem, variants, false, rounds);
     }
 }

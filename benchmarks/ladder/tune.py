@@ -5,6 +5,7 @@ of them interleaved (tune.cpp).
     python benchmarks/ladder/tune.py backward "BLOCK_KV = 96" "BLOCK_KV = 192"
 
 Each change is a pair: text in csrc/cpu/*.inl, and what replaces it. "x1.03" is 3 % faster.
+--quick shows only that it runs: one small shape, once, by kernels that are not optimised.
 """
 
 from __future__ import annotations
@@ -17,13 +18,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = [
-    *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    "-Wno-psabi",
-]
+FLAGS = ["-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 
-def build(folder: Path, change: tuple[str, str] | None) -> Path:
+def build(folder: Path, flags: list[str], change: tuple[str, str] | None) -> Path:
     """The AVX2 kernels, `change` applied, as a shared library in `folder`."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     if change:
@@ -35,15 +33,16 @@ def build(folder: Path, change: tuple[str, str] | None) -> Path:
         if not hits:
             sys.exit(f"{change[0]!r} stands nowhere in csrc/cpu/*.inl")
     library = folder / "kernels.so"
-    command = ["g++", "-shared", "-fPIC", *FLAGS, str(folder / "csrc/cpu/isa_avx2.cpp")]
+    command = ["g++", "-shared", "-fPIC", *flags, str(folder / "csrc/cpu/isa_avx2.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True)
     return library
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("forward", "backward"))
+    parser.add_argument("mode", choices=("forward", "backward", "both"))
     parser.add_argument("changes", nargs="*", metavar="OLD NEW")
+    parser.add_argument("--quick", action="store_true", help="show only that it runs")
     args = parser.parse_args()
     if len(args.changes) % 2:
         parser.error("changes come in pairs: old text, new text")
@@ -52,12 +51,14 @@ def main() -> None:
         folder = Path(temporary)
         program = folder / "tune"
         source = str(ROOT / "benchmarks/ladder/tune.cpp")
-        command = ["g++", *FLAGS, "-I", str(ROOT / "csrc"), source, "-o", str(program), "-ldl"]
+        flags = [*FLAGS, "-O0" if args.quick else "-O3"]
+        command = ["g++", *flags, "-I", str(ROOT / "csrc"), source, "-o", str(program), "-ldl"]
         subprocess.run(command, check=True)
-        libraries = [f"base={build(folder / 'base', None)}"]
+        libraries = [f"base={build(folder / 'base', flags, None)}"]
         for n, change in enumerate(changes):
-            libraries.append(f"{change[1]}={build(folder / str(n), change)}")
-        subprocess.run([str(program), args.mode, *libraries], check=True)
+            libraries.append(f"{change[1]}={build(folder / str(n), flags, change)}")
+        speed = "quick" if args.quick else "full"
+        subprocess.run([str(program), args.mode, speed, *libraries], check=True)
 
 
 if __name__ == "__main__":

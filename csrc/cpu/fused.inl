@@ -131,25 +131,28 @@ INLINE void rotate_halves(const T* x, T* out, const A* cos, const A* sin, A sign
     });
 }
 
+template <class V, int... LANE> INLINE V swap_pairs(V x, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(x, x, (LANE ^ 1)...);
+}
+template <int FIRST, class V, int... LANE>
+INLINE V each_twice(V x, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(x, x, (FIRST + LANE / 2)...);
+}
+
 template <class A, class T>
 INLINE void rotate_neighbours(const T* x, T* out, const A* cos, const A* sin, A sign, int pairs) {
     constexpr int L = LANES<A>;
-    VecI<A> swap, low, high;
+    constexpr auto lanes = std::make_integer_sequence<int, L>{};
     Vec<A> signs;
-    for (int i = 0; i < L; i++) {
-        swap[i] = i ^ 1;
-        low[i] = i / 2;
-        high[i] = L / 2 + i / 2;
-        signs[i] = i % 2 ? sign : -sign;
-    }
+    for (int i = 0; i < L; i++) signs[i] = i % 2 ? sign : -sign;
     int i = 0;
     for (; i + L <= pairs; i += L) {  // two vectors of channels by one of angles
         Vec<A> c = load<A>(cos + i), s = load<A>(sin + i);
         Vec<A> x0 = load_as<A>(x + 2 * i), x1 = load_as<A>(x + 2 * i + L);
-        Vec<A> y0 = x0 * __builtin_shuffle(c, low) +
-                    __builtin_shuffle(x0, swap) * __builtin_shuffle(s, low) * signs;
-        Vec<A> y1 = x1 * __builtin_shuffle(c, high) +
-                    __builtin_shuffle(x1, swap) * __builtin_shuffle(s, high) * signs;
+        Vec<A> y0 =
+            x0 * each_twice<0>(c, lanes) + swap_pairs(x0, lanes) * each_twice<0>(s, lanes) * signs;
+        Vec<A> y1 = x1 * each_twice<L / 2>(c, lanes) +
+                    swap_pairs(x1, lanes) * each_twice<L / 2>(s, lanes) * signs;
         store_as<A>(out + 2 * i, y0);
         store_as<A>(out + 2 * i + L, y1);
     }

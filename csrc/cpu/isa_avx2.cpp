@@ -3,7 +3,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c")
+TARGET_BEGIN("avx2,fma,f16c")
 #define VECTOR_BYTES 32
 #define FASTATTN_AVX2 1
 #define FASTATTN_BF16_DOT 0
@@ -14,6 +14,7 @@ namespace fastattn::cpu::avx2 {
 namespace fastattn::cpu {
 extern const IsaKernels* const avx2_kernels = &avx2::ISA_KERNELS;
 }
+TARGET_END
 #else
 namespace fastattn::cpu {
 extern const IsaKernels* const avx2_kernels = nullptr;

@@ -3,7 +3,7 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #define VECTOR_BYTES 64
 #define FASTATTN_AVX2 1
 #define FASTATTN_BF16_DOT 1
@@ -14,6 +14,7 @@ namespace fastattn::cpu::avx512_bf16 {
 namespace fastattn::cpu {
 extern const IsaKernels* const avx512_bf16_kernels = &avx512_bf16::ISA_KERNELS;
 }
+TARGET_END
 #else
 namespace fastattn::cpu {
 extern const IsaKernels* const avx512_bf16_kernels = nullptr;
