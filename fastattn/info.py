@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import backends, proof
+from . import backends, build_facts, proof
 from .spec import Operands, Spec
 
 # What each instruction set of the CPU library needs, so that a refusal can name what is missing.
@@ -162,10 +162,9 @@ def _proof() -> dict[str, dict[str, str] | None]:
 
 
 def _build() -> dict:
-    try:
-        recorded = json.loads((Path(__file__).parent / "_build.json").read_text())
-    except OSError:
-        return {"missing": {"_cpu": "fastattn was not built (run make build, or pip install)"}}
+    recorded = build_facts.recorded()
+    if recorded is None:
+        return {"missing": {"_cpu": build_facts.why_missing("_cpu")}}
     native = _native()
     return recorded | ({"module": native.build_info()} if native else {})
 
