@@ -166,9 +166,11 @@ def make_old_glibc(folder: Path) -> None:
         source = Path(cache, "empty.c")
         source.touch()
         target = f"{platform.machine()}-linux-gnu.{GLIBC}"
-        command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", source]
+        command = [sys.executable, "-m", "ziglang", "build-lib", "-dynamic", "-lc", source]
+        # A library with nothing of zig's own in it, which would be compiled for it.
+        command += ["-fno-compiler-rt", "-fno-ubsan-rt", "-target", target]
         caches = {f"ZIG_{which}_CACHE_DIR": cache for which in ("GLOBAL", "LOCAL")}
-        run = subprocess.run([*command, "-o", f"{source}.so"], env={**os.environ, **caches})
+        run = subprocess.run(command, cwd=cache, env={**os.environ, **caches})
         made = next(Path(cache).glob(f"o/*/{GLIBC_LIBRARIES[-1]}"), None)
         if run.returncode or made is None:
             raise SystemExit(f"zig did not make the libraries of glibc {GLIBC}, see above")
