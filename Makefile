@@ -68,6 +68,8 @@ bench: build
 build: $(VENV)/.built
 
 writable:
+	@case "$$PWD" in *[$$:]*) echo "$$PWD has a \$$ or a : in it, which setuptools or venv cannot have;" \
+	    "move it to another folder" >&2; exit 1;; esac
 	@test -w . || { echo "$$PWD is read-only, and make writes into it: copy it to a folder of yours" \
 	    "and run make there" >&2; exit 1; }
 

@@ -435,6 +435,8 @@ def readme() -> str:
     return link.sub(lambda x: x[2] if x[1] == x[2] else f"{x[1]} ({x[2]})", text)
 
 
+if "$" in str(ROOT):
+    raise SystemExit(f"fastattn: setuptools cannot build in {ROOT}: move it to a path without $")
 if not os.access(ROOT, os.W_OK):
     raise SystemExit(
         f"fastattn: {ROOT} cannot be written, and building writes build/ and fastattn.egg-info "

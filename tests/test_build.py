@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ODD = "a b $x 'y' #1"  # what a shell, ninja and make would take apart
+ODD = "a b 'y' #1"  # what a shell, ninja and make would take apart
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def python(tree: Path, *arguments, **environment) -> subprocess.CompletedProcess
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 def test_it_builds_below_a_path_that_a_shell_would_take_apart(tree):
     """The tree's own, and torch's; and what was compiled is not compiled again."""
-    site = tree / "site $packages"
+    site = tree.parent / "site $packages"
     site.mkdir()
     (site / "torch").symlink_to(Path(torch.__file__).parent)
     settings = {"FASTATTN_BUILD": "cpu", "PYTHONPATH": str(site)}
@@ -55,6 +55,11 @@ def test_it_builds_below_a_path_that_a_shell_would_take_apart(tree):
     links = (tree / "build/native/build.ninja").read_text()
     assert "site $$packages" in links
     assert ctypes.CDLL(str(tree / "fastattn/_cpu.abi3.so")).answer() == 42
+
+
+def test_a_path_that_setuptools_cannot_have_is_refused(tree):
+    run = python(tree.rename(tree.parent / "a$x"), "setup.py", "--version")
+    assert run.returncode == 1 and "a$x: move it to a path without $" in run.stderr
 
 
 def test_a_tree_that_cannot_be_written_is_refused_before_anything_is_done(tree):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make was n
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """A folder with the Makefile and the script, its path one that shells would take apart."""
-    folder = tmp_path / "a b $x 'y' \"z\" #1"
+    folder = tmp_path / "a b 'y' \"z\" #1"
     folder.mkdir()
     shutil.copy(ROOT / "Makefile", folder)
     (folder / "python").write_text(PYTHON)
@@ -111,6 +111,12 @@ def test_a_name_that_cannot_be_is_refused(tree, goal, venv, said):
     for arguments, environment in (([f"VENV={venv}"], {}), ([], {"VENV": venv})):
         run = make(tree, goal, *arguments, **environment)
         assert run.returncode != 0 and said in run.stderr
+
+
+@pytest.mark.parametrize("name", ["a$x", "a:b"])
+def test_a_path_that_setuptools_or_venv_cannot_have_is_refused_at_the_start(tree, name):
+    run = make(tree.rename(tree.parent / name), ".venv/.venv")
+    assert run.returncode != 0 and f"{name} has a $ or a : in it" in run.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
