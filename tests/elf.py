@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,6 +24,16 @@ def symbols(path: Path, which: str) -> set[str]:
 def needed(path: Path) -> list[str]:
     out = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
     return [x.partition("[")[2].rstrip("]") for x in out.splitlines() if "(NEEDED)" in x]
+
+
+def newest_versions(path: Path) -> dict[str, tuple[int, ...]]:
+    """The newest version of each family, GLIBC and the like, that the file's symbols ask for."""
+    out = subprocess.run(["readelf", "-V", path], capture_output=True, text=True, check=True).stdout
+    newest: dict[str, tuple[int, ...]] = {}
+    for family, number in re.findall(r"Name: ([A-Z]+)_([\d.]+)", out):
+        version = tuple(map(int, number.split(".")))
+        newest[family] = max(newest.get(family, ()), version)
+    return newest
 
 
 def not_provided(path: Path) -> set[str]:

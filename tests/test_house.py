@@ -19,7 +19,10 @@ import fastattn
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-TREE = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile")
+TREE = (
+    "setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md",
+    "LICENSE",
+)  # fmt: skip
 FOLDERS = (
     "fastattn",
     "kernels",
@@ -241,13 +244,15 @@ def test_wheel_has_what_it_must(wheel):
     modules = {f"fastattn/{path.name}" for path in (ROOT / "fastattn").glob("*.py")}
     modules |= {f"fastattn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     modules |= {f"fastattn/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
-    assert modules <= names
+    tests = {name for name in modules if name.split("/")[-1].startswith(("test_", "conftest"))}
+    assert modules - tests <= names and len(tests) == 2 and not tests & names
     assert {"fastattn/py.typed", "fastattn/_build.json"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     top = {name.split("/")[0] for name in names}
     assert top == {"fastattn", f"fastattn-{fastattn.__version__}.dist-info"}
     assert "Requires-Dist: torch>=2.10" in metadata
-    assert "License-Expression: Apache-2.0" in metadata
+    assert "License-Expression: Apache-2.0" in metadata and "Author: " in metadata
+    assert "](docs/" not in metadata and "docs/huggingface.md" in metadata  # no link to nowhere
 
 
 # An editable install of the tree would lend its own _C to the wheel under test.
@@ -281,11 +286,14 @@ def test_no_compiler_installs_and_says_so(pure):
     assert facts["isas"] == [] and facts["machine"]["features"] is None
 
 
-def test_build_mode_is_checked():
+def test_build_mode_is_checked(tmp_path):
     run = python("setup.py", "--version", FASTATTN_BUILD="fast")
     assert run.returncode != 0 and "FASTATTN_BUILD is 'fast'" in run.stderr
-    run = python("setup.py", "--version", FASTATTN_BUILD="cpu", CXX="no-such-compiler")
-    assert run.returncode != 0 and "no-such-compiler" in run.stderr
+    for mode in ("cpu", "cuda", "wheel"):
+        nothing = {"FASTATTN_BUILD": mode, "CXX": "no-such-compiler"}
+        run = python("setup.py", "build_py", "--build-lib", str(tmp_path), **nothing)
+        assert run.returncode != 0 and "no-such-compiler" in run.stderr
+        assert python("setup.py", "--version", **nothing).returncode == 0  # compiles nothing
 
 
 # ---- rules of the house -----------------------------------------------------------------------

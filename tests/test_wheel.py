@@ -1,4 +1,4 @@
-"""`make wheel`: one wheel for every CPython and torch, installed into a clean environment.
+"""The wheel of `make wheel`: one for every CPython and torch, installed into a clean environment.
 
 The environment's torch is the one here; and the one of the Python that FASTATTN_OTHER_TORCH names,
 where it is set: a wheel built against one torch has to serve another.
@@ -7,6 +7,7 @@ where it is set: a wheel built against one torch has to serve another.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import subprocess
@@ -66,7 +67,8 @@ def test_it_serves_every_cpython(wheel):
         f"fastattn/{library}.abi3.so" for library in libraries
     ]
     assert {"fastattn/py.typed", "fastattn/kernels/forward.py"} <= set(names)
-    assert not [n for n in names if n.startswith(("tests/", "csrc/"))]
+    tests = ("test_", "conftest")
+    assert not [n for n in names if n.startswith("csrc/") or n.split("/")[-1].startswith(tests)]
 
 
 def site_packages_of(python: str) -> str:
@@ -119,6 +121,23 @@ def test_what_a_library_needs_of_torch_is_in_the_libraries_that_it_names(librari
     path = library_of(libraries, kind)
     torchs = {name for name in elf.needed(path) if "torch" in name or "c10" in name}
     assert torchs == {"libtorch_cpu.so"} and elf.not_provided(path) == set()
+
+
+MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+@pytest.mark.skipif(elf.why_not() is not None, reason=str(elf.why_not()))
+@pytest.mark.skipif(
+    importlib.util.find_spec("ziglang") is None, reason="ziglang is not installed: make wheel does"
+)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_library_needs_no_newer_glibc_than_torch_does(libraries, kind):
+    """Nor carries it the symbols of its own functions: it is stripped."""
+    path = library_of(libraries, kind)
+    newest = elf.newest_versions(path)
+    too_new = {x: v for x, v in newest.items() if v > MANYLINUX_2_28[x]}
+    assert "GLIBC" in newest and too_new == {}
+    assert subprocess.run(["nm", path], capture_output=True, text=True).stdout == ""
 
 
 LOAD = """
