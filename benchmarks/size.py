@@ -17,7 +17,7 @@ SUFFIXES = {".py", ".h", ".cpp", ".inl", ".cu", ".cuh"}
 
 def sources(root: Path = ROOT) -> list[Path]:
     """Every source file, relative to the root."""
-    found = [root / "setup.py"]
+    found = list(root.glob("*.py"))
     for folder in FOLDERS:
         found += [p for p in (root / folder).rglob("*") if p.suffix in SUFFIXES]
     return sorted(path.relative_to(root) for path in found)

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+TREE = (
+    "setup.py", "build_backend.py", "build_tools.py", "pyproject.toml", "README.md", "LICENSE",
+)  # fmt: skip
 ODD = "a b 'y' #1"  # what a shell, ninja and make would take apart
 
 
@@ -26,7 +29,7 @@ def tree(tmp_path) -> Path:
     packages = (f"fastattn/{name}" for name in ("nn", "models", "hf", "flash_attn"))
     for folder in (*packages, "kernels", "benchmarks", "csrc"):
         (tree / folder).mkdir(parents=True)
-    for name in ("setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in TREE:
         shutil.copy(ROOT / name, tree)
     (tree / "csrc/answer.h").write_text("#define ANSWER 42\n")
     answer = '#include "answer.h"\nextern "C" __attribute__((visibility("default")))\n'

@@ -200,7 +200,7 @@ def test_the_whole_library_by_clang(tmp_path):
     """setup.py builds it, and it passes the tests of the CPU kernels."""
     for name in ("csrc", "kernels", "benchmarks", "fastattn"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "build_tools.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     settings = {**os.environ, "CXX": CLANG, "FASTATTN_BUILD": "cpu"}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]

@@ -20,8 +20,8 @@ import fastattn
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TREE = (
-    "setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "Makefile", "README.md",
-    "LICENSE",
+    "setup.py", "build_backend.py", "build_tools.py", "pyproject.toml", "MANIFEST.in", "Makefile",
+    "README.md", "LICENSE",
 )  # fmt: skip
 FOLDERS = (
     "fastattn",
