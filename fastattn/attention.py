@@ -1,32 +1,23 @@
-"""attention() and varlen_attention(): a call is checked once and brought to normal form.
-Next hop: backends.py, through autograd.py.
+"""attention() and varlen_attention(). Next hops: forms.py, which checks a call once and brings it
+to normal form; backends.py, which finds the row that runs it, through autograd.py.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
 
-from . import backends, checks, descales, habits
+from . import backends, checks, habits
 from .autograd import attend
 from .call import Call, Result
 from .context_parallel import refuse_context_parallel
-from .ops import autocast_dtype, autocast_to
+from .forms import dense_form, packed_form, remember
 from .options import Align, BackendName, DenseOptions, PackedOptions
 from .reference import in_memory_order_of
-from .spec import NO_OPERANDS, Descales, Operands
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
-
-_PLAIN = {Tensor, torch.nn.Parameter}
-_PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but values and strides
-_MAX_PLANS = 4096
 
 
 @overload
@@ -152,15 +143,18 @@ def attention(
     """
     if unknown:
         habits.refuse_unknown(attention, unknown)
-    call, rank, row, key = normal_form(
-        q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
-        document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
-        return_lse, deterministic, backend,
-    )  # fmt: skip
+    call, rank, row, key = dense_form({
+        "q": q, "k": k, "v": v, "scale": scale, "causal": causal, "window": window, "align": align,
+        "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
+        "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
+        "head_origin": head_origin, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
+        "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale,
+        "return_lse": return_lse, "deterministic": deterministic, "backend": backend,
+    })  # fmt: skip
     if row is None:
         row = backends.pick(backend, call)
         if key is not None:
-            _remember(key, (call.spec, rank, row))
+            remember(key, (call.spec, rank, row))
     out, lse = run(call, row)
     if rank != 4:
         out, lse = (x.squeeze(1) if rank == 3 else x[0, 0] for x in (out, lse))
@@ -266,11 +260,15 @@ def varlen_attention(
     """
     if unknown:
         habits.refuse_unknown(varlen_attention, unknown)
-    call = packed_form(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
-        window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
-        dropout_p, dropout_seed, return_lse, deterministic,
-    )  # fmt: skip
+    call = packed_form({
+        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "page_table": page_table,
+        "scale": scale, "causal": causal, "window": window, "align": align, "mask": mask,
+        "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks,
+        "kv_lens": kv_lens, "document_ids": document_ids, "head_origin": head_origin,
+        "dropout_p": dropout_p, "dropout_seed": dropout_seed, "return_lse": return_lse,
+        "deterministic": deterministic,
+    })  # fmt: skip
     out, lse = run(call, backends.pick(backend, call))
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # select's gradient is a copy
     return (out, lse) if return_lse else out
@@ -289,192 +287,3 @@ def run(call: Call, row: backends.Backend) -> Result:
         if call.operands.descales is None:
             checks.same_kind(q=q, k=call.k, v=call.v)
         raise
-
-
-# ---- normal form -------------------------------------------------------------------------------
-
-
-def normal_form(
-    q, k, v, scale, causal, window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens,
-    document_ids, head_origin, dropout_p, dropout_seed, q_descale, k_descale, v_descale,
-    return_lse, deterministic, backend,
-):  # fmt: skip
-    """Checks attention()'s arguments; (Call, rank, row, key).
-
-    row is the backend of an earlier call alike in all but values and strides, or None; key is where
-    to remember it. Reading the shapes once and looking them up costs less than checking them.
-    """
-    if torch._C._is_any_autocast_enabled():
-        q, k, v = autocast(q, k, v)
-    key = plan = None
-    float8 = (
-        getattr(q, "dtype", None) == descales.E4M3
-        or q_descale is not None
-        or k_descale is not None
-        or v_descale is not None
-    )
-    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
-    if plain and not float8 and not is_compiling() and not _is_tracing():
-        try:
-            key = (
-                q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-                scale, causal, window, align, softcap, dropout_p, return_lse, deterministic,
-                backend, backends.forced(), mask is None, bias is None, alibi_slopes is None,
-                sinks is None, kv_lens is None, document_ids is None,
-                # 1 == 1.0 == True, and not all are accepted
-                type(scale), type(causal), type(softcap), type(dropout_p), type(return_lse),
-                type(deterministic), None if window is None else tuple(map(type, window)),
-            )  # fmt: skip
-            plan = _PLANS.get(key)
-        except (TypeError, ValueError, RuntimeError):  # a list in window, a tensor without shape,
-            key = None  # and the like: the checks below say what is wrong
-    if plan is None:
-        checks.same_kind(q=q, k=k, v=v, accepted=(descales.E4M3,) if float8 else checks.DTYPES)
-        rank, row = checks.dense_shapes(q, k, v), None
-        spec = checks.spec_of(q.shape[-1], scale, causal, window, align, softcap, dropout_p)
-        checks.flag("return_lse", return_lse)
-        checks.flag("deterministic", False if deterministic is None else deterministic)
-    else:
-        spec, rank, row = plan
-    if rank != 4:
-        q, k, v = (x.unsqueeze(1) if rank == 3 else x[None, None] for x in (q, k, v))
-    if head_origin is not None:
-        head_origin = checks.head_origin(head_origin, *q.shape[:2])
-    if (
-        not float8
-        and mask is None
-        and bias is None
-        and alibi_slopes is None
-        and sinks is None
-        and kv_lens is None
-        and document_ids is None
-        and not spec.dropout_p
-    ):
-        return Call(q, k, v, spec, NO_OPERANDS), rank, row, key
-
-    batch, heads, q_len, _ = q.shape
-    kv_len, device = k.shape[2], q.device
-    full = (batch, heads, q_len, kv_len)
-    scales = None
-    if float8:
-        scales = Descales(q_descale, k_descale, v_descale)
-        for name, x in zip(scales._fields, scales):
-            descales.check(f"{name}_descale", x, batch, k.shape[1], device)
-        checks.no_gradient("float8_e4m3fn", q, k, v, bias, sinks, *scales)
-    if kv_lens is not None:
-        kv_lens = checks.int_vector("kv_lens", kv_lens, (batch,), device, "[B]")
-        checks.lengths("kv_lens", kv_lens, 0, kv_len, "a number of keys in")
-    if document_ids is not None:
-        document_ids = checks.documents(document_ids, batch, q_len, kv_len, device)
-    operands = Operands(
-        **score_operands(mask, bias, alibi_slopes, sinks, head_origin, full, q, rank),
-        kv_lens=kv_lens,
-        document_ids=document_ids,
-        dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
-        descales=scales,
-    )
-    return Call(q, k, v, spec, operands), rank, row, key
-
-
-def score_operands(mask, bias, alibi_slopes, sinks, head_origin, full, q, rank=4):
-    """Operands of scores, checked against full = [batch, heads, rows, keys]. Where
-    head_origin says that these heads are a part, operands may have every head."""
-    if head_origin is not None and head_origin[1] != full[1]:
-        mask, bias = (_own_heads(x, -3, head_origin, full[1]) for x in (mask, bias))
-        alibi_slopes, sinks = (
-            _own_heads(x, -1, head_origin, full[1]) for x in (alibi_slopes, sinks)
-        )
-    if mask is not None:
-        mask = checks.mask(mask, full, q.device, rank)
-    if bias is not None:
-        bias = checks.bias(bias, full, q, rank)
-    if alibi_slopes is not None:
-        alibi_slopes = checks.slopes(alibi_slopes, *full[:2], q.device)
-    if sinks is not None:
-        sinks = checks.sinks(sinks, full[1], q)
-    return {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
-
-
-def _own_heads(x, dim, head_origin, heads):
-    """x, or of an x with every head in dimension dim those that are here."""
-    first, total = head_origin
-    if not isinstance(x, Tensor) or x.is_nested or x.dim() < -dim or x.shape[dim] != total:
-        return x
-    return x.narrow(dim, first, heads)
-
-
-def packed_form(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, scale, causal,
-    window, align, mask, bias, alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin,
-    dropout_p, dropout_seed, return_lse, deterministic,
-) -> Call:  # fmt: skip
-    """Checks varlen_attention()'s arguments."""
-    if torch._C._is_any_autocast_enabled():
-        q, k, v = autocast(q, k, v)
-    checks.same_kind(q=q, k=k, v=v)
-    heads = checks.packed_shapes(q, k, v, page_table is not None)
-    spec = checks.spec_of(q.shape[-1], scale, causal, window, align, softcap, dropout_p)
-    checks.flag("return_lse", return_lse)
-    checks.flag("deterministic", False if deterministic is None else deterministic)
-    if document_ids is not None:
-        raise NotImplementedError(
-            "document_ids came to varlen_attention, where cu_seqlens already keep sequences apart; "
-            "give every document its own sequence"
-        )
-    longest = [
-        checks.length(name, x)
-        for name, x in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
-    ]
-    device, paged = q.device, page_table is not None
-    cu_q = checks.offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], longest[0], device)
-    total_k = None if paged else k.shape[0]
-    cu_k = checks.offsets("cu_seqlens_k", cu_seqlens_k, total_k, longest[1], device)
-    entries = cu_q.shape[0] - 1
-    if head_origin is not None:
-        head_origin = checks.head_origin(head_origin, entries, heads)
-    if cu_k.shape[0] != cu_q.shape[0]:
-        raise ValueError(
-            f"cu_seqlens_k has {cu_k.shape[0]} entries and cu_seqlens_q {cu_q.shape[0]}; they must "
-            "be equally many"
-        )
-    own_lens = None
-    if checks.has_values(cu_k):
-        ends = cu_k.tolist()
-        own_lens = [end - begin for begin, end in pairwise(ends)]
-    if kv_lens is not None:
-        kv_lens = checks.int_vector("kv_lens", kv_lens, (entries,), device, "[sequences]")
-        bound = longest[1] if own_lens is None else own_lens
-        checks.lengths("kv_lens", kv_lens, 0, bound, "a number of the sequence's keys in")
-    if paged:
-        lens = cu_k[1:] - cu_k[:-1] if kv_lens is None else kv_lens
-        page_table = checks.pages(page_table, entries, lens, k.shape[1], k.shape[0], device)
-        checks.no_gradient("page_table", q, k, v, bias, sinks)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-    else:
-        k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
-    q = q.transpose(0, 1).unsqueeze(0)
-    operands = Operands(
-        **score_operands(
-            mask, bias, alibi_slopes, sinks, head_origin, (entries, heads, *longest), q
-        ),
-        kv_lens=kv_lens,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        page_table=page_table,
-        dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
-    )
-    return Call(q, k, v, spec, operands)
-
-
-def autocast(*tensors):
-    """q, k and v in the dtype of an enclosing torch.autocast for their device."""
-    dtype = autocast_dtype(checks.tensor("q", tensors[0]))
-    if dtype is None:
-        return tensors
-    return [autocast_to(checks.tensor("q, k or v", x), dtype) for x in tensors]
-
-
-def _remember(key, plan) -> None:
-    if len(_PLANS) >= _MAX_PLANS:
-        _PLANS.clear()
-    _PLANS[key] = plan

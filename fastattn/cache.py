@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import backends, checks, descales, habits
 from .append import Append, check_rotary
-from .attention import run, score_operands
+from .attention import run
 from .call import Call
 from .context_parallel import refuse_context_parallel
+from .forms import score_operands, spec_of
 from .fused import has_kernel
 from .memory import copied_if_overlapping
 from .ops import autocast_dtype, autocast_to, is_8_bit
@@ -151,24 +152,22 @@ def decode_attention(
     if unknown:
         habits.refuse_unknown(decode_attention, unknown)
     refuse_context_parallel()  # before anything is written
-    call, append = cached_form(
-        q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
-        rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,
-        alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin, dropout_p, dropout_seed,
-        return_lse, deterministic,
-    )  # fmt: skip
-    call, row = _chosen(call, num_splits, backend)
+    call, append = cached_form({
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_lens": cache_lens, "k": k, "v": v,
+        "page_table": page_table, "cache_leftpad": cache_leftpad,
+        "cache_batch_idx": cache_batch_idx, "rotary": rotary,
+        "rotary_interleaved": rotary_interleaved, "k_descale": k_descale, "v_descale": v_descale,
+        "num_splits": num_splits, "scale": scale, "causal": causal, "window": window,
+        "align": align, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes,
+        "softcap": softcap, "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
+        "head_origin": head_origin, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
+        "return_lse": return_lse, "deterministic": deterministic,
+    })  # fmt: skip
+    row = backends.pick(backend, call)
     if append is not None:
         append.by_kernel() if row.name == "triton" else append.in_torch()
     out, lse = run(call, row)
     return (out, lse) if return_lse else out
-
-
-def _chosen(call: Call, num_splits: int | None, backend: str | None):
-    """(the call with num_splits, backend's row), checked."""
-    if num_splits is not None:
-        call = call.but(num_splits=checks.length("num_splits", num_splits, checks.MAX_SPLITS))
-    return call, backends.pick(backend, call)
 
 
 _DEFAULTS = {
@@ -178,37 +177,34 @@ _DEFAULTS = {
 }
 
 
-def decode_form(q, k_cache, v_cache, **call):
-    """(Call, num_splits, backend) of decode_attention()'s arguments by name; those left out have
-    their defaults, but dropout draws no key."""
-    call = _DEFAULTS | call
-    if call["dropout_seed"] is None:
-        call["dropout_seed"] = (0, 0)
-    backend, num_splits = call.pop("backend"), call.pop("num_splits")
-    checked, _ = cached_form(q, k_cache, v_cache, **call)
-    return checked, num_splits, backend
+def decode_form(q, k_cache, v_cache, **given) -> Call:
+    """The Call of decode_attention()'s arguments by name; those left out have their defaults, but
+    dropout draws no key."""
+    given = _DEFAULTS | given | {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    if given["dropout_seed"] is None:
+        given["dropout_seed"] = (0, 0)
+    return cached_form(given)[0]
 
 
-def check_decode(q, k_cache, v_cache, **call) -> None:
+def check_decode(q, k_cache, v_cache, *, backend=None, **given) -> None:
     """Raises what decode_attention() would, and does nothing else."""
-    _chosen(*decode_form(q, k_cache, v_cache, **call))
+    backends.pick(backend, decode_form(q, k_cache, v_cache, **given))
 
 
-def cached_form(
-    q, k_cache, v_cache, cache_lens, k, v, page_table, cache_leftpad, cache_batch_idx, rotary,
-    rotary_interleaved, k_descale, v_descale, scale, causal, window, align, mask, bias,
-    alibi_slopes, softcap, sinks, kv_lens, document_ids, head_origin, dropout_p, dropout_seed,
-    return_lse, deterministic,
-):  # fmt: skip
+def cached_form(given: dict) -> tuple[Call, Append | None]:
     """Checks decode_attention()'s arguments; (Call, Append or None)."""
-    checks.flag("return_lse", return_lse)
-    checks.flag("deterministic", False if deterministic is None else deterministic)
-    for name, x, instead in (
-        ("kv_lens", kv_lens, "cache_lens says how many keys there are"),
-        ("document_ids", document_ids, "a cache row is one document"),
+    for name, instead in (
+        ("kv_lens", "cache_lens says how many keys there are"),
+        ("document_ids", "a cache row is one document"),
     ):
-        if x is not None:
+        if given[name] is not None:
             raise NotImplementedError(f"{name} came to decode_attention, where {instead}")
+    q, k_cache, v_cache = given["q"], given["k_cache"], given["v_cache"]
+    k, v, k_descale, v_descale = (given[x] for x in ("k", "v", "k_descale", "v_descale"))
+    cache_lens, page_table, cache_leftpad, cache_batch_idx = (
+        given[x] for x in ("cache_lens", "page_table", "cache_leftpad", "cache_batch_idx")
+    )
+    rotary, head_origin, num_splits = (given[x] for x in ("rotary", "head_origin", "num_splits"))
     if (k is None) != (v is None):
         raise ValueError(f"{'v' if k is None else 'k'} came alone; k and v are appended together")
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
@@ -231,7 +227,7 @@ def cached_form(
             checks.on_device(name, tensors[name], q.device)
     else:
         checks.same_kind(**tensors, **new)
-    checks.no_gradient("a cache", *tensors.values(), k, v, bias, sinks)
+    checks.no_gradient("a cache", *tensors.values(), k, v, given["bias"], given["sinks"])
     for name, x in tensors.items():
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {checks.show(x)}; accepted are four dimensions")
@@ -246,7 +242,10 @@ def cached_form(
     checks.head_dims(q, k_cache, v_cache)
     batch, heads, q_len, head_dim = q.shape
     new_len = 0 if k is None else _new_keys(k, v, k_cache, v_cache, batch)
-    spec = checks.spec_of(head_dim, scale, causal, window, align, softcap, dropout_p)
+    spec = spec_of(head_dim, given)
+    splits = 0
+    if num_splits is not None:
+        splits = checks.length("num_splits", num_splits, checks.MAX_SPLITS)
     device = q.device
     rows, _, page_size, _ = k_cache.shape
 
@@ -285,20 +284,18 @@ def cached_form(
     if rotary is not None:
         moving = spec.left >= 0 or spec.right >= 0
         longest = max(new_len, q_len if moving else 1)
-        rotary = check_rotary(rotary, rotary_interleaved, q, cache_lens, longest)
+        rotary = check_rotary(rotary, given["rotary_interleaved"], q, cache_lens, longest)
         q = rotary.turn(q, moving)
     shared = page_table is not None or cache_batch_idx is not None
     for name, x in (("k_descale", k_descale), ("v_descale", v_descale)):
         descales.check(name, x, None if shared else batch, k_cache.shape[1], device)
         checks.no_gradient(name, x)
     operands = Operands(
-        **score_operands(
-            mask, bias, alibi_slopes, sinks, head_origin, (batch, heads, q_len, capacity), q
-        ),
+        **score_operands(given, head_origin, (batch, heads, q_len, capacity), q),
         kv_lens=lens,
         kv_starts=cache_leftpad,
         page_table=table,
-        dropout_seed=checks.dropout(spec, dropout_seed, head_origin, device),
+        dropout_seed=checks.dropout(spec, given["dropout_seed"], head_origin, device),
         descales=Descales(None, k_descale, v_descale) if narrow else None,
     )
     caches, append = (k_cache, v_cache), None
@@ -306,7 +303,7 @@ def cached_form(
         append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale)).checked()
         q = copied_if_overlapping(q, *caches)
         operands = _apart(operands, caches)
-    return Call(q, *caches, spec, operands), append
+    return Call(q, *caches, spec, operands, splits), append
 
 
 def _apart(operands, caches):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import backends, cache, habits, isa
-from .attention import attention, normal_form, packed_form, varlen_attention
+from .attention import attention, varlen_attention
 from .call import Call
+from .forms import dense_form, packed_form
 from .options import CacheOptions, DenseOptions, PackedOptions
 from .pairs import count_pairs
 from .philox import keep_probability
@@ -122,12 +123,12 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         arguments["dropout_seed"] = (0, 0)  # drawing one would advance the generator
     asked = backends.named(arguments["backend"])
     if function is attention:
-        checked, *_ = normal_form(**arguments)
+        checked, *_ = dense_form(arguments)
     elif function is varlen_attention:
         arguments.pop("backend")
-        checked = packed_form(**arguments)
+        checked = packed_form(arguments)
     else:
-        checked, *_ = cache.decode_form(**arguments)
+        checked = cache.decode_form(**arguments)
 
     q, k, v, spec, operands = (getattr(checked, x) for x in ("q", "k", "v", "spec", "operands"))
     reasons = {row.name: row.why_not(checked) for row in backends.BACKENDS}

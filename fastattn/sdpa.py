@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, habits, ops
-from .attention import autocast, run
+from .attention import run
 from .call import Call
+from .forms import autocast
 from .spec import NO_OPERANDS, Operands, Spec
 
 _NAME = "scaled_dot_product_attention"

@@ -85,7 +85,7 @@ def test_an_editable_install_is_visible_to_checkers(tmp_path):
     tree, skip = tmp_path / "tree", shutil.ignore_patterns("__pycache__", "*.so", "results")
     for folder in ("fastattn", "kernels", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=skip)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "build_tools.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     command = ("setup.py", "-q", "editable_wheel", "--dist-dir", str(tmp_path))
     run = python(*command, cwd=tree, FASTATTN_BUILD="none", PYTHONPATH="")

@@ -1,0 +1,212 @@
+"""From a public function's arguments, by name, to a checked Call in normal form. Next hop: back to
+attention.py, then backends.py. What decode_attention() takes is checked in cache.py.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, descales
+from .call import Call
+from .ops import autocast_dtype, autocast_to
+from .spec import NO_OPERANDS, Descales, Operands, Spec
+
+is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but values and strides
+_MAX_PLANS = 4096
+
+# In eager mode alone: torch.compile does not know all of these.
+_asked_of = itemgetter(
+    *("scale", "causal", "window", "align", "softcap", "dropout_p", "return_lse"),
+    *("deterministic", "backend"),
+)
+_operands_of = itemgetter("mask", "bias", "alibi_slopes", "sinks", "kv_lens", "document_ids")
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple | None]:
+    """Checks attention()'s arguments; (Call, rank, row, key).
+
+    row is the backend of an earlier call alike in all but values and strides, or None; key is where
+    to remember it. Reading the shapes once and looking them up costs less than checking them.
+    """
+    q, k, v = given["q"], given["k"], given["v"]
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = autocast(q, k, v)
+    key = plan = None
+    float8 = (
+        getattr(q, "dtype", None) == descales.E4M3
+        or given["q_descale"] is not None
+        or given["k_descale"] is not None
+        or given["v_descale"] is not None
+    )
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
+    if plain and not float8 and not is_compiling() and not _is_tracing():
+        try:
+            asked, window = _asked_of(given), given["window"]
+            key = (
+                q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+                asked, backends.forced(), tuple(map(_is_none, _operands_of(given))),
+                # 1 == 1.0 == True, and not all are accepted
+                tuple(map(type, asked)), None if window is None else tuple(map(type, window)),
+            )  # fmt: skip
+            plan = _PLANS.get(key)
+        except (TypeError, ValueError, RuntimeError):  # a list in window, a tensor without shape,
+            key = None  # and the like: the checks below say what is wrong
+    if plan is None:
+        checks.same_kind(q=q, k=k, v=v, accepted=(descales.E4M3,) if float8 else checks.DTYPES)
+        rank, row = checks.dense_shapes(q, k, v), None
+        spec = spec_of(q.shape[-1], given)
+    else:
+        spec, rank, row = plan
+    if rank != 4:
+        q, k, v = (x.unsqueeze(1) if rank == 3 else x[None, None] for x in (q, k, v))
+    head_origin = given["head_origin"]
+    if head_origin is not None:
+        head_origin = checks.head_origin(head_origin, *q.shape[:2])
+    if (
+        not float8
+        and given["mask"] is None
+        and given["bias"] is None
+        and given["alibi_slopes"] is None
+        and given["sinks"] is None
+        and given["kv_lens"] is None
+        and given["document_ids"] is None
+        and not spec.dropout_p
+    ):
+        return Call(q, k, v, spec, NO_OPERANDS), rank, row, key
+
+    batch, heads, q_len, _ = q.shape
+    kv_len, device = k.shape[2], q.device
+    full = (batch, heads, q_len, kv_len)
+    kv_lens, document_ids, scales = given["kv_lens"], given["document_ids"], None
+    if float8:
+        scales = Descales(given["q_descale"], given["k_descale"], given["v_descale"])
+        for name, x in zip(scales._fields, scales):
+            descales.check(f"{name}_descale", x, batch, k.shape[1], device)
+        checks.no_gradient("float8_e4m3fn", q, k, v, given["bias"], given["sinks"], *scales)
+    if kv_lens is not None:
+        kv_lens = checks.int_vector("kv_lens", kv_lens, (batch,), device, "[B]")
+        checks.lengths("kv_lens", kv_lens, 0, kv_len, "a number of keys in")
+    if document_ids is not None:
+        document_ids = checks.documents(document_ids, batch, q_len, kv_len, device)
+    operands = Operands(
+        **score_operands(given, head_origin, full, q, rank),
+        kv_lens=kv_lens,
+        document_ids=document_ids,
+        dropout_seed=checks.dropout(spec, given["dropout_seed"], head_origin, device),
+        descales=scales,
+    )
+    return Call(q, k, v, spec, operands), rank, row, key
+
+
+def spec_of(head_dim: int, given: dict) -> Spec:
+    """The call's numbers, checked, and its flags."""
+    names = ("scale", "causal", "window", "align", "softcap", "dropout_p")
+    spec = checks.spec_of(head_dim, *(given[name] for name in names))
+    checks.flag("return_lse", given["return_lse"])
+    if given["deterministic"] is not None:
+        checks.flag("deterministic", given["deterministic"])
+    return spec
+
+
+def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> dict:
+    """Operands of scores, checked against full = [batch, heads, rows, keys]. Where head_origin says
+    that these heads are a part, operands may have every head."""
+    mask, bias, slopes, sinks = (given[x] for x in ("mask", "bias", "alibi_slopes", "sinks"))
+    if head_origin is not None and head_origin[1] != full[1]:
+        mask, bias = (_own_heads(x, -3, head_origin, full[1]) for x in (mask, bias))
+        slopes, sinks = (_own_heads(x, -1, head_origin, full[1]) for x in (slopes, sinks))
+    if mask is not None:
+        mask = checks.mask(mask, full, q.device, rank)
+    if bias is not None:
+        bias = checks.bias(bias, full, q, rank)
+    if slopes is not None:
+        slopes = checks.slopes(slopes, *full[:2], q.device)
+    if sinks is not None:
+        sinks = checks.sinks(sinks, full[1], q)
+    return {"mask": mask, "bias": bias, "alibi_slopes": slopes, "sinks": sinks}
+
+
+def _own_heads(x, dim, head_origin, heads):
+    """x, or of an x with every head in dimension dim those that are here."""
+    first, total = head_origin
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() < -dim or x.shape[dim] != total:
+        return x
+    return x.narrow(dim, first, heads)
+
+
+def packed_form(given: dict) -> Call:
+    """Checks varlen_attention()'s arguments."""
+    q, k, v, page_table = (given[name] for name in ("q", "k", "v", "page_table"))
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = autocast(q, k, v)
+    checks.same_kind(q=q, k=k, v=v)
+    heads = checks.packed_shapes(q, k, v, page_table is not None)
+    spec = spec_of(q.shape[-1], given)
+    if given["document_ids"] is not None:
+        raise NotImplementedError(
+            "document_ids came to varlen_attention, where cu_seqlens already keep sequences apart; "
+            "give every document its own sequence"
+        )
+    longest = [checks.length(name, given[name]) for name in ("max_seqlen_q", "max_seqlen_k")]
+    device, paged = q.device, page_table is not None
+    cu_q = checks.offsets("cu_seqlens_q", given["cu_seqlens_q"], q.shape[0], longest[0], device)
+    total_k = None if paged else k.shape[0]
+    cu_k = checks.offsets("cu_seqlens_k", given["cu_seqlens_k"], total_k, longest[1], device)
+    entries, head_origin, kv_lens = cu_q.shape[0] - 1, given["head_origin"], given["kv_lens"]
+    if head_origin is not None:
+        head_origin = checks.head_origin(head_origin, entries, heads)
+    if cu_k.shape[0] != cu_q.shape[0]:
+        raise ValueError(
+            f"cu_seqlens_k has {cu_k.shape[0]} entries and cu_seqlens_q {cu_q.shape[0]}; they must "
+            "be equally many"
+        )
+    own_lens = None
+    if checks.has_values(cu_k):
+        ends = cu_k.tolist()
+        own_lens = [end - begin for begin, end in pairwise(ends)]
+    if kv_lens is not None:
+        kv_lens = checks.int_vector("kv_lens", kv_lens, (entries,), device, "[sequences]")
+        bound = longest[1] if own_lens is None else own_lens
+        checks.lengths("kv_lens", kv_lens, 0, bound, "a number of the sequence's keys in")
+    if paged:
+        lens = cu_k[1:] - cu_k[:-1] if kv_lens is None else kv_lens
+        page_table = checks.pages(page_table, entries, lens, k.shape[1], k.shape[0], device)
+        checks.no_gradient("page_table", q, k, v, given["bias"], given["sinks"])
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    else:
+        k, v = (x.transpose(0, 1).unsqueeze(0) for x in (k, v))
+    q = q.transpose(0, 1).unsqueeze(0)
+    operands = Operands(
+        **score_operands(given, head_origin, (entries, heads, *longest), q),
+        kv_lens=kv_lens,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        page_table=page_table,
+        dropout_seed=checks.dropout(spec, given["dropout_seed"], head_origin, device),
+    )
+    return Call(q, k, v, spec, operands)
+
+
+def autocast(*tensors):
+    """q, k and v in the dtype of an enclosing torch.autocast for their device."""
+    dtype = autocast_dtype(checks.tensor("q", tensors[0]))
+    if dtype is None:
+        return tensors
+    return [autocast_to(checks.tensor("q, k or v", x), dtype) for x in tensors]
+
+
+def remember(key, plan) -> None:
+    if len(_PLANS) >= _MAX_PLANS:
+        _PLANS.clear()
+    _PLANS[key] = plan
