@@ -183,7 +183,7 @@ def swapped_class(module: object, found: dict | None = None) -> tuple[type | Non
             found[cls] = _methods_of(cls)
         held, why = _held(module, found[cls])
         if not (found[cls].methods or held or why):
-            looks = re.search("attention|attn", cls.__name__, re.IGNORECASE)
+            looks = re.search("attention|attn", cls.__name__, re.IGNORECASE) or _by_hand(found[cls])
             empty = isinstance(module, nn.Module) and not any(True for _ in module.parameters())
             return None, _UNKNOWN if looks and not empty else None
     if "forward" in vars(module):
@@ -198,6 +198,14 @@ def swapped_class(module: object, found: dict | None = None) -> tuple[type | Non
     else:
         what = f"its {' and '.join(x.__name__ for x in found[cls].reached) or _SDPA} is fastattn's"
     return _with_parametrization(module, _class_of(cls, held)), what
+
+
+_KEYS = re.compile("(^|_)(k|kv|qk|qkv|key)(_|$)")
+
+
+def _by_hand(found: Redirected) -> bool:
+    """Does the code take a softmax and mention keys? Then it is attention, whatever its name."""
+    return "softmax" in found.names and any(map(_KEYS.search, found.names))
 
 
 def _ours(cls: type) -> type | None:

@@ -111,6 +111,31 @@ def test_modules_of_a_name_that_only_hold_attention_are_not_left():
         assert "swap finds no scaled_dot_product_attention among the functions" in row[2]
 
 
+def test_attention_written_out_under_another_name_is_left_with_a_row():
+    class Mixer(nn.Module):  # as timm's GPSA and SHSA
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def weights(self, q, k):
+            return (q @ k.mT).softmax(-1)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.weights(q, k) @ v
+
+    class Router(nn.Module):  # a softmax, and no keys
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.gate(x).softmax(-1)
+
+    ((name, kind, why),) = fastattn.swap(nn.Sequential(Mixer(), Router())).left
+    assert (name, kind) == ("0", "Mixer") and "not a class that swap knows" in why
+
+
 def test_the_originals_stay():
     """Copies alone run on fastattn; who calls the same helper goes on as before."""
     m = model(SPELLINGS["a helper's helper"])
