@@ -341,6 +341,10 @@ class BuildPython(build_py):
         if self.editable_mode:
             show_to_checkers(Path(self.get_finalized_command("install").install_lib))
 
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [x for x in modules if not x[1].startswith(("test_", "conftest"))]
+
 
 def show_to_checkers(site: Path) -> None:
     """Gives the environment a plain path to the package: type checkers run no import hooks, which
@@ -350,10 +354,6 @@ def show_to_checkers(site: Path) -> None:
     (folder / "fastattn").unlink(missing_ok=True)
     (folder / "fastattn").symlink_to("../../fastattn")
     (site / "fastattn.pth").write_text(f"{folder}\n")
-
-    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        modules = super().find_package_modules(package, package_dir)
-        return [x for x in modules if not x[1].startswith(("test_", "conftest"))]
 
 
 def write_facts(folder: Path) -> None:

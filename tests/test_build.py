@@ -72,6 +72,15 @@ def test_a_tree_that_cannot_be_written_is_refused_before_anything_is_done(tree):
     assert "Traceback" not in run.stderr
 
 
+def test_modules_of_tests_are_not_packed(tree):
+    for name in ("__init__.py", "conftest.py", "speed.py", "test_speed.py"):
+        (tree / "benchmarks" / name).touch()
+    run = python(tree, "setup.py", "build_py", FASTATTN_BUILD="none")
+    assert run.returncode == 0, run.stderr
+    packed = sorted(x.name for x in (tree / "build/lib/fastattn/benchmarks").iterdir())
+    assert packed == ["__init__.py", "speed.py"]
+
+
 def requires(tree: Path, what: str, **environment) -> list[str]:
     code = f"import build_backend, json; x = build_backend.get_requires_for_build_{what}(); "
     run = python(tree, "-c", f"{code}print(json.dumps(x))", PYTHONPATH=str(tree), **environment)

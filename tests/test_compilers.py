@@ -156,10 +156,10 @@ def test_no_other_code_has_an_instruction_set(kind, made):
 # ---- which compilers are taken -------------------------------------------------------------------
 
 
-def plan(**settings: str) -> subprocess.CompletedProcess:
-    """setup.py makes its plan, and builds nothing."""
+def plan(folder: Path, **settings: str) -> subprocess.CompletedProcess:
+    """setup.py makes its plan, and compiles nothing; Python files go to the folder."""
     settings = {**os.environ, "FASTATTN_BUILD": "cpu", **settings}
-    command = [sys.executable, "setup.py", "--version"]
+    command = [sys.executable, "setup.py", "build_py", "--build-lib", str(folder / "lib")]
     return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
 
 
@@ -172,14 +172,14 @@ def fake(path: Path, macros: str) -> Path:
 
 @pytest.mark.parametrize("macros", ["#define __GNUC__ 12", "#define __clang_major__ 14"])
 def test_compilers_that_will_do(macros, tmp_path):
-    run = plan(CXX=str(fake(tmp_path / "c++", macros)))
+    run = plan(tmp_path, CXX=str(fake(tmp_path / "c++", macros)))
     assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("name, macro", [("GCC 11", "__GNUC__"), ("clang 13", "__clang_major__")])
 def test_an_old_compiler_is_refused(name, macro, tmp_path):
     old = fake(tmp_path / "c++", f"#define {macro} {name.split()[1]}")
-    run = plan(CXX=str(old))
+    run = plan(tmp_path, CXX=str(old))
     accepted = "accepted are GCC 12 or newer and clang 14 or newer (CXX names another)"
     assert run.returncode != 0 and f"{old} is {name}; {accepted}" in run.stderr
 
@@ -189,7 +189,7 @@ def test_a_newer_compiler_is_found_beside_an_old_one(tmp_path):
     fake(tmp_path / "c++", "#define __GNUC__ 11")
     fake(tmp_path / "clang++", "#define __GNUC__ 4\n#define __clang_major__ 14")
     settings = {"CXX": "", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    run = plan(**settings)
+    run = plan(tmp_path, **settings)
     assert run.returncode == 0, run.stderr
 
 

@@ -33,9 +33,9 @@ def test_more_random_calls_are_right(seed):
 def wider_window(run):
     """A fault: one key too many on the left of a window."""
 
-    def wrong(q, k, v, spec, *rest):
-        left = spec.left + 1 if spec.left >= 0 else spec.left
-        return run(q, k, v, replace(spec, left=left), *rest)
+    def wrong(call, row):
+        left = call.spec.left + (call.spec.left >= 0)
+        return run(call.but(spec=replace(call.spec, left=left)), row)
 
     return wrong
 
