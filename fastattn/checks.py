@@ -69,7 +69,11 @@ def number(name, x) -> float:
 
 def flag(name, x) -> bool:
     if not isinstance(x, bool):
-        raise TypeError(f"{name} is of type {type(x).__name__}; accepted are True and False")
+        kind = type(x)
+        home = "" if kind.__module__ == "builtins" else f"{kind.__module__}."  # numpy has a bool
+        raise TypeError(
+            f"{name} is of type {home}{kind.__name__}; accepted are True and False, so bool({name})"
+        )
     return x
 
 
