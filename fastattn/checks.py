@@ -69,11 +69,7 @@ def number(name, x) -> float:
 
 def flag(name, x) -> bool:
     if not isinstance(x, bool):
-        kind = type(x)
-        home = "" if kind.__module__ == "builtins" else f"{kind.__module__}."  # numpy has a bool
-        raise TypeError(
-            f"{name} is of type {home}{kind.__name__}; accepted are True and False, so bool({name})"
-        )
+        raise TypeError(f"{name} is of type {str(type(x))[8:-2]}; accepted are True and False")
     return x
 
 
