@@ -16,6 +16,7 @@ a thousand on the busy AVX2 machine where they were counted; unlike times, they 
 from __future__ import annotations
 
 import torch
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from .call import Call, Result
@@ -206,11 +207,29 @@ def _leaves_and_others(operands):
 
 def reference_of(spec, others):
     """(q, k, v, *LEAVES) -> (out, lse)."""
+    _refuse_batched(others)
 
     def function(q, k, v, *leaves):
         return tuple(reference(q, k, v, spec, Operands.join(leaves, others or _NO_OTHERS)))
 
     return function
+
+
+# Operands whose values the reference reads: they say which keys exist and which weights it drops.
+_READ = {*OTHERS} - {"mask", "alibi_slopes"}
+
+
+def _refuse_batched(others) -> None:
+    """The reference reads values, and those that vmap gives each instance cannot be read."""
+    for name, x in zip(OTHERS, others or ()):
+        while name in _READ and x is not None and is_functorch_wrapped_tensor(x):
+            if is_batchedtensor(x):
+                raise NotImplementedError(
+                    f"{name} came with a value for each of vmap's instances, where derivatives "
+                    "other than a first backward do not exist; take these in a loop over the "
+                    f"instances, or share {name} among them (in_dims=None)"
+                )
+            x = get_unwrapped(x)
 
 
 def reference_grads_of(spec, others, needs):

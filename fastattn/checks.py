@@ -69,7 +69,7 @@ def number(name, x) -> float:
 
 def flag(name, x) -> bool:
     if not isinstance(x, bool):
-        raise TypeError(f"{name} is of type {type(x).__name__}; accepted are True and False")
+        raise TypeError(f"{name} is of type {str(type(x))[8:-2]}; accepted are True and False")
     return x
 
 

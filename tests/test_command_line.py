@@ -76,3 +76,18 @@ def test_a_reader_that_leaves_is_no_fault(arguments, code):
     finally:
         os.close(out)
     assert run.returncode == code and run.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("output", [">/dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_a_sentence(output):
+    command = f'exec "$0" -m fastattn --version {output}'
+    run = subprocess.run(
+        ["sh", "-c", command, sys.executable], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "Traceback" not in run.stderr and "Exception ignored" not in run.stderr
+    if output == ">/dev/full":
+        assert run.returncode == 1
+        assert run.stderr == "the output cannot be written: No space left on device\n"
+    else:
+        assert run.returncode == 0

@@ -257,3 +257,27 @@ def test_vmap_over_packed_sequences(backend):
 
     want = torch.stack([f(*x) for x in zip(q, k, v)])
     torch.testing.assert_close(torch.vmap(f)(q, k, v), want)
+
+
+@pytest.mark.parametrize("operand", ["kv_lens", "document_ids"])
+def test_further_derivatives_under_vmap_of_values_that_are_read_are_refused(operand):
+    q, k, v = qkv(q_len=5, kv_len=5)
+    xs = {
+        "kv_lens": torch.tensor([[1, 5], [3, 4]]),
+        "document_ids": torch.tensor([[[0, 0, 1, 1, 2]] * 2, [[0] * 5] * 2]),
+    }[operand]
+
+    def loss(q, x):
+        return fastattn.attention(q, k, v, **{operand: x}).square().sum()
+
+    def pushed(q, x):
+        return torch.func.jvp(lambda q: loss(q, x), (q,), (q,))[1]
+
+    def second(q, x):
+        return torch.func.grad(lambda q: torch.func.grad(loss)(q, x).square().sum())(q)
+
+    for derivative in (pushed, second):
+        with pytest.raises(NotImplementedError, match=f"{operand} came with a value for each"):
+            torch.vmap(derivative, in_dims=(None, 0))(q, xs)
+        shared = torch.vmap(derivative, in_dims=(0, None))(q.expand(2, *q.shape), xs[0])
+        torch.testing.assert_close(shared[1], derivative(q, xs[0]))

@@ -90,6 +90,7 @@ WRONG = {
     "dropout is a tensor": (TypeError, "dropout_p is of type Tensor; accepted is a number",
                             call(dropout_p=torch.tensor([0.1, 0.2]))),
     "causal is 1.5": (TypeError, "causal is of type float; accepted are True", call(causal=1.5)),
+    "causal is numpy's": (TypeError, "causal is of type numpy.bool", call(causal=np.bool_(True))),
     "causal is text": (TypeError, "causal is of type str", call(causal="yes")),
     "align": (ValueError, "align is 'middle'; accepted are 'end' and 'start'",
               call(align="middle")),
