@@ -61,9 +61,9 @@ demo: build
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal $(ARGS)
 
-# One small case of every option on every backend, the public names, lint and line budgets.
+# One small case of every option on every backend, the public names and types, lint, line budgets.
 check: lint size build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/test_check.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/test_check.py tests/test_types.py $(ARGS)
 
 bench: build
 	$(BIN)/python -m fastattn bench --quick $(ARGS)

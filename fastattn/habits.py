@@ -49,6 +49,7 @@ _OURS = {
     "seqused_k": "kv_lens= is its name",
     "rotary_cos": "rotary=(cos, sin) is its form, in decode_attention()",
     "rotary_sin": "rotary=(cos, sin) is its form, in decode_attention()",
+    "generator": "dropout_seed=(seed, offset) names the weights to drop",
     "cu_seqlens": "cu_seqlens_q= and cu_seqlens_k= are its names, in varlen_attention()",
 }  # fmt: skip
 
