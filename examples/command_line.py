@@ -1,8 +1,9 @@
 """An example's command line: options with what they accept, and how a run ends.
 
 A user's mistake, a full disk, Ctrl-C and SIGTERM end in a sentence and, where the run can go on, in
-the command that does it. Anything else is a fault of the example and keeps its traceback; python
--X dev shows one for every ending.
+the command that does it; of several processes, those that another's end takes along say just that.
+Anything else is a fault of the example and keeps its traceback; python -X dev shows one for every
+ending.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import sys
 import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
+import torch.distributed as dist
 
 import fastattn
 
@@ -155,6 +158,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came; what Ctrl-C unwinds, it unwinds too."""
 
 
+class Alone(Exception):
+    """Another process cannot be reached, most likely because it has ended."""
+
+
 ENDINGS = {  # what is the user's or the machine's doing: its exit status, and whether to go on
     Terminated: (128 + signal.SIGTERM, True),
     KeyboardInterrupt: (128 + signal.SIGINT, True),
@@ -162,6 +169,7 @@ ENDINGS = {  # what is the user's or the machine's doing: its exit status, and w
     FloatingPointError: (1, False),
     ValueError: (1, False),
     ImportError: (1, False),
+    Alone: (1, False),
 }
 SENTENCES = {Terminated: "stopped by SIGTERM", KeyboardInterrupt: "stopped by Ctrl-C"}
 
@@ -186,6 +194,18 @@ def _ours(error: Exception) -> bool:
     return any(Path(frame.f_code.co_filename).is_relative_to(folder) for folder in folders)
 
 
+@contextmanager
+def _together():
+    """A collective that fails is Alone; gloo's errors have no class, but name their source."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo/transport/" in str(error):
+            why = str(error).partition("\n")[0].partition(". ")[0]
+            raise Alone(f"another process has ended or cannot be reached: {why}") from error
+        raise
+
+
 def run(main: Callable[[list[str]], object]) -> None:
     """main() with the command line; SystemExit after a sentence where it does not end well."""
     rank = os.environ.get("RANK", "0")
@@ -196,7 +216,8 @@ def run(main: Callable[[list[str]], object]) -> None:
     if rank == "0":  # the others die of it at once, and say nothing
         signal.signal(signal.SIGTERM, stop)
     try:
-        main(sys.argv[1:])
+        with _together():
+            main(sys.argv[1:])
     except tuple(ENDINGS) as error:
         if sys.flags.dev_mode or (isinstance(error, ValueError) and not _ours(error)):
             raise

@@ -61,7 +61,7 @@ class Task:
     tensor in it has the rows first. loss(model, rows) is a mean over weight(rows) things; or
     several means by name, which are added, and weight(rows) says of each over how many things it
     is. So a step's means are over all its rows, however it is cut into parts and processes.
-    evaluate(model) gives numbers to log.
+    evaluate(model) gives numbers to log; its batches it moves itself, with beside().
     """
 
     model: nn.Module
@@ -111,12 +111,32 @@ def rows_of_a_pass(options: Options) -> int:
     return options.batch // (processes() * options.accumulate)
 
 
+def device() -> torch.device:
+    """This process's: a GPU of its own where the machine has any, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    here, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if here >= count:
+        raise ValueError(f"--nproc-per-node is {os.environ['LOCAL_WORLD_SIZE']}; accepted is at "
+                         f"most {count}, a process for each GPU of the machine")  # fmt: skip
+    return torch.device("cuda", here)
+
+
+def beside(model: nn.Module, batch: Batch) -> Batch:
+    """The batch on the model's device."""
+    place = next(model.parameters()).device
+    return {name: x.to(place) for name, x in batch.items()}
+
+
 def _world() -> tuple[int, int]:
     """(rank, processes) of torchrun's group, joined at the first call; (0, 1) without torchrun."""
     if processes() == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        place = device()
+        if place.type == "cuda":
+            torch.cuda.set_device(place)  # where barriers wait and peaks are measured
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
@@ -148,9 +168,7 @@ class Stepper:
         self.task, self.options = task, options
         self.rank, self.world = _world()
         rows_of_a_pass(options)
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        self.device = device()
         self.bare = self.model = task.model.to(self.device)
         if options.compile:
             self.bare.compile(backend=options.compile)
@@ -200,7 +218,7 @@ class Stepper:
         lr = learning_rate(index, options)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        whole = {name: x.to(self.device) for name, x in task.batch(index).items()}
+        whole = beside(self.bare, task.batch(index))
         share = self.world * options.accumulate
         loss = torch.zeros((), device=self.device)
         for part in range(options.accumulate):

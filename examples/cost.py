@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -16,11 +17,19 @@ if TYPE_CHECKING:
     from common import Options, Task
 
 
+def now() -> float:
+    """The time in seconds, once a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock:
     """Seconds spent in attention calls, forward and backward, whatever they are made of.
 
     The backward pass of a call runs between its result's gradient and its last input's: hooks at
-    both ends read the time. Right where autograd runs in one thread and in order, as on the CPU.
+    both ends read the time, on a GPU once it has done all that it was given. Right where autograd
+    runs in one thread and in order, as it does for one device.
     """
 
     def __init__(self) -> None:
@@ -34,20 +43,20 @@ class Clock:
             # views of their own, whose gradients are this call's and nobody else's
             views = {id(x): x.view_as(x) for x in inputs}
             args = [views.get(id(x), x) for x in args]
-            began = time.perf_counter()
+            began = now()
             result = attend(*args, **kwargs)
-            self.seconds += time.perf_counter() - began
+            self.seconds += now() - began
             out = result[0] if isinstance(result, tuple) else result
             if out.requires_grad:
                 last = [0.0]
 
                 def start(_):
-                    last[0] = time.perf_counter()
+                    last[0] = now()
 
                 def stop(_):
-                    now = time.perf_counter()
-                    self.seconds += now - last[0]
-                    last[0] = now
+                    ended = now()
+                    self.seconds += ended - last[0]
+                    last[0] = ended
 
                 out.register_hook(start)
                 for x in views.values():

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from command_line import COUNT, NONE_OR_MORE, POSITIVE, Options, Range, option, parse, run
-from common import Batch, Result, Task, run_folder, train
+from common import Batch, Result, Task, beside, device, run_folder, train
 from corpus import (
     CLS,
     PAD,
@@ -120,7 +120,7 @@ def classifier(model: nn.Module, options: DistillOptions, data: Data) -> Task:
     def evaluate(model) -> dict[str, float]:
         guesses, labels = [], []
         for i in range(0, len(data.test), 64):
-            inputs = data.batch(data.test[i : i + 64])
+            inputs = beside(model, data.batch(data.test[i : i + 64]))
             labels.append(inputs.pop("labels"))
             guesses.append(model(**inputs).logits.argmax(-1))
         return scores(torch.cat(guesses), torch.cat(labels), len(data.texts.names))
@@ -130,7 +130,8 @@ def classifier(model: nn.Module, options: DistillOptions, data: Data) -> Task:
 
 def build(options: DistillOptions, data: Data, folder: Path) -> Task:
     """Learning from the teacher in `folder`."""
-    teacher = BERT.from_pretrained(folder, attention=options.attention).requires_grad_(False)
+    teacher = BERT.from_pretrained(folder, attention=options.attention)
+    teacher.to(device()).requires_grad_(False)
     student = bert(options, data, 1)
     for name in ("heads", "num_labels", "vocab_size"):  # what their outputs and maps have in common
         has, wanted = (getattr(model.config, name) for model in (teacher, student))

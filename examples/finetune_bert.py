@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from command_line import COUNT, NONE_OR_MORE, POSITIVE, SHARE, Options, Range, option, parse, run
-from common import Batch, Result, Task, run_folder, train
+from common import Batch, Result, Task, beside, run_folder, train
 from corpus import (
     SPECIAL,
     Labelled,
@@ -163,13 +163,12 @@ def build(options: FinetuneOptions, data: Data) -> Task:
         return data.collate([data.train[i] for i in rows])
 
     def evaluate(model) -> dict[str, float]:
-        guesses = []
+        guesses, labels = [], []
         for i in range(0, len(data.test), 64):
-            inputs = data.collate(data.test[i : i + 64])
-            inputs.pop("labels")
+            inputs = beside(model, data.collate(data.test[i : i + 64]))
+            labels.append(inputs.pop("labels"))
             guesses.append(model(**inputs).logits.argmax(-1))
-        labels = torch.tensor([row["labels"] for row in data.test])
-        return scores(torch.cat(guesses), labels, len(data.texts.names))
+        return scores(torch.cat(guesses), torch.cat(labels), len(data.texts.names))
 
     return Task(
         model_of(options, data),

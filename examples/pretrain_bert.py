@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from command_line import COUNT, POSITIVE, SHARE, Options, Range, option, parse, run
-from common import Batch, Result, Task, run_folder, train
+from common import Batch, Result, Task, beside, run_folder, train
 from corpus import (
     CLS,
     MASK,
@@ -156,7 +156,7 @@ def build(options: BERTOptions, data: Data) -> Task:
         loss = right = words = follows = pairs = 0.0
         steps = range(min(4, -(-len(data.held_out) // options.batch)))
         for step in steps:
-            batch = data.batch(data.held_out, step)
+            batch = beside(model, data.batch(data.held_out, step))
             out = model(**batch)
             labels, label = batch["labels"], batch["next_sentence_label"]
             loss += out.loss.item() / len(steps)

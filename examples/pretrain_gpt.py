@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from command_line import COUNT, NONE_OR_MORE, POSITIVE, SHARE, Options, Range, option, parse, run
-from common import Batch, Result, Task, run_folder, train
+from common import Batch, Result, Task, beside, run_folder, train
 from corpus import Packed, fingerprint, read_folder, run_tokenizer
 from cost import Cost, report
 from rich.console import Console
@@ -92,7 +92,8 @@ def build(options: GPTOptions, data: Data) -> Task:
         batches = range(min(4, -(-data.held_out.rows // options.batch)))
         total = weight = 0.0
         for index in batches:
-            batch = data.held_out.batch(index, min(options.batch, data.held_out.rows))
+            rows = min(options.batch, data.held_out.rows)
+            batch = beside(model, data.held_out.batch(index, rows))
             part = predicted(batch)
             total += model(**batch, skip_logits=True).loss.item() * part
             weight += part

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from command_line import COUNT, NONE_OR_MORE, POSITIVE, Options, Range, option, parse, run
-from common import Batch, Result, Task, run_folder, train
+from common import Batch, Result, Task, beside, run_folder, train
 from corpus import pad
 from cost import Cost, report
 from rich.console import Console
@@ -111,7 +111,7 @@ class Data:
 
 def translate(model: EncoderDecoder, numbers: list[int], beams: int = 1) -> list[list[str]]:
     """The model's words for each number."""
-    source = Data.sources(numbers)
+    source = beside(model, Data.sources(numbers))
     rows = model.generate(
         source["input_ids"], 24, attention_mask=source["attention_mask"], num_beams=beams
     )

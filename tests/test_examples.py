@@ -353,6 +353,26 @@ def test_the_clock_sees_forward_and_backward(monkeypatch):
     assert torch.equal(q.grad, torch.ones(3)) and torch.equal(k.grad, torch.ones(3))
 
 
+def test_the_clock_waits_for_a_gpu(monkeypatch):
+    """A call returns at once, and the GPU takes 3 for it."""
+    now, left = [0.0], [0.0]
+
+    def synchronize():
+        now[0] += left[0]
+        left[0] = 0
+
+    def attend(q):
+        left[0] += 3
+        return q
+
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(cost.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cost.torch.cuda, "synchronize", synchronize)
+    clock = cost.Clock()
+    clock.timed(attend)(torch.ones(3))
+    assert clock.seconds == 3
+
+
 # ---- data -------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,13 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("tokenizers")
 from example_runs import EXAMPLES, SIZES, arguments, run, write_sources
@@ -165,6 +167,44 @@ def test_mistakes_end_in_their_sentence(tmp_path, sources, ends):
         given = arguments("pretrain_gpt", tmp_path / "out", sources, *words)
         status, shown = ends("pretrain_gpt", given)
         assert status == 1 and sentence in shown and "Traceback" not in shown
+
+
+def _process(rank: int, name: str, words: list[str], folder: Path) -> int:
+    """The number of a forked process, one of two, that writes its errors to folder/rank."""
+    child = os.fork()
+    if child:
+        return child
+    status: object = "an exception"
+    with (folder / str(rank)).open("w") as sys.stderr:
+        try:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+            dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+            sys.argv = [f"examples/{name}.py", *words]
+            command_line.run(importlib.import_module(name).main)
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+    os._exit(status if isinstance(status, int) else 99)
+
+
+def test_a_mistake_of_two_processes(tmp_path, sources):
+    """The first says it; the other says it too, or that the one it waited for has ended."""
+    gone = "process 1: another process has ended or cannot be reached: "
+    cases = {
+        "--vocabulary 9": ("--vocabulary is 9; accepted is at least", gone),
+        "--accumulate 3": ("--batch is 4; it must be", "process 1: --batch is 4; it must be"),
+    }
+    for n, (words, sentences) in enumerate(cases.items()):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        given = arguments("pretrain_gpt", folder / "out", sources, *words.split())
+        children = [_process(rank, "pretrain_gpt", given, folder) for rank in range(2)]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        shown = [(folder / str(rank)).read_text() for rank in range(2)]
+        assert statuses == [1, 1], shown
+        for text, sentence in zip(shown, sentences):
+            assert text.startswith(sentence) and len(text.splitlines()) == 1
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
