@@ -12,9 +12,10 @@ from . import backends, checks, habits
 from .autograd import attend
 from .call import Call, Result
 from .context_parallel import refuse_context_parallel
-from .forms import dense_form, packed_form, remember
+from .forms import PLAIN_PLANS, PLANS, dense_form, packed_form, plain_plan, remember
 from .options import Align, BackendName, DenseOptions, PackedOptions
 from .reference import in_memory_order_of
+from .spec import NO_OPERANDS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -143,6 +144,34 @@ def attention(
     """
     if unknown:
         habits.refuse_unknown(attention, unknown)
+    plain = None
+    if (
+        mask is None
+        and bias is None
+        and alibi_slopes is None
+        and sinks is None
+        and kv_lens is None
+        and document_ids is None
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+        and head_origin is None
+    ):
+        asked = (
+            scale,
+            causal,
+            window,
+            align,
+            softcap,
+            dropout_p,
+            return_lse,
+            deterministic,
+            backend,
+        )
+        plain, plan = plain_plan(q, k, v, asked)
+        if plan is not None:
+            out, lse = run(Call(q, k, v, plan[0], NO_OPERANDS), plan[1])
+            return (out, lse) if return_lse else out
     call, rank, row, key = dense_form({
         "q": q, "k": k, "v": v, "scale": scale, "causal": causal, "window": window, "align": align,
         "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
@@ -154,7 +183,9 @@ def attention(
     if row is None:
         row = backends.pick(backend, call)
         if key is not None:
-            remember(key, (call.spec, rank, row))
+            remember(PLANS, key, (call.spec, rank, row))
+    if plain is not None and rank == 4 and call.operands is NO_OPERANDS:
+        remember(PLAIN_PLANS, plain, (call.spec, row))
     out, lse = run(call, row)
     if rank != 4:
         out, lse = (x.squeeze(1) if rank == 3 else x[0, 0] for x in (out, lse))

@@ -76,7 +76,7 @@ class Attention(torch.autograd.Function):
     def forward(q, k, v, *rest):
         *leaves, others, (spec, row, num_splits) = rest
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-            return tuple(row.forward(_call_of(q, k, v, leaves, others, spec, num_splits)))
+            return row.forward(_call_of(q, k, v, leaves, others, spec, num_splits))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

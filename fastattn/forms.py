@@ -18,7 +18,8 @@ from .spec import NO_OPERANDS, Descales, Operands, Spec
 is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but values and strides
+PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but values and strides
+PLAIN_PLANS: dict = {}  # (spec, backend) of those of four dimensions, without operands or dropout
 _MAX_PLANS = 4096
 
 # In eager mode alone: torch.compile does not know all of these.
@@ -59,7 +60,7 @@ def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple |
                 # 1 == 1.0 == True, and not all are accepted
                 tuple(map(type, asked)), None if window is None else tuple(map(type, window)),
             )  # fmt: skip
-            plan = _PLANS.get(key)
+            plan = PLANS.get(key)
         except (TypeError, ValueError, RuntimeError):  # a list in window, a tensor without shape,
             key = None  # and the like: the checks below say what is wrong
     if plan is None:
@@ -206,7 +207,32 @@ def autocast(*tensors):
     return [autocast_to(checks.tensor("q, k or v", x), dtype) for x in tensors]
 
 
-def remember(key, plan) -> None:
-    if len(_PLANS) >= _MAX_PLANS:
-        _PLANS.clear()
-    _PLANS[key] = plan
+def plain_plan(q, k, v, asked: tuple) -> tuple[tuple | None, tuple | None]:
+    """(key, plan) in PLAIN_PLANS of a call without operands; asked has its numbers, flags and
+    backend. Looking a plan up costs less than checking the arguments, and it takes no dict of them.
+    (None, None): the call is to be checked."""
+    if (
+        type(q) not in _PLAIN
+        or type(k) not in _PLAIN
+        or type(v) not in _PLAIN
+        or torch._C._is_any_autocast_enabled()
+        or is_compiling()
+        or _is_tracing()
+    ):
+        return None, None
+    try:
+        window = asked[2]
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            asked, backends.forced(), *map(type, asked),  # 1 == 1.0 == True
+            None if window is None else tuple(map(type, window)),
+        )  # fmt: skip
+        return key, PLAIN_PLANS.get(key)
+    except (TypeError, ValueError, RuntimeError):  # the checks say what is wrong
+        return None, None
+
+
+def remember(plans: dict, key: tuple, plan: tuple) -> None:
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
