@@ -29,6 +29,7 @@ from . import autograd, build_facts
 from .call import Call, Gradients
 from .gpu import constant, launcher
 from .pairs import count_pairs
+from .reference import AUTOCAST
 from .spec import (
     LEAVES,
     NO_OPERANDS,
@@ -312,7 +313,7 @@ def _register_autocast(end: str, device_type: str, key: str) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of an enclosing torch.autocast for x's device, if any; meta tensors have none."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind in AUTOCAST and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
