@@ -11,6 +11,7 @@ import os
 import pkgutil
 import random
 import re
+import signal
 
 import fastattn.kernels
 import numpy
@@ -20,6 +21,8 @@ import torch
 import fastattn
 
 os.environ["FASTATTN_POISON"] = "1"  # read when the library first allocates, and in its children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, say
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and Ctrl-C reaches what tests start
 
 
 def _import_interpreted_kernels() -> None:
