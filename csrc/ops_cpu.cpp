@@ -158,15 +158,13 @@ Tensor new_lse(const Tensor& q) {
     return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
 }
 
-std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          OptionalTensor mask, OptionalTensor bias,
-                                          OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                          OptionalTensor kv_lens, OptionalTensor kv_starts,
-                                          OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
-                                          OptionalTensor cu_seqlens_k, OptionalTensor page_table,
-                                          OptionalTensor dropout_seed, double scale, double softcap,
-                                          int64_t left, int64_t right, bool align_end,
-                                          double dropout_p, int64_t num_splits) {
+std::tuple<Tensor, Tensor> flash_attn_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
+    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
+    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
+    int64_t left, int64_t right, bool align_end, double dropout_p, int64_t num_splits) {
     Call call{q,
               k,
               v,
@@ -177,6 +175,8 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
               kv_lens,
               kv_starts,
               document_ids,
+              key_begin,
+              key_end,
               cu_seqlens_q,
               cu_seqlens_k,
               page_table,
@@ -361,10 +361,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     const Tensor& dout, OptionalTensor dlse, const Tensor& out, const Tensor& lse, const Tensor& q,
     const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
     OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
-    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor dropout_seed,
-    double scale, double softcap, int64_t left, int64_t right, bool align_end, double dropout_p,
-    bool need_dbias, bool need_dsinks) {
+    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
+    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
+    int64_t left, int64_t right, bool align_end, double dropout_p, bool need_dbias,
+    bool need_dsinks) {
     Call call{q,
               k,
               v,
@@ -375,6 +376,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
               kv_lens,
               kv_starts,
               document_ids,
+              key_begin,
+              key_end,
               cu_seqlens_q,
               cu_seqlens_k,
               page_table,

@@ -289,17 +289,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          OptionalTensor mask, OptionalTensor bias,
-                                          OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                          OptionalTensor kv_lens, OptionalTensor kv_starts,
-                                          OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
-                                          OptionalTensor cu_seqlens_k, OptionalTensor page_table,
-                                          OptionalTensor dropout_seed, double scale, double softcap,
-                                          int64_t left, int64_t right, bool align_end,
-                                          double dropout_p, int64_t num_splits) {
+std::tuple<Tensor, Tensor> flash_attn_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
+    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
+    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
+    int64_t left, int64_t right, bool align_end, double dropout_p, int64_t num_splits) {
     check_shapes(q, k, v, page_table.has_value());
-    refuse(mask || bias || alibi_slopes || document_ids || dropout_seed || dropout_p > 0);
+    refuse(mask || bias || alibi_slopes || document_ids || key_begin || key_end || dropout_seed ||
+           dropout_p > 0);
     return forward(q, k, v, sinks, kv_lens, kv_starts, cu_seqlens_q, cu_seqlens_k, page_table,
                    scale, softcap, left, right, align_end, num_splits, check_gpu(q), {});
 }
@@ -307,13 +306,14 @@ std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, cons
 std::tuple<Tensor, Tensor> flash_attn_fwd_float8(
     const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
     OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
-    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor dropout_seed,
-    double scale, double softcap, int64_t left, int64_t right, bool align_end, double dropout_p,
-    int64_t num_splits, OptionalTensor q_descale, OptionalTensor k_descale,
-    OptionalTensor v_descale) {
+    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
+    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
+    int64_t left, int64_t right, bool align_end, double dropout_p, int64_t num_splits,
+    OptionalTensor q_descale, OptionalTensor k_descale, OptionalTensor v_descale) {
     check_shapes(q, k, v, false, true);
-    refuse(mask || bias || alibi_slopes || document_ids || dropout_seed || dropout_p > 0);
+    refuse(mask || bias || alibi_slopes || document_ids || key_begin || key_end || dropout_seed ||
+           dropout_p > 0);
     CHECK(!page_table && num_splits <= 1,
           "the CUDA kernels of float8 take no page_table and do not split keys");
     Gpu gpu = check_gpu(q);
@@ -345,13 +345,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     const Tensor& dout, OptionalTensor dlse, const Tensor& out, const Tensor& lse, const Tensor& q,
     const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
     OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
-    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, OptionalTensor page_table, OptionalTensor dropout_seed,
-    double scale, double softcap, int64_t left, int64_t right, bool align_end, double dropout_p,
-    bool need_dbias, bool need_dsinks) {
+    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
+    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
+    int64_t left, int64_t right, bool align_end, double dropout_p, bool need_dbias,
+    bool need_dsinks) {
     check_shapes(q, k, v, false);
-    refuse(mask || bias || alibi_slopes || document_ids || page_table || dropout_seed ||
-           dropout_p > 0 || need_dbias);
+    refuse(mask || bias || alibi_slopes || document_ids || key_begin || key_end || page_table ||
+           dropout_seed || dropout_p > 0 || need_dbias);
     Sequences sequences(cu_seqlens_q, cu_seqlens_k, q);
     CHECK(!need_dsinks || sinks, "need_dsinks, but there are no sinks");
     check_numbers(scale, softcap, left, right);

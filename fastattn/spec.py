@@ -85,6 +85,10 @@ class Operands:
     kv_starts: Tensor | None = field(default=None, metadata=_is("entries"))
     # int32 [B, S], non-decreasing; rows see their own document
     document_ids: Tensor | None = field(default=None, metadata=_is("entries"))
+    # int32, 4-D [N or 1, heads or 1, rows or 1, 1], non-decreasing along the rows: a row sees no
+    # key before its key_begin, and none from its key_end on; both or neither
+    key_begin: Tensor | None = field(default=None, metadata=_is("broadcast"))
+    key_end: Tensor | None = field(default=None, metadata=_is("broadcast"))
     # int32 [N + 1]: sequence n is rows cu[n]:cu[n + 1]
     cu_seqlens_q: Tensor | None = field(default=None, metadata=_is("alone"))
     # int32 [N + 1]: the same for keys (lengths only, if paged)

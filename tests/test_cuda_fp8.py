@@ -124,8 +124,8 @@ def test_operator_says_what_comes_and_has_no_gradient():
     q = torch.empty(2, 50, 4, 64, dtype=E4M3, device="meta").transpose(1, 2)
     k = torch.empty(2, 2, 90, 64, dtype=E4M3, device="meta")
     numbers = (0.1, 0.0, -1, -1, True, 0.0, 0)
-    out, lse = ops.forward_float8(q, k, k, *(None,) * 11, *numbers)
+    out, lse = ops.forward_float8(q, k, k, *(None,) * 13, *numbers)
     assert out.dtype == torch.bfloat16 and out.shape == q.shape and out.stride() == q.stride()
     assert lse.dtype == torch.float32 and lse.shape == q.shape[:3]
     with pytest.raises(NotImplementedError, match="no gradient"):
-        ops.forward_float8(q.requires_grad_(), k, k, *(None,) * 11, *numbers)
+        ops.forward_float8(q.requires_grad_(), k, k, *(None,) * 13, *numbers)

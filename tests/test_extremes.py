@@ -459,4 +459,4 @@ def test_the_operators_refuse_it_too(scale, softcap):
 
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(RuntimeError, match=r"(scale|softcap) must be .*1e30\]"):
-        ops.forward(q, q, q, *(None,) * 11, scale, softcap, -1, -1, True, 0.0, 0)
+        ops.forward(q, q, q, *(None,) * 13, scale, softcap, -1, -1, True, 0.0, 0)

@@ -180,11 +180,11 @@ def operators(*shapes, dtype=torch.float32, left=-1, right=-1):
     q, k, v = (torch.randn(*shape).to(dtype) for shape in shapes)
     numbers = (0.125, 0.0, left, right, True, 0.0)
     def forward(splits=0):
-        return torch.ops.fastattn.flash_attn_fwd(q, k, v, *[None] * 11, *numbers, splits)
+        return torch.ops.fastattn.flash_attn_fwd(q, k, v, *[None] * 13, *numbers, splits)
     def backward():
         out, lse = forward()
         return torch.ops.fastattn.flash_attn_bwd(
-            out, None, out, lse, q, k, v, *[None] * 11, *numbers, False, False)
+            out, None, out, lse, q, k, v, *[None] * 13, *numbers, False, False)
     return forward, backward
 
 torch.set_num_threads(2)
@@ -239,7 +239,7 @@ def limit(spare):  # bytes that may still be had; None: no limit
 def both_passes(q_len, kv_len, heads, splits=0, **options):
     q, k, v = (torch.randn(1, heads, n, 64) for n in (q_len, kv_len, kv_len))
     numbers = (0.125, 0.0, -1, -1, True, 0.0)
-    none = [None] * 11
+    none = [None] * 13
     def call():
         out, lse = torch.ops.fastattn.flash_attn_fwd(q, k, v, *none, *numbers, splits)
         dq, dk, dv, _, _ = torch.ops.fastattn.flash_attn_bwd(
@@ -346,14 +346,14 @@ torch.set_num_threads(2)
 q, k, v = (torch.randn(2, 8, 300, 64) for _ in range(3))
 numbers = (0.125, 0.0, -1, 0, True, 0.0)
 def call():
-    out, lse = torch.ops.fastattn.flash_attn_fwd(q, k, v, *[None] * 11, *numbers, 0)
+    out, lse = torch.ops.fastattn.flash_attn_fwd(q, k, v, *[None] * 13, *numbers, 0)
     return out, lse, *torch.ops.fastattn.flash_attn_bwd(
-        out, None, out, lse, q, k, v, *[None] * 11, *numbers, False, False)[:3]
+        out, None, out, lse, q, k, v, *[None] * 13, *numbers, False, False)[:3]
 def same(results, others):  # torch.equal would wait for threads that a child does not have
     return all(x.numpy().tobytes() == y.numpy().tobytes() for x, y in zip(results, others))
 def packed():  # what no sequence covers is filled
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    operands = [None] * 7 + [cu, cu] + [None] * 2
+    operands = [None] * 9 + [cu, cu] + [None] * 2
     one = [x[:1] for x in (q, k, v)]
     out, lse = torch.ops.fastattn.flash_attn_fwd(*one, *operands, *numbers, 0)
     return out, lse, *torch.ops.fastattn.flash_attn_bwd(

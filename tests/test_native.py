@@ -229,7 +229,7 @@ def test_backward_refuses_a_gradient_of_nothing(missing):
     operator = torch.ops.fastattn.flash_attn_bwd
     numbers = (0.25, 0.0, -1, -1, True, 0.0)
     with pytest.raises(REFUSALS):
-        operator(out, None, out, lse, call.q, call.k, call.v, *[None] * 11, *numbers, *flags)
+        operator(out, None, out, lse, call.q, call.k, call.v, *[None] * 13, *numbers, *flags)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -234,10 +234,10 @@ def test_operators():
     operator = torch.ops.fastattn.flash_attn_fwd_triton.default
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        operator, (q, q, q, *(None,) * 11, *numbers(Spec(0.3)), 0), test_utils=checks
+        operator, (q, q, q, *(None,) * 13, *numbers(Spec(0.3)), 0), test_utils=checks
     )
-    out, lse = (x.detach() for x in operator(q, q, q, *(None,) * 11, *numbers(Spec(0.3)), 0))
-    arguments = (torch.ones_like(out), None, out, lse, *(q.detach(),) * 3, *(None,) * 11)
+    out, lse = (x.detach() for x in operator(q, q, q, *(None,) * 13, *numbers(Spec(0.3)), 0))
+    arguments = (torch.ones_like(out), None, out, lse, *(q.detach(),) * 3, *(None,) * 13)
     torch.library.opcheck(
         torch.ops.fastattn.flash_attn_bwd_triton.default,
         (*arguments, *numbers(Spec(0.3)), False, False),

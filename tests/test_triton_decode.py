@@ -281,7 +281,7 @@ def test_float8_by_bits_and_as_such(dim, native):
     device = config.Device("interpreter", 1, native) if DEVICE == "cpu" else None
     x = float8(1, 2, 20, dim)
     out, lse = launch.forward(
-        x, x, x, *(None,) * 11, 0.1, 0.0, -1, 0, True, 0.0, 0, None, None, None, device=device
+        x, x, x, *(None,) * 13, 0.1, 0.0, -1, 0, True, 0.0, 0, None, None, None, device=device
     )
     wide = x.float().to(FLOAT64)
     options = {"scale": 0.1, "causal": True, "return_lse": True, "backend": "reference"}
@@ -323,7 +323,7 @@ def test_operator_with_descales():
     assert names[-3:] == ["q_descale", "k_descale", "v_descale"]
     q, k = torch.randn(2, 2, 5, 16, device=DEVICE), float8(2, 2, 9, 16)
     scale = torch.rand(2, device=DEVICE)
-    arguments = (q, k, k, *(None,) * 11, *NUMBERS, 0)
+    arguments = (q, k, k, *(None,) * 13, *NUMBERS, 0)
     whole = k.float().to(INT8)  # the schema's test has no float8
     torch.library.opcheck(
         operator, (q, whole, whole, *arguments[3:], None, scale, None),

@@ -162,7 +162,7 @@ def test_direct_calls_name_what_is_missing():
     """torch makes an undefined tensor of None; where there must be one, it is refused by name."""
     q = torch.randn(1, 1, 4, 4)
     out, lse = q, torch.zeros(1, 1, 4)
-    nothing = (None,) * 11
+    nothing = (None,) * 13
     numbers = (1.0, 0.0, -1, -1, False, 0.0)
     for missing in range(7):
         if missing == 1:  # dlse may be absent

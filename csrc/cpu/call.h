@@ -78,8 +78,8 @@ inline ScalarType accumulate_type(const Tensor& q) {
 // The operands of both operators, in the order of their schemas.
 struct Call {
     Tensor q, k, v;
-    OptionalTensor mask, bias, alibi_slopes, sinks, kv_lens, kv_starts, document_ids, cu_seqlens_q,
-        cu_seqlens_k, page_table, dropout_seed;
+    OptionalTensor mask, bias, alibi_slopes, sinks, kv_lens, kv_starts, document_ids, key_begin,
+        key_end, cu_seqlens_q, cu_seqlens_k, page_table, dropout_seed;
     double scale, softcap;
     int64_t left, right;
     bool align_end;
@@ -160,6 +160,7 @@ inline void Call::check_operands() {
     check_score_numbers(scale, softcap);
     CHECK(left >= -1 && right >= -1, "left and right must be >= -1");
     CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
+    CHECK(!key_begin && !key_end, "key_begin and key_end are not taken yet");
     CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
     if (!cu_seqlens_q && !page_table)
         CHECK(q.size(0) == k.size(0), "q has batch size ", q.size(0), " and k ", k.size(0));
@@ -167,8 +168,7 @@ inline void Call::check_operands() {
         CHECK(dropout_seed.has_value(), "dropout needs dropout_seed");
         check_cpu(*dropout_seed, "dropout_seed");
         CHECK(dropout_seed->scalar_type() == ScalarType::Long && dropout_seed->dim() == 1 &&
-                  (dropout_seed->size(0) == FIRST_HEAD ||
-                   dropout_seed->size(0) == DROPOUT_NUMBERS),
+                  (dropout_seed->size(0) == FIRST_HEAD || dropout_seed->size(0) == DROPOUT_NUMBERS),
               "dropout_seed must be int64 [2], seed and offset, or [4], and then the first head "
               "and the number of all heads");
     }
