@@ -1,7 +1,9 @@
 """`python -m fastattn bench`: fastattn beside what you use today, checked first, then timed.
 
-parse() reads the command line, main() runs it. Next hop: suites.py (which cells), measure/runner.py (the
-loop), measure/protocol.py (one cell), report/record.py (the data), report/table.py and report/page.py (the reports)."""
+parse() reads the command line, main() runs it. Next hop: suites.py (which cells),
+measure/runner.py (the loop), measure/protocol.py (one cell), report/record.py (the data),
+report/table.py and report/page.py (the reports).
+"""
 
 from __future__ import annotations
 

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from . import habits
 from .backends import registry
-from .backends.operators import autocast_dtype, autocast_to, is_8_bit
 from .context_parallel import refuse_context_parallel
 from .core import checks, quantization
 from .core.call import Call
 from .core.memory import copied_if_overlapping
 from .core.spec import OPERANDS, Descales, Operands
+from .core.tensors import autocast_dtype, autocast_to, is_8_bit
 from .forms import score_operands, spec_of
 from .functional import run
 from .fused.kv_append import Append, check_rotary
-from .fused.norm import has_kernel
+from .fused.operator import has_kernel
 from .options import Align, BackendName, CacheOptions
 
 if TYPE_CHECKING:

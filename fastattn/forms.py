@@ -10,11 +10,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from .backends import registry
-from .backends.operators import autocast_dtype, autocast_to
+from .backends import backend, registry
 from .core import checks, quantization
 from .core.call import Call
 from .core.spec import NO_OPERANDS, Descales, Operands, Spec
+from .core.tensors import autocast_dtype, autocast_to
 
 is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
@@ -35,7 +35,7 @@ def _is_none(x) -> bool:
     return x is None
 
 
-def dense_form(given: dict) -> tuple[Call, int, registry.Backend | None, tuple | None]:
+def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | None]:
     """Checks attention()'s arguments; (Call, rank, row, key).
 
     row is the backend of an earlier call alike in all but values and strides, or None; key is where

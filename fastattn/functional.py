@@ -1,6 +1,6 @@
 """attention() and varlen_attention(). Next hops: forms.py, which checks a call once and brings it
-to normal form; backends/registry.py, which finds the row that runs it, through backends/autograd.py.
-"""
+to normal form; backends/registry.py, which finds the row that runs it, through
+backends/autograd.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from . import habits
-from .backends import registry
+from .backends import backend, registry
 from .backends.autograd import attend
 from .context_parallel import refuse_context_parallel
 from .core import checks
@@ -307,7 +307,7 @@ def varlen_attention(
     return (out, lse) if return_lse else out
 
 
-def run(call: Call, row: registry.Backend) -> Result:
+def run(call: Call, row: backend.Backend) -> Result:
     """The result of a checked call, whatever its strides; out in q's memory order."""
     refuse_context_parallel()
     q = call.q

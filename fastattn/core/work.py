@@ -1,5 +1,5 @@
-"""How many scores a call computes: the one count behind explain(), the FLOP formulas of backends/operators.py and
-the benchmarks. Next hop: reference.pieces.
+"""How many scores a call computes: the one count behind explain(), the FLOP formulas of
+backends/operators.py and the benchmarks. Next hop: reference.pieces.
 
 A pair is a row and a key that it sees: inside the causal or windowed band, the lengths of entries
 and packed sequences, and one document. An arbitrary mask or bias is not looked into.

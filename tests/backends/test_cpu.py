@@ -13,12 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, Case, Problem, select
+from operator_calls import cotangents_of, name_of, numbers, run_reference
 
 import fastattn
 from fastattn.backends import isa as cpu_isa
 from fastattn.cli.verify import Judge
 from fastattn.core.philox import keep_mask
-from fastattn.core.reference import reference
 from fastattn.core.spec import Operands, Spec
 
 pytestmark = pytest.mark.native
@@ -32,15 +32,7 @@ ISAS = cpu_isa.supported()
 DEFAULT_ISA = cpu_isa.selected()
 
 
-def name_of(x) -> str:
-    return x.name if isinstance(x, Case) else str(x).removeprefix("torch.")
-
-
 # ---- running a case ------------------------------------------------------------------------------
-
-
-def numbers(spec: Spec) -> tuple:
-    return tuple(getattr(spec, name) for name in Spec.__slots__)
 
 
 def forward(problem: Problem, num_splits: int = 0):
@@ -70,40 +62,6 @@ def run_kernels(problem: Problem, cotangents, num_splits: int = 0) -> dict[str, 
     out, lse = forward(problem, num_splits)
     results = {"out": out, "lse": lse}
     return results | (backward(problem, *cotangents, out, lse) if cotangents else {})
-
-
-def run_reference(problem: Problem, cotangents) -> dict[str, torch.Tensor]:
-    operands = problem.operands
-    leaves = {"q": problem.q, "k": problem.k, "v": problem.v}
-    leaves |= {name: getattr(operands, name) for name in ("bias", "sinks")}
-    leaves = {n: x.detach().requires_grad_() for n, x in leaves.items() if x is not None}
-    changed = {name: leaves[name] for name in ("bias", "sinks") if name in leaves}
-    out, lse = reference(*list(leaves.values())[:3], problem.spec, replace(operands, **changed))
-    results = {"out": out.detach(), "lse": lse.detach()}
-    if cotangents:
-        dout, dlse = cotangents
-        pairs = [(out, dout.to(out.dtype))]
-        pairs += [(lse, dlse.to(lse.dtype))] if dlse is not None else []
-        gradients = torch.autograd.grad(
-            [x for x, _ in pairs],
-            list(leaves.values()),
-            [x for _, x in pairs],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return results
-
-
-def cotangents_of(case: Case, problem: Problem, with_dlse: bool):
-    """Random dout and dlse; none where there is no backward."""
-    if not case.has_backward:
-        return None
-    q, v = problem.q, problem.v
-    draw = torch.Generator().manual_seed(1)
-    dout = torch.randn(*q.shape[:3], v.shape[3], generator=draw, dtype=torch.float64).to(q.dtype)
-    dlse = torch.randn(q.shape[:3], generator=draw, dtype=torch.float64)
-    return dout, dlse.to(torch.promote_types(q.dtype, torch.float32)) if with_dlse else None
 
 
 def check(case: Case, dtype: torch.dtype, num_splits: int = 0) -> None:

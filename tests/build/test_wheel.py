@@ -19,13 +19,13 @@ import elf
 import pytest
 import torch
 
-from fastattn.backends import operators
+from fastattn.backends import library
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER = os.environ.get("FASTATTN_OTHER_TORCH")
 
 pytestmark = pytest.mark.skipif(
-    operators.NATIVE_MISSING is not None, reason=f"nothing native is built here: {operators.NATIVE_MISSING}"
+    library.NATIVE_MISSING is not None, reason=f"nothing native is built here: {library.NATIVE_MISSING}"
 )
 
 USE = """

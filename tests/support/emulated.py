@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastattn.backends.registry import documents_as_sequences
+from fastattn.backends.cuda import documents_as_sequences
 from fastattn.core.spec import Descales, Operands
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,5 @@
-"""Calls of the native operators for tests/backends/test_native.py: random valid ones, and hostile ones.
+"""Calls of the native operators for tests/backends/test_native.py: random valid ones, and hostile
+ones.
 
 A `Call` holds everything torch.ops.fastattn.flash_attn_fwd takes, by name. `calls()` is a
 hypothesis strategy of valid ones; each of SPOILERS makes one with a single hostile argument.

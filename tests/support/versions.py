@@ -64,8 +64,10 @@ for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
         assert (x - y).abs().max() <= allowed * y.abs().max(), (dtype, (x - y).abs().max())
 """
 TESTS = (
-    "tests/attention/test_functional.py", "tests/attention/test_spec.py", "tests/attention/test_sdpa.py", "tests/hf/test_hf_interface.py",
-    "tests/backends/test_triton.py::test_dropout_keeps_what_the_reference_keeps", "tests/backends/test_triton.py::test_operators",
+    "tests/attention/test_functional.py", "tests/attention/test_spec.py",
+    "tests/attention/test_sdpa.py", "tests/hf/test_hf_interface.py",
+    "tests/backends/test_triton.py::test_dropout_keeps_what_the_reference_keeps",
+    "tests/backends/test_triton.py::test_operators",
 )  # fmt: skip
 
 
