@@ -97,7 +97,7 @@ def library() -> ctypes.CDLL:
 
 
 class Operand(ctypes.Structure):
-    """csrc/cuda/launch.h: a tensor [batch, heads, rows, D]."""
+    """csrc/cuda/host_params.h: a tensor [batch, heads, rows, D]."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -122,7 +122,7 @@ class Descale(ctypes.Structure):
 
 
 class ForwardCall(ctypes.Structure):
-    """csrc/cuda/launch.h; working memory is the emulator's."""
+    """csrc/cuda/host_params.h; working memory is the emulator's."""
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out")),
@@ -138,7 +138,7 @@ class ForwardCall(ctypes.Structure):
 
 
 class BackwardCall(ctypes.Structure):
-    """csrc/cuda/launch.h; working memory is the emulator's."""
+    """csrc/cuda/host_params.h; working memory is the emulator's."""
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
@@ -153,7 +153,7 @@ class BackwardCall(ctypes.Structure):
 
 
 def is_expanded(x: Tensor) -> bool:
-    """csrc/cuda/launch.h's rule."""
+    """csrc/cuda/host_params.h's rule."""
     return any(n > 1 and stride == 0 for n, stride in zip(x.shape[:3], x.stride()))
 
 
@@ -196,7 +196,7 @@ def _forward_call(problem, out: Tensor, lse: Tensor, num_splits: int) -> Forward
 
 
 def plan(problem, multiprocessors: int, num_splits: int = 0, hopper: bool = False) -> dict:
-    """csrc/cuda/launch80.h's ForwardPlan."""
+    """csrc/cuda/host_params80.h's ForwardPlan."""
     numbers = (ctypes.c_int * 3)()
     call = _forward_call(problem, problem.q, problem.q, num_splits)
     library().emulated_forward_plan(ctypes.byref(call), multiprocessors, hopper, numbers)
@@ -243,7 +243,7 @@ def backward(
     """
     q, k, v, spec, x = problem
     x = documents_as_sequences(x)
-    if arch == "sm90":  # as csrc/ops_cuda.cu does: tensor maps have no stride of 0
+    if arch == "sm90":  # as csrc/cuda/ops.cu does: tensor maps have no stride of 0
         q, k, v, dout = (y.contiguous() if is_expanded(y) else y for y in (q, k, v, dout))
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)

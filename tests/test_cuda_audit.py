@@ -219,9 +219,9 @@ def test_cpu_tensors_are_refused():
 
 
 def test_the_shared_memory_of_a_cta_is_the_same_number_everywhere():
-    params = (cuda_audit.ROOT / "csrc/cuda/params.h").read_text()
+    config = (cuda_audit.ROOT / "csrc/cuda/config.h").read_text()
     small = cuda_audit.SMALL_SHARED + 1024
-    assert f"Memory::LARGE ? {backends.CUDA_WIDE_BACKWARD} : {small};" in params
+    assert f"Memory::LARGE ? {backends.CUDA_WIDE_BACKWARD} : {small};" in config
     assert cuda_audit.MAX_SHARED["_sm80"] + 1024 == backends.CUDA_WIDE_BACKWARD
 
 

@@ -1,13 +1,14 @@
 // The backward pass on sm_80 and later. As on sm_90 a CTA has one tile of keys, walks over the
 // tiles of rows that see them, of every head that shares them, and keeps dk and dv in registers.
 // Here all warps do the same, and what a tile adds to dq goes from registers to sums in memory.
-// next: mma.cuh, backward_tile.cuh, backward_rows.cuh
+// next: mma.cuh, backward_tile.cuh, backward_prepost.cuh
 //
 // Weights and dscores go through shared memory, both before one barrier, so that warps multiply 32
 // rows everywhere. With weights in registers they would multiply 16, and a step at D 128 would read
 // 704 KB of shared memory, 5632 clocks, in place of 576; its products take 5120.
 #pragma once
 #include "backward_tile.cuh"
+#include "config.h"
 #include "mma.cuh"
 
 namespace fastattn::cuda {

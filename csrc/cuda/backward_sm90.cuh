@@ -1,7 +1,7 @@
 // The backward pass on sm_90a. A CTA has one tile of keys: it walks over the tiles of rows that see
 // them, of every head that shares them, and keeps dk and dv in registers; what each tile adds to dq
-// goes to an fp32 sum in memory. delta and lse come from backward_rows.cuh, which also makes dq of
-// the sums. next: launch.h (hosts), backward_tile.cuh, backward_rows.cuh
+// goes to an fp32 sum in memory. delta and lse come from backward_prepost.cuh, which also makes dq of
+// the sums. next: host_params.h (hosts), backward_tile.cuh, backward_prepost.cuh
 //
 //     scores^T = k q^T, weights^T = exp2(.. - lse), dweights^T = v dout^T
 //     dscores = weights (dweights - delta)
@@ -11,6 +11,7 @@
 // at D 256 the warpgroups exchange them first.
 #pragma once
 #include "backward_tile.cuh"
+#include "config.h"
 #include "pipeline.cuh"
 #include "tile.cuh"
 

@@ -3,7 +3,7 @@
 // transposed: a thread's two rows, 8 apart, are keys, and columns are rows of q.
 // next: backward_sm90.cuh
 #pragma once
-#include "packed.cuh"
+#include "varlen.cuh"
 #include "params.h"
 #include "softmax.cuh"
 
@@ -19,7 +19,7 @@ constexpr FASTATTN_HD int dq_index_of(int row, int column) {
                     column / 8 * 4 + row % 16 / 8 * 2 + column % 2);
 }
 
-// A tile of keys, and which rows see it. Keys and rows are counted within the entry (packed.cuh).
+// A tile of keys, and which rows see it. Keys and rows are counted within the entry (varlen.cuh).
 struct KeyWork {
     int batch, kv_head, key;  // key: the tile's first
     int all_keys;             // that have a place

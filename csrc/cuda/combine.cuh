@@ -1,5 +1,5 @@
 // Parts of the keys' results become one: the log of the sum of their denominators, and the mean of
-// their outputs by these. One warp a row. next: launch80.h
+// their outputs by these. One warp a row. next: host_params80.h
 #pragma once
 #include "params.h"
 #include "softmax.cuh"

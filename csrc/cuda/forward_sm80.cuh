@@ -1,9 +1,10 @@
 // The forward pass on sm_80 and later: all warps load with cp.async and multiply with mma.sync. A
 // CTA takes one tile of rows and all its keys, or a part of them (combine.cuh joins the parts).
-// next: launch80.h (hosts), work.cuh, softmax.cuh
+// next: host_params80.h (hosts), work.cuh, softmax.cuh
 #pragma once
 #include <string>
 
+#include "config.h"
 #include "mma.cuh"
 #include "params.h"
 #include "softmax.cuh"

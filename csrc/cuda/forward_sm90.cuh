@@ -1,13 +1,14 @@
 // The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. A CTA
-// takes tiles of rows until none is left. next: launch.h (hosts), work.cuh, softmax.cuh
+// takes tiles of rows until none is left. next: host_params.h (hosts), work.cuh, softmax.cuh
 #pragma once
 #include <type_traits>
 
+#include "config.h"
 #include "params.h"
 #include "pipeline.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
-#include "turn.cuh"
+#include "transpose_fp8.cuh"
 #include "work.cuh"
 
 namespace fastattn::cuda {

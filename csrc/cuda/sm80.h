@@ -1,8 +1,9 @@
-// What ops_cuda.cu calls for sm_80 and later. next: forward_sm80.cu, backward_sm80.cu, launch80.h
+// What ops.cu calls for sm_80 and later. next: forward_sm80.cu, backward_sm80.cu, host_params80.h
 #pragma once
 #include <string>
 
-#include "launch80.h"
+#include "config.h"
+#include "host_params80.h"
 
 namespace fastattn::cuda {
 

@@ -61,7 +61,7 @@ FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B 
 }
 
 // acc[64 x N] += a[64 x K] * b[K, N], a in registers as fragments. An 8-bit b lies turned, that is
-// as [N, K], its columns in the order of the fragments' (turn.cuh).
+// as [N, K], its columns in the order of the fragments' (transpose_fp8.cuh).
 template <class Element, int N, int FRAGMENTS, class B>
 FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGMENTS][4], B b) {
     constexpr bool TURNED = BYTES_OF<Element> == 1;
@@ -87,7 +87,7 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], A a, B b, int column) {
 
 // An accumulator [64 x N] rounded to Element, as the A operand of the next product. The layouts of
 // the two agree for 16 bits. For 8 bits a register is two neighbouring pairs, eight columns apart,
-// and their order in the product is another than in the accumulator: turn.cuh has it too. So
+// and their order in the product is another than in the accumulator: transpose_fp8.cuh has it too. So
 // nothing moves between threads.
 template <class Element, int N>
 FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / K_STEP<Element>][4], const float (&d)[N / 2]) {

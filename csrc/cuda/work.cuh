@@ -1,7 +1,7 @@
 // What a CTA of a forward kernel does: a tile of rows, the keys that they see, and of these the
 // tiles that need no mask. next: forward_sm90.cuh, forward_sm80.cuh
 #pragma once
-#include "packed.cuh"
+#include "varlen.cuh"
 #include "params.h"
 
 namespace fastattn::cuda {

@@ -1,8 +1,8 @@
 // What the emulator's hosts of attention kernels share.
 // next: attention.cpp, forward_sm80.cpp, backward_sm80.cpp
 #pragma once
-#include "backward_rows.cuh"
-#include "launch.h"
+#include "backward_prepost.cuh"
+#include "host_params.h"
 
 #include <string>
 #include <vector>

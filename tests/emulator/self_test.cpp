@@ -2,7 +2,7 @@
 // planted at a time, and single instructions. Driven by ../test_emulator.py.
 #include "pipeline.cuh"
 #include "tile.cuh"
-#include "turn.cuh"
+#include "transpose_fp8.cuh"
 
 using namespace fastattn;
 using namespace fastattn::cuda;

@@ -1,4 +1,4 @@
-// From a call's tensors to ForwardParams: tensor maps, schedule. Shared by ops_cuda.cu, which
+// From a call's tensors to ForwardParams: tensor maps, schedule. Shared by ops.cu, which
 // launches on a GPU, and the emulator's host. next: forward_sm90.cuh
 #pragma once
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace fastattn::cuda {
 
-// Tiles of a head; of packed sequences, slots (packed.cuh).
+// Tiles of a head; of packed sequences, slots (varlen.cuh).
 inline int tiles_of(int64_t rows, int block, const int* cu, int sequences) {
     return static_cast<int>(cu ? rows / block + sequences + 1 : (rows + block - 1) / block);
 }
@@ -74,8 +74,7 @@ struct BackwardSizes {
 
     template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
         int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
-        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS,
-                q.batch * q.heads};
+        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS, q.batch * q.heads};
     }
 };
 

@@ -1,9 +1,9 @@
 // From a call's tensors to the parameters of the sm_80 kernels: which rows share a tile, and into
-// how many parts the keys are cut. Shared by ops_cuda.cu and the emulator's host.
+// how many parts the keys are cut. Shared by ops.cu and the emulator's host.
 // next: forward_sm80.cuh, combine.cuh
 #pragma once
 #include "combine.cuh"
-#include "launch.h"
+#include "host_params.h"
 
 namespace fastattn::cuda {
 

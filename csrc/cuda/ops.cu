@@ -1,6 +1,6 @@
 // The CUDA operators: their checks, and what is registered with torch. fastattn/backends.py asks
 // before it calls; here the same is refused to those who call the operator themselves.
-// next: cuda/machine.h, cuda/sm90.h, cuda/sm80.h
+// next: machine.h, sm90.h, sm80.h
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,11 +8,11 @@
 #include <cmath>
 #include <tuple>
 
-#include "cuda/driver.h"
-#include "cuda/machine.h"
-#include "cuda/sm80.h"
-#include "cuda/sm90.h"
-#include "tensors.h"
+#include "../tensors.h"
+#include "driver.h"
+#include "machine.h"
+#include "sm80.h"
+#include "sm90.h"
 
 namespace fastattn::cuda {
 namespace {
