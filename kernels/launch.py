@@ -12,15 +12,15 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..descales import E4M3
-from ..ops import _unit_stride, is_dense
-from ..philox import FIRST_HEAD, TOTAL_HEADS, keep_probability, keep_threshold
-from ..spec import Descales, Operands, Spec, split_arguments
+from ..backends.operators import _unit_stride, is_dense
+from ..core.philox import FIRST_HEAD, TOTAL_HEADS, keep_probability, keep_threshold
+from ..core.quantization import E4M3
+from ..core.spec import Descales, Operands, Spec, split_arguments
 from . import config, tune
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
-from .decode import combine_kernel
+from .combine import combine_kernel
 from .forward import forward_kernel
-from .masks import tile_lists
+from .mask_tiles import tile_lists
 from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList, constants
 from .score import LOG2E, MAX
 

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..fused import _like
-from ..philox import keep_threshold
+from ..core.philox import keep_threshold
+from ..fused.norm import _like
 from .philox import dropout_key
 
 # ---- rows, on the host --------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def dropout_arguments(seed, p: float, x):
 @triton.jit
 def dropped(values, seed, threshold, row, first, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
     """values [BLOCK_R, BLOCK_N] after dropout; row [BLOCK_R, 1] int64, first: column 0's number, a
-    multiple of 64, as BLOCK_N is. The bits are fastattn.philox.keep_rows'.
+    multiple of 64, as BLOCK_N is. The bits are fastattn.core.philox.keep_rows'.
 
     A call's four words serve columns 8 apart: lane l of block b has words w and halves h for column
     64 b + 16 w + 8 h + l.

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fused
-from ..fused_activate import activate
+from ..fused import norm as fused
+from ..fused.activation import activate
 from .linear import call_linear, linear, plain
 
 
