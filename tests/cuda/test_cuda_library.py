@@ -115,7 +115,8 @@ def test_its_questions_are_the_ones_that_python_asks():
     """Names of C functions, which no compiler compares."""
     asked = {"fastattn_torch_problem", "fastattn_cuda_problem", "fastattn_cuda_tensor_map"}
     source = (ROOT / "csrc/cuda/ops.cu").read_text()
-    texts = "".join((ROOT / f"fastattn/{n}.py").read_text() for n in ("ops", "proof_device"))
+    folder = ROOT / "fastattn/backends"
+    texts = "".join((folder / f"{n}.py").read_text() for n in ("operators", "proof_device"))
     for name in asked:
         assert f"QUESTION {name}(" in source and f'"{name}"' in texts
     assert source.count("\nQUESTION ") == len(asked)
