@@ -39,7 +39,7 @@ template <> struct ForwardConfig<256> {
     static constexpr Schedule SCHEDULE = Schedule::OVERLAP;
 };
 
-// Of 8 bits. The producer's warpgroup turns values too (transpose_fp8.cuh), in tiles of 128 keys.
+// Of 8 bits. The producer's warpgroup transposes values too (transpose_fp8.cuh), in tiles of 128 keys.
 template <> struct ForwardConfig<64, 1> {
     static constexpr int CONSUMERS = 3, BLOCK_KV = 128, STAGES = 4;
     static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;

@@ -20,19 +20,19 @@ template <class Element_, int D_> struct Forward {
     static constexpr int BLOCK_Q = 64 * Config::CONSUMERS, BLOCK_KV = Config::BLOCK_KV;
     static constexpr int THREADS = 128 * (1 + Config::CONSUMERS);
 
-    // 8-bit values are turned by the three warps beside the one that loads, the result has 16 bits,
+    // FP8 values are transposed by the three warps beside the one that loads, the result has 16 bits,
     // and weights are rounded to 8 bits too: the largest is 2^8, of the 448 that there are.
-    static constexpr bool TURNED = BYTES == 1;
-    static constexpr int TURNERS = 3, WEIGHT_BITS = TURNED ? 8 : 0;
-    static_assert(!TURNED || BLOCK_KV == TURNED_SIDE);
-    using Out = std::conditional_t<TURNED, Bf16, Element>;
+    static constexpr bool TRANSPOSE_V = BYTES == 1;
+    static constexpr int TRANSPOSE_WARPS = 3, WEIGHT_BITS = TRANSPOSE_V ? 8 : 0;
+    static_assert(!TRANSPOSE_V || BLOCK_KV == TRANSPOSE_SIDE);
+    using Out = std::conditional_t<TRANSPOSE_V, Bf16, Element>;
 
     using QTile = Tile<BLOCK_Q, D, BYTES>;
     using OutTile = Tile<BLOCK_Q, D>;
     using KVTile = Tile<BLOCK_KV, D, BYTES>;
-    using VTile = std::conditional_t<TURNED, Tile<D, BLOCK_KV, BYTES>, KVTile>;  // the operand
+    using VTile = std::conditional_t<TRANSPOSE_V, Tile<D, BLOCK_KV, BYTES>, KVTile>;  // the operand
     using KRing = Ring<Config::STAGES>;
-    using VRing = std::conditional_t<TURNED, TurnedRing<Config::STAGES>, KRing>;
+    using VRing = std::conditional_t<TRANSPOSE_V, TransposedRing<Config::STAGES>, KRing>;
     using QRing = Ring<1>;
 
     // Shared memory, in bytes from its start.
@@ -102,12 +102,12 @@ template <class F> struct Producer {
     }
 };
 
-// --- a warp that turns values of 8 bits ---------------------------------------------------------
+// --- a warp that transposes FP8 values -----------------------------------------------------------
 
-template <class F> struct Turner {
+template <class F> struct TransposeWarp {
     const ForwardParams& p;
     SharedAddress shared;
-    int warp;  // of F::TURNERS
+    int warp;  // of F::TRANSPOSE_WARPS
     typename F::VRing ring;
 
     FASTATTN_DEVICE void run() {
@@ -117,11 +117,11 @@ template <class F> struct Turner {
             KeyTiles tiles(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
             for (int n = tiles.end - 1; n >= tiles.begin; n--) {
                 ring.wait_loaded();
-                turn_tile<F::D>(shared + F::V_AT + ring.stage * F::KVTile::BYTES,
-                                w.band.kv_len - n * F::BLOCK_KV, warp, F::TURNERS);
+                transpose_tile<F::D>(shared + F::V_AT + ring.stage * F::KVTile::BYTES,
+                                     w.band.kv_len - n * F::BLOCK_KV, warp, F::TRANSPOSE_WARPS);
                 fence_proxy_async();
                 sync_warp();
-                if (lane_index() == 0) ring.turn();
+                if (lane_index() == 0) ring.signal_transposed();
                 ring.advance();
             }
         }
@@ -270,8 +270,8 @@ template <class F> struct Consumer {
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) acc[i] = 0;
         // Keys past the entry's are other entries' or nobody's; past the tensor's TMA gives zeros.
-        // Who turns values has cleared them.
-        int clear = !F::TURNED && w.first_key + w.band.kv_len < p.kv_len
+        // The transpose warps have zeroed them.
+        int clear = !F::TRANSPOSE_V && w.first_key + w.band.kv_len < p.kv_len
                         ? imin(F::BLOCK_KV, w.band.kv_len - (all.end - 1) * F::BLOCK_KV)
                         : F::BLOCK_KV;
 
@@ -372,8 +372,8 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     typename F::QRing q_ring{v_ring.barriers + F::VRing::BYTES};
     if (thread_index() == 0) {
         k_ring.init(F::RELEASES);
-        if constexpr (F::TURNED)
-            v_ring.init(F::RELEASES, F::TURNERS);
+        if constexpr (F::TRANSPOSE_V)
+            v_ring.init(F::RELEASES, F::TRANSPOSE_WARPS);
         else
             v_ring.init(F::RELEASES);
         q_ring.init(F::Q_RELEASES);
@@ -384,8 +384,9 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
         registers_decrease<F::Config::PRODUCER_REGISTERS>();
-        if constexpr (F::TURNED)
-            if (int warp = warp_index(); warp > 0) Turner<F>{p, shared, warp - 1, v_ring}.run();
+        if constexpr (F::TRANSPOSE_V)
+            if (int warp = warp_index(); warp > 0)
+                TransposeWarp<F>{p, shared, warp - 1, v_ring}.run();
         if (thread_index() == 0) Producer<F>{p, shared, k_ring, v_ring, q_ring}.run();
     } else {
         registers_increase<F::Config::CONSUMER_REGISTERS>();
