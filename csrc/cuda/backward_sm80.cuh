@@ -125,18 +125,18 @@ template <class F> struct BackwardCta {
     FASTATTN_DEVICE void add_dq(const typename OfRows::Sums& dq, Step at) const {
         int64_t tile = w.row_tile(p, at.head, at.tile);
         float* sums = p.dq_sums + tile * F::BLOCK_Q * F::D + thread_index();
-        if (p.turns) {
-            int before = w.turn(at.tile, F::BLOCK_Q, F::BLOCK_KV);
+        if (p.semaphores) {
+            int before = w.semaphore_value(at.tile, F::BLOCK_Q, F::BLOCK_KV);
             if (thread_index() == 0)
-                while (ld_global_acquire(p.turns + tile) != before) pause();
+                while (ld_global_acquire(p.semaphores + tile) != before) pause();
             sync_block();
         }
 #pragma unroll
         for (int i = 0; i < OfRows::N; i++)
             add_global(sums + i * F::THREADS, dq[i / (OfRows::N / 2)][i % (OfRows::N / 2)]);
-        if (!p.turns) return;
+        if (!p.semaphores) return;
         sync_block();
-        if (thread_index() == 0) add_global_release(p.turns + tile, 1);
+        if (thread_index() == 0) add_global_release(p.semaphores + tile, 1);
     }
 
     struct Sums {

@@ -189,7 +189,8 @@ template <class F> struct BackwardConsumer {
         int64_t part = w.row_tile(p, head, m) * F::PARTS + group;
 #pragma unroll
         for (int piece = 0; piece < F::PART; piece += F::PIECE) {
-            if (!p.turns || piece > 0) {  // in turns the last sums are added, a barrier of all ago
+            if (!p.semaphores ||
+                piece > 0) {  // in one order the last sums are added, a barrier of all ago
                 if (leads()) bulk_wait_read<0>();
                 barrier_sync(F::OWN + group, 128);
             }
@@ -202,16 +203,16 @@ template <class F> struct BackwardConsumer {
             fence_proxy_async();
             barrier_sync(F::OWN + group, 128);
             if (!leads()) continue;
-            if (p.turns && piece == 0) {
-                int before = w.turn(m, F::BLOCK_Q, F::BLOCK_KV);
-                while (ld_global_acquire(p.turns + part) != before) pause();
+            if (p.semaphores && piece == 0) {
+                int before = w.semaphore_value(m, F::BLOCK_Q, F::BLOCK_KV);
+                while (ld_global_acquire(p.semaphores + part) != before) pause();
             }
             bulk_reduce_add(p.dq_sums + part * F::PART + piece, at, 4 * F::PIECE);
             bulk_commit();
         }
-        if (!p.turns || !leads()) return;
+        if (!p.semaphores || !leads()) return;
         bulk_wait<0>();  // written, not only read
-        add_global_release(p.turns + part, 1);
+        add_global_release(p.semaphores + part, 1);
     }
 
     using Fragments = uint32_t[F::ROWS / 16][4];

@@ -77,7 +77,7 @@ struct KeyWork {
 
     // How many tiles of keys add to tile m of rows before this one: all between it and the first
     // that those rows see, or the last, in the order of indices.
-    FASTATTN_DEVICE int turn(int m, int block_q, int block_kv) const {
+    FASTATTN_DEVICE int semaphore_value(int m, int block_q, int block_kv) const {
         int tile = key / block_kv;
         if (band.right < 0) return tile - (first_key + band.lo(m * block_q)) / block_kv;
         int last_row = imin((m + 1) * block_q, band.q_len) - 1;

@@ -13,7 +13,7 @@ constexpr bool registers_fit(int threads, int producer, int consumers, int consu
 
 enum class Schedule {
     OVERLAP,   // the products of a step are issued before the softmax of the step before
-    PINGPONG,  // and warpgroups take turns at issuing
+    PINGPONG,  // and warpgroups take semaphores at issuing
     SEQUENCE   // one after the other: a softmax runs beside the products of other warpgroups
 };
 

@@ -60,9 +60,9 @@ struct BackwardCall {
     double scale, softcap;
     int64_t left, right;
     bool align_end;
-    // Working memory, see BackwardSizes; sums, turns and large are zeros.
+    // Working memory, see BackwardSizes; sums, semaphores and large are zeros.
     float *lse2, *delta, *dq_sums;
-    int *turns, *large;
+    int *semaphores, *large;
     const void* sinks;  // [heads]; lse has them, and they are read for dsinks alone
     SinkType sink_type;
     float* dsinks;  // [heads] or null
@@ -70,7 +70,7 @@ struct BackwardCall {
 
 // Numbers of elements of a BackwardCall's working memory.
 struct BackwardSizes {
-    int64_t rows, sums, turns, large;
+    int64_t rows, sums, semaphores, large;
 
     template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
         int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
@@ -200,7 +200,7 @@ template <class F, class Params> void set_backward(Params& p, const BackwardCall
     p.lse = c.lse2;
     p.delta = c.delta;
     p.dq_sums = c.dq_sums;
-    p.turns = c.turns;
+    p.semaphores = c.semaphores;
     p.large = c.large;
     p.scale = static_cast<float>(c.scale);
     set_shape(p, c);

@@ -386,9 +386,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
-    Tensor turns = new_tensor(q, {sizes.turns + sizes.large}, ScalarType::Int);  // filled together
+    Tensor semaphores =
+        new_tensor(q, {sizes.semaphores + sizes.large}, ScalarType::Int);  // filled together
     torch::stable::fill_(sums, 0);
-    torch::stable::fill_(turns, 0);
+    torch::stable::fill_(semaphores, 0);
     BackwardCall call{operand(rows),
                       operand(keys),
                       operand(values),
@@ -413,8 +414,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       static_cast<float*>(lse2.data_ptr()),
                       static_cast<float*>(delta.data_ptr()),
                       static_cast<float*>(sums.data_ptr()),
-                      static_cast<int*>(turns.data_ptr()),
-                      static_cast<int*>(turns.data_ptr()) + sizes.turns,
+                      static_cast<int*>(semaphores.data_ptr()),
+                      static_cast<int*>(semaphores.data_ptr()) + sizes.semaphores,
                       sinks ? sinks->data_ptr() : nullptr,
                       type,
                       need_dsinks ? static_cast<float*>(dsinks.data_ptr()) : nullptr};

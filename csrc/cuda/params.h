@@ -109,7 +109,7 @@ constexpr double MIN_CUDA_SOFTCAP = 0.01, MAX_CUDA_SOFTCAP = 1000;
 struct BackwardShape {
     const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_prepost.cuh
     float* dq_sums;                  // [batch, heads, q_tiles, BLOCK_Q * D], zeros at first
-    int* turns;                      // [batch, heads, q_tiles, PARTS], zeros; null: any order
+    int* semaphores;                 // [batch, heads, q_tiles, PARTS], zeros; null: any order
     const int* large;                // [batch, kv_heads]: 1 where some |lse| is at least LARGE_LSE
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
     const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see varlen.cuh

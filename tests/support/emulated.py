@@ -146,7 +146,7 @@ class BackwardCall(ctypes.Structure):
         *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
-        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns")),
+        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "semaphores")),
         *((name, ctypes.c_void_p) for name in ("large", "sinks")),
         *(("sink_type", ctypes.c_int), ("dsinks", ctypes.c_void_p)),
     ]
@@ -233,11 +233,11 @@ def backward(
     lse,
     seed: int = 0,
     grid: int = 2,
-    turns: bool = True,
+    deterministic: bool = True,
     arch: str = "sm90",
     more: tuple = (),
 ):
-    """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order.
+    """(dq, dk, dv, dsinks or None), NaN at first. deterministic: sums into dq are taken in one order.
 
     arch: whose kernels; more: what else their entry in tests/emulator takes.
     """
@@ -255,7 +255,7 @@ def backward(
         *map(_address, (lse, dlse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
         *_sequences(x),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
-        *(None, None, None, q.data_ptr() if turns else None),
+        *(None, None, None, q.data_ptr() if deterministic else None),
         *(None, _address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
     )
     bf16 = q.dtype == torch.bfloat16
