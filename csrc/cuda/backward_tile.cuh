@@ -1,5 +1,5 @@
 // What all backward kernels do with a tile of keys and a tile of rows: which rows see the keys, the
-// arithmetic between the products, and whose turn it is at dq. Accumulators lie as in softmax.cuh,
+// arithmetic between the products, and which CTA adds to dq next. Accumulators lie as in softmax.cuh,
 // transposed: a thread's two rows, 8 apart, are keys, and columns are rows of q.
 // next: backward_sm90.cuh
 #pragma once
@@ -31,7 +31,7 @@ struct KeyWork {
     int full_begin, full_end;
 
     // Under a causal mask the last keys come first, and with them what is done soonest: a tile of
-    // rows then waits for no turn. Otherwise the first.
+    // rows then waits for nobody. Otherwise the first.
     template <class Params>
     FASTATTN_DEVICE KeyWork(const Params& p, int index, int block_q, int block_kv) {
         int slot = index % p.kv_tiles, which = index / p.kv_tiles;

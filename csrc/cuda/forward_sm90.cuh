@@ -52,7 +52,7 @@ template <class Element_, int D_> struct Forward {
     static constexpr int Q_RELEASES = Config::OUT_IN_Q ? Config::CONSUMERS : RELEASES;
 
     // Named barriers; 0 is sync_block's.
-    static constexpr int ALL_CONSUMERS = 1, OWN = 2, TURN = 2 + Config::CONSUMERS;
+    static constexpr int ALL_CONSUMERS = 1, OWN = 2, PINGPONG = 2 + Config::CONSUMERS;
 };
 
 // --- the producer -------------------------------------------------------------------------------
@@ -153,12 +153,13 @@ template <class F> struct Consumer {
         return 64 * group + thread_index() / 32 % 4 * 16 + lane_index() / 4;
     }
 
-    FASTATTN_DEVICE void take_turn() const {
-        if constexpr (Config::SCHEDULE == Schedule::PINGPONG) barrier_sync(F::TURN + group, 256);
-    }
-    FASTATTN_DEVICE void pass_turn() const {
+    FASTATTN_DEVICE void wait_pingpong() const {
         if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
-            barrier_arrive(F::TURN + (group + 1) % Config::CONSUMERS, 256);
+            barrier_sync(F::PINGPONG + group, 256);
+    }
+    FASTATTN_DEVICE void pass_pingpong() const {
+        if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
+            barrier_arrive(F::PINGPONG + (group + 1) % Config::CONSUMERS, 256);
     }
 
     FASTATTN_DEVICE void issue_scores(float (&s)[SCORES]) const {
@@ -279,10 +280,10 @@ template <class F> struct Consumer {
         int n = all.end - 1;
         if (n >= all.begin) {
             k_ring.wait();
-            take_turn();
+            wait_pingpong();
             wgmma_fence();
             issue_scores(s);
-            pass_turn();
+            pass_pingpong();
             wgmma_wait<0>();
             pin(s);
             release(k_ring);
@@ -302,7 +303,8 @@ template <class F> struct Consumer {
             };
             // Scores of tile n and the output of tile n + 1 are in flight together.
             auto step = [&](auto masked) {
-                if (clear < F::BLOCK_KV) {  // before a turn, in which nobody else can come here
+                if (clear <
+                    F::BLOCK_KV) {  // before the ping-pong wait: the barrier in it needs all consumers
                     clear_values(clear);
                     clear = F::BLOCK_KV;
                 }
@@ -311,11 +313,11 @@ template <class F> struct Consumer {
                     finish_output();
                 }
                 k_ring.wait();
-                take_turn();
+                wait_pingpong();
                 wgmma_fence();
                 issue_scores(s);
                 if constexpr (OVERLAPS) begin_output();
-                pass_turn();
+                pass_pingpong();
                 wgmma_wait<OVERLAPS ? 1 : 0>();
                 pin(s);
                 release(k_ring);
@@ -351,7 +353,7 @@ template <class F> struct Consumer {
 
     FASTATTN_DEVICE void run() {
         if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
-            if (group == Config::CONSUMERS - 1) barrier_arrive(F::TURN, 256);  // group 0 begins
+            if (group == Config::CONSUMERS - 1) barrier_arrive(F::PINGPONG, 256);  // group 0 begins
         for (int index = block_index(); index < p.tiles; index += grid_size()) {
             Work w(p, index, F::BLOCK_Q);
             if (!w.empty()) tile(w);
