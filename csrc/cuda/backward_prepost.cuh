@@ -21,8 +21,8 @@ template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int b
     return row < own.end ? row : -1;
 }
 
-// delta = sum(dout * out) - dlse: what all gradients of a row's weights have in common. One warp a
-// row. Places without a row, and rows that see no key, get lse = +inf: their weights become 0.
+// delta = sum(dout * out) - dlse: what all gradients of a row's probs have in common. One warp a
+// row. Places without a row, and rows that see no key, get lse = +inf: their probs become 0.
 template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
     backward_prepare(const __grid_constant__ BackwardRowsParams p) {
     constexpr int WARPS = ROWS_THREADS / 32;
@@ -59,7 +59,7 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
 }
 
 // dsinks = -sum(exp(sink - lse) delta) over the rows of a head: a sink is a key without a value,
-// whose dweights are 0. One CTA a head, and one order of sums. Rows without a key have lse = +inf.
+// whose dprobs are 0. One CTA a head, and one order of sums. Rows without a key have lse = +inf.
 template <class F> __global__ void __launch_bounds__(SINKS_THREADS)
     backward_sinks(const __grid_constant__ BackwardRowsParams p) {
     constexpr int WARPS = SINKS_THREADS / 32;

@@ -85,11 +85,11 @@ struct KeyWork {
     }
 };
 
-// scores^T become weights^T. key: the first of the thread's two; row: the tile's first; lse: of the
+// scores^T become probs^T. key: the first of the thread's two; row: the tile's first; lse: of the
 // tile's rows, in base 2.
 template <bool MASKED, int SIZE>
-FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float multiplier,
-                           const KeyWork& w, int key, int row, SharedAddress lse) {
+FASTATTN_DEVICE void recompute_probs(float (&s)[SIZE], const Transform& transform, float multiplier,
+                                     const KeyWork& w, int key, int row, SharedAddress lse) {
     int column = 2 * (lane_index() % 4);
     transform(s);
     if constexpr (MASKED) {
@@ -104,42 +104,41 @@ FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float m
         mask_scores(s, low, high);
     }
     // Heads with large scores are MASKED everywhere (LARGE_LSE).
-    auto weight = [&](float score, float of) {
+    auto prob = [&](float score, float of) {
         float exponent = score * multiplier - of;
         return exp2_approx(MASKED && exponent > 0 ? 0 : exponent);  // NaN stays
     };
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
         float2 of = ld_shared2(lse + 4 * (column_of(i) + column));
-        s[i] = weight(s[i], of.x);
-        s[i + 1] = weight(s[i + 1], of.y);
-        s[i + 2] = weight(s[i + 2], of.x);
-        s[i + 3] = weight(s[i + 3], of.y);
+        s[i] = prob(s[i], of.x);
+        s[i + 1] = prob(s[i + 1], of.y);
+        s[i + 2] = prob(s[i + 2], of.x);
+        s[i + 3] = prob(s[i + 3], of.y);
     }
 }
 
-// dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the weight:
-// log2(weight) + lse = after tanh.
-template <int SIZE> FASTATTN_DEVICE void differentiate(float (&d)[SIZE],
-                                                       const float (&weights)[SIZE],
+// dprobs^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the prob:
+// log2(prob) + lse = after tanh.
+template <int SIZE> FASTATTN_DEVICE void differentiate(float (&d)[SIZE], const float (&probs)[SIZE],
                                                        const Transform& transform,
                                                        SharedAddress lse, SharedAddress delta) {
     int column = 2 * (lane_index() % 4);
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
         float2 of = ld_shared2(delta + 4 * (column_of(i) + column));
-        d[i] = weights[i] * (d[i] - of.x);
-        d[i + 1] = weights[i + 1] * (d[i + 1] - of.y);
-        d[i + 2] = weights[i + 2] * (d[i + 2] - of.x);
-        d[i + 3] = weights[i + 3] * (d[i + 3] - of.y);
+        d[i] = probs[i] * (d[i] - of.x);
+        d[i + 1] = probs[i + 1] * (d[i + 1] - of.y);
+        d[i + 2] = probs[i + 2] * (d[i + 2] - of.x);
+        d[i + 3] = probs[i + 3] * (d[i + 3] - of.y);
     }
     if (!transform.softcap) return;
     float inverse = 1 / transform.after;
 #pragma unroll
     for (int i = 0; i < SIZE; i++) {
-        float tanh = log2_approx(weights[i]) + ld_shared(lse + 4 * (column_of(i) + column));
+        float tanh = log2_approx(probs[i]) + ld_shared(lse + 4 * (column_of(i) + column));
         tanh *= inverse;
-        d[i] = weights[i] > 0 ? d[i] * (1 - tanh * tanh) : 0;
+        d[i] = probs[i] > 0 ? d[i] * (1 - tanh * tanh) : 0;
     }
 }
 

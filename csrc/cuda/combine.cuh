@@ -19,7 +19,7 @@ template <class Element, int D> __global__ void __launch_bounds__(COMBINE_THREAD
     for (int i = 0; i < p.splits; i++) top = fmaxf(top, ld_global(p.part_lse + i * rows + at));
     bool dead = top == NEGATIVE_INFINITY;
     float sink = dead ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head);
-    top = dead ? 0 : fmaxf(top, sink);  // of a dead row, all weights are 0
+    top = dead ? 0 : fmaxf(top, sink);  // of a dead row, all probs are 0
     float sum = exp2_approx((sink - top) * static_cast<float>(LOG2E));
     constexpr int COLUMNS = D / 32;  // of a lane, two side by side
     float acc[COLUMNS] = {};

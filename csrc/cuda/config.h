@@ -92,7 +92,7 @@ template <> struct BackwardConfig<128> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, DOUT_STAGES = 2;
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static constexpr bool HALF_COLUMNS = false;
-    static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dweights
+    static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dprobs
 };
 // dk and dv of 64 keys would be 256 registers: a warpgroup has half of their columns, for all of 64
 // keys. 16 + 16 registers of scores, of half of the rows; 64 + 64 of dk and dv, 64 of dq.

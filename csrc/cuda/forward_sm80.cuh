@@ -85,7 +85,7 @@ template <class F> struct Loads {
     }
     FASTATTN_DEVICE T values(int tile) const { return {keys(tile).base + T::BYTES}; }
 
-    // Rows past the last key become zeros: their weights are 0, but what is there may be NaN, or
+    // Rows past the last key become zeros: their probs are 0, but what is there may be NaN, or
     // another entry's, or nothing.
     FASTATTN_DEVICE void start(T to, const Rows& x, int tile) const {
         int first = w.first_key + tile * F::BLOCK_KV;
@@ -157,20 +157,20 @@ template <class F> struct Warp80 {
         return all ? Use::ALL : Use::SOME;
     }
 
-    // Weights are packed block by block: in both at once, they take 32 registers more.
+    // Probs are packed block by block: in both at once, they take 32 registers more.
     template <bool MASKED>
-    FASTATTN_DEVICE void weigh(uint32_t (&weights)[BLOCKS][F::BLOCK_KV / 16][4],
-                               float (&s)[BLOCKS][SCORES], float (&acc)[BLOCKS][OUTPUTS],
-                               OnlineSoftmax<> (&softmax)[BLOCKS], const Transform& transform,
-                               int tile) const {
+    FASTATTN_DEVICE void softmax_step(uint32_t (&probs)[BLOCKS][F::BLOCK_KV / 16][4],
+                                      float (&s)[BLOCKS][SCORES], float (&acc)[BLOCKS][OUTPUTS],
+                                      OnlineSoftmax<> (&softmax)[BLOCKS],
+                                      const Transform& transform, int tile) const {
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
             float rescale[2];
             int row = w.row + row_in_tile(i, 0);
-            to_weights<MASKED>(s[i], rescale, softmax[i], transform, w.band,
-                               {row / pack(), (row + 8) / pack()}, tile * F::BLOCK_KV);
+            scores_to_probs<MASKED>(s[i], rescale, softmax[i], transform, w.band,
+                                    {row / pack(), (row + 8) / pack()}, tile * F::BLOCK_KV);
             scale_rows(acc[i], rescale);
-            to_fragments<Element, F::BLOCK_KV>(weights[i], s[i]);
+            to_fragments<Element, F::BLOCK_KV>(probs[i], s[i]);
         }
     }
 
@@ -260,12 +260,12 @@ template <class F> struct Warp80 {
                 multiply_shared<Element, Major::K, Major::K>(s, q, first_row(), keys, 0);
             typename F::KVTile values = loads.take_values(n);
             if (use == Use::NONE) continue;
-            uint32_t weights[BLOCKS][F::BLOCK_KV / 16][4];
+            uint32_t probs[BLOCKS][F::BLOCK_KV / 16][4];
             if (use == Use::ALL)
-                weigh<false>(weights, s, acc, softmax, transform, n);
+                softmax_step<false>(probs, s, acc, softmax, transform, n);
             else
-                weigh<true>(weights, s, acc, softmax, transform, n);
-            multiply_registers<Element, Major::MN>(acc, weights, values, 0);
+                softmax_step<true>(probs, s, acc, softmax, transform, n);
+            multiply_registers<Element, Major::MN>(acc, probs, values, 0);
         }
         // What only the stores need: kept through the loop, it would be spilled at D 128.
         if constexpr (!F::FEW) w = Work(p, opaque(block_index()), F::BLOCK_Q);

@@ -21,9 +21,9 @@ template <class Element_, int D_> struct Forward {
     static constexpr int THREADS = 128 * (1 + Config::CONSUMERS);
 
     // FP8 values are transposed by the three warps beside the one that loads, the result has 16 bits,
-    // and weights are rounded to 8 bits too: the largest is 2^8, of the 448 that there are.
+    // and probs are rounded to 8 bits too: the largest is 2^8, of the 448 that there are.
     static constexpr bool TRANSPOSE_V = BYTES == 1;
-    static constexpr int TRANSPOSE_WARPS = 3, WEIGHT_BITS = TRANSPOSE_V ? 8 : 0;
+    static constexpr int TRANSPOSE_WARPS = 3, PROBS_LOG2 = TRANSPOSE_V ? 8 : 0;
     static_assert(!TRANSPOSE_V || BLOCK_KV == TRANSPOSE_SIDE);
     using Out = std::conditional_t<TRANSPOSE_V, Bf16, Element>;
 
@@ -135,8 +135,8 @@ template <class F> struct Consumer {
     using Element = typename F::Element;
     using Out = typename F::Out;
     using Config = typename F::Config;
-    using Softmax = OnlineSoftmax<F::WEIGHT_BITS>;
-    using Weights = uint32_t[F::BLOCK_KV / K_STEP<Element>][4];
+    using Softmax = OnlineSoftmax<F::PROBS_LOG2>;
+    using Probs = uint32_t[F::BLOCK_KV / K_STEP<Element>][4];
 
     const ForwardParams& p;
     SharedAddress shared;
@@ -168,9 +168,9 @@ template <class F> struct Consumer {
         multiply_transposed<Element, F::BLOCK_KV>(s, q, 64 * group, k);
         wgmma_commit();
     }
-    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS], const Weights& weights) const {
+    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS], const Probs& probs) const {
         typename F::VTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
-        multiply_add<Element, F::D>(acc, weights, v);
+        multiply_add<Element, F::D>(acc, probs, v);
         wgmma_commit();
     }
     template <class R> FASTATTN_DEVICE void release(R& ring) const {
@@ -178,7 +178,7 @@ template <class F> struct Consumer {
         ring.advance();
     }
 
-    // Rows of v past the entry's last key, from `row` on, become zeros: their weights are 0, but
+    // Rows of v past the entry's last key, from `row` on, become zeros: their probs are 0, but
     // what is there may be NaN.
     FASTATTN_DEVICE void clear_values(int row) const {
         v_ring.wait();
@@ -190,12 +190,12 @@ template <class F> struct Consumer {
         barrier_sync(F::ALL_CONSUMERS, CONSUMING);
     }
 
-    template <bool MASKED> FASTATTN_DEVICE void weigh(float (&s)[SCORES], float (&rescale)[2],
-                                                      Softmax& softmax, const Transform& transform,
-                                                      const Work& w, int tile) const {
+    template <bool MASKED>
+    FASTATTN_DEVICE void softmax_step(float (&s)[SCORES], float (&rescale)[2], Softmax& softmax,
+                                      const Transform& transform, const Work& w, int tile) const {
         int row = w.row + row_in_tile();
-        to_weights<MASKED>(s, rescale, softmax, transform, w.band, {row, row + 8},
-                           tile * F::BLOCK_KV);
+        scores_to_probs<MASKED>(s, rescale, softmax, transform, w.band, {row, row + 8},
+                                tile * F::BLOCK_KV);
     }
 
     FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
@@ -267,7 +267,7 @@ template <class F> struct Consumer {
             softmax.multiplier = transform.descale(p.multiplier, by);
         }
         float acc[OUTPUTS], s[SCORES], rescale[2];
-        Weights weights;
+        Probs probs;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) acc[i] = 0;
         // Keys past the entry's are other entries' or nobody's; past the tensor's TMA gives zeros.
@@ -287,14 +287,14 @@ template <class F> struct Consumer {
             wgmma_wait<0>();
             pin(s);
             release(k_ring);
-            weigh<true>(s, rescale, softmax, transform, w, n);
-            to_fragments<Element, F::BLOCK_KV>(weights, s);
+            softmax_step<true>(s, rescale, softmax, transform, w, n);
+            to_fragments<Element, F::BLOCK_KV>(probs, s);
 
             constexpr bool OVERLAPS = Config::SCHEDULE != Schedule::SEQUENCE;
             auto begin_output = [&] {
                 v_ring.wait();
                 wgmma_fence();
-                issue_output(acc, weights);
+                issue_output(acc, probs);
             };
             auto finish_output = [&] {
                 wgmma_wait<0>();
@@ -321,13 +321,13 @@ template <class F> struct Consumer {
                 wgmma_wait<OVERLAPS ? 1 : 0>();
                 pin(s);
                 release(k_ring);
-                weigh<decltype(masked)::value>(s, rescale, softmax, transform, w, n);
+                softmax_step<decltype(masked)::value>(s, rescale, softmax, transform, w, n);
                 if constexpr (OVERLAPS) {
                     finish_first(softmax.row_sum[0] + softmax.row_sum[1], shared);
                     finish_output();
                 }
                 scale_rows(acc, rescale);
-                to_fragments<Element, F::BLOCK_KV>(weights, s);
+                to_fragments<Element, F::BLOCK_KV>(probs, s);
             };
             for (n--; n >= imax(own.full_end, all.begin); n--) step(Masked{});
             for (; n >= imax(own.full_begin, all.begin); n--) step(Unmasked{});

@@ -91,14 +91,14 @@ struct CombineParams {
     SinkType sink_type;
 };
 
-// From here on (in base 2) the rounding of lse is 2^-9 of a weight, and grows with it:
-// exp2(score - lse) is clamped to 1. Below, a weight above 1 by that little harms nothing, and the
+// From here on (in base 2) the rounding of lse is 2^-9 of a prob, and grows with it:
+// exp2(score - lse) is clamped to 1. Below, a prob above 1 by that little harms nothing, and the
 // full tiles are spared the test.
 constexpr float LARGE_LSE = 16384;
 
 // A larger scale (in base 2) is applied to scores before the softmax, not within its exponent: that
 // is one fused operation, score * multiplier - largest, of which the first product is not rounded
-// and the second has been. The largest weight is 2^(that rounding), infinite for scores past 2^31.
+// and the second has been. The largest prob is 2^(that rounding), infinite for scores past 2^31.
 constexpr float MAX_MULTIPLIER = 1024;
 
 // Of the kernels' tanh, 1 - 2 / (e^2x + 1), the rounding is that of 1, and the cap multiplies it.

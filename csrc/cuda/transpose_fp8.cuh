@@ -6,7 +6,7 @@
 // moves pairs of channels; two registers of keys eight apart then hold what two rows of the result
 // get, and permute_bytes sorts them. Of each 32 keys the order becomes another one: four neighbours
 // are keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, of the first 16 or of the others, which is how
-// to_fragments (tile.cuh) has the weights.
+// to_fragments (tile.cuh) has the probs.
 #pragma once
 #include "tile.cuh"
 
@@ -21,7 +21,7 @@ constexpr uint32_t FIRST = 0x22011000, SECOND = 0x23032321;
 constexpr uint32_t THIRD = 0x33132321, FOURTH = 0x32111000;
 
 // A block of keys [32 * row_block, ...) and channels [32 * column_block, ...), as two halves of 16
-// channels. Keys from `keys` on become zeros: their weights are 0, but what is there may be NaN.
+// channels. Keys from `keys` on become zeros: their probs are 0, but what is there may be NaN.
 struct TransposeBlock {
     int row_block, column_block;
     uint32_t x[2][4];

@@ -185,18 +185,18 @@ void product8(const Problem8& p, Fault8 fault) {
         if (lane_index() == 0) ring.signal_transposed();
     } else if (warp >= 4) {
         float scores[SIDE / 2], acc[SIDE / 2] = {};
-        uint32_t weights[SIDE / 32][4];
+        uint32_t probs[SIDE / 32][4];
         ring.wait_loaded();
         wgmma_fence();
         multiply_transposed<E4m3, SIDE>(scores, rows, 0, keys);
         wgmma_commit();
         wgmma_wait<0>();
-        to_fragments<E4m3, SIDE>(weights, scores);
+        to_fragments<E4m3, SIDE>(probs, scores);
         if (fault != Fault8::NO_WAIT_FOR_TRANSPOSE) ring.wait();
         wgmma_fence();
         if (fault == Fault8::MN_MAJOR)
-            wgmma_rs<SIDE, E4m3, true>(acc, weights[0], values.mn_major(0, 0), true);
-        multiply_add<E4m3, SIDE>(acc, weights, values);
+            wgmma_rs<SIDE, E4m3, true>(acc, probs[0], values.mn_major(0, 0), true);
+        multiply_add<E4m3, SIDE>(acc, probs, values);
         wgmma_commit();
         wgmma_wait<0>();
         int t = thread_index() % 128, row = t / 32 * 16 + t % 32 / 4;
