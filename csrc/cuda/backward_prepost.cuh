@@ -15,8 +15,8 @@ template <class Element> FASTATTN_DEVICE float2 widen_pair(uint32_t two) {
 // The row of q at a place of the padded rows, or -1: sequences begin with a tile of their own.
 template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int batch, int place) {
     if (!p.cu_q) return place < p.q_len ? place : -1;
-    Sequence own = Sequence::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
-                                     place / F::BLOCK_Q, F::BLOCK_Q);
+    SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
+                                             place / F::BLOCK_Q, F::BLOCK_Q);
     int row = own.begin + place - own.first_slot * F::BLOCK_Q;
     return row < own.end ? row : -1;
 }

@@ -40,21 +40,21 @@ struct KeyWork {
         batch = which / p.kv_heads;
         int sequence = first_slot = 0;
         if (p.cu_k) {
-            Sequence own =
-                Sequence::of_slot(cu_of(p.cu_k, p, batch), p.sequences, p.kv_len, slot, block_kv);
+            SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_k, p, batch), p.sequences, p.kv_len,
+                                                     slot, block_kv);
             sequence = own.number;
             slot -= own.first_slot;
-            Sequence theirs(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, sequence, block_q);
+            SequenceRows theirs(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, sequence, block_q);
             first_slot = theirs.first_slot;
         }
-        Entry e(p, batch, sequence);
-        row_in_q = e.first_row;
-        key_in_k = e.first_key;
-        all_keys = e.places;
-        first_key = e.begin;
-        keys = e.end;
+        Segment segment(p, batch, sequence);
+        row_in_q = segment.first_row;
+        key_in_k = segment.first_key;
+        all_keys = segment.places;
+        first_key = segment.begin;
+        keys = segment.end;
         key = slot * block_kv;
-        band = {p.left, p.right, e.offset - first_key, e.rows, keys - first_key};
+        band = {p.left, p.right, segment.offset - first_key, segment.rows, keys - first_key};
         int low = imax(key, first_key), high = imin(key + block_kv, keys);
         begin = end = full_begin = full_end = 0;
         if (low >= high) return;

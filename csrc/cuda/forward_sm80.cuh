@@ -92,7 +92,7 @@ template <class F> struct Loads {
         int count = w.band.kv_len - tile * F::BLOCK_KV;
         int kv_head = w.head / (p.heads / p.kv_heads);
         if (tile >= begin && p.page_table) {
-            const int* pages = p.page_table + w.entry * p.page_row;
+            const int* pages = p.page_table + w.lengths_index * p.page_row;
             PagedRows<F::FEW ? 8 : 2> rows{
                 x.at(0, kv_head, 0), x.batch, x.row, pages, p.page_size, first, first + count - 1};
             copy_rows<F::THREADS>(to, rows, 0, count);

@@ -146,7 +146,8 @@ template <class F> struct Consumer {
     typename F::QRing q_ring;
 
     FASTATTN_DEVICE float descale(const Descale& x, const Work& w) const {
-        return x.of(imin(w.entry, imax(p.batch, p.sequences) - 1), w.head / (p.heads / p.kv_heads));
+        return x.of(imin(w.lengths_index, imax(p.batch, p.sequences) - 1),
+                    w.head / (p.heads / p.kv_heads));
     }
     FASTATTN_DEVICE bool leads_warp() const { return lane_index() == 0; }
     FASTATTN_DEVICE int row_in_tile() const {

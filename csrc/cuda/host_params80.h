@@ -26,10 +26,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Rows are few where an entry has not more than a small tile's, or where large tiles would be for
 // no more than one in `idle` multiprocessors.
 inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int idle) {
-    int64_t sequences = std::max(c.sequences, 1), entries = c.q.batch * sequences;
-    int64_t rows = ceil_div(c.q.rows, sequences);
+    int64_t sequences = c.q.batch * std::max(c.sequences, 1);
+    int64_t rows = ceil_div(c.q.rows, std::max(c.sequences, 1));
     auto tiles = [&](int block, int pack) {
-        return entries * (c.q.heads / pack) * ceil_div(rows * pack, block);
+        return sequences * (c.q.heads / pack) * ceil_div(rows * pack, block);
     };
     if (c.splits <= 1 && rows > FEW_ROWS && idle * tiles(MANY_ROWS, 1) > multiprocessors)
         return {false, 1, 1};

@@ -25,10 +25,10 @@ FASTATTN_DEVICE float sink_of(const void* sinks, SinkType type, int head) {
 // Scales of an 8-bit tensor, [kv_heads] for each entry, or (`entry` 0) for all; null: 1.
 struct Descale {
     const float* data;
-    int entry;
+    int stride;
 
-    FASTATTN_DEVICE float of(int batch, int head) const {
-        return data ? ld_global(data + static_cast<int64_t>(batch) * entry + head) : 1;
+    FASTATTN_DEVICE float of(int lengths_index, int head) const {
+        return data ? ld_global(data + static_cast<int64_t>(lengths_index) * stride + head) : 1;
     }
 };
 

@@ -10,8 +10,8 @@ namespace fastattn::cuda {
 // more keys under a causal mask. Where heads are packed (p.pack > 1), p.pack heads that share keys
 // count as one, and a tile's row r is row r / p.pack of head r % p.pack of these.
 struct Work {
-    int batch, head, row;      // head: the first; row: the tile's first, of its entry
-    int entry;                 // of lengths and pages
+    int batch, head, row;  // head: the first; row: the tile's first, of its entry
+    int lengths_index;
     int first_row, first_key;  // of the tensors' rows: the entry's row 0, the band's key 0
     int rows;                  // of the entry, as tiles count them
     Band band;
@@ -27,18 +27,19 @@ struct Work {
         head = which % heads * p.pack;
         int sequence = 0;
         if (p.cu_q) {
-            Sequence own = Sequence::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, slot,
-                                             block_q, p.pack);
+            SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
+                                                     slot, block_q, p.pack);
             sequence = own.number;
             slot -= own.first_slot;
         }
-        Entry e(p, batch, sequence);
-        entry = e.number;
-        first_row = e.first_row;
-        first_key = e.begin + (p.page_table ? 0 : e.first_key);  // each entry has its own pages
+        Segment segment(p, batch, sequence);
+        lengths_index = segment.lengths_index;
+        first_row = segment.first_row;
+        first_key = segment.begin + (p.page_table ? 0 : segment.first_key);
         row = slot * block_q;
-        rows = e.rows * p.pack;
-        band = {p.left, p.right, e.offset - e.begin, e.rows, e.end - e.begin};
+        rows = segment.rows * p.pack;
+        band = {p.left, p.right, segment.offset - segment.begin, segment.rows,
+                segment.end - segment.begin};
     }
 
     FASTATTN_DEVICE bool empty() const { return row >= rows; }

@@ -114,7 +114,7 @@ class Operand(ctypes.Structure):
 class Descale(ctypes.Structure):
     """csrc/cuda/params.h: fp32 [kv_heads] or [entries, kv_heads], or None."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("entry", ctypes.c_int)]
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int)]
 
     @classmethod
     def of(cls, x: Tensor | None) -> Descale:
@@ -259,8 +259,8 @@ def backward(
         *(None, _address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
     )
     bf16 = q.dtype == torch.bfloat16
-    entry = getattr(library(), f"emulated_backward_{arch}")
-    fault = entry(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)
+    run = getattr(library(), f"emulated_backward_{arch}")
+    fault = run(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)
     if fault:
         raise Fault(fault.decode())
     return dq, dk, dv, dsinks
