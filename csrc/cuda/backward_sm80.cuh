@@ -14,7 +14,7 @@
 namespace fastattn::cuda {
 
 // How eight warps share the product [ROWS x COLUMNS]: each has 32 rows, as two blocks of 16.
-template <int ROWS, int COLUMNS> struct Split {
+template <int ROWS, int COLUMNS> struct WarpGrid {
     static constexpr int DOWN = ROWS / 32, ACROSS = 8 / DOWN, N = COLUMNS / ACROSS;
     static_assert(DOWN * 32 == ROWS && DOWN * ACROSS == 8 && N % 16 == 0);
     using Sums = float[2][N / 2];
@@ -40,12 +40,12 @@ template <class Element_, int D_, Memory MEMORY> struct Backward80 {
     using KVTile = Tile<BLOCK_KV, D>;
     using QTile = Tile<BLOCK_Q, D>;
     using ScoreTile = Tile<BLOCK_KV, BLOCK_Q>;  // probs^T or dscores^T
-    using Scores = Split<BLOCK_KV, BLOCK_Q>;
-    using OfKeys = Split<BLOCK_KV, D>;  // dk, dv
-    using OfRows = Split<BLOCK_Q, D>;   // dq
+    using Scores = WarpGrid<BLOCK_KV, BLOCK_Q>;
+    using OfKeys = WarpGrid<BLOCK_KV, D>;  // dk, dv
+    using OfRows = WarpGrid<BLOCK_Q, D>;   // dq
 
     // dq's sums: one part a tile of rows. A register of all threads lies side by side.
-    static constexpr int PARTS = 1;
+    static constexpr int DQ_SLICES = 1;
     static constexpr FASTATTN_HD int sum_index(int row, int column) {
         return OfRows::register_of(row, column) * THREADS + OfRows::thread_of(row, column);
     }

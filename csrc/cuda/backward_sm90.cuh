@@ -48,10 +48,10 @@ template <class Element_, int D_> struct Backward {
     static_assert(HALF_ROWS || BLOCK_Q == 64);
     // dq's sums: two parts a tile of rows, of fp32 numbers in the order of dq_index(). They are
     // added 64 columns at a time.
-    static constexpr int PARTS = CONSUMERS, PART = 64 * DQ_COLUMNS, PIECE = 64 * 64;
+    static constexpr int DQ_SLICES = CONSUMERS, DQ_SLICE = 64 * DQ_COLUMNS, DQ_PIECE = 64 * 64;
     static constexpr FASTATTN_HD int sum_index(int row, int column) {
-        int part = HALF_ROWS ? row / 64 : column / DQ_COLUMNS;
-        return part * PART + dq_index_of(row % 64, column % DQ_COLUMNS);
+        int slice = HALF_ROWS ? row / 64 : column / DQ_COLUMNS;
+        return slice * DQ_SLICE + dq_index_of(row % 64, column % DQ_COLUMNS);
     }
 
     static constexpr int STATS = 4 * BLOCK_Q;  // bytes of lse or delta of a tile
@@ -60,7 +60,7 @@ template <class Element_, int D_> struct Backward {
     static constexpr int SCORES_AT = DOUT_AT + DOUT_STAGES * QTile::BYTES;  // dscores^T
     static constexpr int PROBS_AT = SCORES_AT + STAGES * ScoreTile::BYTES;
     static constexpr int DQ_AT = PROBS_AT + (HALF_COLUMNS ? STAGES * ScoreTile::BYTES : 0);
-    static constexpr int LSE_AT = DQ_AT + CONSUMERS * 4 * PIECE;
+    static constexpr int LSE_AT = DQ_AT + CONSUMERS * 4 * DQ_PIECE;
     static constexpr int DELTA_AT = LSE_AT + STAGES * STATS;
     static constexpr int BARRIERS_AT = DELTA_AT + DOUT_STAGES * STATS;
     static constexpr int SHARED_BYTES =
@@ -185,17 +185,17 @@ template <class F> struct BackwardConsumer {
 
     // Adds this warpgroup's part to the sums; in deterministic mode after those of earlier keys.
     FASTATTN_DEVICE void add_dq(const float (&dq)[DQ], const KeyWork& w, int head, int m) const {
-        SharedAddress at = shared + F::DQ_AT + group * 4 * F::PIECE;
-        int64_t part = w.row_tile(p, head, m) * F::PARTS + group;
+        SharedAddress at = shared + F::DQ_AT + group * 4 * F::DQ_PIECE;
+        int64_t slice = w.row_tile(p, head, m) * F::DQ_SLICES + group;
 #pragma unroll
-        for (int piece = 0; piece < F::PART; piece += F::PIECE) {
+        for (int piece = 0; piece < F::DQ_SLICE; piece += F::DQ_PIECE) {
             if (!p.semaphores ||
                 piece > 0) {  // in one order the last sums are added, a barrier of all ago
                 if (leads()) bulk_wait_read<0>();
                 barrier_sync(F::OWN + group, 128);
             }
 #pragma unroll
-            for (int i = 0; i < F::PIECE / 128; i += 4) {
+            for (int i = 0; i < F::DQ_PIECE / 128; i += 4) {
                 const float* x = dq + piece / 128 + i;
                 uint4 four = {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
                 st_shared4(at + 4 * dq_index(thread_index() % 128, i), four);
@@ -205,14 +205,14 @@ template <class F> struct BackwardConsumer {
             if (!leads()) continue;
             if (p.semaphores && piece == 0) {
                 int before = w.semaphore_value(m, F::BLOCK_Q, F::BLOCK_KV);
-                while (ld_global_acquire(p.semaphores + part) != before) pause();
+                while (ld_global_acquire(p.semaphores + slice) != before) pause();
             }
-            bulk_reduce_add(p.dq_sums + part * F::PART + piece, at, 4 * F::PIECE);
+            bulk_reduce_add(p.dq_sums + slice * F::DQ_SLICE + piece, at, 4 * F::DQ_PIECE);
             bulk_commit();
         }
         if (!p.semaphores || !leads()) return;
         bulk_wait<0>();  // written, not only read
-        add_global_release(p.semaphores + part, 1);
+        add_global_release(p.semaphores + slice, 1);
     }
 
     using Fragments = uint32_t[F::ROWS / 16][4];

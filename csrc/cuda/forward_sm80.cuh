@@ -194,8 +194,8 @@ template <class F> struct Warp80 {
                           ld_shared4(out.chunk(row, chunk)));
         }
     }
-    FASTATTN_DEVICE void store_part(const float (&acc)[OUTPUTS], int r, int64_t at) const {
-        float* to = p.part_out + at * F::D + 2 * (lane_index() % 4);
+    FASTATTN_DEVICE void store_split(const float (&acc)[OUTPUTS], int r, int64_t at) const {
+        float* to = p.split_out + at * F::D + 2 * (lane_index() % 4);
 #pragma unroll
         for (int i = 2 * r; i < OUTPUTS; i += 4)
             st_global(reinterpret_cast<float2*>(to + column_of(i)), float2{acc[i], acc[i + 1]});
@@ -203,8 +203,8 @@ template <class F> struct Warp80 {
 
     // Normalises the rows and stores them and their lse, or part number `part` of them.
     FASTATTN_DEVICE void store(float (&acc)[BLOCKS][OUTPUTS], OnlineSoftmax<> (&softmax)[BLOCKS],
-                               int part) const {
-        bool parts = F::FEW && p.splits > 1;
+                               int split) const {
+        bool is_split = F::FEW && p.splits > 1;
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
             float sinks[2], scale[2], lse[2];
@@ -212,7 +212,7 @@ template <class F> struct Warp80 {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 head[r] = w.head + (w.row + row_in_tile(i, r)) % pack();
-                sinks[r] = parts ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head[r]);
+                sinks[r] = is_split ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head[r]);
             }
             softmax[i].finish(sinks, scale, lse);
             scale_rows(acc[i], scale);
@@ -220,21 +220,21 @@ template <class F> struct Warp80 {
             for (int r = 0; r < 2; r++) {
                 int row = w.row + row_in_tile(i, r);
                 if (row >= w.rows) continue;
-                int64_t entry = parts ? part * p.batch + w.batch : w.batch;
-                int64_t at = (entry * p.heads + head[r]) * p.q_len + w.first_row + row / pack();
-                if (lane_index() % 4 == 0) st_global((parts ? p.part_lse : p.lse) + at, lse[r]);
-                if (parts) store_part(acc[i], r, at);
+                int64_t batch = is_split ? split * p.batch + w.batch : w.batch;
+                int64_t at = (batch * p.heads + head[r]) * p.q_len + w.first_row + row / pack();
+                if (lane_index() % 4 == 0) st_global((is_split ? p.split_lse : p.lse) + at, lse[r]);
+                if (is_split) store_split(acc[i], r, at);
             }
         }
-        if (!parts) store_rows(acc);
+        if (!is_split) store_rows(acc);
     }
 
-    FASTATTN_DEVICE void run(int part) {
+    FASTATTN_DEVICE void run(int split) {
         int last = imin(w.row + F::BLOCK_Q, w.rows) - 1;
         KeyTiles all(w.band, w.row / pack(), last / pack() + 1, F::BLOCK_KV);
         if (F::FEW && p.splits > 1) {
             int each = (all.end - all.begin + p.splits - 1) / p.splits;
-            all.begin = imin(all.begin + part * each, all.end);
+            all.begin = imin(all.begin + split * each, all.end);
             all.end = imin(all.begin + each, all.end);
         }
         Transform transform{p.softcap, p.transform, p.before, p.after};
@@ -269,7 +269,7 @@ template <class F> struct Warp80 {
         }
         // What only the stores need: kept through the loop, it would be spilled at D 128.
         if constexpr (!F::FEW) w = Work(p, opaque(block_index()), F::BLOCK_Q);
-        store(acc, softmax, part);
+        store(acc, softmax, split);
     }
 };
 

@@ -44,7 +44,7 @@ struct ForwardCall {
     const int* page_table;
     int64_t pages, page_row;
     int splits;
-    float *part_out, *part_lse;
+    float *split_out, *split_lse;
     Descale q_descale, k_descale, v_descale;  // of e4m3
 
     int64_t keys() const { return page_table ? pages * k.rows : k.rows; }
@@ -74,7 +74,8 @@ struct BackwardSizes {
 
     template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
         int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
-        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS, q.batch * q.heads};
+        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::DQ_SLICES,
+                q.batch * q.heads};
     }
 };
 

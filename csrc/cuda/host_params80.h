@@ -9,7 +9,7 @@ namespace fastattn::cuda {
 
 constexpr int FEW_ROWS = 64, MANY_ROWS = 128;  // of a tile
 constexpr int MIN_TILE_KEYS = 32;              // no more parts than tiles of keys
-constexpr int MIN_PART_KEYS = 256;             // unasked: a smaller part costs more than it brings
+constexpr int MIN_SPLIT_KEYS = 256;            // unasked: a smaller part costs more than it brings
 constexpr int RESIDENT = 2;                    // CTAs for few rows on a multiprocessor
 // See forward_plan. On sm_90, the other choice is wgmma, which is twice as fast.
 constexpr int IDLE_SM80 = 2, IDLE_SM90 = 4;
@@ -41,12 +41,12 @@ inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int i
         keys = std::min(keys, c.left + c.right + std::min<int64_t>(rows, FEW_ROWS));
     int64_t room = RESIDENT * multiprocessors / std::max<int64_t>(1, tiles(FEW_ROWS, pack));
     int64_t splits = c.splits > 0 ? std::min<int64_t>(c.splits, ceil_div(keys, MIN_TILE_KEYS))
-                                  : std::min(room, keys / MIN_PART_KEYS);
+                                  : std::min(room, keys / MIN_SPLIT_KEYS);
     return {true, pack, static_cast<int>(std::max<int64_t>(1, splits))};
 }
 
-// Numbers of elements of part_out and part_lse.
-inline std::pair<int64_t, int64_t> part_sizes(const ForwardCall& c, const ForwardPlan& plan) {
+// Numbers of elements of split_out and split_lse.
+inline std::pair<int64_t, int64_t> split_sizes(const ForwardCall& c, const ForwardPlan& plan) {
     int64_t rows = plan.splits > 1 ? plan.splits * c.q.batch * c.q.heads * c.q.rows : 0;
     return {rows * c.q.head_dim, rows};
 }
@@ -63,8 +63,8 @@ template <class F> ForwardParams80 forward_params80(const ForwardCall& c, const 
     p.page_row = c.page_row;
     p.page_size = static_cast<int>(c.k.rows);
     p.splits = plan.splits;
-    p.part_out = c.part_out;
-    p.part_lse = c.part_lse;
+    p.split_out = c.split_out;
+    p.split_lse = c.split_lse;
     set_forward(p, c, F::BLOCK_Q);
     return p;
 }
@@ -73,8 +73,8 @@ inline int combine_grid(const ForwardCall& c) {
     return static_cast<int>(ceil_div(c.q.batch * c.q.heads * c.q.rows, COMBINE_ROWS));
 }
 inline CombineParams combine_params(const ForwardCall& c, const ForwardPlan& plan) {
-    return {c.part_out,
-            c.part_lse,
+    return {c.split_out,
+            c.split_lse,
             plan.splits,
             rows_of(c.out),
             c.lse,

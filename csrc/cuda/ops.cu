@@ -202,11 +202,11 @@ std::string run_forward(ForwardCall& call, const Tensor& rows, const Tensor& key
         Tensor read[] = {for_map(call.q, rows), for_map(call.k, keys), for_map(call.v, values)};
         return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
     }
-    auto [outs, lses] = part_sizes(call, plan);
-    Tensor part_out = new_tensor(q, {outs}, ScalarType::Float);
-    Tensor part_lse = new_tensor(q, {lses}, ScalarType::Float);
-    call.part_out = static_cast<float*>(part_out.data_ptr());
-    call.part_lse = static_cast<float*>(part_lse.data_ptr());
+    auto [outs, lses] = split_sizes(call, plan);
+    Tensor split_out = new_tensor(q, {outs}, ScalarType::Float);
+    Tensor split_lse = new_tensor(q, {lses}, ScalarType::Float);
+    call.split_out = static_cast<float*>(split_out.data_ptr());
+    call.split_lse = static_cast<float*>(split_lse.data_ptr());
     return launch_forward_sm80(call, plan, bf16, stream_of(q));
 }
 

@@ -76,13 +76,13 @@ struct ForwardParams80 : ForwardShape {
     const int* page_table;  // [batch or sequences, page_row]; null: k and v are not in pages
     int64_t page_row;       // else their batch is pages, their rows a page's
     int page_size;
-    int splits;                  // parts of each tile's keys
-    float *part_out, *part_lse;  // [splits, batch, heads, q_len, D or 1], where there are parts
+    int splits;                    // parts of each tile's keys
+    float *split_out, *split_lse;  // [splits, batch, heads, q_len, D or 1], where there are parts
 };
 
 // Parts, each normalised by itself, become out and lse.
 struct CombineParams {
-    const float *part_out, *part_lse;
+    const float *split_out, *split_lse;
     int splits;
     Rows out;
     float* lse;
@@ -109,7 +109,7 @@ constexpr double MIN_CUDA_SOFTCAP = 0.01, MAX_CUDA_SOFTCAP = 1000;
 struct BackwardShape {
     const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_prepost.cuh
     float* dq_sums;                  // [batch, heads, q_tiles, BLOCK_Q * D], zeros at first
-    int* semaphores;                 // [batch, heads, q_tiles, PARTS], zeros; null: any order
+    int* semaphores;                 // [batch, heads, q_tiles, DQ_SLICES], zeros; null: any order
     const int* large;                // [batch, kv_heads]: 1 where some |lse| is at least LARGE_LSE
     const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
     const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see varlen.cuh

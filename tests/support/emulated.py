@@ -132,7 +132,7 @@ class ForwardCall(ctypes.Structure):
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
         *(("page_table", ctypes.c_void_p), ("pages", ctypes.c_int64), ("page_row", ctypes.c_int64)),
-        *(("splits", ctypes.c_int), ("part_out", ctypes.c_void_p), ("part_lse", ctypes.c_void_p)),
+        *(("splits", ctypes.c_int), ("split_out", ctypes.c_void_p), ("split_lse", ctypes.c_void_p)),
         *((name, Descale) for name in ("q_descale", "k_descale", "v_descale")),
     ]
 
