@@ -38,16 +38,16 @@ struct HeadRows {
 
     uint16_t* data;
     int64_t head, row;  // strides
-    int first, pack;
+    int first, pack_gqa;
 
-    FASTATTN_DEVICE HeadRows(const Rows& x, const Work& w, int pack_)
+    FASTATTN_DEVICE HeadRows(const Rows& x, const Work& w, int pack_gqa_)
         : data(x.at(w.batch, w.head, w.first_row)),
           head(x.head),
           row(x.row),
           first(w.row),
-          pack(pack_) {}
+          pack_gqa(pack_gqa_) {}
     FASTATTN_DEVICE uint16_t* operator()(int i) const {
-        return data + (first + i) / pack * row + (first + i) % pack * head;
+        return data + (first + i) / pack_gqa * row + (first + i) % pack_gqa * head;
     }
 };
 
@@ -138,7 +138,7 @@ template <class F> struct Warp80 {
     SharedAddress shared;
     Work w;
 
-    FASTATTN_DEVICE int pack() const { return F::FEW ? p.pack : 1; }
+    FASTATTN_DEVICE int pack_gqa() const { return F::FEW ? p.pack_gqa : 1; }
     // What is opaque is computed at each use: kept, it would be spilled.
     FASTATTN_DEVICE int first_row() const { return opaque(thread_index() / 32) * F::ROWS; }
     FASTATTN_DEVICE int row_in_tile(int block, int r) const {
@@ -151,7 +151,7 @@ template <class F> struct Warp80 {
     FASTATTN_DEVICE Use use_of(int tile) const {
         int row = w.row + thread_index_anew() / 32 * F::ROWS, key = tile * F::BLOCK_KV;
         if (row >= w.rows) return Use::NONE;
-        int first = row / pack(), last = (imin(row + F::ROWS, w.rows) - 1) / pack();
+        int first = row / pack_gqa(), last = (imin(row + F::ROWS, w.rows) - 1) / pack_gqa();
         if (key >= w.band.hi(last) || key + F::BLOCK_KV <= w.band.lo(first)) return Use::NONE;
         bool all = key >= w.band.lo(last) && key + F::BLOCK_KV <= w.band.hi(first);
         return all ? Use::ALL : Use::SOME;
@@ -168,7 +168,7 @@ template <class F> struct Warp80 {
             float rescale[2];
             int row = w.row + row_in_tile(i, 0);
             scores_to_probs<MASKED>(s[i], rescale, softmax[i], transform, w.band,
-                                    {row / pack(), (row + 8) / pack()}, tile * F::BLOCK_KV);
+                                    {row / pack_gqa(), (row + 8) / pack_gqa()}, tile * F::BLOCK_KV);
             scale_rows(acc[i], rescale);
             to_fragments<Element, F::BLOCK_KV>(probs[i], s[i]);
         }
@@ -184,7 +184,7 @@ template <class F> struct Warp80 {
             write_fragments(out, first_row() + 16 * i, 0, fragments);
         }
         sync_warp();
-        HeadRows to(p.out, w, pack());
+        HeadRows to(p.out, w, pack_gqa());
         constexpr int CHUNKS = F::D / 8;
 #pragma unroll 4
         for (int i = lane_index(); i < F::ROWS * CHUNKS; i += 32) {
@@ -211,7 +211,7 @@ template <class F> struct Warp80 {
             int head[2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                head[r] = w.head + (w.row + row_in_tile(i, r)) % pack();
+                head[r] = w.head + (w.row + row_in_tile(i, r)) % pack_gqa();
                 sinks[r] = is_split ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head[r]);
             }
             softmax[i].finish(sinks, scale, lse);
@@ -221,7 +221,7 @@ template <class F> struct Warp80 {
                 int row = w.row + row_in_tile(i, r);
                 if (row >= w.rows) continue;
                 int64_t batch = is_split ? split * p.batch + w.batch : w.batch;
-                int64_t at = (batch * p.heads + head[r]) * p.q_len + w.first_row + row / pack();
+                int64_t at = (batch * p.heads + head[r]) * p.q_len + w.first_row + row / pack_gqa();
                 if (lane_index() % 4 == 0) st_global((is_split ? p.split_lse : p.lse) + at, lse[r]);
                 if (is_split) store_split(acc[i], r, at);
             }
@@ -231,7 +231,7 @@ template <class F> struct Warp80 {
 
     FASTATTN_DEVICE void run(int split) {
         int last = imin(w.row + F::BLOCK_Q, w.rows) - 1;
-        KeyTiles all(w.band, w.row / pack(), last / pack() + 1, F::BLOCK_KV);
+        KeyTiles all(w.band, w.row / pack_gqa(), last / pack_gqa() + 1, F::BLOCK_KV);
         if (F::FEW && p.splits > 1) {
             int each = (all.end - all.begin + p.splits - 1) / p.splits;
             all.begin = imin(all.begin + split * each, all.end);
@@ -249,7 +249,7 @@ template <class F> struct Warp80 {
         typename F::QTile q{shared + F::Q_AT};
         Loads<F> loads{p, shared, w, all.begin};
         if (all.begin < all.end) {
-            copy_rows<F::THREADS>(q, HeadRows(p.q, w, pack()), 0, w.rows - w.row);
+            copy_rows<F::THREADS>(q, HeadRows(p.q, w, pack_gqa()), 0, w.rows - w.row);
             loads.prologue(all.end - 1);
         }
         for (int n = all.end - 1; n >= all.begin; n--) {

@@ -176,9 +176,9 @@ template <class Params> void set_forward(Params& p, const ForwardCall& c, int bl
     p.sink_type = c.sink_type;
     set_shape(p, c);
     p.kv_len = static_cast<int>(c.keys());
-    p.q_tiles = tiles_of(c.q.rows * p.pack, block_q, c.cu_q, c.sequences);
-    p.tiles = p.q_tiles * (p.heads / p.pack) * p.batch;
-    p.heads_per_section = heads_per_section(c) / p.pack;
+    p.q_tiles = tiles_of(c.q.rows * p.pack_gqa, block_q, c.cu_q, c.sequences);
+    p.tiles = p.q_tiles * (p.heads / p.pack_gqa) * p.batch;
+    p.heads_per_section = heads_per_section(c) / p.pack_gqa;
 }
 
 template <class F, class Encode>

@@ -18,7 +18,7 @@ constexpr int IDLE_SM80 = 2, IDLE_SM90 = 4;
 // and that takes fewer tiles, the whole group. splits: parts of each tile's keys.
 struct ForwardPlan {
     bool few;
-    int pack, splits;
+    int pack_gqa, splits;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,21 +28,21 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int idle) {
     int64_t sequences = c.q.batch * std::max(c.sequences, 1);
     int64_t rows = ceil_div(c.q.rows, std::max(c.sequences, 1));
-    auto tiles = [&](int block, int pack) {
-        return sequences * (c.q.heads / pack) * ceil_div(rows * pack, block);
+    auto tiles = [&](int block, int pack_gqa) {
+        return sequences * (c.q.heads / pack_gqa) * ceil_div(rows * pack_gqa, block);
     };
     if (c.splits <= 1 && rows > FEW_ROWS && idle * tiles(MANY_ROWS, 1) > multiprocessors)
         return {false, 1, 1};
     int group = static_cast<int>(c.q.heads / c.k.heads);
     bool fits = c.q.rows * group < int64_t(1) << 30;
-    int pack = fits && tiles(FEW_ROWS, group) < tiles(FEW_ROWS, 1) ? group : 1;
+    int pack_gqa = fits && tiles(FEW_ROWS, group) < tiles(FEW_ROWS, 1) ? group : 1;
     int64_t keys = c.keys();
     if (c.left >= 0 && c.right >= 0)
         keys = std::min(keys, c.left + c.right + std::min<int64_t>(rows, FEW_ROWS));
-    int64_t room = RESIDENT * multiprocessors / std::max<int64_t>(1, tiles(FEW_ROWS, pack));
+    int64_t room = RESIDENT * multiprocessors / std::max<int64_t>(1, tiles(FEW_ROWS, pack_gqa));
     int64_t splits = c.splits > 0 ? std::min<int64_t>(c.splits, ceil_div(keys, MIN_TILE_KEYS))
                                   : std::min(room, keys / MIN_SPLIT_KEYS);
-    return {true, pack, static_cast<int>(std::max<int64_t>(1, splits))};
+    return {true, pack_gqa, static_cast<int>(std::max<int64_t>(1, splits))};
 }
 
 // Numbers of elements of split_out and split_lse.
@@ -58,7 +58,7 @@ template <class F> ForwardParams80 forward_params80(const ForwardCall& c, const 
     p.k = rows_of(c.k);
     p.v = rows_of(c.v);
     p.out = rows_of(c.out);
-    p.pack = plan.pack;
+    p.pack_gqa = plan.pack_gqa;
     p.page_table = c.page_table;
     p.page_row = c.page_row;
     p.page_size = static_cast<int>(c.k.rows);

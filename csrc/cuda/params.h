@@ -65,14 +65,14 @@ struct ForwardParams : ForwardShape {
     TensorMap q, k, v, out;  // dimensions (D, rows, heads, batch), boxes of 128 bytes a row
     Rows out_rows;           // where a tile ends inside a sequence's neighbour, TMA cannot store it
     Descale q_descale, k_descale, v_descale;  // read where q, k and v are of 8 bits
-    static constexpr int pack = 1;
+    static constexpr int pack_gqa = 1;
     static constexpr const int* page_table = nullptr;
 };
 
 // On sm_80: also heads that share tiles (work.cuh), keys in pages, and keys in parts.
 struct ForwardParams80 : ForwardShape {
     Rows q, k, v, out;
-    int pack;
+    int pack_gqa;
     const int* page_table;  // [batch or sequences, page_row]; null: k and v are not in pages
     int64_t page_row;       // else their batch is pages, their rows a page's
     int page_size;

@@ -17,23 +17,23 @@ struct SequenceRows {
     int first_slot;
 
     FASTATTN_DEVICE SequenceRows(const int* cu, int sequences, int rows, int number, int block,
-                                 int pack = 1)
+                                 int pack_gqa = 1)
         : number(number),
           begin(ld_global(cu + number)),
           end(number == sequences ? rows : ld_global(cu + number + 1)),
-          first_slot(begin * pack / block + number) {}
+          first_slot(begin * pack_gqa / block + number) {}
 
     FASTATTN_DEVICE static SequenceRows of_slot(const int* cu, int sequences, int rows, int slot,
-                                                int block, int pack = 1) {
+                                                int block, int pack_gqa = 1) {
         int low = 0, high = sequences;
         while (low < high) {
             int middle = (low + high + 1) / 2;
-            if (ld_global(cu + middle) * pack / block + middle <= slot)
+            if (ld_global(cu + middle) * pack_gqa / block + middle <= slot)
                 low = middle;
             else
                 high = middle - 1;
         }
-        return {cu, sequences, rows, low, block, pack};
+        return {cu, sequences, rows, low, block, pack_gqa};
     }
 };
 
@@ -56,8 +56,8 @@ struct Segment {
         first_row = first_key = begin = 0;
         rows = p.q_len;
         places = end = p.kv_len;
-        bool packed = p.cu_q && !p.documents, none = packed && sequence == p.sequences;
-        if (packed) {
+        bool varlen = p.cu_q && !p.documents, none = varlen && sequence == p.sequences;
+        if (varlen) {
             lengths_index = sequence;
             place(p, batch, sequence);
             end = none ? 0 : places;  // keys of no sequence

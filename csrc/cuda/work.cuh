@@ -7,8 +7,8 @@
 namespace fastattn::cuda {
 
 // The tile of rows with number `index`, and the keys its rows see. Longest first: later rows see
-// more keys under a causal mask. Where heads are packed (p.pack > 1), p.pack heads that share keys
-// count as one, and a tile's row r is row r / p.pack of head r % p.pack of these.
+// more keys under a causal mask. Where heads are packed (p.pack_gqa > 1), p.pack_gqa heads that share keys
+// count as one, and a tile's row r is row r / p.pack_gqa of head r % p.pack_gqa of these.
 struct Work {
     int batch, head, row;  // head: the first; row: the tile's first, of its entry
     int lengths_index;
@@ -17,18 +17,18 @@ struct Work {
     Band band;
 
     template <class Params> FASTATTN_DEVICE Work(const Params& p, int index, int block_q) {
-        int heads = p.heads / p.pack, all = p.batch * heads;
+        int heads = p.heads / p.pack_gqa, all = p.batch * heads;
         int per_section = p.heads_per_section * p.q_tiles;
         int section = index / per_section, rest = index % per_section;
         int first = section * p.heads_per_section;
         int width = imin(p.heads_per_section, all - first);
         int which = first + rest % width, slot = p.q_tiles - 1 - rest / width;
         batch = which / heads;
-        head = which % heads * p.pack;
+        head = which % heads * p.pack_gqa;
         int sequence = 0;
         if (p.cu_q) {
             SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
-                                                     slot, block_q, p.pack);
+                                                     slot, block_q, p.pack_gqa);
             sequence = own.number;
             slot -= own.first_slot;
         }
@@ -37,7 +37,7 @@ struct Work {
         first_row = segment.first_row;
         first_key = segment.begin + (p.page_table ? 0 : segment.first_key);
         row = slot * block_q;
-        rows = segment.rows * p.pack;
+        rows = segment.rows * p.pack_gqa;
         band = {p.left, p.right, segment.offset - segment.begin, segment.rows,
                 segment.end - segment.begin};
     }

@@ -41,7 +41,7 @@ void emulated_forward_plan(const ForwardCall* call, int multiprocessors, bool ho
                            int* numbers) {
     ForwardPlan plan = forward_plan(*call, multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
     numbers[0] = plan.few;
-    numbers[1] = plan.pack;
+    numbers[1] = plan.pack_gqa;
     numbers[2] = plan.splits;
 }
 

@@ -200,7 +200,7 @@ def plan(problem, multiprocessors: int, num_splits: int = 0, hopper: bool = Fals
     numbers = (ctypes.c_int * 3)()
     call = _forward_call(problem, problem.q, problem.q, num_splits)
     library().emulated_forward_plan(ctypes.byref(call), multiprocessors, hopper, numbers)
-    return dict(zip(("few", "pack", "splits"), numbers))
+    return dict(zip(("few", "pack_gqa", "splits"), numbers))
 
 
 def forward(
