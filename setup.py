@@ -198,7 +198,7 @@ class Plan:
         return Library("_cpu", relative(sources), flags=flags, links=links)
 
     def _cuda(self, why_not: str | None) -> Library:
-        sources = [*ROOT.glob("csrc/ops_cuda.cu"), *sorted(ROOT.glob("csrc/cuda/**/*.cu"))]
+        sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
         if not why_not and self.mode in ("cpu", *INSTRUMENTED):
             why_not = f"built with FASTATTN_BUILD={self.mode}"
         elif not why_not and not sources:

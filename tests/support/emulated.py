@@ -101,7 +101,7 @@ def library() -> ctypes.CDLL:
 
 
 class Operand(ctypes.Structure):
-    """csrc/cuda/launch.h: a tensor [batch, heads, rows, D]."""
+    """csrc/cuda/host_params.h: a tensor [batch, heads, rows, D]."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -118,7 +118,7 @@ class Operand(ctypes.Structure):
 class Descale(ctypes.Structure):
     """csrc/cuda/params.h: fp32 [kv_heads] or [entries, kv_heads], or None."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("entry", ctypes.c_int)]
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int)]
 
     @classmethod
     def of(cls, x: Tensor | None) -> Descale:
@@ -126,7 +126,7 @@ class Descale(ctypes.Structure):
 
 
 class ForwardCall(ctypes.Structure):
-    """csrc/cuda/launch.h; working memory is the emulator's."""
+    """csrc/cuda/host_params.h; working memory is the emulator's."""
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out")),
@@ -136,13 +136,13 @@ class ForwardCall(ctypes.Structure):
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
         *(("page_table", ctypes.c_void_p), ("pages", ctypes.c_int64), ("page_row", ctypes.c_int64)),
-        *(("splits", ctypes.c_int), ("part_out", ctypes.c_void_p), ("part_lse", ctypes.c_void_p)),
+        *(("splits", ctypes.c_int), ("split_out", ctypes.c_void_p), ("split_lse", ctypes.c_void_p)),
         *((name, Descale) for name in ("q_descale", "k_descale", "v_descale")),
     ]
 
 
 class BackwardCall(ctypes.Structure):
-    """csrc/cuda/launch.h; working memory is the emulator's."""
+    """csrc/cuda/host_params.h; working memory is the emulator's."""
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
@@ -150,14 +150,14 @@ class BackwardCall(ctypes.Structure):
         *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
-        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns")),
+        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "semaphores")),
         *((name, ctypes.c_void_p) for name in ("large", "sinks")),
         *(("sink_type", ctypes.c_int), ("dsinks", ctypes.c_void_p)),
     ]
 
 
 def is_expanded(x: Tensor) -> bool:
-    """csrc/cuda/launch.h's rule."""
+    """csrc/cuda/host_params.h's rule."""
     return any(n > 1 and stride == 0 for n, stride in zip(x.shape[:3], x.stride()))
 
 
@@ -200,11 +200,11 @@ def _forward_call(problem, out: Tensor, lse: Tensor, num_splits: int) -> Forward
 
 
 def plan(problem, multiprocessors: int, num_splits: int = 0, hopper: bool = False) -> dict:
-    """csrc/cuda/launch80.h's ForwardPlan."""
+    """csrc/cuda/host_params80.h's ForwardPlan."""
     numbers = (ctypes.c_int * 3)()
     call = _forward_call(problem, problem.q, problem.q, num_splits)
     library().emulated_forward_plan(ctypes.byref(call), multiprocessors, hopper, numbers)
-    return dict(zip(("few", "pack", "splits"), numbers))
+    return dict(zip(("few", "pack_gqa", "splits"), numbers))
 
 
 def forward(
@@ -237,17 +237,17 @@ def backward(
     lse,
     seed: int = 0,
     grid: int = 2,
-    turns: bool = True,
+    deterministic: bool = True,
     arch: str = "sm90",
     more: tuple = (),
 ):
-    """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order.
+    """(dq, dk, dv, dsinks or None), NaN at first. deterministic: sums into dq are taken in one order.
 
     arch: whose kernels; more: what else their entry in tests/emulator takes.
     """
     q, k, v, spec, x = problem
     x = documents_as_sequences(x)
-    if arch == "sm90":  # as csrc/ops_cuda.cu does: tensor maps have no stride of 0
+    if arch == "sm90":  # as csrc/cuda/ops.cu does: tensor maps have no stride of 0
         q, k, v, dout = (y.contiguous() if is_expanded(y) else y for y in (q, k, v, dout))
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)
@@ -259,12 +259,12 @@ def backward(
         *map(_address, (lse, dlse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
         *_sequences(x),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
-        *(None, None, None, q.data_ptr() if turns else None),
+        *(None, None, None, q.data_ptr() if deterministic else None),
         *(None, _address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
     )
     bf16 = q.dtype == torch.bfloat16
-    entry = getattr(library(), f"emulated_backward_{arch}")
-    fault = entry(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)
+    run = getattr(library(), f"emulated_backward_{arch}")
+    fault = run(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)
     if fault:
         raise Fault(fault.decode())
     return dq, dk, dv, dsinks
