@@ -151,6 +151,11 @@ def _cuda_refuses(call):
             f"head dimensions are {dims[0]} (q, k) and {dims[1]} (v); the kernels have 64, 128 "
             "and 256, the same for both"
         )
+    if operands.key_begin is not None:
+        return (
+            "key_ranges is given; the kernels bound keys by window, length and document, and not "
+            "row by row, as backend 'triton' does"
+        )
     accepted = CUDA_FLOAT8_OPERANDS if float8 else CUDA_OPERANDS
     if other := [name for name in operands.given() if name not in accepted]:
         return f"{other[0]} is given; the kernels take {', '.join(accepted)}"
@@ -264,6 +269,8 @@ def _cpu_why_not(call):
 
 def _cpu_refuses(call):
     q, v = call.q, call.v
+    if call.operands.key_begin is not None:
+        return "key_ranges is given, which these kernels do not take yet; mask= says the same"
     if q.dtype not in DTYPES and call.operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
