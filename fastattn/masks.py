@@ -4,11 +4,11 @@
     out = fastattn.attention(q, k, v, causal=True, key_ranges=ranges)
 
 Each function returns (begin, end) of the smallest shapes that broadcast to [B, heads, rows]. Rows
-and keys are counted as positions in the sequence, and `offset` is the position of row 0 among the keys:
-0 where rows and keys are the same tokens; kv_len - q_len where the last row meets the last key, which
-is align="end"; the number of keys already in a cache, when more tokens follow them. It is an int or,
+and keys are counted as positions in the sequence, and `offset` is the position of row 0 among the
+keys: 0 where rows and keys are the same tokens; kv_len - q_len where the last row meets the last
+key, which is align="end"; the number of keys in a cache that more tokens follow. It is an int or,
 where entries differ, an int tensor [B] (of packed sequences, one for each). No value is read, so
-nothing waits for a GPU. Next hop: ranges.py, which checks what attention() gets.
+nothing waits for a GPU. Next hop: core/ranges.py, which checks what attention() gets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from .core import checks
 
 __all__ = ["block_causal", "chunked", "prefix"]
 
@@ -28,8 +28,8 @@ def prefix(
 ) -> tuple[Tensor, Tensor]:
     """A prefix that all rows see, and causal attention after it (prefix-LM, PaliGemma).
 
-    The row at position p sees keys j < max(prefix_len, p + 1): within the prefix attention goes both
-    ways. Causality is in it, so the call needs no causal=True, which would hide the prefix again.
+    The row at position p sees keys j < max(prefix_len, p + 1): within the prefix attention goes
+    both ways. Causality is in it: causal=True would hide what a prefix's rows see ahead of them.
 
     Args:
         prefix_lens: int tensor [B], each entry's prefix, or an int for all.
@@ -131,8 +131,8 @@ def _per_entry(name: str, x: Tensor | int, device) -> Tensor:
             raise ValueError(f"{name} is {x}; accepted is an int in (-2**30, 2**30)")
         x = torch.full((1,), x, dtype=torch.int32, device=device)
     if x.dtype not in (torch.int32, torch.int64) or x.dim() > 1:
-        raise TypeError(f"{name} is {x.dtype} of shape {checks.show(x)}; accepted are an int and an "
-                        "int32 tensor [B]")  # fmt: skip
+        raise TypeError(f"{name} is {x.dtype} of shape {checks.show(x)}; accepted are an int and "
+                        "an int32 tensor [B]")  # fmt: skip
     return x.to(device, torch.int32).view(-1, 1, 1)
 
 
