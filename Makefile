@@ -57,13 +57,13 @@ demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
 
 # One process a core, one thread a process; a worker without tests takes some of another's. One
-# process again, for a debugger: make test ARGS="-n 0 --pdb tests/test_cpu.py".
+# process again, for a debugger: make test ARGS="-n 0 --pdb tests/backends/test_cpu.py".
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal $(ARGS)
 
 # One small case of every option on every backend, the public names and types, lint, line budgets.
 check: lint size build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/test_check.py tests/test_types.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/attention/test_check.py tests/attention/test_types.py $(ARGS)
 
 bench: build
 	$(BIN)/python -m fastattn bench --quick $(ARGS)
@@ -125,12 +125,12 @@ asan: build
 	FASTATTN_CPU_LIBRARY="$$PWD/build/asan/_cpu.abi3.so" LD_PRELOAD="$(SANITIZERS)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
-	    tests/test_native.py tests/test_cpu.py tests/test_fused.py tests/test_fused_dropout.py \
-	    tests/test_fused_native.py tests/test_memory.py $(ARGS)
+	    tests/backends/test_native.py tests/backends/test_cpu.py tests/fused/test_fused.py tests/fused/test_fused_dropout.py \
+	    tests/fused/test_fused_native.py tests/attention/test_memory.py $(ARGS)
 
 # Stops at the first wrong result and prints the fewest lines that show it.
 fuzz: build
-	$(BIN)/python tests/fuzz.py $(ARGS)
+	$(BIN)/python tests/support/fuzz.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -159,8 +159,8 @@ gpu: build
 # What Triton and nvcc make of the GPU kernels: registers, spills, shared memory, instructions. Only
 # what changed since the stored audits is compiled; ARGS=--write stores it, ARGS=--all compiles all.
 gpu-audit: build
-	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.gpu_audit $(ARGS)
-	$(BIN)/python -m fastattn.benchmarks.cuda_audit $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.compile.triton $(ARGS)
+	$(BIN)/python -m fastattn.benchmarks.compile.cuda $(ARGS)
 
 # The CUDA library is in it where nvcc is found; torch may be a CPU build. ziglang has the symbols of
 # old glibcs; auditwheel fails where a library needs newer ones, and tags the wheel.
@@ -173,9 +173,9 @@ wheel: $(VENV)/.installed
 	    --exclude 'libtorch*' -w dist build/raw-wheel/*.whl
 	@ls dist/*.whl
 
-# Each row of tests/versions.py in an environment of its own, below build/versions; ARGS names rows.
+# Each row of tests/support/versions.py in an environment of its own, below build/versions; ARGS names rows.
 versions: wheel
-	$(BIN)/python tests/versions.py --wheel "$$(ls -t dist/*.whl | head -1)" $(ARGS)
+	$(BIN)/python tests/support/versions.py --wheel "$$(ls -t dist/*.whl | head -1)" $(ARGS)
 
 # pip's torch for Linux has CUDA; PIP_EXTRA_INDEX_URL or its like may name another place for it.
 cuda-load: wheel
@@ -185,7 +185,7 @@ cuda-load: wheel
 	    || { echo "== installing torch $(CUDA_TORCH) into $(CUDA_VENV)"; \
 	         $(CUDA_VENV)/bin/python -m pip install -q "torch==$(CUDA_TORCH)" numpy; }
 	@$(CUDA_VENV)/bin/python -m pip install -q --force-reinstall --no-deps "$$(ls -t dist/*.whl | head -1)"
-	$(CUDA_VENV)/bin/python tests/cuda_load.py
+	$(CUDA_VENV)/bin/python tests/support/cuda_load.py
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

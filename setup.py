@@ -62,7 +62,11 @@ from build_tools import (  # noqa: E402
     nvcc_release,
 )
 
-SUBPACKAGES = ("nn", "models", "hf", "flash_attn", "kernels", "benchmarks")
+SUBPACKAGES = (
+    *("core", "backends", "fused", "nn", "models", "hf", "flash_attn", "cli", "kernels"),
+    *("benchmarks", "benchmarks.measure", "benchmarks.report", "benchmarks.compile"),
+    "benchmarks.demo",
+)
 MODES = ("auto", "cpu", "cuda", "wheel", "none", "asan")
 CUDA_FLOOR = (12, 0)  # of nvcc: the first that knows 90a and cuTensorMapEncodeTiled
 CUDA_ARCHS = "80;90a"

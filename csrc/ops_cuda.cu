@@ -1,4 +1,4 @@
-// The CUDA operators: their checks, and what is registered with torch. fastattn/backends.py asks
+// The CUDA operators: their checks, and what is registered with torch. fastattn/backends/registry.py asks
 // before it calls; here the same is refused to those who call the operator themselves.
 // next: cuda/machine.h, cuda/sm90.h, cuda/sm80.h
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -430,7 +430,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
 }  // namespace
 }  // namespace fastattn::cuda
 
-// What fastattn/proof_steps.py asks through ctypes: "" or what is wrong, kept until this thread's
+// What fastattn/backends/proof_steps.py asks through ctypes: "" or what is wrong, kept until this thread's
 // next question.
 #define QUESTION extern "C" __attribute__((visibility("default"))) const char*
 

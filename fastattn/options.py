@@ -1,6 +1,6 @@
 """The options of the calls, as type checkers read them: what an overload of attention(),
 varlen_attention(), decode_attention() or explain() takes by keyword. The functions' own signatures
-are the rule, and tests/test_types.py holds these to them.
+are the rule, and tests/attention/test_types.py holds these to them.
 """
 
 from __future__ import annotations

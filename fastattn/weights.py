@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import checks
-from .attention import attention
-from .philox import keep_probability
-from .reference import finite_sum
-from .spec import Spec
+from .core import checks
+from .core.philox import keep_probability
+from .core.reference import finite_sum
+from .core.spec import Spec
+from .functional import attention
 
 LARGE_LSE = 4096.0  # from here on its rounding is felt in exp(score - lse)
 CHUNK = 1 << 18  # scores at a time, 1 MiB of float32: they stay in the cache

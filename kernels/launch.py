@@ -12,15 +12,15 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..descales import E4M3
-from ..ops import _unit_stride, is_dense
-from ..philox import FIRST_HEAD, TOTAL_HEADS, keep_probability, keep_threshold
-from ..spec import Descales, Operands, Spec, split_arguments
+from ..core.philox import FIRST_HEAD, TOTAL_HEADS, keep_probability, keep_threshold
+from ..core.quantization import E4M3
+from ..core.spec import Descales, Operands, Spec, split_arguments
+from ..core.tensors import is_dense, unit_stride
 from . import config, tune
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
-from .decode import combine_kernel
+from .combine import combine_kernel
 from .forward import forward_kernel
-from .masks import tile_lists
+from .mask_tiles import tile_lists
 from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList, constants
 from .score import LOG2E, MAX
 
@@ -158,7 +158,7 @@ def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
     descales; row stands in for the table's Config, device for q's (config.Device)."""
     tensors, numbers, (num_splits, *descales) = split_arguments(rest)
     operands, spec = Operands(*tensors, Descales(*descales)), Spec(*numbers)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     out, lse = new_results(q, v, operands.packed)
     if lse.numel() == 0 or out.numel() == 0:
         return out, lse
@@ -248,7 +248,7 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = N
     operands, spec = Operands(*tensors), Spec(*numbers)
     if operands.paged:
         raise NotImplementedError("fastattn: keys in pages have no gradient")
-    dout, out, q, k, v = (_unit_stride(x) for x in (dout, out, q, k, v))
+    dout, out, q, k, v = (unit_stride(x) for x in (dout, out, q, k, v))
     make = torch.zeros_like if operands.packed else torch.empty_like
     dq, dk, dv = (make(x) for x in (q, k, v))
     bias, sinks = operands.bias, operands.sinks

@@ -141,7 +141,7 @@ class Lanes(NamedTuple):
 
 
 class TileList(NamedTuple):
-    """Which tiles of a bool mask hold a True (masks.py); int32."""
+    """Which tiles of a bool mask hold a True (mask_tiles.py); int32."""
 
     rank: Any = None  # [batch, heads, tiles, others + 1]: how many such tiles come before
     tile: Any = None  # [batch, heads, tiles, others]: their numbers, in order

@@ -361,7 +361,7 @@ template <class F> struct Consumer {
 
 // --- the kernel ---------------------------------------------------------------------------------
 
-// SHARED_BYTES is in the kernel's name for benchmarks/cuda_audit.py, which sees no launch.
+// SHARED_BYTES is in the kernel's name for benchmarks/compile/cuda.py, which sees no launch.
 template <class F, int SHARED_BYTES = F::SHARED_BYTES>
 __global__ void __launch_bounds__(F::THREADS, 1)
     forward_sm90(const __grid_constant__ ForwardParams p) {
