@@ -33,8 +33,6 @@ def why_not(call):
 
 def refuses(call):
     q, v = call.q, call.v
-    if call.operands.key_begin is not None:
-        return "key_ranges is given, which these kernels do not take yet; mask= says the same"
     if q.dtype not in DTYPES and call.operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
