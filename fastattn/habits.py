@@ -26,7 +26,7 @@ _OURS = {
     "src_key_padding_mask": _PADDING,
     "attn_bias": "bias= is its name",
     "score_mod": "bias=, alibi_slopes= and softcap= change scores",
-    "block_mask": "mask=, window= and document_ids= hide keys",
+    "block_mask": "mask=, window=, document_ids= and key_ranges= hide keys",
     "dropout": _DROPOUT,
     "attention_dropout": _DROPOUT,
     "p": _DROPOUT,

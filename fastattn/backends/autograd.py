@@ -216,7 +216,7 @@ def reference_of(spec, others):
 
 
 # Operands whose values the reference reads: they say which keys exist and which weights it drops.
-_READ = {*OTHERS} - {"mask", "alibi_slopes"}
+_READ = {*OTHERS} - {"mask", "alibi_slopes", "key_begin", "key_end"}
 
 
 def _refuse_batched(others) -> None:

@@ -106,6 +106,11 @@ def refuses(call):
             f"head dimensions are {dims[0]} (q, k) and {dims[1]} (v); the kernels have 64, 128 "
             "and 256, the same for both"
         )
+    if operands.key_begin is not None:
+        return (
+            "key_ranges is given; the kernels bound keys by window, length and document, and not "
+            "row by row, as backend 'triton' does"
+        )
     accepted = FLOAT8_OPERANDS if float8 else OPERANDS
     if other := [name for name in operands.given() if name not in accepted]:
         return f"{other[0]} is given; the kernels take {', '.join(accepted)}"
