@@ -241,7 +241,7 @@ def backward(
     arch: str = "sm90",
     more: tuple = (),
 ):
-    """(dq, dk, dv, dsinks or None), NaN at first. deterministic: sums into dq are taken in one order.
+    """(dq, dk, dv, dsinks or None), NaN at first. deterministic: sums into dq have one order.
 
     arch: whose kernels; more: what else their entry in tests/emulator takes.
     """
