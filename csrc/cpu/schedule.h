@@ -112,13 +112,6 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Para
                     }
                 }
         }
-    if (p.key_ranges.given() && plan.merges.empty())  // any tile may be a head's longest
-        std::stable_sort(plan.items.begin(), plan.items.end(),
-                         [](const ForwardItem& a, const ForwardItem& b) {
-                             if (a.segment != b.segment) return a.segment < b.segment;
-                             if (a.head != b.head) return a.head < b.head;
-                             return a.key_end - a.key_begin > b.key_end - b.key_begin;
-                         });
     return plan;
 }
 
