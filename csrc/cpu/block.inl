@@ -1,6 +1,6 @@
 // Where the keys and values of a block are packed or converted: in the thread's scratch memory, or
 // on its shelf, where the head's other tiles find them done.
-// next: score.inl
+// next: query_tile.inl
 
 template <class A> struct Block {
     A *keys, *values;  // rows, converted: [n][head_dim], [n][v_dim]
