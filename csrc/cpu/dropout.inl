@@ -52,7 +52,7 @@ INLINE void philox8(const PhiloxKeys& keys, uint32_t c0, uint32_t c1, uint32_t c
     }
 }
 
-constexpr int DROPOUT_LD = BLOCK_Q + 32;  // lanes and keys widened to whole blocks of 16
+constexpr int DROPOUT_LD = BLOCK_Q + 32;  // rows and keys widened to whole blocks of 16
 constexpr int DROPOUT_ROWS = BLOCK_KV + 32;
 typedef float (*DropoutTile)[DROPOUT_LD];
 
@@ -80,21 +80,22 @@ INLINE const float* dropout_block(const DropoutKey& key, uint32_t bh, int i, int
     return &keep[j - j16][i - i16];
 }
 
-// The tile's factors as [key][lane], DROPOUT_LD apart. One head's lanes are used where they were
+// The tile's factors as [key][row], DROPOUT_LD apart. One head's rows are used where they were
 // made; those of several heads are gathered in `gathered`.
 template <class A> INLINE const float* dropout_tile(const Params& p, const Segment& s,
-                                                    const Lanes<A>& lanes, int key, int n,
+                                                    const QueryTile<A>& tile, int key, int n,
                                                     DropoutTile scratch, DropoutTile gathered) {
-    for (int lane = 0; lane < lanes.count;) {
+    for (int tile_row = 0; tile_row < tile.count;) {
         int rows = 1;
-        while (lane + rows < lanes.count && lanes.head[lane + rows] == lanes.head[lane]) rows++;
-        uint32_t bh = s.entry * p.total_heads + p.first_head + lanes.head[lane];
-        const float* from = dropout_block(p.dropout_key, bh, s.row0 + lanes.row[lane], rows,
+        while (tile_row + rows < tile.count && tile.head[tile_row + rows] == tile.head[tile_row])
+            rows++;
+        uint32_t bh = s.entry * p.total_heads + p.first_head + tile.head[tile_row];
+        const float* from = dropout_block(p.dropout_key, bh, s.row0 + tile.row[tile_row], rows,
                                           s.key0 + key, n, scratch);
-        if (rows == lanes.count) return from;
+        if (rows == tile.count) return from;
         for (int j = 0; j < n; j++)
-            for (int i = 0; i < rows; i++) gathered[j][lane + i] = from[j * DROPOUT_LD + i];
-        lane += rows;
+            for (int i = 0; i < rows; i++) gathered[j][tile_row + i] = from[j * DROPOUT_LD + i];
+        tile_row += rows;
     }
     return gathered[0];
 }
@@ -104,6 +105,6 @@ template <class A> INLINE Vec<A> load_dropout(const float* z) {
     if constexpr (sizeof(A) == 4)
         x = load<A>(z);
     else
-        for (int i = 0; i < LANES<A>; i++) x[i] = z[i];
+        for (int i = 0; i < SIMD_WIDTH<A>; i++) x[i] = z[i];
     return x;
 }

@@ -141,7 +141,7 @@ INLINE V each_twice(V x, std::integer_sequence<int, LANE...>) {
 
 template <class A, class T>
 INLINE void rotate_neighbours(const T* x, T* out, const A* cos, const A* sin, A sign, int pairs) {
-    constexpr int L = LANES<A>;
+    constexpr int L = SIMD_WIDTH<A>;
     constexpr auto lanes = std::make_integer_sequence<int, L>{};
     Vec<A> signs;
     for (int i = 0; i < L; i++) signs[i] = i % 2 ? sign : -sign;
@@ -193,7 +193,7 @@ template <class A> static void rotate(const RotateCall& c, int64_t begin, int64_
 
 template <class A, class T>
 static void cross_entropy_rows(const CrossEntropyCall& c, int64_t begin, int64_t end) {
-    constexpr int L = LANES<A>;
+    constexpr int L = SIMD_WIDTH<A>;
     const int n = c.vocab;
     const A cap = static_cast<A>(c.softcap), smoothing = static_cast<A>(c.label_smoothing);
     // The logit as the loss sees it; `t` is tanh, for the derivative.

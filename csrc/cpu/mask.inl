@@ -5,11 +5,11 @@ enum class Seen { NONE, SOME, ALL };
 
 // What the mask lets through of keys [key, key + n): NONE skips the tile, ALL skips the test.
 template <class A>
-INLINE Seen mask_summary(const Params& p, const Lanes<A>& lanes, int key, int n) {
+INLINE Seen mask_summary(const Params& p, const QueryTile<A>& tile, int key, int n) {
     constexpr uint64_t ONES = 0x0101010101010101ull;
     uint64_t any = 0, all = ONES;
-    for (int lane = 0; lane < (lanes.one_mask ? 1 : lanes.count); lane++) {
-        const char* row = lanes.mask[lane] + key * p.mask.col;
+    for (int tile_row = 0; tile_row < (tile.one_mask ? 1 : tile.count); tile_row++) {
+        const char* row = tile.mask[tile_row] + key * p.mask.col;
         int j = 0;
         if (p.mask.col == 1)
             for (; j + 8 <= n; j += 8) {
@@ -45,15 +45,15 @@ INLINE void transpose_bytes8(const uint64_t* from, uint64_t* to) {
 }
 
 template <class A> struct Bytes {
-    typedef uint8_t V __attribute__((vector_size(LANES<A>)));
+    typedef uint8_t V __attribute__((vector_size(SIMD_WIDTH<A>)));
 };
 
-// s[key][lane] = -inf where the mask is false, for one panel.
-template <class A> INLINE void apply_mask(const Params& p, const Lanes<A>& lanes, int panel,
+// s[key][row] = -inf where the mask is false, for one panel.
+template <class A> INLINE void apply_mask(const Params& p, const QueryTile<A>& tile, int panel,
                                           int key, int n, A* s, int64_t ld) {
-    constexpr int W = LANES<A>;
-    if (lanes.one_mask) {
-        const char* row = lanes.mask[0] + key * p.mask.col;
+    constexpr int W = SIMD_WIDTH<A>;
+    if (tile.one_mask) {
+        const char* row = tile.mask[0] + key * p.mask.col;
         for (int j = 0; j < n; j++)
             if (!row[j * p.mask.col]) {
                 store<A>(s + j * ld, splat(A(NEG_INF)));
@@ -62,22 +62,22 @@ template <class A> INLINE void apply_mask(const Params& p, const Lanes<A>& lanes
         return;
     }
     alignas(64) uint8_t seen[BLOCK_KV][imax(8, PANEL<A>)] = {};
-    for (int lane = 0; lane < PANEL<A>; lane++) {
-        const char* const* rows = lanes.mask + panel * PANEL<A> + lane;
-        int left = lanes.count - panel * PANEL<A> - lane;
-        if (PANEL<A> >= 8 && p.mask.col == 1 && left >= 8 && lane + 8 <= PANEL<A>) {
+    for (int tile_row = 0; tile_row < PANEL<A>; tile_row++) {
+        const char* const* rows = tile.mask + panel * PANEL<A> + tile_row;
+        int left = tile.count - panel * PANEL<A> - tile_row;
+        if (PANEL<A> >= 8 && p.mask.col == 1 && left >= 8 && tile_row + 8 <= PANEL<A>) {
             int j = 0;
             for (; j + 8 <= n; j += 8) {
                 uint64_t from[8], to[8];
                 for (int i = 0; i < 8; i++) __builtin_memcpy(from + i, rows[i] + key + j, 8);
                 transpose_bytes8(from, to);
-                for (int i = 0; i < 8; i++) __builtin_memcpy(&seen[j + i][lane], to + i, 8);
+                for (int i = 0; i < 8; i++) __builtin_memcpy(&seen[j + i][tile_row], to + i, 8);
             }
             for (; j < n; j++)
-                for (int i = 0; i < 8; i++) seen[j][lane + i] = rows[i][key + j];
-            lane += 7;
+                for (int i = 0; i < 8; i++) seen[j][tile_row + i] = rows[i][key + j];
+            tile_row += 7;
         } else if (left > 0) {
-            for (int j = 0; j < n; j++) seen[j][lane] = rows[0][(key + j) * p.mask.col];
+            for (int j = 0; j < n; j++) seen[j][tile_row] = rows[0][(key + j) * p.mask.col];
         }
     }
     for (int j = 0; j < n; j++)
@@ -93,13 +93,13 @@ template <class A> INLINE void apply_mask(const Params& p, const Lanes<A>& lanes
 // --- bounds -------------------------------------------------------------------------------------
 
 template <class A>
-INLINE void apply_bounds(const Lanes<A>& lanes, int panel, int key, int n, A* s, int64_t ld) {
+INLINE void apply_bounds(const QueryTile<A>& tile, int panel, int key, int n, A* s, int64_t ld) {
     for (int v = 0; v < 2; v++) {
-        int lane = panel * PANEL<A> + v * LANES<A>;
-        VecI<A> lo = load_int<A>(lanes.lo + lane), hi = load_int<A>(lanes.hi + lane);
+        int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
+        VecI<A> lo = load_int<A>(tile.lo + tile_row), hi = load_int<A>(tile.hi + tile_row);
         for (int j = 0; j < n; j++) {
             VecI<A> at = splat_int<A>(key + j);
-            A* x = s + j * ld + v * LANES<A>;
+            A* x = s + j * ld + v * SIMD_WIDTH<A>;
             Vec<A> inside = at >= lo ? load<A>(x) : splat(A(NEG_INF));
             store<A>(x, at < hi ? inside : splat(A(NEG_INF)));
         }

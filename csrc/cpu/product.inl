@@ -1,5 +1,5 @@
-// The products that make scores: [keys][lanes] = rows of k (or v) times turned rows of q (or dout).
-// In fp32 (fp64), or on bf16 pairs where the instruction set has that dot product.
+// The products that make scores, [keys][query rows]: rows of k (or v) times turned rows of q (or
+// dout). In fp32 (fp64), or on bf16 pairs where the instruction set has that dot product.
 // next: block.inl
 
 // Query rows turned into lanes: transposed panels, with `factor` in them or applied afterwards.
@@ -29,7 +29,7 @@ INLINE Turned<A> new_turned(const Params& p, int rows, int columns, A factor, Ar
     return {arena.take<A>(rows * columns), nullptr, columns, factor};
 }
 
-// Fills `to` from rows given by row_of(i), i < n; lanes past n are 0. `buffer` holds 8 rows.
+// Fills `to` from rows given by row_of(i), i < n; those past n are 0. `buffer` holds 8 rows.
 template <class A, class RowOf>
 INLINE void turn(const Params& p, RowOf row_of, int n, const Turned<A>& to, A* buffer) {
     if (to.pairs == nullptr)
@@ -39,13 +39,13 @@ INLINE void turn(const Params& p, RowOf row_of, int n, const Turned<A>& to, A* b
         });
     int pairs = (to.columns + 1) / 2;
     for (int i = 0; i < round_up_panel<A>(n); i++) {
-        uint32_t* lane =
+        uint32_t* column =
             to.pairs + static_cast<int64_t>(i / PANEL<A>) * pairs * PANEL<A> + i % PANEL<A>;
         const uint16_t* row = i < n ? reinterpret_cast<const uint16_t*>(row_of(i)) : nullptr;
         for (int d = 0; d < pairs; d++) {
             uint32_t low = row ? row[2 * d] : 0,
                      high = row && 2 * d + 1 < to.columns ? row[2 * d + 1] : 0;
-            lane[d * PANEL<A>] = low | high << 16;
+            column[d * PANEL<A>] = low | high << 16;
         }
     }
 }
@@ -69,7 +69,7 @@ template <class A> INLINE RowBlock<A> load_rows(const Params& p, const KeyRows& 
     return {buffer, nullptr, columns};
 }
 
-// to[key][lane] of one panel, for keys [begin, end) of the block.
+// to[key][row] of one panel, for keys [begin, end) of the block.
 template <class A> INLINE void panel_product(const Turned<A>& q, int panel, const RowBlock<A>& rows,
                                              int begin, int end, A* to, int64_t ld) {
     if constexpr (FASTATTN_BF16_DOT && sizeof(A) == 4)

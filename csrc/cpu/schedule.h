@@ -14,8 +14,8 @@ namespace fastattn::cpu {
 // (backward) are cut.
 constexpr int ENOUGH_ITEMS = 64, ENOUGH_TILES = 8, ENOUGH_GRADIENTS = 16;
 constexpr int SPLIT_KEYS = 480;  // a split smaller than this costs more than it brings
-constexpr int SPLIT_LANES =
-    16;  // tiles this narrow are bound by memory: cutting them is nearly free
+// Tiles of this few rows are bound by memory: cutting them is nearly free.
+constexpr int SPLIT_ROWS = 16;
 // However many splits a caller asks for, each has this many keys, and the results of all of them
 // together take at most so many bytes.
 constexpr int LEAST_SPLIT_KEYS = 32;
@@ -80,7 +80,7 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Para
                 tiles += static_cast<int64_t>(heads / tile_heads) * count;
                 continue;
             }
-            int wanted = tile_heads * rows <= SPLIT_LANES ? ENOUGH_ITEMS : ENOUGH_TILES;
+            int wanted = tile_heads * rows <= SPLIT_ROWS ? ENOUGH_ITEMS : ENOUGH_TILES;
             for (int head = 0; head < heads; head += tile_heads)
                 for (int tile = count - 1; tile >= 0;
                      tile--) {  // under a causal mask, longest first

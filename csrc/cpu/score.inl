@@ -10,10 +10,10 @@ template <class A> INLINE void apply_softcap(A cap, int n, A* s, int64_t ld, A* 
     A inverse = 1 / cap;
     for (int j = 0; j < n; j++)
         for (int v = 0; v < 2; v++) {
-            A* x = s + j * ld + v * LANES<A>;
+            A* x = s + j * ld + v * SIMD_WIDTH<A>;
             Vec<A> t = vtanh(load<A>(x) * inverse);
             store<A>(x, t * cap);
-            if (slope) store<A>(slope + j * ld + v * LANES<A>, 1 - t * t);
+            if (slope) store<A>(slope + j * ld + v * SIMD_WIDTH<A>, 1 - t * t);
         }
 }
 
@@ -34,27 +34,27 @@ template <class A> INLINE A bias_at(Dtype dtype, const char* p) {
     }
 }
 
-template <class A> INLINE void apply_bias(const Params& p, const Lanes<A>& lanes, int panel,
+template <class A> INLINE void apply_bias(const Params& p, const QueryTile<A>& tile, int panel,
                                           int key, int n, A* s, int64_t ld) {
-    constexpr int W = LANES<A>;
+    constexpr int W = SIMD_WIDTH<A>;
     int64_t step = p.bias.col * size_of(p.bias.dtype);
-    if (lanes.one_bias) {
+    if (tile.one_bias) {
         for (int j = 0; j < n; j++) {
-            A b = to_base2<A>(bias_at<A>(p.bias.dtype, lanes.bias[0] + (key + j) * step));
+            A b = to_base2<A>(bias_at<A>(p.bias.dtype, tile.bias[0] + (key + j) * step));
             store<A>(s + j * ld, load<A>(s + j * ld) + b);
             store<A>(s + j * ld + W, load<A>(s + j * ld + W) + b);
         }
         return;
     }
-    // Eight rows at a time, turned into lanes; where they are not plain A, converted first.
+    // Eight rows at a time, transposed; where they are not plain A, converted first.
     constexpr int STEP = imin(8, PANEL<A>);
     alignas(64) A converted[STEP][BLOCK_KV];
     bool in_place = p.bias.col == 1 && (sizeof(A) == 8 ? Dtype::F64 : Dtype::F32) == p.bias.dtype;
-    for (int lane = 0; lane < PANEL<A>; lane += STEP) {
-        int first = panel * PANEL<A> + lane, count = imin(STEP, lanes.count - first);
+    for (int tile_row = 0; tile_row < PANEL<A>; tile_row += STEP) {
+        int first = panel * PANEL<A> + tile_row, count = imin(STEP, tile.count - first);
         if (!in_place)
             for (int i = 0; i < count; i++) {
-                const char* from = lanes.bias[first + i] + key * step;
+                const char* from = tile.bias[first + i] + key * step;
                 if (p.bias.col == 1 && p.bias.dtype == p.dtype)
                     with_type<A>(p.dtype, [&](auto* type) {
                         using T = std::remove_pointer_t<decltype(type)>;
@@ -65,36 +65,35 @@ template <class A> INLINE void apply_bias(const Params& p, const Lanes<A>& lanes
                         converted[i][j] = bias_at<A>(p.bias.dtype, from + j * step);
             }
         auto row = [&](int i) {
-            return in_place ? reinterpret_cast<const A*>(lanes.bias[first + i]) + key
-                            : converted[i];
+            return in_place ? reinterpret_cast<const A*>(tile.bias[first + i]) + key : converted[i];
         };
         if (count > 0)
-            transpose_mapped<true>(row, count, n, s + lane, ld,
+            transpose_mapped<true>(row, count, n, s + tile_row, ld,
                                    [](auto x) INLINE_LAMBDA { return to_base2<A>(x); });
     }
 }
 
 template <class A>
-INLINE void apply_alibi(const Lanes<A>& lanes, int panel, int key, int n, A* s, int64_t ld) {
+INLINE void apply_alibi(const QueryTile<A>& tile, int panel, int key, int n, A* s, int64_t ld) {
     for (int v = 0; v < 2; v++) {
-        int lane = panel * PANEL<A> + v * LANES<A>;
-        Vec<A> diagonal = load<A>(lanes.diagonal + lane), slope = load<A>(lanes.slope + lane);
+        int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
+        Vec<A> diagonal = load<A>(tile.diagonal + tile_row), slope = load<A>(tile.slope + tile_row);
         for (int j = 0; j < n; j++) {
             Vec<A> distance = diagonal - A(key + j);
             distance = distance < 0 ? -distance : distance;
-            A* x = s + j * ld + v * LANES<A>;
+            A* x = s + j * ld + v * SIMD_WIDTH<A>;
             store<A>(x, load<A>(x) - slope * distance);
         }
     }
 }
 
-// Everything, for keys [key, key + n) of one panel. `edge`: some lane does not see all of them.
-template <class A> INLINE void finish_scores(const Params& p, const Lanes<A>& lanes, int panel,
+// Everything, for keys [key, key + n) of one panel. `edge`: some row does not see all of them.
+template <class A> INLINE void finish_scores(const Params& p, const QueryTile<A>& tile, int panel,
                                              int key, int n, bool masked, bool edge, A* s,
                                              int64_t ld, A* softcap_slope) {
     if (p.softcap > 0) apply_softcap<A>(A(p.softcap * LOG2E), n, s, ld, softcap_slope);
-    if (p.bias.data) apply_bias<A>(p, lanes, panel, key, n, s, ld);
-    if (p.slopes) apply_alibi<A>(lanes, panel, key, n, s, ld);
-    if (masked) apply_mask<A>(p, lanes, panel, key, n, s, ld);
-    if (edge) apply_bounds<A>(lanes, panel, key, n, s, ld);
+    if (p.bias.data) apply_bias<A>(p, tile, panel, key, n, s, ld);
+    if (p.slopes) apply_alibi<A>(tile, panel, key, n, s, ld);
+    if (masked) apply_mask<A>(p, tile, panel, key, n, s, ld);
+    if (edge) apply_bounds<A>(tile, panel, key, n, s, ld);
 }
