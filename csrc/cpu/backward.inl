@@ -13,7 +13,7 @@ template <class A> struct BackwardTile {
     alignas(64) A inverse_sum[BLOCK_Q];
     bool exact;
     A* exact_keys;  // rows of keys, converted; taken when first wanted
-    Turned<A> q_turned, dout_turned;
+    Transposed<A> q_transposed, dout_transposed;
     A *q, *dout;  // panels: [columns / PANEL][BLOCK_Q][PANEL]
     Blocks<A> blocks;
     A *p, *ds, *softcap_slope;  // [BLOCK_KV][BLOCK_Q]
@@ -31,8 +31,8 @@ template <class A> constexpr A EXACT_FROM = sizeof(A) == 4 ? A(0x1p12) : A(0x1p4
 template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
     t.k_ld = round_up_panel<A>(p.head_dim);
     t.v_ld = round_up_panel<A>(p.v_dim);
-    t.q_turned = new_turned<A>(p, BLOCK_Q, p.head_dim, A(p.scale * LOG2E), arena);
-    t.dout_turned = new_turned<A>(p, BLOCK_Q, p.v_dim, A(1), arena);
+    t.q_transposed = new_transposed<A>(p, BLOCK_Q, p.head_dim, A(p.scale * LOG2E), arena);
+    t.dout_transposed = new_transposed<A>(p, BLOCK_Q, p.v_dim, A(1), arena);
     t.q = arena.take<A>(BLOCK_Q * t.k_ld);
     t.dout = arena.take<A>(BLOCK_Q * t.v_ld);
     t.p = arena.take<A>(BLOCK_KV * TILE_LD);
@@ -58,8 +58,8 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
         using T = std::remove_pointer_t<decltype(type)>;
         auto q_row = rows_of(p.q), dout_row = rows_of(p.dout);
         int n = tile.count;
-        turn(p, q_row, n, t.q_turned, t.buffer);
-        turn(p, dout_row, n, t.dout_turned, t.buffer);
+        transpose_rows(p, q_row, n, t.q_transposed, t.buffer);
+        transpose_rows(p, dout_row, n, t.dout_transposed, t.buffer);
         pack_panels<A, T>(q_row, n, p.head_dim, BLOCK_Q, t.q);
         pack_panels<A, T>(dout_row, n, p.v_dim, BLOCK_Q, t.dout);
         for (int i = 0; i < n; i++) {
@@ -129,7 +129,7 @@ template <class A> static void row_statistics(const Params& p, const KeyRows& ke
                 begin = imin(n, imax(0, seen_here.begin - key));
                 end = imax(begin, imin(n, seen_here.end - key));
             }
-            panel_product(t.q_turned, panel, k, begin, end, t.p + first, TILE_LD);
+            panel_product(t.q_transposed, panel, k, begin, end, t.p + first, TILE_LD);
             finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD, static_cast<A*>(nullptr));
             panel_statistics(t, panel, begin, end, t.p + first);
@@ -286,8 +286,8 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
                 begin = imin(n, imax(0, seen_here.begin - key));
                 end = imax(begin, imin(n, seen_here.end - key));
             }
-            panel_product(t.q_turned, panel, k, begin, end, t.p + first, TILE_LD);
-            panel_product(t.dout_turned, panel, v, begin, end, t.ds + first, TILE_LD);
+            panel_product(t.q_transposed, panel, k, begin, end, t.p + first, TILE_LD);
+            panel_product(t.dout_transposed, panel, v, begin, end, t.ds + first, TILE_LD);
             finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD,
                           t.softcap_slope ? t.softcap_slope + begin * TILE_LD + first : nullptr);

@@ -2,7 +2,7 @@
 // kept online (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
 // next: backward.inl
 
-// Fewer rows than this are decoding: keys are read once, as dot products, without turning q.
+// Fewer rows than this are decoding: keys are read once, as dot products, without transposing q.
 constexpr int DOT_ROWS = 8;
 
 template <class A> struct ForwardTile {
@@ -10,8 +10,8 @@ template <class A> struct ForwardTile {
     alignas(64) A row_max[BLOCK_Q];  // in base 2
     alignas(64) A row_sum[BLOCK_Q];
     alignas(64) A rescale[BLOCK_Q];
-    Turned<A> q;  // unless decoding
-    A* q_rows;    // decoding: the tile's rows, scaled, dot_ld apart
+    Transposed<A> q;  // unless decoding
+    A* q_rows;        // decoding: the tile's rows, scaled, dot_ld apart
     Blocks<A> blocks;
     A* scores;  // [BLOCK_KV][ld], then probabilities
     A* acc;     // [rows][acc_ld], unnormalised output
@@ -28,8 +28,8 @@ static void load_queries(const Params& p, const Segment& s, ForwardTile<A>& t, A
         return p.q.bytes_at(s.batch, t.tile.head[i], s.q_begin + t.tile.row[i]);
     };
     if (t.dot_ld == 0) {
-        t.q = new_turned<A>(p, t.tile.padded, p.head_dim, factor, arena);
-        return turn(p, row_of, t.tile.count, t.q, arena.take<A>(8 * p.head_dim));
+        t.q = new_transposed<A>(p, t.tile.padded, p.head_dim, factor, arena);
+        return transpose_rows(p, row_of, t.tile.count, t.q, arena.take<A>(8 * p.head_dim));
     }
     t.q_rows = arena.take<A>(DOT_ROWS * t.dot_ld);
     with_type<A>(p.dtype, [&](auto* type) {

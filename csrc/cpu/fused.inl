@@ -158,8 +158,8 @@ INLINE void rotate_neighbours(const T* x, T* out, const A* cos, const A* sin, A 
     }
     for (; i < pairs; i++) {
         A a = to_float(x[2 * i]), b = to_float(x[2 * i + 1]), s = sin[i] * sign;
-        Vec<A> turned = {a * cos[i] - b * s, a * s + b * cos[i]};
-        put<A>(out + 2 * i, turned, 2);
+        Vec<A> rotated = {a * cos[i] - b * s, a * s + b * cos[i]};
+        put<A>(out + 2 * i, rotated, 2);
     }
 }
 
