@@ -14,7 +14,7 @@ template <class A> struct Transposed {
 // Keys (values) of one block, row by row.
 template <class A> struct RowBlock {
     const A* data;
-    const uint16_t* halves;  // bf16 in place, for the products on pairs; null: not used
+    const uint16_t* bf16_data;  // bf16 in place, for the products on pairs; null: not used
     int64_t ld;
 };
 
@@ -79,10 +79,10 @@ template <class A> INLINE void panel_product(const Transposed<A>& q, int panel,
                 q.pairs + static_cast<int64_t>(panel) * ((q.columns + 1) / 2) * PANEL<A>;
             int j = begin;
             for (; j + GEMM_ROWS <= end; j += GEMM_ROWS)
-                micro_pairs<GEMM_ROWS>(q.columns, rows.halves + j * rows.ld, rows.ld, pairs,
+                micro_pairs<GEMM_ROWS>(q.columns, rows.bf16_data + j * rows.ld, rows.ld, pairs,
                                        to + j * ld, ld, q.factor);
             for (; j < end; j++)
-                micro_pairs<1>(q.columns, rows.halves + j * rows.ld, rows.ld, pairs, to + j * ld,
+                micro_pairs<1>(q.columns, rows.bf16_data + j * rows.ld, rows.ld, pairs, to + j * ld,
                                ld, q.factor);
             return;
         }
