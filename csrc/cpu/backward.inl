@@ -323,7 +323,7 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
 // dk and dv of one (segment, kv head): the sums of its items, added in their order. A key that no
 // item sees has a gradient of 0.
 template <class A> static void write_key_gradients(const Params& p, const BackwardItem* items,
-                                                   int parts, Arena& arena) {
+                                                   int count, Arena& arena) {
     const Segment& s = p.segments[items[0].segment];
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     A* total = arena.take<A>(round_up_panel<A>(imax(p.head_dim, p.v_dim)));
@@ -331,8 +331,8 @@ template <class A> static void write_key_gradients(const Params& p, const Backwa
         int ld = round_up_panel<A>(columns);
         for (int j = 0; j < s.band.kv_len; j++) {
             const A* row = nullptr;
-            for (int part = 0; part < parts; part++) {
-                const BackwardItem& item = items[part];
+            for (int i = 0; i < count; i++) {
+                const BackwardItem& item = items[i];
                 if (j < item.key_begin || j >= item.key_end) continue;
                 const A* next = static_cast<const A*>(item.*sums) +
                                 static_cast<int64_t>(j - item.key_begin) * ld;
@@ -384,7 +384,7 @@ template <class A> static void backward(const Params& p, const BackwardItem& tas
     if (task.dk_sum == nullptr) write_key_gradients<A>(p, &item, 1, arena);
 }
 
-template <class A> static void reduce(const Params& p, const BackwardItem* items, int parts) {
+template <class A> static void reduce(const Params& p, const BackwardItem* items, int count) {
     ArenaLease arena;
-    write_key_gradients<A>(p, items, parts, *arena);
+    write_key_gradients<A>(p, items, count, *arena);
 }

@@ -222,7 +222,7 @@ template <class A> static void write_row(const Params& p, const Segment& s, int 
 // --- the kernel ---------------------------------------------------------------------------------
 
 template <class A>
-static void forward(const Params& p, const ForwardItem& item, const Partials& partials) {
+static void forward(const Params& p, const ForwardItem& item, const SplitResults& results) {
     const Segment& s = p.segments[item.segment];
     ArenaLease lease;
     Arena& arena = *lease;
@@ -237,7 +237,7 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
 
     bool decoding = tile.count <= DOT_ROWS;
     // Whole blocks, so that tiles whose key ranges begin elsewhere share what is packed.
-    if (tile.ranged && !decoding && item.partial < 0) r.begin = r.begin / BLOCK_KV * BLOCK_KV;
+    if (tile.ranged && !decoding && item.split_row < 0) r.begin = r.begin / BLOCK_KV * BLOCK_KV;
     t.ld = tile.padded;
     t.acc_ld = round_up_panel<A>(p.v_dim);
     t.dot_ld = decoding ? round_up_panel<A>(p.head_dim) : 0;
@@ -288,35 +288,35 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
 
     for (int i = 0; i < tile.count; i++) {
         const A* acc = t.acc + static_cast<int64_t>(i) * t.acc_ld;
-        if (item.partial < 0) {
+        if (item.split_row < 0) {
             write_row(p, s, tile.head[i], tile.row[i], t.row_max[i], t.row_sum[i], acc);
         } else {
-            static_cast<A*>(partials.row_max)[item.partial + i] = t.row_max[i];
-            static_cast<A*>(partials.row_sum)[item.partial + i] = t.row_sum[i];
-            __builtin_memcpy(static_cast<A*>(partials.acc) + (item.partial + i) * p.v_dim, acc,
+            static_cast<A*>(results.row_max)[item.split_row + i] = t.row_max[i];
+            static_cast<A*>(results.row_sum)[item.split_row + i] = t.row_sum[i];
+            __builtin_memcpy(static_cast<A*>(results.acc) + (item.split_row + i) * p.v_dim, acc,
                              sizeof(A) * p.v_dim);
         }
     }
 }
 
-// Merges `splits` consecutive partial results of one tile, in order.
+// Merges the results of a tile's splits, in order.
 template <class A> static void combine(const Params& p, const ForwardItem& item, int splits,
-                                       const Partials& partials) {
+                                       const SplitResults& results) {
     const Segment& s = p.segments[item.segment];
     int count = item.heads * item.rows;
     ArenaLease arena;
     A* acc = arena->take<A>(p.v_dim);
-    const A* maxima = static_cast<A*>(partials.row_max) + item.partial;
-    const A* sums = static_cast<A*>(partials.row_sum) + item.partial;
-    const A* accs = static_cast<A*>(partials.acc) + item.partial * p.v_dim;
+    const A* maxima = static_cast<A*>(results.row_max) + item.split_row;
+    const A* sums = static_cast<A*>(results.row_sum) + item.split_row;
+    const A* accs = static_cast<A*>(results.acc) + item.split_row * p.v_dim;
     for (int i = 0; i < count; i++) {
         A row_max = A(NEG_INF), row_sum = 0;
-        for (int part = 0; part < splits; part++)
-            row_max = maxima[part * count + i] > row_max ? maxima[part * count + i] : row_max;
+        for (int split = 0; split < splits; split++)
+            row_max = maxima[split * count + i] > row_max ? maxima[split * count + i] : row_max;
         A base = row_max == A(NEG_INF) ? A(0) : row_max;
         for (int d = 0; d < p.v_dim; d++) acc[d] = 0;
-        for (int part = 0; part < splits; part++) {
-            int64_t at = part * static_cast<int64_t>(count) + i;
+        for (int split = 0; split < splits; split++) {
+            int64_t at = split * static_cast<int64_t>(count) + i;
             if (sums[at] == 0) continue;
             A weight = A(__builtin_exp2(maxima[at] - base));
             row_sum += sums[at] * weight;

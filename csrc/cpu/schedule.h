@@ -19,7 +19,7 @@ constexpr int SPLIT_ROWS = 16;
 // However many splits a caller asks for, each has this many keys, and the results of all of them
 // together take at most so many bytes.
 constexpr int LEAST_SPLIT_KEYS = 32;
-constexpr int64_t MOST_PARTIAL_BYTES = int64_t(256) << 20;
+constexpr int64_t MOST_SPLIT_BYTES = int64_t(256) << 20;
 // The sums of the backward's items take at most this many times the bytes of k and v, or so many
 // bytes where that is more.
 constexpr int64_t MOST_SUMS = 4, SMALL_SUMS = int64_t(16) << 20;
@@ -52,11 +52,11 @@ struct ForwardPlan {
         int first, splits;  // items to combine
     };
     std::vector<Merge> merges;
-    int64_t partial_rows = 0;
+    int64_t split_rows = 0;
     double pairs = 0;  // of a row and a key that its tile looks at
 };
 
-// row_bytes: of one row's partial result.
+// row_bytes: of one row of a split's results.
 inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Params& p, int block_q,
                                 int num_splits, int64_t row_bytes) {
     ForwardPlan plan;
@@ -64,7 +64,7 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Para
     int64_t tiles = 0, rows_in_all = 0;
     for (const Segment& s : segments) rows_in_all += static_cast<int64_t>(heads) * s.band.q_len;
     const int64_t most_splits =
-        std::max<int64_t>(1, MOST_PARTIAL_BYTES / std::max<int64_t>(1, rows_in_all * row_bytes));
+        std::max<int64_t>(1, MOST_SPLIT_BYTES / std::max<int64_t>(1, rows_in_all * row_bytes));
     for (int pass = 0; pass < 2; pass++)  // count, then make
         for (int n = 0; n < static_cast<int>(segments.size()); n++) {
             const Band& band = segments[n].band;
@@ -102,12 +102,12 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Para
                     splits = std::max(1, ceil_div(keys, step));
                     if (splits > 1)
                         plan.merges.push_back({static_cast<int>(plan.items.size()), splits});
-                    for (int part = 0; part < splits; part++) {
-                        item.key_begin = range.begin + part * step;
+                    for (int split = 0; split < splits; split++) {
+                        item.key_begin = range.begin + split * step;
                         item.key_end = std::min(range.end, item.key_begin + step);
-                        item.partial = splits > 1 ? plan.partial_rows : -1;
+                        item.split_row = splits > 1 ? plan.split_rows : -1;
                         if (splits > 1)
-                            plan.partial_rows += static_cast<int64_t>(item.heads) * item.rows;
+                            plan.split_rows += static_cast<int64_t>(item.heads) * item.rows;
                         plan.items.push_back(item);
                     }
                 }
@@ -120,7 +120,7 @@ struct BackwardPlan {
     std::vector<int> tasks;           // items in the order of tasks
     std::vector<int> task_begin;  // task n runs tasks[task_begin[n] .. task_begin[n + 1]) in order
     struct Merge {
-        int first, parts;
+        int first, count;
     };
     std::vector<Merge> merges;
     double pairs = 0;  // as ForwardPlan's
