@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fastattn.core.work import MODES
+
 from . import competitors, suites
 from .measure import devices, other_commit
 from .measure.machine import Machine, machine_facts
 from .measure.protocol import Plan
 from .measure.runner import Run, run
 from .report import history, record, table
-from .work import MODES
 
 # Of cells; the rest of --quick's 90 s and --full's 15 minutes is starting and reporting.
 SECONDS = {"quick": 74.0, "default": None, "full": 14 * 60.0}

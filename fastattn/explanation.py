@@ -16,7 +16,7 @@ from .core.call import Call
 from .core.philox import keep_probability
 from .core.reference import Piece, pieces
 from .core.spec import Spec
-from .core.work import bounds, count_pairs
+from .core.work import bounds, count_pairs, flops
 from .forms import dense_form, packed_form
 from .functional import attention, varlen_attention
 from .options import CacheOptions, DenseOptions, PackedOptions
@@ -165,8 +165,8 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         pairs=pairs,
         all_pairs=work.all_pairs(),
         tiles=work.tiles(*row.tile) if row and row.tile else None,
-        flops_forward=2 * pairs * (head_dim + v_dim),
-        flops_backward=2 * pairs * (3 * head_dim + 2 * v_dim) if not no_gradient else None,
+        flops_forward=flops(pairs, head_dim, v_dim, "fwd"),
+        flops_backward=flops(pairs, head_dim, v_dim, "bwd") if not no_gradient else None,
         bytes_forward=work.bytes_forward(),
         keep_probability=keep_probability(spec.dropout_p) if spec.dropout_p else None,
     )

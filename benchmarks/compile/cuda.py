@@ -2,12 +2,12 @@
 
     python -m fastattn.benchmarks.compile.cuda [--all] [--write]
 
-Compiles each .cu of csrc/cuda and reads ptxas' report and the machine code: registers, spills,
-stack, shared memory, and how often the instructions occur that the speed comes from. Exits with 1
-where a kernel spills or uses local memory, where ptxas serialises wgmma (its notes C7510 to C7520),
-where an instruction that must be there is not, where the exponentials do not run beside matrix
-products (ptxas likes to move the wait between them), or shared memory is over what a CTA can have.
-`sm_86` says whether it fits the 99 KB of sm_86 and sm_89 too.
+Compiles each .cu of csrc/cuda that instantiates kernels, and reads ptxas' report and the machine
+code: registers, spills, stack, shared memory, and how often the instructions occur that the speed
+comes from. Exits with 1 where a kernel spills or uses local memory, where ptxas serialises wgmma
+(its notes C7510 to C7520), where an instruction that must be there is not, where the exponentials
+do not run beside matrix products (ptxas tends to move the wait between them), or where shared
+memory exceeds what a CTA can have. `sm_86` says whether it fits the 99 KB of sm_86 and sm_89 too.
 
 benchmarks/results/cuda-audit.json has the last audit, each row with a key of the sources and flags
 it was made from. Only files that have another key there, or another nvcc made, are compiled; --all
@@ -93,7 +93,8 @@ def nvcc_version() -> str:
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    """The files that instantiate kernels; ops.cu, which has none, needs torch to compile."""
+    return sorted((ROOT / "csrc/cuda").glob("*_sm*.cu"))
 
 
 def arch_of(source: str) -> str:

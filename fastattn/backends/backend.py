@@ -45,7 +45,7 @@ def warn_once(sentence: str) -> None:
 def caller_level() -> int:
     """The stacklevel of the user's line, seen from the function that calls this one."""
     level, frame = 1, sys._getframe(1)
-    own = (__package__, "contextlib")
+    own = ("fastattn", "contextlib")
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in own:
         level, frame = level + 1, frame.f_back
     return level

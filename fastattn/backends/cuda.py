@@ -1,4 +1,4 @@
-"""The backend of the CUDA kernels. Next hop: csrc/ops_cuda.cu.
+"""The backend of the CUDA kernels. Next hop: csrc/cuda/ops.cu.
 
 A call that names no backend comes here only where proof.py has seen the kernels right on this GPU.
 """

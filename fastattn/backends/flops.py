@@ -1,6 +1,4 @@
-"""The FLOP counter's formulas of the operators: two multiplications and additions for each visible
-pair and channel. core/work.py counts the pairs.
-"""
+"""The FLOP counter's formulas of the operators: core/work.py counts."""
 
 from __future__ import annotations
 
@@ -8,18 +6,18 @@ import importlib.abc
 import importlib.util
 import sys
 
-from ..core.work import count_pairs
+from ..core.work import count_pairs, flops
 from .schema import FORWARDS, PAIRS, Arguments
 
 
 def forward_flops(*args, out_val=None, **_) -> int:
     call = Arguments.of(*args).call()
-    return 2 * count_pairs(call) * (call.q.shape[-1] + call.v.shape[-1])
+    return flops(count_pairs(call), call.q.shape[-1], call.v.shape[-1], "fwd")
 
 
 def backward_flops(dout, dlse, out, lse, *args, out_val=None, **_) -> int:
     call = Arguments.of(*args).call()
-    return 2 * count_pairs(call) * (3 * call.q.shape[-1] + 2 * call.v.shape[-1])
+    return flops(count_pairs(call), call.q.shape[-1], call.v.shape[-1], "bwd")
 
 
 def _register_flops() -> None:

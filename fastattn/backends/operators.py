@@ -1,5 +1,5 @@
 """What torch knows of the operators of schema.py: results' shapes, derivatives, vmap, autocast, and
-Triton's kernels. The native libraries bring their own kernels: csrc/ops_cpu.cpp, csrc/ops_cuda.cu.
+Triton's kernels. The native libraries bring their own kernels: csrc/ops_cpu.cpp, csrc/cuda/ops.cu.
 """
 
 from __future__ import annotations

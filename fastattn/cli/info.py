@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "FASTATTN_LOG": "1 prints each distinct choice of backend, once, to stderr",
     "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (a sanitizer build, say)",
     "FASTATTN_POISON": "1 fills what the native code allocates with NaN first, as the tests do",
-    "FASTATTN_BUILD": "when building: auto, cpu, cuda, wheel, none or asan",
+    "FASTATTN_BUILD": "when building: auto, cpu, cuda, wheel, none, asan or coverage",
     "FASTATTN_CUDA_ARCHS": "when building: nvcc architectures",
     "MAX_JOBS": "when building: compilers at a time",
     "OMP_NUM_THREADS": "threads of torch, hence of the CPU kernels",

@@ -1,5 +1,5 @@
-"""How many scores a call computes: the one count behind explain(), the FLOP formulas of
-backends/operators.py and the benchmarks. Next hop: reference.pieces.
+"""What a call cannot avoid, counted exactly: visible pairs, FLOPs and bytes. The one count behind
+explain(), torch's FLOP counter and the benchmarks. Next hop: reference.pieces.
 
 A pair is a row and a key that it sees: inside the causal or windowed band, the lengths of entries
 and packed sequences, one document and the row's key range. An arbitrary mask or bias is not looked
@@ -8,7 +8,7 @@ into.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ from torch import Tensor
 from .call import Call
 from .reference import Piece, part_of, pieces
 from .spec import Operands
+
+MODES = ("fwd", "bwd", "fwdbwd")
+FORMULAS = {  # FLOP, 2 per multiply-add, softmax not counted
+    "fwd": "2 (D + Dv) per visible pair",
+    "bwd": "2 (3 D + 2 Dv) per visible pair",
+    "fwdbwd": "2 (4 D + 3 Dv) per visible pair",
+}
 
 _LENGTHS = (
     *("kv_lens", "kv_starts", "document_ids", "key_begin", "key_end"),
@@ -50,7 +57,7 @@ def count_pairs(call: Call) -> int:
             pairs = pairs_of_band(len(p.i), len(p.j), spec.left, spec.right, offset)
         else:
             lo, hi = bounds(call, p)
-            pairs, times = int((hi - lo).sum()), times // max(1, lo[..., 0].numel())
+            pairs, times = int((hi - lo).sum()), times // max(1, lo.shape[0] * lo.shape[1])
         total += pairs * times
     return total
 
@@ -79,3 +86,55 @@ def _without_unreadable(operands: Operands) -> Operands:
     if unreadable & {"cu_seqlens_q", "cu_seqlens_k"}:  # the others are lengths of what they cut
         unreadable = set(_LENGTHS)
     return replace(operands, **dict.fromkeys(unreadable)) if unreadable else operands
+
+
+# ---- FLOPs and bytes -----------------------------------------------------------------------------
+
+
+def flops(pairs: int, dim: int, v_dim: int, mode: str) -> int:
+    """Two for each multiplication and addition. Forward: QK^T and PV, 2 (D + Dv) a pair. Backward:
+    five products, QK^T again, dO V^T, dS K, dS^T Q and P^T dO, 2 (3 D + 2 Dv) a pair (2.5 forwards
+    at D = Dv). Softmax is not counted."""
+    one = {"fwd": dim + v_dim, "bwd": 3 * dim + 2 * v_dim, "fwdbwd": 4 * dim + 3 * v_dim}
+    return 2 * pairs * one[mode]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a call cannot avoid: arithmetic on the visible pairs, and compulsory traffic."""
+
+    pairs: int
+    flops: int
+    bytes: int
+
+
+def attention_work(
+    *,
+    pairs: int,  # visible pairs over all batches and query heads
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,  # keys that exist: those past a padding mask need not be read
+    dim: int,
+    v_dim: int | None = None,
+    itemsize: int = 4,
+    mask_bytes: int = 0,  # a bool mask: read once in each pass
+    bias_bytes: int = 0,  # a learned bias: read once in each pass, its gradient written once
+    mode: str = "fwd",
+) -> Work:
+    """FLOPs as flops() counts them; bytes: each operand read once and each result written once, in
+    each pass."""
+    v_dim = dim if v_dim is None else v_dim
+    q_bytes = batch * heads * q_len * dim * itemsize
+    k_bytes = batch * kv_heads * kv_len * dim * itemsize
+    v_bytes = batch * kv_heads * kv_len * v_dim * itemsize
+    out_bytes = batch * heads * q_len * v_dim * itemsize
+    lse_bytes = batch * heads * q_len * 4  # kept only for a backward pass
+    inputs = q_bytes + k_bytes + v_bytes
+    moved = {
+        "fwd": inputs + out_bytes + (lse_bytes if mode != "fwd" else 0) + mask_bytes + bias_bytes,
+        "bwd": 2 * inputs + 2 * out_bytes + lse_bytes + mask_bytes + 2 * bias_bytes,
+    }
+    passes = ("fwd", "bwd") if mode == "fwdbwd" else (mode,)
+    return Work(pairs, flops(pairs, dim, v_dim, mode), sum(moved[p] for p in passes))

@@ -276,7 +276,7 @@ assert torch.ops.fastattn.flash_attn_bwd in flop_registry
 
 WITHOUT = """
 import json, warnings, torch, fastattn
-from fastattn import backends, ops
+from fastattn.backends import library
 q = torch.randn(1, 2, 4, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -289,7 +289,7 @@ try:
 except NotImplementedError as error:
     refusal = str(error)
 print(json.dumps({
-    "missing": ops.NATIVE_MISSING,
+    "missing": library.NATIVE_MISSING,
     "warnings": [str(w.message) for w in caught],
     "where": caught[0].filename,
     "refusal": refusal,

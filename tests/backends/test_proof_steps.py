@@ -171,7 +171,7 @@ def test_a_failure_names_the_call_and_the_error(monkeypatch, capsys):
 
 
 class Emulated(OnCpu):
-    """sm_90's kernels for many rows and those of sm_80 for few, as csrc/ops_cuda.cu chooses."""
+    """sm_90's kernels for many rows and those of sm_80 for few, as csrc/cuda/ops.cu chooses."""
 
     heads = 2
 
@@ -200,7 +200,7 @@ def test_the_cuda_kernels_pass_on_the_emulator():
         Case(150, 150, 64, batch=2, heads=2, layout="qkv", operands=proof_steps.kv_lens),
         Case(80, 80, 64, batch=2, heads=2, layout="expanded"),
     ):
-        if case.layout == "expanded":  # which csrc/ops_cuda.cu copies
+        if case.layout == "expanded":  # which csrc/cuda/ops.cu copies
             with pytest.raises(emulated.Fault, match="of an expanded tensor"):
                 proof_steps.check(device, case)
         else:

@@ -219,9 +219,9 @@ def test_cpu_tensors_are_refused():
 
 
 def test_the_shared_memory_of_a_cta_is_the_same_number_everywhere():
-    params = (compiled.ROOT / "csrc/cuda/params.h").read_text()
+    config = (compiled.ROOT / "csrc/cuda/config.h").read_text()
     small = compiled.SMALL_SHARED + 1024
-    assert f"Memory::LARGE ? {cuda.WIDE_BACKWARD} : {small};" in params
+    assert f"Memory::LARGE ? {cuda.WIDE_BACKWARD} : {small};" in config
     assert compiled.MAX_SHARED["_sm80"] + 1024 == cuda.WIDE_BACKWARD
 
 

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 matplotlib = pytest.importorskip("matplotlib", reason="the demo's report needs matplotlib")
 
-from demo_data import Reader, example
+from demo_data import Reader, example  # noqa: E402
 from fastattn.benchmarks.demo import main, minilm, report  # noqa: E402
 
 import fastattn  # noqa: E402

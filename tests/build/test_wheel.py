@@ -30,13 +30,13 @@ pytestmark = pytest.mark.skipif(
 
 USE = """
 import json, torch, fastattn
-from fastattn import ops
+from fastattn.backends import library
 q, k, v = (torch.randn(2, 4, 70, 64, requires_grad=True) for _ in range(3))
 out = fastattn.attention(q, k, v, causal=True, backend="cpu")
 plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 grads = torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(plain.sum(), (q, k, v))
 error = max((x - y).abs().max().item() for x, y in zip((out, *grads[0]), (plain, *grads[1])))
-print(json.dumps([fastattn.__file__, torch.__version__, error, ops.NATIVE_MISSING]))
+print(json.dumps([fastattn.__file__, torch.__version__, error, library.NATIVE_MISSING]))
 """
 
 

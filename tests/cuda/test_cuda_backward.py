@@ -37,14 +37,14 @@ def test_options(dim, option):
     check(Kernel("sm90", dim), case, torch.float16 if seed % 2 else torch.bfloat16, seed)
 
 
-@pytest.mark.parametrize("turns", (True, False), ids=("turns", "any-order"))
+@pytest.mark.parametrize("deterministic", (True, False), ids=("deterministic", "any-order"))
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("dim", DIMS)
-def test_packed_sequences(dim, name, turns):
-    seed = DIMS.index(dim) + list(PACKED).index(name) + turns
+def test_packed_sequences(dim, name, deterministic):
+    seed = DIMS.index(dim) + list(PACKED).index(name) + deterministic
     case = Case("cuda/packed", **PACKED[name])
     dtype = torch.float16 if seed % 2 else torch.bfloat16
-    check(Kernel("sm90", dim), case, dtype, seed, turns=turns)
+    check(Kernel("sm90", dim), case, dtype, seed, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -54,9 +54,9 @@ def test_packed_sequences_do_not_see_each_other(dim):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dim", DIMS)
-def test_without_turns(dim, seed):
-    case = Case("cuda/no-turns", batch=1, q_len=260, kv_len=390, causal=True)
-    check(Kernel("sm90", dim), case, torch.bfloat16, seed, turns=False)
+def test_in_any_order(dim, seed):
+    case = Case("cuda/any-order", batch=1, q_len=260, kv_len=390, causal=True)
+    check(Kernel("sm90", dim), case, torch.bfloat16, seed, deterministic=False)
 
 
 @pytest.mark.parametrize("seed", range(6))

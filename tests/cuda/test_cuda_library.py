@@ -18,7 +18,7 @@ import torch
 from fastattn.backends import library, proof
 
 ROOT = Path(__file__).resolve().parents[2]
-# What csrc/ops_cuda.cu looks up while it runs, of libraries that it does not name.
+# What csrc/cuda/ops.cu looks up while it runs, of libraries that it does not name.
 LOOKED_UP = {"aoti_torch_get_current_cuda_stream"}
 
 
@@ -114,8 +114,9 @@ def test_a_driver_that_does_not_serve_the_library_is_named(monkeypatch):
 def test_its_questions_are_the_ones_that_python_asks():
     """Names of C functions, which no compiler compares."""
     asked = {"fastattn_torch_problem", "fastattn_cuda_problem", "fastattn_cuda_tensor_map"}
-    source = (ROOT / "csrc/ops_cuda.cu").read_text()
-    texts = "".join((ROOT / f"fastattn/{n}.py").read_text() for n in ("ops", "proof_device"))
+    source = (ROOT / "csrc/cuda/ops.cu").read_text()
+    folder = ROOT / "fastattn/backends"
+    texts = "".join((folder / f"{n}.py").read_text() for n in ("operators", "proof_device"))
     for name in asked:
         assert f"QUESTION {name}(" in source and f'"{name}"' in texts
     assert source.count("\nQUESTION ") == len(asked)

@@ -59,7 +59,7 @@ def test_packed_sequences(kernel, name):
     seed = NUMBERS[kernel] + NUMBERS[name]
     case = Case("cuda/packed", **PACKED[name])
     dtype = torch.float16 if seed % 2 else torch.bfloat16
-    check(KERNELS[kernel], case, dtype, seed, turns=seed % 4 < 2)
+    check(KERNELS[kernel], case, dtype, seed, deterministic=seed % 4 < 2)
 
 
 @every_kernel
@@ -68,11 +68,11 @@ def test_packed_sequences_do_not_see_each_other(kernel):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("deterministic", [True, False])
 @every_kernel
-def test_moments_of_copies(kernel, turns, seed):
+def test_moments_of_copies(kernel, deterministic, seed):
     case = Case("cuda/seeds", batch=1, heads=1, q_len=260, kv_len=390, causal=True)
-    check(KERNELS[kernel], case, torch.bfloat16, seed, turns=turns)
+    check(KERNELS[kernel], case, torch.bfloat16, seed, deterministic=deterministic)
 
 
 @every_kernel

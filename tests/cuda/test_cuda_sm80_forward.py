@@ -102,7 +102,7 @@ def test_a_gpu_is_filled():
     check_forward(case, torch.float16, 1, grid=100, arch="sm80")
 
 
-FEW, MANY = {"few": 1, "pack": 1, "splits": 1}, {"few": 0, "pack": 1, "splits": 1}
+FEW, MANY = {"few": 1, "pack_gqa": 1, "splits": 1}, {"few": 0, "pack_gqa": 1, "splits": 1}
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ FEW, MANY = {"few": 1, "pack": 1, "splits": 1}, {"few": 0, "pack": 1, "splits": 
         ({"q_len": 1, "kv_len": 9000}, {**FEW, "splits": 35}),
         ({"q_len": 1, "kv_len": 9000, "batch": 33}, {**FEW, "splits": 4}),
         ({"q_len": 1, "kv_len": 9000, "batch": 500}, FEW),
-        ({"q_len": 1, "kv_len": 9000, "heads": 16}, {**FEW, "pack": 8, "splits": 35}),
+        ({"q_len": 1, "kv_len": 9000, "heads": 16}, {**FEW, "pack_gqa": 8, "splits": 35}),
         ({"q_len": 1, "kv_len": 9000, "window": (600, 0)}, {**FEW, "splits": 2}),
         ({"q_len": 1, "kv_len": 512, "page_size": 16}, {**FEW, "splits": 2}),
         ({"q_len": 64, "kv_len": 300, "heads": 4, "batch": 99}, FEW),  # packing saves no tile
         ({"q_len": 65, "kv_len": 300, "batch": 99}, MANY),
         ({"q_len": 2000, "kv_len": 2000}, {**FEW, "splits": 4}),  # 32 tiles of 128
         ({"q_len": 5000, "kv_len": 2000}, MANY),
-        ({"packed": ((1, 300), (3, 70)), "heads": 8}, {**FEW, "pack": 4}),
+        ({"packed": ((1, 300), (3, 70)), "heads": 8}, {**FEW, "pack_gqa": 4}),
         ({"packed": ((3000, 300), (3000, 70))}, MANY),
     ],
 )

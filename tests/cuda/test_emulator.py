@@ -153,18 +153,18 @@ def test_wgmma_reads_operands_along_their_rows(seed):
 # In the order of Fault8 in self_test.cpp, as FAULTS.
 FAULTS8 = {
     "none": None,
-    "no wait for the turned": "nobody has written it|race|no fence.proxy.async|numbers",
+    "no wait for the transpose": "nobody has written it|race|no fence.proxy.async|numbers",
     "no proxy fence": "no fence.proxy.async",
     "no wait for data": "nobody has written it|race",
     "MN-major bytes": "8-bit operands of wgmma are K-major",
-    "not turned": "",
+    "not transposed": "",
 }
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("fault", FAULTS8)
 def test_products_of_bytes(fault, seed):
-    """e4m3 from memory and registers, and values turned in place; one fault at a time."""
+    """e4m3 from memory and registers, and values transposed in place; one fault at a time."""
     draw = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(n, 128, generator=draw).to(torch.float8_e4m3fn) for n in (64, 128))
     out = torch.full((64, 128), torch.nan)

@@ -40,7 +40,7 @@ def gradients(attention, problem, dout, dlse):
 
 
 def check(
-    kernel: Kernel, case: Case, dtype: torch.dtype, seed: int, with_dlse=True, turns=True
+    kernel: Kernel, case: Case, dtype: torch.dtype, seed: int, with_dlse=True, deterministic=True
 ) -> None:
     """Within three times the error of plain attention's gradients in dtype, and a rounding."""
     problem = replace(case, head_dim=kernel.dim).make(dtype, seed)
@@ -53,7 +53,7 @@ def check(
     if case.packed:  # rows of no sequence
         dout[:, :, sum(rows for rows, _ in case.packed) :] = torch.nan
     given = (out.to(dtype), lse.float().contiguous())
-    got = kernel(problem, dout, dlse, *given, seed=seed, turns=turns)
+    got = kernel(problem, dout, dlse, *given, seed=seed, deterministic=deterministic)
     for name, x, true, rough in zip(("dq", "dk", "dv", "dsinks"), got, expected, plain):
         # dscores of an only key are 0, less the rounding of two fp32 sums over D, for each row
         rounding = 4e-5 if kernel.dim == 256 else 1e-5
@@ -63,7 +63,7 @@ def check(
 
 
 def same_bits(kernel: Kernel, packed: tuple = ()) -> None:
-    """Sums into dq are taken in turns, those into dsinks in a tree: no bit depends on time."""
+    """Sums into dq are taken in one order, those into dsinks in a tree: no bit depends on time."""
     shape = {"heads": 4, "kv_heads": 2, "q_len": 200, "kv_len": 300, "head_dim": kernel.dim}
     problem = Case("cuda/bits", causal=True, sinks=True, packed=packed, **shape).make(torch.float16)
     out, lse = reference(*problem)

@@ -145,7 +145,7 @@ def exact(problem: Problem) -> Problem:
 
 def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse), every step in the problem's dtype, as torch's own math would round it; of float8
-    the weights, 256 for the largest, and the result, in bfloat16.
+    the probs, 256 for the largest, and the result, in bfloat16.
     """
     float8 = problem.q.dtype == E4M3
     q, k, v, spec, x = exact(problem) if float8 else problem
@@ -162,11 +162,11 @@ def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
         sinks = x.sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], -1)
     lse = scores.float().logsumexp(-1)
-    weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(dead, 0)
+    probs = scores.softmax(-1)[..., : k.shape[2]].masked_fill(dead, 0)
     if float8:
-        step = weights.amax(-1, keepdim=True).masked_fill(dead, 1) / 256
-        weights = (weights / step).to(E4M3).double() * step
-    out = (weights @ v).to(torch.bfloat16 if float8 else q.dtype)
+        step = probs.amax(-1, keepdim=True).masked_fill(dead, 1) / 256
+        probs = (probs / step).to(E4M3).double() * step
+    out = (probs @ v).to(torch.bfloat16 if float8 else q.dtype)
     return out, lse.masked_fill(dead[..., 0], -torch.inf)
 
 

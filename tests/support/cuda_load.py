@@ -16,7 +16,7 @@ import torch
 import fastattn
 from fastattn.backends import library
 
-NATIVE = ("flash_attn_fwd", "flash_attn_bwd", "flash_attn_fwd_float8")  # csrc/ops_cuda.cu's
+NATIVE = ("flash_attn_fwd", "flash_attn_bwd", "flash_attn_fwd_float8")  # csrc/cuda/ops.cu's
 ONLY_CPU = ("fastattn::linear_bwd_weight",)  # nn/linear.py asks for it there alone
 
 

@@ -2,7 +2,8 @@
 
     out, lse = forward(problem, seed=2)     a cases.Problem in fp16 or bf16; raises Fault
 
-The library is kept in build/emulator under a hash of its sources and of the compiler's flags.
+The library is kept in build/emulator under a hash of its sources and of the compiler's flags; one
+with gcov's counters, where FASTATTN_COVERAGE is set (make coverage), in build/coverage/emulator.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -30,6 +32,7 @@ FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"),
     *("-Wno-unknown-pragmas", "-DFASTATTN_EMULATE", f"-I{EMULATOR}", f"-I{ROOT / 'csrc/cuda'}"),
 ]
+COVERAGE = ["--coverage"] if os.environ.get("FASTATTN_COVERAGE") else []
 SINK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -64,10 +67,11 @@ def _built() -> Path:
     sources = sorted(EMULATOR.glob("*.cpp"))
     read = [*sources, *EMULATOR.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
     read += [p for p in (ROOT / "csrc/cuda").iterdir() if p.is_file()]
-    digest = hashlib.sha256(repr(FLAGS).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
+    flags = [*FLAGS, *COVERAGE]
+    digest = hashlib.sha256(repr(flags).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
     for path in sorted(read):
         digest.update(path.read_bytes())
-    folder = ROOT / "build/emulator"
+    folder = ROOT / ("build/coverage/emulator" if COVERAGE else "build/emulator")
     target = folder / f"emulator-{digest.hexdigest()[:16]}.so"
     with locked(folder):
         if target.exists():
@@ -75,10 +79,10 @@ def _built() -> Path:
         for old in folder.glob("emulator-*.so"):
             old.unlink()
         objects = [folder / f"{path.stem}.o" for path in sources]
-        jobs = [["g++", *FLAGS, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)]
+        jobs = [["g++", *flags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(_run, jobs))
-        _run(["g++", "-shared", *map(str, objects), "-o", f"{target}.part", "-ldl"])
+        _run(["g++", "-shared", *map(str, objects), "-o", f"{target}.part", "-ldl", *COVERAGE])
         Path(f"{target}.part").rename(target)
     return target
 
@@ -97,7 +101,7 @@ def library() -> ctypes.CDLL:
 
 
 class Operand(ctypes.Structure):
-    """csrc/cuda/launch.h: a tensor [batch, heads, rows, D]."""
+    """csrc/cuda/host_params.h: a tensor [batch, heads, rows, D]."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -114,7 +118,7 @@ class Operand(ctypes.Structure):
 class Descale(ctypes.Structure):
     """csrc/cuda/params.h: fp32 [kv_heads] or [entries, kv_heads], or None."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("entry", ctypes.c_int)]
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int)]
 
     @classmethod
     def of(cls, x: Tensor | None) -> Descale:
@@ -122,7 +126,7 @@ class Descale(ctypes.Structure):
 
 
 class ForwardCall(ctypes.Structure):
-    """csrc/cuda/launch.h; working memory is the emulator's."""
+    """csrc/cuda/host_params.h; working memory is the emulator's."""
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out")),
@@ -132,13 +136,13 @@ class ForwardCall(ctypes.Structure):
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
         *(("page_table", ctypes.c_void_p), ("pages", ctypes.c_int64), ("page_row", ctypes.c_int64)),
-        *(("splits", ctypes.c_int), ("part_out", ctypes.c_void_p), ("part_lse", ctypes.c_void_p)),
+        *(("splits", ctypes.c_int), ("split_out", ctypes.c_void_p), ("split_lse", ctypes.c_void_p)),
         *((name, Descale) for name in ("q_descale", "k_descale", "v_descale")),
     ]
 
 
 class BackwardCall(ctypes.Structure):
-    """csrc/cuda/launch.h; working memory is the emulator's."""
+    """csrc/cuda/host_params.h; working memory is the emulator's."""
 
     _fields_ = [
         *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
@@ -146,14 +150,14 @@ class BackwardCall(ctypes.Structure):
         *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
-        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "turns")),
+        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "semaphores")),
         *((name, ctypes.c_void_p) for name in ("large", "sinks")),
         *(("sink_type", ctypes.c_int), ("dsinks", ctypes.c_void_p)),
     ]
 
 
 def is_expanded(x: Tensor) -> bool:
-    """csrc/cuda/launch.h's rule."""
+    """csrc/cuda/host_params.h's rule."""
     return any(n > 1 and stride == 0 for n, stride in zip(x.shape[:3], x.stride()))
 
 
@@ -196,11 +200,11 @@ def _forward_call(problem, out: Tensor, lse: Tensor, num_splits: int) -> Forward
 
 
 def plan(problem, multiprocessors: int, num_splits: int = 0, hopper: bool = False) -> dict:
-    """csrc/cuda/launch80.h's ForwardPlan."""
+    """csrc/cuda/host_params80.h's ForwardPlan."""
     numbers = (ctypes.c_int * 3)()
     call = _forward_call(problem, problem.q, problem.q, num_splits)
     library().emulated_forward_plan(ctypes.byref(call), multiprocessors, hopper, numbers)
-    return dict(zip(("few", "pack", "splits"), numbers))
+    return dict(zip(("few", "pack_gqa", "splits"), numbers))
 
 
 def forward(
@@ -233,17 +237,17 @@ def backward(
     lse,
     seed: int = 0,
     grid: int = 2,
-    turns: bool = True,
+    deterministic: bool = True,
     arch: str = "sm90",
     more: tuple = (),
 ):
-    """(dq, dk, dv, dsinks or None), NaN at first. turns: sums into dq are taken in one order.
+    """(dq, dk, dv, dsinks or None), NaN at first. deterministic: sums into dq have one order.
 
     arch: whose kernels; more: what else their entry in tests/emulator takes.
     """
     q, k, v, spec, x = problem
     x = documents_as_sequences(x)
-    if arch == "sm90":  # as csrc/ops_cuda.cu does: tensor maps have no stride of 0
+    if arch == "sm90":  # as csrc/cuda/ops.cu does: tensor maps have no stride of 0
         q, k, v, dout = (y.contiguous() if is_expanded(y) else y for y in (q, k, v, dout))
     dq, dk, dv = (torch.full_like(y, torch.nan) for y in (q, k, v))
     dsinks = None if x.sinks is None else torch.full(x.sinks.shape, torch.nan)
@@ -255,12 +259,12 @@ def backward(
         *map(_address, (lse, dlse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
         *_sequences(x),
         *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
-        *(None, None, None, q.data_ptr() if turns else None),
+        *(None, None, None, q.data_ptr() if deterministic else None),
         *(None, _address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
     )
     bf16 = q.dtype == torch.bfloat16
-    entry = getattr(library(), f"emulated_backward_{arch}")
-    fault = entry(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)
+    run = getattr(library(), f"emulated_backward_{arch}")
+    fault = run(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)
     if fault:
         raise Fault(fault.decode())
     return dq, dk, dv, dsinks

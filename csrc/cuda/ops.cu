@@ -1,6 +1,6 @@
 // The CUDA operators: their checks, and what is registered with torch. fastattn/backends/registry.py asks
 // before it calls; here the same is refused to those who call the operator themselves.
-// next: cuda/machine.h, cuda/sm90.h, cuda/sm80.h
+// next: machine.h, sm90.h, sm80.h
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,11 +8,11 @@
 #include <cmath>
 #include <tuple>
 
-#include "cuda/driver.h"
-#include "cuda/machine.h"
-#include "cuda/sm80.h"
-#include "cuda/sm90.h"
-#include "tensors.h"
+#include "../tensors.h"
+#include "driver.h"
+#include "machine.h"
+#include "sm80.h"
+#include "sm90.h"
 
 namespace fastattn::cuda {
 namespace {
@@ -202,11 +202,11 @@ std::string run_forward(ForwardCall& call, const Tensor& rows, const Tensor& key
         Tensor read[] = {for_map(call.q, rows), for_map(call.k, keys), for_map(call.v, values)};
         return launch_forward_sm90(call, bf16, gpu.multiprocessors, stream_of(q));
     }
-    auto [outs, lses] = part_sizes(call, plan);
-    Tensor part_out = new_tensor(q, {outs}, ScalarType::Float);
-    Tensor part_lse = new_tensor(q, {lses}, ScalarType::Float);
-    call.part_out = static_cast<float*>(part_out.data_ptr());
-    call.part_lse = static_cast<float*>(part_lse.data_ptr());
+    auto [outs, lses] = split_sizes(call, plan);
+    Tensor split_out = new_tensor(q, {outs}, ScalarType::Float);
+    Tensor split_lse = new_tensor(q, {lses}, ScalarType::Float);
+    call.split_out = static_cast<float*>(split_out.data_ptr());
+    call.split_lse = static_cast<float*>(split_lse.data_ptr());
     return launch_forward_sm80(call, plan, bf16, stream_of(q));
 }
 
@@ -386,9 +386,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
     Tensor lse2 = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor delta = new_tensor(q, {sizes.rows}, ScalarType::Float);
     Tensor sums = new_tensor(q, {sizes.sums}, ScalarType::Float);
-    Tensor turns = new_tensor(q, {sizes.turns + sizes.large}, ScalarType::Int);  // filled together
+    Tensor semaphores =
+        new_tensor(q, {sizes.semaphores + sizes.large}, ScalarType::Int);  // filled together
     torch::stable::fill_(sums, 0);
-    torch::stable::fill_(turns, 0);
+    torch::stable::fill_(semaphores, 0);
     BackwardCall call{operand(rows),
                       operand(keys),
                       operand(values),
@@ -413,8 +414,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
                       static_cast<float*>(lse2.data_ptr()),
                       static_cast<float*>(delta.data_ptr()),
                       static_cast<float*>(sums.data_ptr()),
-                      static_cast<int*>(turns.data_ptr()),
-                      static_cast<int*>(turns.data_ptr()) + sizes.turns,
+                      static_cast<int*>(semaphores.data_ptr()),
+                      static_cast<int*>(semaphores.data_ptr()) + sizes.semaphores,
                       sinks ? sinks->data_ptr() : nullptr,
                       type,
                       need_dsinks ? static_cast<float*>(dsinks.data_ptr()) : nullptr};

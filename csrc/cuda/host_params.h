@@ -1,4 +1,4 @@
-// From a call's tensors to ForwardParams: tensor maps, schedule. Shared by ops_cuda.cu, which
+// From a call's tensors to ForwardParams: tensor maps, schedule. Shared by ops.cu, which
 // launches on a GPU, and the emulator's host. next: forward_sm90.cuh
 #pragma once
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace fastattn::cuda {
 
-// Tiles of a head; of packed sequences, slots (packed.cuh).
+// Tiles of a head; of packed sequences, slots (varlen.cuh).
 inline int tiles_of(int64_t rows, int block, const int* cu, int sequences) {
     return static_cast<int>(cu ? rows / block + sequences + 1 : (rows + block - 1) / block);
 }
@@ -44,7 +44,7 @@ struct ForwardCall {
     const int* page_table;
     int64_t pages, page_row;
     int splits;
-    float *part_out, *part_lse;
+    float *split_out, *split_lse;
     Descale q_descale, k_descale, v_descale;  // of e4m3
 
     int64_t keys() const { return page_table ? pages * k.rows : k.rows; }
@@ -60,9 +60,9 @@ struct BackwardCall {
     double scale, softcap;
     int64_t left, right;
     bool align_end;
-    // Working memory, see BackwardSizes; sums, turns and large are zeros.
+    // Working memory, see BackwardSizes; sums, semaphores and large are zeros.
     float *lse2, *delta, *dq_sums;
-    int *turns, *large;
+    int *semaphores, *large;
     const void* sinks;  // [heads]; lse has them, and they are read for dsinks alone
     SinkType sink_type;
     float* dsinks;  // [heads] or null
@@ -70,11 +70,11 @@ struct BackwardCall {
 
 // Numbers of elements of a BackwardCall's working memory.
 struct BackwardSizes {
-    int64_t rows, sums, turns, large;
+    int64_t rows, sums, semaphores, large;
 
     template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
         int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
-        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::PARTS,
+        return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::DQ_SLICES,
                 q.batch * q.heads};
     }
 };
@@ -176,9 +176,9 @@ template <class Params> void set_forward(Params& p, const ForwardCall& c, int bl
     p.sink_type = c.sink_type;
     set_shape(p, c);
     p.kv_len = static_cast<int>(c.keys());
-    p.q_tiles = tiles_of(c.q.rows * p.pack, block_q, c.cu_q, c.sequences);
-    p.tiles = p.q_tiles * (p.heads / p.pack) * p.batch;
-    p.heads_per_section = heads_per_section(c) / p.pack;
+    p.q_tiles = tiles_of(c.q.rows * p.pack_gqa, block_q, c.cu_q, c.sequences);
+    p.tiles = p.q_tiles * (p.heads / p.pack_gqa) * p.batch;
+    p.heads_per_section = heads_per_section(c) / p.pack_gqa;
 }
 
 template <class F, class Encode>
@@ -201,7 +201,7 @@ template <class F, class Params> void set_backward(Params& p, const BackwardCall
     p.lse = c.lse2;
     p.delta = c.delta;
     p.dq_sums = c.dq_sums;
-    p.turns = c.turns;
+    p.semaphores = c.semaphores;
     p.large = c.large;
     p.scale = static_cast<float>(c.scale);
     set_shape(p, c);

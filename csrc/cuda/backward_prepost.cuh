@@ -15,14 +15,14 @@ template <class Element> FASTATTN_DEVICE float2 widen_pair(uint32_t two) {
 // The row of q at a place of the padded rows, or -1: sequences begin with a tile of their own.
 template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int batch, int place) {
     if (!p.cu_q) return place < p.q_len ? place : -1;
-    Sequence own = Sequence::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
-                                     place / F::BLOCK_Q, F::BLOCK_Q);
+    SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
+                                             place / F::BLOCK_Q, F::BLOCK_Q);
     int row = own.begin + place - own.first_slot * F::BLOCK_Q;
     return row < own.end ? row : -1;
 }
 
-// delta = sum(dout * out) - dlse: what all gradients of a row's weights have in common. One warp a
-// row. Places without a row, and rows that see no key, get lse = +inf: their weights become 0.
+// delta = sum(dout * out) - dlse: what all gradients of a row's probs have in common. One warp a
+// row. Places without a row, and rows that see no key, get lse = +inf: their probs become 0.
 template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
     backward_prepare(const __grid_constant__ BackwardRowsParams p) {
     constexpr int WARPS = ROWS_THREADS / 32;
@@ -59,7 +59,7 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
 }
 
 // dsinks = -sum(exp(sink - lse) delta) over the rows of a head: a sink is a key without a value,
-// whose dweights are 0. One CTA a head, and one order of sums. Rows without a key have lse = +inf.
+// whose dprobs are 0. One CTA a head, and one order of sums. Rows without a key have lse = +inf.
 template <class F> __global__ void __launch_bounds__(SINKS_THREADS)
     backward_sinks(const __grid_constant__ BackwardRowsParams p) {
     constexpr int WARPS = SINKS_THREADS / 32;

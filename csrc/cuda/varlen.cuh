@@ -12,28 +12,28 @@
 
 namespace fastattn::cuda {
 
-struct Sequence {
+struct SequenceRows {
     int number, begin, end;  // rows [begin, end) of the tensor
     int first_slot;
 
-    FASTATTN_DEVICE Sequence(const int* cu, int sequences, int rows, int number, int block,
-                             int pack = 1)
+    FASTATTN_DEVICE SequenceRows(const int* cu, int sequences, int rows, int number, int block,
+                                 int pack_gqa = 1)
         : number(number),
           begin(ld_global(cu + number)),
           end(number == sequences ? rows : ld_global(cu + number + 1)),
-          first_slot(begin * pack / block + number) {}
+          first_slot(begin * pack_gqa / block + number) {}
 
-    FASTATTN_DEVICE static Sequence of_slot(const int* cu, int sequences, int rows, int slot,
-                                            int block, int pack = 1) {
+    FASTATTN_DEVICE static SequenceRows of_slot(const int* cu, int sequences, int rows, int slot,
+                                                int block, int pack_gqa = 1) {
         int low = 0, high = sequences;
         while (low < high) {
             int middle = (low + high + 1) / 2;
-            if (ld_global(cu + middle) * pack / block + middle <= slot)
+            if (ld_global(cu + middle) * pack_gqa / block + middle <= slot)
                 low = middle;
             else
                 high = middle - 1;
         }
-        return {cu, sequences, rows, low, block, pack};
+        return {cu, sequences, rows, low, block, pack_gqa};
     }
 };
 
@@ -43,27 +43,28 @@ FASTATTN_DEVICE const int* cu_of(const int* cu, const Params& p, int batch) {
     return cu + static_cast<int64_t>(batch) * (p.sequences + 1);
 }
 
-struct Entry {
-    int number;             // of lengths, pages and scales
+struct Segment {
+    int lengths_index;
     int first_row, rows;    // of q
     int first_key, places;  // of k and v; of these
     int begin, end;         // the keys that exist
     int offset;             // the diagonal of row i is key i + offset
 
     // sequence: the number of a packed sequence or of a document, where there are such.
-    template <class Params> FASTATTN_DEVICE Entry(const Params& p, int batch, int sequence) {
-        number = batch;
+    template <class Params> FASTATTN_DEVICE Segment(const Params& p, int batch, int sequence) {
+        lengths_index = batch;
         first_row = first_key = begin = 0;
         rows = p.q_len;
         places = end = p.kv_len;
-        bool packed = p.cu_q && !p.documents, none = packed && sequence == p.sequences;
-        if (packed) {
-            number = sequence;
+        bool varlen = p.cu_q && !p.documents, none = varlen && sequence == p.sequences;
+        if (varlen) {
+            lengths_index = sequence;
             place(p, batch, sequence);
             end = none ? 0 : places;  // keys of no sequence
         }
-        if (p.kv_lens && !none) end = imax(0, imin(ld_global(p.kv_lens + number), end));
-        if (p.kv_starts && !none) begin = imax(0, imin(ld_global(p.kv_starts + number), end));
+        if (p.kv_lens && !none) end = imax(0, imin(ld_global(p.kv_lens + lengths_index), end));
+        if (p.kv_starts && !none)
+            begin = imax(0, imin(ld_global(p.kv_starts + lengths_index), end));
         offset = p.align_end ? end - rows : 0;
         if (p.documents) {  // rows and keys from the same one on, so the diagonal stays
             place(p, batch, sequence);
@@ -73,8 +74,8 @@ struct Entry {
     }
 
     template <class Params> FASTATTN_DEVICE void place(const Params& p, int batch, int sequence) {
-        Sequence q(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, sequence, 1);
-        Sequence k(cu_of(p.cu_k, p, batch), p.sequences, p.kv_len, sequence, 1);
+        SequenceRows q(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, sequence, 1);
+        SequenceRows k(cu_of(p.cu_k, p, batch), p.sequences, p.kv_len, sequence, 1);
         first_row = q.begin;
         rows = q.end - q.begin;
         first_key = k.begin;
