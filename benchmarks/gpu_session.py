@@ -3,12 +3,11 @@
     python -m fastattn.benchmarks.gpu_session [--out out/gpu] [--skip STAGE ...]
 
 The session begins with the self-tests of the CUDA kernels (`verify`), because a call may select
-those kernels only after they have passed. Then come the tests of the GPU backends, and the benchmark
-against torch's kernels. Each stage runs in a process of its own with a time limit: a stage that
-hangs is killed, and the next one starts. report.json and report.md in --out are rewritten before and
-after every stage, so they are up to date whatever happens; the output of each stage is in a file
-beside them. Exits with 1 if a stage did not pass.
-"""
+those kernels only after they have passed. Then come the tests of the GPU backends, and the
+benchmark against torch's kernels. Each stage runs in a process of its own with a time limit: a
+stage that hangs is killed, and the next one starts. report.json and report.md in --out are
+rewritten before and after every stage, so they are up to date whatever happens; the output of each
+stage is in a file beside them. Exits with 1 if a stage did not pass."""
 
 from __future__ import annotations
 
@@ -75,8 +74,8 @@ def stages(out: Path) -> tuple[Stage, ...]:
 
 @dataclass(frozen=True)
 class Reached:
-    """The outcome of a stage: passed, failed, crashed, hung, stuck (it could not be killed), running
-    (the session was cut off during it) or not run."""
+    """The outcome of a stage: passed, failed, crashed, hung, stuck (it could not be killed),
+    running (the session was cut off during it) or not run."""
 
     stage: str
     state: str
