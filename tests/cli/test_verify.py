@@ -1,4 +1,4 @@
-"""The rule for errors (fastattn/cli/verify.py) and `python -m fastattn verify`."""
+"""The tolerance rule (fastattn/cli/verify.py) and `python -m fastattn verify`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWa
 
 
 def judged(**changed):
-    """A judge of random tensors, and the worst comparison of results changed by each function."""
+    """A Judge of random tensors, and the worst comparison after each function changed the
+    results."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 40, 16, generator=draw) for _ in range(3))
     spec = Spec(0.25)
@@ -65,7 +66,7 @@ def test_judge_sees_errors(change):
 
 
 def test_judge_sees_a_small_error_in_a_small_row():
-    """One part in a thousand, of a row a thousand times smaller than the rest."""
+    """A relative error of 1e-3 in a row that is a thousand times smaller than the others."""
     want = torch.ones(1, 1, 50, 8, dtype=torch.float64)
     want[0, 0, 7] = 1e-3
     got = want.clone()

@@ -1,4 +1,5 @@
-"""flash_attn_with_kvcache: what it writes, where, how it turns, and what it attends to."""
+"""flash_attn_with_kvcache: what it writes and where, its rotary embedding, and what it attends
+to."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def turned(x, cos, sin, positions, interleaved):
 
 
 class Cache:
-    """Entries of random length in one of three homes: rows, other rows, or scattered blocks."""
+    """Entries of random length, stored as rows, as other rows (cache_batch_idx), or in scattered
+    pages."""
 
     def __init__(self, home, lens=LENS):
         self.home, self.lens = home, lens
@@ -49,7 +51,7 @@ class Cache:
         for n, length in enumerate(lens):
             self.old[:, n, length:] = torch.nan
         self.rows = [4, 1]
-        self.table = torch.tensor([[6, 0, 3], [2, 5, 1]], dtype=torch.int32)  # blocks of 4
+        self.table = torch.tensor([[6, 0, 3], [2, 5, 1]], dtype=torch.int32)  # pages of 4
         self.caches = [self._laid_out(x) for x in self.old]
         self.where = {
             "rows": {},
@@ -103,7 +105,8 @@ def test_appends_and_attends(home):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (4, 1)}], ids=str)
 @pytest.mark.parametrize("rotary_dim", [DIM, 4])
 def test_rotary(home, interleaved, options, rotary_dim):
-    """Keys turn at their slots; queries too with causal or a window, else all at the first."""
+    """Keys rotate by their slots; so do queries with causal or a window, else all by the first
+    slot."""
     angle = torch.arange(20)[:, None] * torch.rand(rotary_dim // 2, dtype=F64)
     cos, sin = angle.cos(), angle.sin()
     cache = Cache(home)
