@@ -4,6 +4,7 @@ what happens where the native library is missing.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn import ops
 from fastattn.pairs import pairs_of_band
 from fastattn.reference import reference
 from fastattn.spec import OPERANDS, Operands, Spec
@@ -113,6 +115,17 @@ def test_schemas_and_tags():
     arguments = [a.name for a in FORWARD.default._schema.arguments]
     operands = list(OPERANDS)
     assert arguments == ["q", "k", "v", *operands, *Spec.__slots__, "num_splits"]
+
+
+@pytest.mark.native
+def test_the_native_list_of_arguments_is_that_of_the_schemas():
+    """csrc/operands.h reads arguments by position: names, types and order must be Python's."""
+    schema = ops.NATIVE.fastattn_inputs_schema
+    schema.restype = ctypes.c_char_p
+    shared = schema().decode()
+    assert [x.split()[-1] for x in shared.split(", ")] == [*OPERANDS, *Spec.__slots__]
+    for op in (FORWARD.default, BACKWARD.default):
+        assert f"Tensor q, Tensor k, Tensor v, {shared}, " in str(op._schema)
 
 
 @pytest.mark.native
