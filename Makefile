@@ -6,6 +6,7 @@
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
+#   make coverage    the tests, then the lines of kernels and package that they ran (ARGS="tests/cuda")
 #   make fuzz    random calls against float64 for a minute (ARGS="--minutes 60 --seed 7")
 #   make gpu-audit   what compilers make of the GPU kernels (no GPU needed): registers, spills
 #   make cuda-load   build the wheel and load it in a CUDA build of torch (no GPU needed; 4 GB, once)
@@ -43,27 +44,27 @@ OURS   := $(VENV)/.made-by-make
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
-CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
+CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
     tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test check bench build asan fuzz lint fmt size docs gpu gpu-audit cuda-load wheel \
+.PHONY: demo test check bench build asan coverage fuzz lint fmt size docs gpu gpu-audit cuda-load wheel \
     versions clean distclean writable help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,14s/^#   //p' Makefile
+	@sed -n '3,15s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
 
 # One process a core, one thread a process; a worker without tests takes some of another's. One
-# process again, for a debugger: make test ARGS="-n 0 --pdb tests/test_cpu.py".
+# process again, for a debugger: make test ARGS="-n 0 --pdb tests/backends/test_cpu.py".
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal $(ARGS)
 
 # One small case of every option on every backend, the public names and types, lint, line budgets.
 check: lint size build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/test_check.py tests/test_types.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/attention/test_check.py tests/attention/test_types.py $(ARGS)
 
 bench: build
 	$(BIN)/python -m fastattn bench --quick $(ARGS)
@@ -125,12 +126,22 @@ asan: build
 	FASTATTN_CPU_LIBRARY="$$PWD/build/asan/_cpu.abi3.so" LD_PRELOAD="$(SANITIZERS)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
-	    tests/test_native.py tests/test_cpu.py tests/test_fused.py tests/test_fused_dropout.py \
-	    tests/test_fused_native.py tests/test_memory.py $(ARGS)
+	    tests/backends/test_native.py tests/backends/test_cpu.py tests/fused/test_fused.py tests/fused/test_fused_dropout.py \
+	    tests/fused/test_fused_native.py tests/attention/test_memory.py $(ARGS)
+
+# The same tests, and then how many lines of the kernels and of the package they ran: a failed test
+# stops nothing, since what it ran counts too. ARGS names some tests.
+coverage: build
+	@$(BIN)/python -c 'import coverage' 2>/dev/null || $(PIP) install -q "coverage>=7.10"
+	FASTATTN_BUILD=coverage $(BIN)/python setup.py --quiet build_ext
+	@rm -f build/coverage/python* build/coverage/*/*.gcda
+	-FASTATTN_COVERAGE=1 FASTATTN_CPU_LIBRARY="$$PWD/build/coverage/_cpu.abi3.so" OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m coverage run -m pytest -q -n logical --dist worksteal $(ARGS)
+	@$(BIN)/python tests/support/coverage_table.py build/coverage
 
 # Stops at the first wrong result and prints the fewest lines that show it.
 fuzz: build
-	$(BIN)/python tests/fuzz.py $(ARGS)
+	$(BIN)/python tests/support/fuzz.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -159,8 +170,8 @@ gpu: build
 # What Triton and nvcc make of the GPU kernels: registers, spills, shared memory, instructions. Only
 # what changed since the stored audits is compiled; ARGS=--write stores it, ARGS=--all compiles all.
 gpu-audit: build
-	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.gpu_audit $(ARGS)
-	$(BIN)/python -m fastattn.benchmarks.cuda_audit $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.compile.triton $(ARGS)
+	$(BIN)/python -m fastattn.benchmarks.compile.cuda $(ARGS)
 
 # The CUDA library is in it where nvcc is found; torch may be a CPU build. ziglang has the symbols of
 # old glibcs; auditwheel fails where a library needs newer ones, and tags the wheel.
@@ -173,9 +184,9 @@ wheel: $(VENV)/.installed
 	    --exclude 'libtorch*' -w dist build/raw-wheel/*.whl
 	@ls dist/*.whl
 
-# Each row of tests/versions.py in an environment of its own, below build/versions; ARGS names rows.
+# Each row of tests/support/versions.py in an environment of its own, below build/versions; ARGS names rows.
 versions: wheel
-	$(BIN)/python tests/versions.py --wheel "$$(ls -t dist/*.whl | head -1)" $(ARGS)
+	$(BIN)/python tests/support/versions.py --wheel "$$(ls -t dist/*.whl | head -1)" $(ARGS)
 
 # pip's torch for Linux has CUDA; PIP_EXTRA_INDEX_URL or its like may name another place for it.
 cuda-load: wheel
@@ -185,7 +196,7 @@ cuda-load: wheel
 	    || { echo "== installing torch $(CUDA_TORCH) into $(CUDA_VENV)"; \
 	         $(CUDA_VENV)/bin/python -m pip install -q "torch==$(CUDA_TORCH)" numpy; }
 	@$(CUDA_VENV)/bin/python -m pip install -q --force-reinstall --no-deps "$$(ls -t dist/*.whl | head -1)"
-	$(CUDA_VENV)/bin/python tests/cuda_load.py
+	$(CUDA_VENV)/bin/python tests/support/cuda_load.py
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis

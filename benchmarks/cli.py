@@ -1,7 +1,9 @@
 """`python -m fastattn bench`: fastattn beside what you use today, checked first, then timed.
 
-parse() reads the command line, main() runs it. Next hop: suites.py (which cells), run.py (the
-loop), measure.py (one cell), entries.py (the data), output.py and page.py (the reports)."""
+parse() reads the command line, main() runs it. Next hop: suites.py (which cells),
+measure/runner.py (the loop), measure/protocol.py (one cell), report/record.py (the data),
+report/table.py and report/page.py (the reports).
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import base, competitors, devices, entries, history, output, suites
-from .machine import Machine, machine_facts
-from .measure import Plan
-from .run import Run, run
-from .work import MODES
+from fastattn.core.work import MODES
+
+from . import competitors, suites
+from .measure import devices, other_commit
+from .measure.machine import Machine, machine_facts
+from .measure.protocol import Plan
+from .measure.runner import Run, run
+from .report import history, record, table
 
 # Of cells; the rest of --quick's 90 s and --full's 15 minutes is starting and reporting.
 SECONDS = {"quick": 74.0, "default": None, "full": 14 * 60.0}
@@ -109,9 +114,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine")
     if args.backend:
-        from fastattn import backends
+        from fastattn.backends import registry
 
-        backends.named(args.backend)
+        registry.named(args.backend)
     asked = args.vs if args.vs is not None else ("" if args.base else "sdpa")
     args.competitors = competitors.named(asked) if asked else []
     if args.aa and (args.base or not args.competitors):
@@ -179,7 +184,7 @@ def _measured(args, device, console: Console) -> int:
     machine, tree = Machine(facts), None
     if args.base:
         try:
-            tree = base.prepare(args.base, args.history, say=console.print)
+            tree = other_commit.prepare(args.base, args.history, say=console.print)
         except ValueError as error:
             console.print(f"[red]{error}[/]", highlight=False)
             code = USAGE
@@ -191,7 +196,7 @@ def _measured(args, device, console: Console) -> int:
     machine.clocks["throttled"] = device.throttled(
         *(machine.clocks[x] for x in ("before", "after"))
     )
-    data = entries.as_json(
+    data = record.as_json(
         done.results, machine, level=args.level, options=chosen_by(args), aa=done.aa,
         skipped=done.skipped, interrupted=done.interrupted,
     )  # fmt: skip
@@ -202,7 +207,7 @@ def _measured(args, device, console: Console) -> int:
     regressed = [c for c in changes if args.fail_if is not None and c.regressed(args.fail_if)]
     for change in regressed:
         console.print(f"[bold red]REGRESSED[/] {change}", highlight=False)
-    if entries.reds(data) or regressed:
+    if record.reds(data) or regressed:
         code = code or FAILED
     return INTERRUPTED if done.interrupted else code
 
@@ -215,17 +220,17 @@ def _run(args, device, machine: Machine, tree: Path | None, past: list) -> Run:
     if tree is None:
         return run(args.cells, plan, machine, seconds=seconds, weak=weak)
     total, cells = Run(), args.cells
-    for index in range(base.PASSES):
+    for index in range(other_commit.PASSES):
         with ExitStack() as stack:
-            pair = base.Pair(tree, device)
+            pair = other_commit.Pair(tree, device)
             stack.callback(pair.close)
             first = index == 0
             again = Plan(device, args.competitors, args.level, extra=pair.sides,
-                         memory=first, noise=first, rounds=base.ROUNDS,
-                         turns=base.TURNS)  # fmt: skip
-            share = None if seconds is None else seconds / base.PASSES
+                         memory=first, noise=first, rounds=other_commit.ROUNDS,
+                         turns=other_commit.TURNS)  # fmt: skip
+            share = None if seconds is None else seconds / other_commit.PASSES
             one = run(cells, again, machine, seconds=share, weak=weak)
-        total = base.merged(total, one) if index else one
+        total = other_commit.merged(total, one) if index else one
         cells = [result.cell for result in total.results]
         if one.interrupted:
             break
@@ -239,7 +244,7 @@ def _report(args, console: Console, data: dict, changes: list, store, past: list
             console.print(f"kept as {store.save(data)}", highlight=False)
         except OSError as error:
             console.print(f"[red]not kept in {store.folder}: {error}[/]", highlight=False)
-    output.print_table(data, console)
+    table.print_table(data, console)
     for change in changes:
         console.print(f"since {args.base or args.compare}: {change}", highlight=False)
     for sentence in store.warnings:
@@ -264,22 +269,22 @@ def _report(args, console: Console, data: dict, changes: list, store, past: list
             except (OSError, ModuleNotFoundError) as error:
                 console.print(f"[red]--{name}: {path} is not written: {error}[/]", highlight=False)
     if args.png is not None:
-        from . import figures
+        from .report import figures
 
         for path in figures.write_pngs(data, runs, args.png):
             console.print(f"wrote {path}", highlight=False)
 
 
 def _html(data: dict, changes: list, runs: list) -> str:
-    from . import page
+    from .report import page
 
     return page.page(data, changes, runs)
 
 
 WRITERS = {
     "json": lambda data, changes, runs: json.dumps(data, indent=1) + "\n",
-    "csv": lambda data, changes, runs: entries.as_csv(data),
-    "md": lambda data, changes, runs: output.as_markdown(data, changes) + "\n",
+    "csv": lambda data, changes, runs: record.as_csv(data),
+    "md": lambda data, changes, runs: table.as_markdown(data, changes) + "\n",
     "html": _html,
 }
 

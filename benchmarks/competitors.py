@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cells import Case, eager
+from .cases import Case, eager
 
 Forward = Callable[[], Tensor]
 

@@ -1,4 +1,4 @@
-"""`pytest benchmarks`: the number of threads, and where tests/cases.py is."""
+"""`pytest benchmarks`: the number of threads, and where tests/support/cases.py is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastattn import limited
-from fastattn.files import replace_file
+from fastattn.core import limited
+from fastattn.core.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from .cells import DTYPES, Row
-from .endtoend import WORKLOADS
-from .work import MODES
+from fastattn.core.work import MODES
+
+from .cases import DTYPES, Row
+from .end_to_end import WORKLOADS
 
 
 class Cell(Protocol):
-    """What a suite lists: a Row, or a whole model's Workload (endtoend.py)."""
+    """What a suite lists: a Row, or a whole model's Workload (end_to_end.py)."""
 
     group: str
     floor: float

@@ -2,8 +2,9 @@
 
 Model shapes (suites.py): each row for fastattn and for torch, one group a row. The two are
 measured interleaved first, by this package's own protocol; extra_info has that ratio with its
-interval, the errors, rates and what really ran. Cases (tests/cases.py): one option each, on small
-tensors; what they show is the cost of a call. Whatever is wrong fails and has no number.
+interval, the errors, rates and what really ran. Cases (tests/support/cases.py): one option
+each, on small tensors; what they show is the cost of a call. Whatever is wrong fails and has no
+number.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from functools import cache
 
 import pytest
 import torch
-from fastattn.benchmarks import competitors, devices, entries, measure, suites
-from fastattn.benchmarks.cells import Case, Row
-from fastattn.benchmarks.machine import MEMORY, Machine, machine_facts, working_set
+from fastattn.benchmarks import competitors, suites
+from fastattn.benchmarks.cases import Case, Row
+from fastattn.benchmarks.measure import devices, protocol
+from fastattn.benchmarks.measure.machine import MEMORY, Machine, machine_facts, working_set
+from fastattn.benchmarks.report import record
 
 import fastattn
-from fastattn import verify
-from fastattn.reference import reference
+from fastattn.cli import verify
+from fastattn.core.reference import reference
 
 try:
     from cases import select
@@ -43,14 +46,14 @@ def interleaved(row: Row) -> dict:
     """The row as `bench` measures it, as data."""
     device = devices.DEVICES[DEVICE]()
     with device:
-        plan = measure.Plan(device, competitors.named("sdpa"), "quick")
-        result = measure.measure(row, plan)
+        plan = protocol.Plan(device, competitors.named("sdpa"), "quick")
+        result = protocol.measure(row, plan)
     if result.work:
         machine().measure_peaks({"fp32"}, {working_set(result.work)}, seconds=0.03)
-    return entries.row_json(result, machine(), [])
+    return record.row_json(result, machine(), [])
 
 
-@pytest.mark.parametrize("side", [measure.OURS, "sdpa"])
+@pytest.mark.parametrize("side", [protocol.OURS, "sdpa"])
 @pytest.mark.parametrize("row", SHAPES, ids=lambda row: row.name.replace(" ", "-"))
 def test_model_shape(row: Row, side: str, benchmark) -> None:
     found = interleaved(row)
@@ -66,7 +69,7 @@ def test_model_shape(row: Row, side: str, benchmark) -> None:
     benchmark.extra_info["ratio"] = found["versus"]["sdpa"]
     benchmark.extra_info["interleaved_rounds"] = found["comparison"]["rounds"]
     case = Case(row, DEVICE)
-    maker = Case.fastattn if side == measure.OURS else competitors.BY_NAME[side].forward
+    maker = Case.fastattn if side == protocol.OURS else competitors.BY_NAME[side].forward
     step, device = case.step(maker(case)), devices.DEVICES[DEVICE]()
     repeats = found["comparison"]["repeats"][side]
 
@@ -77,7 +80,7 @@ def test_model_shape(row: Row, side: str, benchmark) -> None:
     benchmark.pedantic(whole, rounds=ROUNDS, iterations=repeats, warmup_rounds=1)
 
 
-@pytest.mark.skipif(select is None, reason="tests/cases.py is not beside this folder")
+@pytest.mark.skipif(select is None, reason="tests/support/cases.py is not beside this folder")
 @pytest.mark.parametrize("case", select("alone") if select else [], ids=lambda case: case.name)
 def test_case(case, benchmark) -> None:
     if case.function is None:

@@ -1,4 +1,4 @@
-// What the CPU library tells of this machine, as C strings: fastattn/isa.py asks by ctypes, so that
+// What the CPU library tells of this machine, as C strings: fastattn/backends/isa.py asks by ctypes, so that
 // every build of the library answers, whatever else was built.
 #include <stdexcept>
 #include <string>

@@ -1,5 +1,5 @@
 // fastattn._C: what compiled it, and the tile schedule, so that tests can hold that equal to
-// fastattn/spec.py.
+// fastattn/core/spec.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

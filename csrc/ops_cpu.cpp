@@ -24,13 +24,6 @@ namespace {
 
 // --- running the items --------------------------------------------------------------------------
 
-double forward_flops(const Call& call) {
-    double pairs = 0;
-    for (const Segment& s : call.segments)
-        pairs += static_cast<double>(s.band.q_len) * s.band.kv_len;
-    return 2 * pairs * call.params.heads * (call.params.head_dim + call.params.v_dim);
-}
-
 std::atomic<uint64_t> calls{0};  // so far, in this process
 
 // Tiles are counted in int, and each takes 40 bytes; without this, strides of 0 could ask for
@@ -53,8 +46,7 @@ void run_forward(Call& call, int num_splits) {
     check_tiles(call, p.heads, kernels.block_q);
     const int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
     const int64_t row_bytes = (p.v_dim + 2) * size;
-    ForwardPlan plan =
-        plan_forward(call.segments, p.heads, p.group(), kernels.block_q, num_splits, row_bytes);
+    ForwardPlan plan = plan_forward(call.segments, p, kernels.block_q, num_splits, row_bytes);
     Partials partials{};
     Bytes memory;
     if (plan.partial_rows > 0) {
@@ -63,7 +55,7 @@ void run_forward(Call& call, int num_splits) {
         partials.row_sum = memory.get() + plan.partial_rows * size;
         partials.acc = memory.get() + 2 * plan.partial_rows * size;
     }
-    double flops = forward_flops(call);
+    double flops = 2 * plan.pairs * (p.head_dim + p.v_dim);
     for_each_item(plan.items.size(), flops,
                   [&](int64_t i) { kernels.forward(p, plan.items[i], partials); });
     for_each_item(plan.merges.size(), flops, [&](int64_t i) {
@@ -81,7 +73,7 @@ void run_backward(Call& call, BiasSharing sharing) {
     const int64_t padded = kernels.padded(p.head_dim) + kernels.padded(p.v_dim);
     KeyBytes bytes{(p.head_dim + p.v_dim) * size_of(p.dtype), padded * size};
     BackwardPlan plan =
-        plan_backward(call.segments, p.kv_heads, kernels.block_q, kernels.block_kv, bytes, sharing);
+        plan_backward(call.segments, p, kernels.block_q, kernels.block_kv, bytes, sharing);
     std::vector<Bytes> memory;
     for (const BackwardPlan::Merge& merge : plan.merges)
         for (int i = merge.first; i < merge.first + merge.parts; i++) {
@@ -93,7 +85,7 @@ void run_backward(Call& call, BiasSharing sharing) {
                 *sum = memory.back().get();
             }
         }
-    double flops = 2.5 * forward_flops(call);
+    double flops = 5 * plan.pairs * (p.head_dim + p.v_dim);
     for_each_item(static_cast<int64_t>(plan.task_begin.size()) - 1, flops, [&](int64_t task) {
         for (int i = plan.task_begin[task]; i < plan.task_begin[task + 1]; i++)
             kernels.backward(p, plan.items[plan.tasks[i]]);
@@ -184,7 +176,8 @@ void prefer_huge_pages(const Tensor& t) {
 // Do the tiles of every entry visit every element of the bias? Packed sequences may all be shorter
 // than it, or see fewer keys.
 bool visits_all(const Call& call, const Tensor& bias) {
-    if (call.operands.mask || call.entries == 0 || call.params.heads == 0) return false;
+    if (call.operands.mask || call.operands.key_begin) return false;
+    if (call.entries == 0 || call.params.heads == 0) return false;
     if (static_cast<int64_t>(call.segments.size()) != call.entries) return false;
     return std::all_of(call.segments.begin(), call.segments.end(), [&](const Segment& s) {
         Range keys = s.band.kv_range(0, s.band.q_len);

@@ -1,6 +1,6 @@
 // Dropout's random bits: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
 // 3", 2011). A pure function of (seed, offset, batch x head, row, key), so every kernel, tile shape
-// and device drops the same weights. The Python twin is fastattn/philox.py.
+// and device drops the same weights. The Python twin is fastattn/core/philox.py.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ constexpr uint32_t PHILOX_KEY_A = 0x9E3779B9u, PHILOX_KEY_B = 0xBB67AE85u;
 constexpr int PHILOX_ROUNDS = 10;
 
 // Where the numbers of the operand dropout_seed lie: int64 [2], or [4] where the call's heads are a
-// part of a whole (tensor parallelism) and dropout counts the whole's. fastattn/philox.py and
+// part of a whole (tensor parallelism) and dropout counts the whole's. fastattn/core/philox.py and
 // kernels/philox.py have the same names.
 enum DropoutNumber { SEED, OFFSET, FIRST_HEAD, TOTAL_HEADS, DROPOUT_NUMBERS };
 

@@ -1,5 +1,5 @@
 // What one attention call computes, in the form every kernel uses: a mask is an interval of keys
-// per row. The Python twin is fastattn/spec.py; tests hold the two equal.
+// per row. The Python twin is fastattn/core/spec.py; tests hold the two equal.
 #pragma once
 #include <cstdint>
 

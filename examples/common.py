@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from command_line import Options, mistaken
 from cost import Clock
-from fastattn.benchmarks.devices import peak_flops
+from fastattn.benchmarks.measure.devices import peak_flops
 from files import Checkpoints, Log, own, writing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -24,7 +24,7 @@ from files import started, writing
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from fastattn.files import replace_file
+from fastattn.core.files import replace_file
 
 Batch = dict[str, Tensor]
 SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".rs", ".js", ".json")

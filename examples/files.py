@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from command_line import setting
 
-from fastattn.files import replace_file
+from fastattn.core.files import replace_file
 from fastattn.models.checkpoint import CheckpointError
 
 PARTS = {"step": int, "identity": dict, "model": dict, "optimizer": dict}  # of a checkpoint

@@ -28,6 +28,7 @@ from corpus import (
     scores,
 )
 from cost import Clock, Cost, report
+from fastattn.benchmarks.demo.minilm import PACKAGE, weights_folder
 from files import writing
 from rich.console import Console
 from transformers import (
@@ -42,7 +43,6 @@ from transformers.utils import logging as transformers_logging
 from with_trainer import train_with_trainer
 
 import fastattn.hf  # noqa: F401  registers attn_implementation="fastattn"
-from fastattn.minilm import PACKAGE, weights_folder
 
 IMPLEMENTATION = {"fastattn": "fastattn", "torch": "sdpa"}
 

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from fastattn.files import replace_file
+from fastattn.core.files import replace_file
 
 STATE = "trainer_state.json"  # Trainer writes it last
 

@@ -1,10 +1,10 @@
 """fastattn: attention for PyTorch, every variant on every device with every derivative.
 
-out = fastattn.attention(q, k, v, causal=True)          # attention.py
+out = fastattn.attention(q, k, v, causal=True)          # functional.py
 out = fastattn.scaled_dot_product_attention(q, k, v)    # torch's signature: sdpa.py
 fastattn.enable()                                       # every program that calls SDPA: override.py
-print(fastattn.swap(model))                             # a built model, in place: swap.py
-print(fastattn.explain(q, k, v, causal=True))           # what would run, and why: explain.py
+print(fastattn.swap(model))                             # a built model, in place: swapping.py
+print(fastattn.explain(q, k, v, causal=True))           # what would run, and why: explanation.py
 
 fastattn.flash_attn, .hf and .models are imported when they are first used.
 """
@@ -12,14 +12,14 @@ fastattn.flash_attn, .hf and .models are imported when they are first used.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import nn
-from .attention import attention, varlen_attention
-from .cache import decode_attention, merge_states
-from .explain import Explanation, explain
+from . import masks, nn
+from .core.spec import Spec
+from .decoding import decode_attention, merge_states
+from .explanation import Explanation, explain
+from .functional import attention, varlen_attention
 from .override import disable, enable, override_sdpa
 from .sdpa import scaled_dot_product_attention
-from .spec import Spec
-from .swap import SwapReport, swap, unswap
+from .swapping import SwapReport, swap, unswap
 
 if TYPE_CHECKING:
     from . import flash_attn as flash_attn
@@ -37,6 +37,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "masks",
     "merge_states",
     "nn",
     "override_sdpa",

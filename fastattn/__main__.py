@@ -12,9 +12,12 @@ import os
 import sys
 
 COMMANDS = {  # name: (module, what it does)
-    "info": ("fastattn.info", "what this machine can run, and why not the rest"),
-    "verify": ("fastattn.verify", "every backend against float64 on this machine"),
-    "demo": ("fastattn.demo", "swap fastattn into a pretrained encoder: compare, time, report"),
+    "info": ("fastattn.cli.info", "what this machine can run, and why not the rest"),
+    "verify": ("fastattn.cli.verify", "every backend against float64 on this machine"),
+    "demo": (
+        "fastattn.benchmarks.demo.main",
+        "swap fastattn into a pretrained encoder: compare, time, report",
+    ),
     "bench": (
         "fastattn.benchmarks.cli",
         "fastattn beside torch and others, each row checked first",

@@ -24,9 +24,8 @@ except ImportError as error:
         f"fastattn.swap(model) serves the models of older ones: {error}"
     ) from error
 
-from . import backends
 from .sdpa import scaled_dot_product_attention
-from .swap import is_swapped, swapped_class, unswap_object
+from .swapping import is_swapped, swapped_class, unswap_object
 
 NAME = "fastattn"
 _BY_BACKEND = "_fastattn_by_backend"  # on a processor that set_attention_backend() swapped
@@ -107,7 +106,7 @@ def _reaching_all(set_backend):
                 f"{', '.join(left)} of {type(self).__name__} asks diffusers for no backend, and "
                 "swap() cannot serve it: its attention is computed as before",
                 UserWarning,
-                stacklevel=backends.caller_level(),
+                stacklevel=backend.caller_level(),
             )
 
     return reaching_all

@@ -1,5 +1,5 @@
 """From a public function's arguments, by name, to a checked Call in normal form. Next hop: back to
-attention.py, then backends.py. What decode_attention() takes is checked in cache.py.
+functional.py, then backends/registry.py. What decode_attention() takes is checked in decoding.py.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from . import backends, checks, descales
-from .call import Call
-from .ops import autocast_dtype, autocast_to
-from .spec import NO_OPERANDS, Descales, Operands, Spec
+from .backends import backend, registry
+from .core import checks, quantization, ranges
+from .core.call import Call
+from .core.spec import NO_OPERANDS, Descales, Operands, Spec
+from .core.tensors import autocast_dtype, autocast_to
 
 is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
@@ -27,14 +28,16 @@ _asked_of = itemgetter(
     *("scale", "causal", "window", "align", "softcap", "dropout_p", "return_lse"),
     *("deterministic", "backend"),
 )
-_operands_of = itemgetter("mask", "bias", "alibi_slopes", "sinks", "kv_lens", "document_ids")
+_operands_of = itemgetter(
+    *("mask", "bias", "alibi_slopes", "sinks", "kv_lens", "document_ids", "key_ranges")
+)
 
 
 def _is_none(x) -> bool:
     return x is None
 
 
-def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple | None]:
+def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | None]:
     """Checks attention()'s arguments; (Call, rank, row, key).
 
     row is the backend of an earlier call alike in all but values and strides, or None; key is where
@@ -45,7 +48,7 @@ def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple |
         q, k, v = autocast(q, k, v)
     key = plan = None
     float8 = (
-        getattr(q, "dtype", None) == descales.E4M3
+        getattr(q, "dtype", None) == quantization.E4M3
         or given["q_descale"] is not None
         or given["k_descale"] is not None
         or given["v_descale"] is not None
@@ -56,7 +59,7 @@ def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple |
             asked, window = _asked_of(given), given["window"]
             key = (
                 q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-                asked, backends.forced(), tuple(map(_is_none, _operands_of(given))),
+                asked, registry.forced(), tuple(map(_is_none, _operands_of(given))),
                 # 1 == 1.0 == True, and not all are accepted
                 tuple(map(type, asked)), None if window is None else tuple(map(type, window)),
             )  # fmt: skip
@@ -64,7 +67,7 @@ def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple |
         except (TypeError, ValueError, RuntimeError):  # a list in window, a tensor without shape,
             key = None  # and the like: the checks below say what is wrong
     if plan is None:
-        checks.same_kind(q=q, k=k, v=v, accepted=(descales.E4M3,) if float8 else checks.DTYPES)
+        checks.same_kind(q=q, k=k, v=v, accepted=(quantization.E4M3,) if float8 else checks.DTYPES)
         rank, row = checks.dense_shapes(q, k, v), None
         spec = spec_of(q.shape[-1], given)
     else:
@@ -82,6 +85,7 @@ def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple |
         and given["sinks"] is None
         and given["kv_lens"] is None
         and given["document_ids"] is None
+        and given["key_ranges"] is None
         and not spec.dropout_p
     ):
         return Call(q, k, v, spec, NO_OPERANDS), rank, row, key
@@ -93,7 +97,7 @@ def dense_form(given: dict) -> tuple[Call, int, backends.Backend | None, tuple |
     if float8:
         scales = Descales(given["q_descale"], given["k_descale"], given["v_descale"])
         for name, x in zip(scales._fields, scales):
-            descales.check(f"{name}_descale", x, batch, k.shape[1], device)
+            quantization.check(f"{name}_descale", x, batch, k.shape[1], device)
         checks.no_gradient("float8_e4m3fn", q, k, v, given["bias"], given["sinks"], *scales)
     if kv_lens is not None:
         kv_lens = checks.int_vector("kv_lens", kv_lens, (batch,), device, "[B]")
@@ -124,7 +128,10 @@ def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> 
     """Operands of scores, checked against full = [batch, heads, rows, keys]. Where head_origin says
     that these heads are a part, operands may have every head."""
     mask, bias, slopes, sinks = (given[x] for x in ("mask", "bias", "alibi_slopes", "sinks"))
+    key_ranges = given["key_ranges"]
     if head_origin is not None and head_origin[1] != full[1]:
+        if isinstance(key_ranges, (tuple, list)) and rank == 4:
+            key_ranges = [_own_heads(x, -2, head_origin, full[1]) for x in key_ranges]
         mask, bias = (_own_heads(x, -3, head_origin, full[1]) for x in (mask, bias))
         slopes, sinks = (_own_heads(x, -1, head_origin, full[1]) for x in (slopes, sinks))
     if mask is not None:
@@ -135,7 +142,10 @@ def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> 
         slopes = checks.slopes(slopes, *full[:2], q.device)
     if sinks is not None:
         sinks = checks.sinks(sinks, full[1], q)
-    return {"mask": mask, "bias": bias, "alibi_slopes": slopes, "sinks": sinks}
+    own = {"mask": mask, "bias": bias, "alibi_slopes": slopes, "sinks": sinks}
+    if key_ranges is not None:
+        own |= ranges.normal_form(key_ranges, full, q.device, rank)
+    return own
 
 
 def _own_heads(x, dim, head_origin, heads):
@@ -224,7 +234,7 @@ def plain_plan(q, k, v, asked: tuple) -> tuple[tuple | None, tuple | None]:
         window = asked[2]
         key = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            asked, backends.forced(), *map(type, asked),  # 1 == 1.0 == True
+            asked, registry.forced(), *map(type, asked),  # 1 == 1.0 == True
             None if window is None else tuple(map(type, window)),
         )  # fmt: skip
         return key, PLAIN_PLANS.get(key)

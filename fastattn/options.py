@@ -1,6 +1,6 @@
 """The options of the calls, as type checkers read them: what an overload of attention(),
 varlen_attention(), decode_attention() or explain() takes by keyword. The functions' own signatures
-are the rule, and tests/test_types.py holds these to them.
+are the rule, and tests/attention/test_types.py holds these to them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     sinks: Tensor | None
     kv_lens: Tensor | None
     document_ids: Tensor | None
+    key_ranges: tuple[Tensor, Tensor] | None
     head_origin: tuple[int, int] | None
     dropout_p: float
     dropout_seed: tuple[int, int] | Tensor | None

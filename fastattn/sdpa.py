@@ -1,5 +1,5 @@
 """scaled_dot_product_attention() with torch's signature and semantics. override.py puts it under
-programs that call torch's. Next hop: backends.py.
+programs that call torch's. Next hop: backends/registry.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import sys
 import torch
 from torch import Tensor
 
-from . import backends, checks, habits, ops
-from .attention import run
-from .call import Call
+from . import habits
+from .backends import registry
+from .core import checks, tensors
+from .core.call import Call
+from .core.spec import NO_OPERANDS, Operands, Spec
 from .forms import autocast
-from .spec import NO_OPERANDS, Operands, Spec
+from .functional import run
 
 _NAME = "scaled_dot_product_attention"
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -76,7 +78,7 @@ def scaled_dot_product_attention(
             plan_key = (
                 query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
                 query.device, key.device, value.device, dropout_p, is_causal, scale, enable_gqa,
-                type(is_causal), type(enable_gqa), backends.forced(),
+                type(is_causal), type(enable_gqa), registry.forced(),
             )  # fmt: skip
             plan = _PLANS.get(plan_key)
         except (TypeError, RuntimeError):  # a tensor without shape, or what no check accepts
@@ -127,7 +129,7 @@ def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
             dropout_seed=checks.dropout_key(None, query.device) if spec.dropout_p else None,
         )
     call = Call(q4, k4, v4, spec, operands)
-    row = backends.pick(None, call)
+    row = registry.pick(None, call)
     if plan_key is not None and q4 is query and k4 is key and v4 is value:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
@@ -324,11 +326,11 @@ def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    from .attention import varlen_attention
+    from .functional import varlen_attention
 
-    dtype = ops.autocast_dtype(query)
+    dtype = tensors.autocast_dtype(query)
     if dtype is not None:
-        query, key, value = (ops.autocast_to(x, dtype) for x in (query, key, value))
+        query, key, value = (tensors.autocast_to(x, dtype) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, ragged, H, D]
     cu_q, cu_k, cu_v = query.offsets(), key.offsets(), value.offsets()
     if cu_k is not cu_v and not torch.equal(cu_k, cu_v):

@@ -1,5 +1,5 @@
 """Bias, activation and dropout in one pass on a GPU: fastattn::activate_fwd and activate_bwd. Their
-reference is in fastattn/fused_activate.py, the CPU's kernels are in csrc/cpu/activate.inl.
+reference is in fastattn/fused/activation.py, the CPU's kernels are in csrc/cpu/activate.inl.
 
 A backward program goes down a column block, over every so many rows, and leaves a partial sum of
 the bias gradient. ReLU's saved tensor is its result, which says what dropout kept; the others make
@@ -146,7 +146,7 @@ def _check(activation) -> None:
                            f"{', '.join(ACTIVATIONS)}")  # fmt: skip
 
 
-# ---- what a launch compiles: benchmarks/gpu_audit.py --------------------------------------------
+# ---- what a launch compiles: benchmarks/compile/triton.py ----------------------------------------
 
 
 def audit_subjects(arch):

@@ -1,5 +1,5 @@
 """Which launches of the attention kernels `make gpu-audit` compiles: what is fast, and one of each
-kind. benchmarks/gpu_audit.py reads the machine code.
+kind. benchmarks/compile/triton.py reads the machine code.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
-from ..spec import Operands, Spec
-from . import cache, config, decode, launch
+from ..core.spec import Operands, Spec
+from . import combine, config, kv_append, launch
 
 # Triton's targets in the words of config.py, with the processors of a typical one.
 DEVICES = {
@@ -127,14 +127,14 @@ def _eight(arch):
     if all_kinds:
         yield from arch.launches("bf16 cache", partial(_append, torch.bfloat16, None), hot=True)
         out, lse = _empty(8, 32, 1, 128), _empty(8, 32, 1, dtype=torch.float32)
-        yield from arch.launches("bf16", lambda: decode.merge(out, lse, out, lse), hot=True)
+        yield from arch.launches("bf16", lambda: combine.merge(out, lse, out, lse), hot=True)
 
 
 def _append(dtype, scale):
     new, pages = _empty(8, 8, 1, 128), _empty(1000, 8, 64, 128, dtype=dtype)
     angles = _empty(8192, 64, dtype=torch.float32)
     places = (_int32(8), _int32(8, 128))
-    cache.append(new, new, pages, pages, *places, angles, angles, False, scale, scale)
+    kv_append.append(new, new, pages, pages, *places, angles, angles, False, scale, scale)
 
 
 def _variants():

@@ -1,5 +1,5 @@
 """activation(gate) * up on a GPU: fastattn::gate_fwd and gate_bwd. Their reference is in
-fastattn/fused.py, the CPU's kernels are in csrc/cpu/activate.inl.
+fastattn/fused/norm.py, the CPU's kernels are in csrc/cpu/activate.inl.
 
 Each program takes one tile. The backward pass makes the activation again from its input.
 """
@@ -94,7 +94,7 @@ def _launch(kernel, order, activation, inputs, *outputs) -> None:
         )  # fmt: skip
 
 
-# ---- what a launch compiles: benchmarks/gpu_audit.py --------------------------------------------
+# ---- what a launch compiles: benchmarks/compile/triton.py ----------------------------------------
 
 
 def audit_subjects(arch):

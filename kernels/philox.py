@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Where the numbers of the operand dropout_seed lie, as in fastattn/philox.py.
+# Where the numbers of the operand dropout_seed lie, as in fastattn/core/philox.py.
 SEED, OFFSET = tl.constexpr(0), tl.constexpr(1)
 FIRST_HEAD, TOTAL_HEADS = tl.constexpr(2), tl.constexpr(3)
 

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..fused import _like
-from ..philox import keep_threshold
+from ..core.philox import keep_threshold
+from ..core.tensors import empty_result
 from .philox import dropout_key
 
 # ---- rows, on the host --------------------------------------------------------------------------
@@ -32,7 +32,7 @@ class RowOrder:
         self.n = x.shape[-1]
         self.rows = x.numel() // self.n if self.n else x.shape[:-1].numel()
         if x.dim() > 2 and not x.is_contiguous():
-            y = _like(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+            y = empty_result(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
             self.order = sorted(range(x.dim() - 1), key=lambda d: -y.stride(d))
 
     def rows_of(self, t, name="a tensor"):
@@ -59,7 +59,7 @@ class RowOrder:
 
     def new_like(self):
         """(a result as the operator gives it, its rows)."""
-        t = _like(self.like)
+        t = empty_result(self.like)
         return t, self.rows_of(t)
 
 
@@ -103,7 +103,7 @@ def dropout_arguments(seed, p: float, x):
 @triton.jit
 def dropped(values, seed, threshold, row, first, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
     """values [BLOCK_R, BLOCK_N] after dropout; row [BLOCK_R, 1] int64, first: column 0's number, a
-    multiple of 64, as BLOCK_N is. The bits are fastattn.philox.keep_rows'.
+    multiple of 64, as BLOCK_N is. The bits are fastattn.core.philox.keep_rows'.
 
     A call's four words serve columns 8 apart: lane l of block b has words w and halves h for column
     64 b + 16 w + 8 h + l.

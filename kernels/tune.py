@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-from ..files import replace_file
+from ..core.files import replace_file
 from .config import Config
 
 

@@ -93,6 +93,7 @@ struct Call : Inputs {
     void make_segments();
     void set_dropout();
     void copy_pages(int64_t page_size);
+    RowNumbers key_range(const Tensor& t, const char* name) const;
     std::vector<int> int_vector(const OptionalTensor& t, const char* name, int64_t size) const;
     void check_broadcast(const Tensor& t, const char* name) const;
 };
@@ -157,7 +158,7 @@ inline void Call::check_operands() {
     CHECK(spec.left >= -1 && spec.right >= -1, "left and right must be >= -1");
     CHECK(spec.dropout_p >= 0 && spec.dropout_p < 1, "dropout_p must be in [0, 1), got ",
           spec.dropout_p);
-    CHECK(!operands.key_begin && !operands.key_end, "key_begin and key_end are not taken yet");
+    CHECK(!operands.key_begin == !operands.key_end, "key_begin and key_end come together");
     CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
     if (!cu_seqlens_q && !operands.page_table)
         CHECK(q.size(0) == k.size(0), "q has batch size ", q.size(0), " and k ", k.size(0));
@@ -308,6 +309,27 @@ inline void Call::copy_pages(int64_t page_size) {
         }
 }
 
+// One end of the rows' key ranges. Each of its values is read once to see that none decreases, but
+// not those past the end of a packed sequence.
+inline RowNumbers Call::key_range(const Tensor& t, const char* name) const {
+    check_cpu(t, name);
+    CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 4 && t.size(3) == 1, name,
+          " must be int32 [", entries, ", ", q.size(1), ", ", max_q,
+          ", 1], or 1 where it is the same for all, got shape ", shape_of(t));
+    check_broadcast(t, name);
+    RowNumbers x{static_cast<const int*>(t.data_ptr()), t.size(0) == 1 ? 0 : t.stride(0),
+                 t.size(1) == 1 ? 0 : t.stride(1), t.size(2) == 1 ? 0 : t.stride(2)};
+    for (int64_t e = 0; e < (x.batch == 0 ? std::min<int64_t>(1, entries) : entries); e++) {
+        int64_t rows = operands.cu_seqlens_q && x.batch != 0 ? segments[e].band.q_len : max_q;
+        for (int64_t h = 0; h < (x.head == 0 ? std::min<int64_t>(1, q.size(1)) : q.size(1)); h++)
+            for (int64_t i = 1; x.row != 0 && i < rows; i++)
+                CHECK(x.at(e, h, i) >= x.at(e, h, i - 1), name,
+                      " must not decrease along the rows, and does at row ", i, " of entry ", e,
+                      ", head ", h, ": ", x.at(e, h, i - 1), " to ", x.at(e, h, i));
+    }
+    return x;
+}
+
 // The key, and which heads of how many these are: dropout counts entry x all heads + head.
 inline void Call::set_dropout() {
     const OptionalTensor& dropout_seed = operands.dropout_seed;
@@ -361,6 +383,10 @@ inline void Call::prepare() {
         CHECK(dtype && *dtype != Dtype::BOOL, "bias must be a floating-point tensor");
         check_broadcast(*bias, "bias");
         p.bias = operand4(*bias);
+    }
+    if (operands.key_begin) {
+        p.key_ranges = {key_range(*operands.key_begin, "key_begin"),
+                        key_range(*operands.key_end, "key_end")};
     }
     if (operands.alibi_slopes) {
         const Tensor& t = *operands.alibi_slopes;

@@ -1,9 +1,9 @@
 // What the backward passes launch one after the other; their main kernels differ.
 // next: backward_sm90.cu, backward_sm80.cu
 #pragma once
-#include "backward_rows.cuh"
+#include "backward_prepost.cuh"
 #include "driver.h"
-#include "launch.h"
+#include "host_params.h"
 
 namespace fastattn::cuda {
 

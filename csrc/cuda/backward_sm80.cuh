@@ -1,19 +1,20 @@
 // The backward pass on sm_80 and later. As on sm_90 a CTA has one tile of keys, walks over the
 // tiles of rows that see them, of every head that shares them, and keeps dk and dv in registers.
 // Here all warps do the same, and what a tile adds to dq goes from registers to sums in memory.
-// next: mma.cuh, backward_tile.cuh, backward_rows.cuh
+// next: mma.cuh, backward_tile.cuh, backward_prepost.cuh
 //
-// Weights and dscores go through shared memory, both before one barrier, so that warps multiply 32
-// rows everywhere. With weights in registers they would multiply 16, and a step at D 128 would read
+// Probs and dscores go through shared memory, both before one barrier, so that warps multiply 32
+// rows everywhere. With probs in registers they would multiply 16, and a step at D 128 would read
 // 704 KB of shared memory, 5632 clocks, in place of 576; its products take 5120.
 #pragma once
 #include "backward_tile.cuh"
+#include "config.h"
 #include "mma.cuh"
 
 namespace fastattn::cuda {
 
 // How eight warps share the product [ROWS x COLUMNS]: each has 32 rows, as two blocks of 16.
-template <int ROWS, int COLUMNS> struct Split {
+template <int ROWS, int COLUMNS> struct WarpGrid {
     static constexpr int DOWN = ROWS / 32, ACROSS = 8 / DOWN, N = COLUMNS / ACROSS;
     static_assert(DOWN * 32 == ROWS && DOWN * ACROSS == 8 && N % 16 == 0);
     using Sums = float[2][N / 2];
@@ -38,13 +39,13 @@ template <class Element_, int D_, Memory MEMORY> struct Backward80 {
 
     using KVTile = Tile<BLOCK_KV, D>;
     using QTile = Tile<BLOCK_Q, D>;
-    using ScoreTile = Tile<BLOCK_KV, BLOCK_Q>;  // weights^T or dscores^T
-    using Scores = Split<BLOCK_KV, BLOCK_Q>;
-    using OfKeys = Split<BLOCK_KV, D>;  // dk, dv
-    using OfRows = Split<BLOCK_Q, D>;   // dq
+    using ScoreTile = Tile<BLOCK_KV, BLOCK_Q>;  // probs^T or dscores^T
+    using Scores = WarpGrid<BLOCK_KV, BLOCK_Q>;
+    using OfKeys = WarpGrid<BLOCK_KV, D>;  // dk, dv
+    using OfRows = WarpGrid<BLOCK_Q, D>;   // dq
 
     // dq's sums: one part a tile of rows. A register of all threads lies side by side.
-    static constexpr int PARTS = 1;
+    static constexpr int DQ_SLICES = 1;
     static constexpr FASTATTN_HD int sum_index(int row, int column) {
         return OfRows::register_of(row, column) * THREADS + OfRows::thread_of(row, column);
     }
@@ -52,8 +53,8 @@ template <class Element_, int D_, Memory MEMORY> struct Backward80 {
     static constexpr int STATS = 4 * BLOCK_Q;  // bytes of lse or delta of a tile
     static constexpr int K_AT = 0, V_AT = KVTile::BYTES, Q_AT = 2 * KVTile::BYTES;
     static constexpr int DOUT_AT = Q_AT + STAGES * QTile::BYTES;
-    static constexpr int WEIGHTS_AT = DOUT_AT + STAGES * QTile::BYTES;
-    static constexpr int DSCORES_AT = WEIGHTS_AT + ScoreTile::BYTES;
+    static constexpr int PROBS_AT = DOUT_AT + STAGES * QTile::BYTES;
+    static constexpr int DSCORES_AT = PROBS_AT + ScoreTile::BYTES;
     static constexpr int LSE_AT = DSCORES_AT + ScoreTile::BYTES;
     static constexpr int DELTA_AT = LSE_AT + STAGES * STATS;
     static constexpr int SHARED_BYTES = DELTA_AT + STAGES * STATS;
@@ -74,7 +75,7 @@ template <class F> struct BackwardCta {
 
     FASTATTN_DEVICE typename F::KVTile keys() const { return {shared + F::K_AT}; }
     FASTATTN_DEVICE typename F::KVTile values() const { return {shared + F::V_AT}; }
-    FASTATTN_DEVICE typename F::ScoreTile weights() const { return {shared + F::WEIGHTS_AT}; }
+    FASTATTN_DEVICE typename F::ScoreTile probs() const { return {shared + F::PROBS_AT}; }
     FASTATTN_DEVICE typename F::ScoreTile dscores() const { return {shared + F::DSCORES_AT}; }
 
     // What a step is about, and where its rows are.
@@ -124,50 +125,50 @@ template <class F> struct BackwardCta {
     FASTATTN_DEVICE void add_dq(const typename OfRows::Sums& dq, Step at) const {
         int64_t tile = w.row_tile(p, at.head, at.tile);
         float* sums = p.dq_sums + tile * F::BLOCK_Q * F::D + thread_index();
-        if (p.turns) {
-            int before = w.turn(at.tile, F::BLOCK_Q, F::BLOCK_KV);
+        if (p.semaphores) {
+            int before = w.semaphore_value(at.tile, F::BLOCK_Q, F::BLOCK_KV);
             if (thread_index() == 0)
-                while (ld_global_acquire(p.turns + tile) != before) pause();
+                while (ld_global_acquire(p.semaphores + tile) != before) pause();
             sync_block();
         }
 #pragma unroll
         for (int i = 0; i < OfRows::N; i++)
             add_global(sums + i * F::THREADS, dq[i / (OfRows::N / 2)][i % (OfRows::N / 2)]);
-        if (!p.turns) return;
+        if (!p.semaphores) return;
         sync_block();
-        if (thread_index() == 0) add_global_release(p.turns + tile, 1);
+        if (thread_index() == 0) add_global_release(p.semaphores + tile, 1);
     }
 
     struct Sums {
         typename OfKeys::Sums dk, dv;
     };
 
-    template <bool MASKED> FASTATTN_DEVICE void weigh_blocks(typename Scores::Sums& s, int row,
-                                                             int column, Step at) const {
+    template <bool MASKED> FASTATTN_DEVICE void recompute_blocks(typename Scores::Sums& s, int row,
+                                                                 int column, Step at) const {
         int key = w.key + row + lane_index() / 4;
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            weigh<MASKED>(s[i], transform, p.multiplier, w, key + 16 * i,
-                          at.tile * F::BLOCK_Q + column, lse(at) + 4 * column);
+            recompute_probs<MASKED>(s[i], transform, p.multiplier, w, key + 16 * i,
+                                    at.tile * F::BLOCK_Q + column, lse(at) + 4 * column);
     }
 
-    // Writes weights^T and dscores^T of a tile of rows to shared memory.
+    // Writes probs^T and dscores^T of a tile of rows to shared memory.
     FASTATTN_DEVICE void score(Step at) const {
         constexpr int FRAGMENTS = Scores::N / 16;
         int row = Scores::row(warp), column = Scores::column(warp);
         typename Scores::Sums s = {}, d = {};
         multiply_shared<Element, Major::K, Major::K>(s, keys(), row, q(at), column);
         if (at.tile >= w.full_begin && at.tile < w.full_end)
-            weigh_blocks<false>(s, row, column, at);
+            recompute_blocks<false>(s, row, column, at);
         else
-            weigh_blocks<true>(s, row, column, at);
+            recompute_blocks<true>(s, row, column, at);
         multiply_shared<Element, Major::K, Major::K>(d, values(), row, dout(at), column);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             uint32_t a[FRAGMENTS][4];
             differentiate(d[i], s[i], transform, lse(at) + 4 * column, delta(at) + 4 * column);
             to_fragments<Element, Scores::N>(a, s[i]);
-            write_fragments(weights(), row + 16 * i, column, a);
+            write_fragments(probs(), row + 16 * i, column, a);
             to_fragments<Element, Scores::N>(a, d[i]);
             write_fragments(dscores(), row + 16 * i, column, a);
         }
@@ -183,7 +184,7 @@ template <class F> struct BackwardCta {
         score(at);
         sync_block();
         int row = OfKeys::row(warp), column = OfKeys::column(warp);
-        multiply_shared<Element, Major::K, Major::MN>(sums.dv, weights(), row, dout(at), column);
+        multiply_shared<Element, Major::K, Major::MN>(sums.dv, probs(), row, dout(at), column);
         multiply_shared<Element, Major::K, Major::MN>(sums.dk, dscores(), row, q(at), column);
         if constexpr (F::STAGES == 1) {  // beside dq alone
             sync_block();

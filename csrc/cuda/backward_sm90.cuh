@@ -1,16 +1,17 @@
 // The backward pass on sm_90a. A CTA has one tile of keys: it walks over the tiles of rows that see
 // them, of every head that shares them, and keeps dk and dv in registers; what each tile adds to dq
-// goes to an fp32 sum in memory. delta and lse come from backward_rows.cuh, which also makes dq of
-// the sums. next: launch.h (hosts), backward_tile.cuh, backward_rows.cuh
+// goes to an fp32 sum in memory. delta and lse come from backward_prepost.cuh, which also makes dq of
+// the sums. next: host_params.h (hosts), backward_tile.cuh, backward_prepost.cuh
 //
-//     scores^T = k q^T, weights^T = exp2(.. - lse), dweights^T = v dout^T
-//     dscores = weights (dweights - delta)
-//     dv += weights^T dout, dk += dscores^T q, dq += dscores k
+//     scores^T = k q^T, probs^T = exp2(.. - lse), dprobs^T = v dout^T
+//     dscores = probs (dprobs - delta)
+//     dv += probs^T dout, dk += dscores^T q, dq += dscores k
 //
-// Scores are transposed, so that weights and dscores are the A operands of dv and dk as they stand;
+// Scores are transposed, so that probs and dscores are the A operands of dv and dk as they stand;
 // at D 256 the warpgroups exchange them first.
 #pragma once
 #include "backward_tile.cuh"
+#include "config.h"
 #include "pipeline.cuh"
 #include "tile.cuh"
 
@@ -47,19 +48,19 @@ template <class Element_, int D_> struct Backward {
     static_assert(HALF_ROWS || BLOCK_Q == 64);
     // dq's sums: two parts a tile of rows, of fp32 numbers in the order of dq_index(). They are
     // added 64 columns at a time.
-    static constexpr int PARTS = CONSUMERS, PART = 64 * DQ_COLUMNS, PIECE = 64 * 64;
+    static constexpr int DQ_SLICES = CONSUMERS, DQ_SLICE = 64 * DQ_COLUMNS, DQ_PIECE = 64 * 64;
     static constexpr FASTATTN_HD int sum_index(int row, int column) {
-        int part = HALF_ROWS ? row / 64 : column / DQ_COLUMNS;
-        return part * PART + dq_index_of(row % 64, column % DQ_COLUMNS);
+        int slice = HALF_ROWS ? row / 64 : column / DQ_COLUMNS;
+        return slice * DQ_SLICE + dq_index_of(row % 64, column % DQ_COLUMNS);
     }
 
     static constexpr int STATS = 4 * BLOCK_Q;  // bytes of lse or delta of a tile
     static constexpr int K_AT = 0, V_AT = KVTile::BYTES, Q_AT = 2 * KVTile::BYTES;
     static constexpr int DOUT_AT = Q_AT + STAGES * QTile::BYTES;
     static constexpr int SCORES_AT = DOUT_AT + DOUT_STAGES * QTile::BYTES;  // dscores^T
-    static constexpr int WEIGHTS_AT = SCORES_AT + STAGES * ScoreTile::BYTES;
-    static constexpr int DQ_AT = WEIGHTS_AT + (HALF_COLUMNS ? STAGES * ScoreTile::BYTES : 0);
-    static constexpr int LSE_AT = DQ_AT + CONSUMERS * 4 * PIECE;
+    static constexpr int PROBS_AT = SCORES_AT + STAGES * ScoreTile::BYTES;
+    static constexpr int DQ_AT = PROBS_AT + (HALF_COLUMNS ? STAGES * ScoreTile::BYTES : 0);
+    static constexpr int LSE_AT = DQ_AT + CONSUMERS * 4 * DQ_PIECE;
     static constexpr int DELTA_AT = LSE_AT + STAGES * STATS;
     static constexpr int BARRIERS_AT = DELTA_AT + DOUT_STAGES * STATS;
     static constexpr int SHARED_BYTES =
@@ -165,7 +166,7 @@ template <class F> struct BackwardConsumer {
         if (low > 0 || high < imin(F::BLOCK_KV, p.kv_len - w.key_in_k - w.key))
             clear(keys(), values(), low, high);
     }
-    // Rows past a sequence's end: their weights are 0, but what is there may be NaN.
+    // Rows past a sequence's end: their probs are 0, but what is there may be NaN.
     FASTATTN_DEVICE void clear_rows_past(const KeyWork& w, int m) const {
         int high = w.band.q_len - m * F::BLOCK_Q;
         if (!p.cu_q || high >= F::BLOCK_Q) return;
@@ -184,16 +185,17 @@ template <class F> struct BackwardConsumer {
 
     // Adds this warpgroup's part to the sums; in deterministic mode after those of earlier keys.
     FASTATTN_DEVICE void add_dq(const float (&dq)[DQ], const KeyWork& w, int head, int m) const {
-        SharedAddress at = shared + F::DQ_AT + group * 4 * F::PIECE;
-        int64_t part = w.row_tile(p, head, m) * F::PARTS + group;
+        SharedAddress at = shared + F::DQ_AT + group * 4 * F::DQ_PIECE;
+        int64_t slice = w.row_tile(p, head, m) * F::DQ_SLICES + group;
 #pragma unroll
-        for (int piece = 0; piece < F::PART; piece += F::PIECE) {
-            if (!p.turns || piece > 0) {  // in turns the last sums are added, a barrier of all ago
+        for (int piece = 0; piece < F::DQ_SLICE; piece += F::DQ_PIECE) {
+            if (!p.semaphores ||
+                piece > 0) {  // in one order the last sums are added, a barrier of all ago
                 if (leads()) bulk_wait_read<0>();
                 barrier_sync(F::OWN + group, 128);
             }
 #pragma unroll
-            for (int i = 0; i < F::PIECE / 128; i += 4) {
+            for (int i = 0; i < F::DQ_PIECE / 128; i += 4) {
                 const float* x = dq + piece / 128 + i;
                 uint4 four = {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
                 st_shared4(at + 4 * dq_index(thread_index() % 128, i), four);
@@ -201,16 +203,16 @@ template <class F> struct BackwardConsumer {
             fence_proxy_async();
             barrier_sync(F::OWN + group, 128);
             if (!leads()) continue;
-            if (p.turns && piece == 0) {
-                int before = w.turn(m, F::BLOCK_Q, F::BLOCK_KV);
-                while (ld_global_acquire(p.turns + part) != before) pause();
+            if (p.semaphores && piece == 0) {
+                int before = w.semaphore_value(m, F::BLOCK_Q, F::BLOCK_KV);
+                while (ld_global_acquire(p.semaphores + slice) != before) pause();
             }
-            bulk_reduce_add(p.dq_sums + part * F::PART + piece, at, 4 * F::PIECE);
+            bulk_reduce_add(p.dq_sums + slice * F::DQ_SLICE + piece, at, 4 * F::DQ_PIECE);
             bulk_commit();
         }
-        if (!p.turns || !leads()) return;
+        if (!p.semaphores || !leads()) return;
         bulk_wait<0>();  // written, not only read
-        add_global_release(p.turns + part, 1);
+        add_global_release(p.semaphores + slice, 1);
     }
 
     using Fragments = uint32_t[F::ROWS / 16][4];
@@ -225,11 +227,11 @@ template <class F> struct BackwardConsumer {
         wgmma_commit();
     }
 
-    // 0 or positive, and depends on all weights, which are not negative.
-    FASTATTN_DEVICE static float no_sign(const Fragments& weights) {
+    // 0 or positive, and depends on all probs, which are not negative.
+    FASTATTN_DEVICE static float no_sign(const Fragments& probs) {
         uint32_t all = 0;
 #pragma unroll
-        for (int i = 0; i < F::ROWS / 4; i++) all |= weights[i / 4][i % 4];
+        for (int i = 0; i < F::ROWS / 4; i++) all |= probs[i / 4][i % 4];
         return float_of(all);
     }
 
@@ -240,7 +242,7 @@ template <class F> struct BackwardConsumer {
     template <bool MASKED> FASTATTN_DEVICE void step(Sums& sums, const Transform& transform,
                                                      const KeyWork& w, int head, int m) {
         float s[SCORES], d[SCORES], dq[DQ];
-        Fragments weights, dscores;
+        Fragments probs, dscores;
         q_ring.wait();
         if constexpr (MASKED) clear_rows_past(w, m);
         wgmma_fence();
@@ -255,33 +257,33 @@ template <class F> struct BackwardConsumer {
         SharedAddress lse = shared + F::LSE_AT + q_ring.stage * F::STATS + 4 * first_row();
         SharedAddress delta = shared + F::DELTA_AT + dout_ring.stage * F::STATS + 4 * first_row();
         int key = w.key + key_in_tile(), row = m * F::BLOCK_Q + first_row();
-        weigh<MASKED>(s, transform, p.multiplier, w, key, row, lse);
+        recompute_probs<MASKED>(s, transform, p.multiplier, w, key, row, lse);
         if constexpr (F::Config::PACK_EARLY) {
-            to_fragments<Element, F::ROWS>(weights, s);
-            finish_first(no_sign(weights), shared);
+            to_fragments<Element, F::ROWS>(probs, s);
+            finish_first(no_sign(probs), shared);
         }
         wgmma_wait<0>();
         pin(d);
         differentiate(d, s, transform, lse, delta);
-        if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::ROWS>(weights, s);
+        if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::ROWS>(probs, s);
         to_fragments<Element, F::ROWS>(dscores, d);
 
         // Two buffers: whoever is a step ahead does not write what the other still multiplies.
         int buffer = scores_stage * F::ScoreTile::BYTES;
-        typename F::ScoreTile all_weights{shared + F::WEIGHTS_AT + buffer};
+        typename F::ScoreTile all_probs{shared + F::PROBS_AT + buffer};
         typename F::ScoreTile all_dscores{shared + F::SCORES_AT + buffer};
         scores_stage ^= 1;
         if constexpr (F::HALF_COLUMNS) {
-            store_fragments<F::ROWS>(all_weights, first_key(), first_row(), weights);
+            store_fragments<F::ROWS>(all_probs, first_key(), first_row(), probs);
         } else {
             wgmma_fence();
-            issue_output(sums.dv, weights, all_weights, dout());
+            issue_output(sums.dv, probs, all_probs, dout());
         }
         store_fragments<F::ROWS>(all_dscores, first_key(), first_row(), dscores);
         fence_proxy_async();
         barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);
         wgmma_fence();
-        if constexpr (F::HALF_COLUMNS) issue_output(sums.dv, weights, all_weights, dout());
+        if constexpr (F::HALF_COLUMNS) issue_output(sums.dv, probs, all_probs, dout());
         issue_dq(dq, all_dscores);
         issue_output(sums.dk, dscores, all_dscores, rows());
         wgmma_wait<2>();

@@ -1,9 +1,9 @@
 // What all backward kernels do with a tile of keys and a tile of rows: which rows see the keys, the
-// arithmetic between the products, and whose turn it is at dq. Accumulators lie as in softmax.cuh,
+// arithmetic between the products, and which CTA adds to dq next. Accumulators lie as in softmax.cuh,
 // transposed: a thread's two rows, 8 apart, are keys, and columns are rows of q.
 // next: backward_sm90.cuh
 #pragma once
-#include "packed.cuh"
+#include "varlen.cuh"
 #include "params.h"
 #include "softmax.cuh"
 
@@ -19,7 +19,7 @@ constexpr FASTATTN_HD int dq_index_of(int row, int column) {
                     column / 8 * 4 + row % 16 / 8 * 2 + column % 2);
 }
 
-// A tile of keys, and which rows see it. Keys and rows are counted within the entry (packed.cuh).
+// A tile of keys, and which rows see it. Keys and rows are counted within the entry (varlen.cuh).
 struct KeyWork {
     int batch, kv_head, key;  // key: the tile's first
     int all_keys;             // that have a place
@@ -31,7 +31,7 @@ struct KeyWork {
     int full_begin, full_end;
 
     // Under a causal mask the last keys come first, and with them what is done soonest: a tile of
-    // rows then waits for no turn. Otherwise the first.
+    // rows then waits for nobody. Otherwise the first.
     template <class Params>
     FASTATTN_DEVICE KeyWork(const Params& p, int index, int block_q, int block_kv) {
         int slot = index % p.kv_tiles, which = index / p.kv_tiles;
@@ -40,21 +40,21 @@ struct KeyWork {
         batch = which / p.kv_heads;
         int sequence = first_slot = 0;
         if (p.cu_k) {
-            Sequence own =
-                Sequence::of_slot(cu_of(p.cu_k, p, batch), p.sequences, p.kv_len, slot, block_kv);
+            SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_k, p, batch), p.sequences, p.kv_len,
+                                                     slot, block_kv);
             sequence = own.number;
             slot -= own.first_slot;
-            Sequence theirs(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, sequence, block_q);
+            SequenceRows theirs(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, sequence, block_q);
             first_slot = theirs.first_slot;
         }
-        Entry e(p, batch, sequence);
-        row_in_q = e.first_row;
-        key_in_k = e.first_key;
-        all_keys = e.places;
-        first_key = e.begin;
-        keys = e.end;
+        Segment segment(p, batch, sequence);
+        row_in_q = segment.first_row;
+        key_in_k = segment.first_key;
+        all_keys = segment.places;
+        first_key = segment.begin;
+        keys = segment.end;
         key = slot * block_kv;
-        band = {p.left, p.right, e.offset - first_key, e.rows, keys - first_key};
+        band = {p.left, p.right, segment.offset - first_key, segment.rows, keys - first_key};
         int low = imax(key, first_key), high = imin(key + block_kv, keys);
         begin = end = full_begin = full_end = 0;
         if (low >= high) return;
@@ -77,7 +77,7 @@ struct KeyWork {
 
     // How many tiles of keys add to tile m of rows before this one: all between it and the first
     // that those rows see, or the last, in the order of indices.
-    FASTATTN_DEVICE int turn(int m, int block_q, int block_kv) const {
+    FASTATTN_DEVICE int semaphore_value(int m, int block_q, int block_kv) const {
         int tile = key / block_kv;
         if (band.right < 0) return tile - (first_key + band.lo(m * block_q)) / block_kv;
         int last_row = imin((m + 1) * block_q, band.q_len) - 1;
@@ -85,11 +85,11 @@ struct KeyWork {
     }
 };
 
-// scores^T become weights^T. key: the first of the thread's two; row: the tile's first; lse: of the
+// scores^T become probs^T. key: the first of the thread's two; row: the tile's first; lse: of the
 // tile's rows, in base 2.
 template <bool MASKED, int SIZE>
-FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float multiplier,
-                           const KeyWork& w, int key, int row, SharedAddress lse) {
+FASTATTN_DEVICE void recompute_probs(float (&s)[SIZE], const Transform& transform, float multiplier,
+                                     const KeyWork& w, int key, int row, SharedAddress lse) {
     int column = 2 * (lane_index() % 4);
     transform(s);
     if constexpr (MASKED) {
@@ -104,42 +104,41 @@ FASTATTN_DEVICE void weigh(float (&s)[SIZE], const Transform& transform, float m
         mask_scores(s, low, high);
     }
     // Heads with large scores are MASKED everywhere (LARGE_LSE).
-    auto weight = [&](float score, float of) {
+    auto prob = [&](float score, float of) {
         float exponent = score * multiplier - of;
         return exp2_approx(MASKED && exponent > 0 ? 0 : exponent);  // NaN stays
     };
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
         float2 of = ld_shared2(lse + 4 * (column_of(i) + column));
-        s[i] = weight(s[i], of.x);
-        s[i + 1] = weight(s[i + 1], of.y);
-        s[i + 2] = weight(s[i + 2], of.x);
-        s[i + 3] = weight(s[i + 3], of.y);
+        s[i] = prob(s[i], of.x);
+        s[i + 1] = prob(s[i + 1], of.y);
+        s[i + 2] = prob(s[i + 2], of.x);
+        s[i + 3] = prob(s[i + 3], of.y);
     }
 }
 
-// dweights^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the weight:
-// log2(weight) + lse = after tanh.
-template <int SIZE> FASTATTN_DEVICE void differentiate(float (&d)[SIZE],
-                                                       const float (&weights)[SIZE],
+// dprobs^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the prob:
+// log2(prob) + lse = after tanh.
+template <int SIZE> FASTATTN_DEVICE void differentiate(float (&d)[SIZE], const float (&probs)[SIZE],
                                                        const Transform& transform,
                                                        SharedAddress lse, SharedAddress delta) {
     int column = 2 * (lane_index() % 4);
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
         float2 of = ld_shared2(delta + 4 * (column_of(i) + column));
-        d[i] = weights[i] * (d[i] - of.x);
-        d[i + 1] = weights[i + 1] * (d[i + 1] - of.y);
-        d[i + 2] = weights[i + 2] * (d[i + 2] - of.x);
-        d[i + 3] = weights[i + 3] * (d[i + 3] - of.y);
+        d[i] = probs[i] * (d[i] - of.x);
+        d[i + 1] = probs[i + 1] * (d[i + 1] - of.y);
+        d[i + 2] = probs[i + 2] * (d[i + 2] - of.x);
+        d[i + 3] = probs[i + 3] * (d[i + 3] - of.y);
     }
     if (!transform.softcap) return;
     float inverse = 1 / transform.after;
 #pragma unroll
     for (int i = 0; i < SIZE; i++) {
-        float tanh = log2_approx(weights[i]) + ld_shared(lse + 4 * (column_of(i) + column));
+        float tanh = log2_approx(probs[i]) + ld_shared(lse + 4 * (column_of(i) + column));
         tanh *= inverse;
-        d[i] = weights[i] > 0 ? d[i] * (1 - tanh * tanh) : 0;
+        d[i] = probs[i] > 0 ? d[i] * (1 - tanh * tanh) : 0;
     }
 }
 

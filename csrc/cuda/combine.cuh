@@ -1,5 +1,5 @@
 // Parts of the keys' results become one: the log of the sum of their denominators, and the mean of
-// their outputs by these. One warp a row. next: launch80.h
+// their outputs by these. One warp a row. next: host_params80.h
 #pragma once
 #include "params.h"
 #include "softmax.cuh"
@@ -9,25 +9,25 @@ namespace fastattn::cuda {
 constexpr int COMBINE_THREADS = 128, COMBINE_ROWS = COMBINE_THREADS / 32;  // of a CTA
 
 template <class Element, int D> __global__ void __launch_bounds__(COMBINE_THREADS)
-    combine_parts(const __grid_constant__ CombineParams p) {
+    combine_splits(const __grid_constant__ CombineParams p) {
     int64_t rows = int64_t(p.batch) * p.heads * p.q_len;
     int64_t at = int64_t(block_index()) * COMBINE_ROWS + thread_index() / 32;
     if (at >= rows) return;
     int row = static_cast<int>(at % p.q_len), head = static_cast<int>(at / p.q_len % p.heads);
     int batch = static_cast<int>(at / p.q_len / p.heads);
     float top = NEGATIVE_INFINITY;
-    for (int i = 0; i < p.splits; i++) top = fmaxf(top, ld_global(p.part_lse + i * rows + at));
+    for (int i = 0; i < p.splits; i++) top = fmaxf(top, ld_global(p.split_lse + i * rows + at));
     bool dead = top == NEGATIVE_INFINITY;
     float sink = dead ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head);
-    top = dead ? 0 : fmaxf(top, sink);  // of a dead row, all weights are 0
+    top = dead ? 0 : fmaxf(top, sink);  // of a dead row, all probs are 0
     float sum = exp2_approx((sink - top) * static_cast<float>(LOG2E));
     constexpr int COLUMNS = D / 32;  // of a lane, two side by side
     float acc[COLUMNS] = {};
 #pragma unroll 4
     for (int i = 0; i < p.splits; i++) {
-        float lse = ld_global(p.part_lse + i * rows + at);
+        float lse = ld_global(p.split_lse + i * rows + at);
         float weight = exp2_approx((lse - top) * static_cast<float>(LOG2E));
-        const float* from = p.part_out + (i * rows + at) * D + 2 * lane_index();
+        const float* from = p.split_out + (i * rows + at) * D + 2 * lane_index();
         sum += weight;
 #pragma unroll
         for (int j = 0; j < COLUMNS; j += 2) {

@@ -15,7 +15,7 @@ std::string launch_of(const ForwardCall& call, const ForwardPlan& plan, cudaStre
         std::string error = launch_large(forward_sm80<F>, p.tiles * plan.splits, F::THREADS,
                                          F::SHARED_BYTES, stream, p);
         if (!error.empty() || plan.splits == 1) return error;
-        combine_parts<Element, F::D>
+        combine_splits<Element, F::D>
             <<<combine_grid(call), COMBINE_THREADS, 0, stream>>>(combine_params(call, plan));
         return problem_of(cudaGetLastError());
     });

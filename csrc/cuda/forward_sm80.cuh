@@ -1,9 +1,10 @@
 // The forward pass on sm_80 and later: all warps load with cp.async and multiply with mma.sync. A
 // CTA takes one tile of rows and all its keys, or a part of them (combine.cuh joins the parts).
-// next: launch80.h (hosts), work.cuh, softmax.cuh
+// next: host_params80.h (hosts), work.cuh, softmax.cuh
 #pragma once
 #include <string>
 
+#include "config.h"
 #include "mma.cuh"
 #include "params.h"
 #include "softmax.cuh"
@@ -37,16 +38,16 @@ struct HeadRows {
 
     uint16_t* data;
     int64_t head, row;  // strides
-    int first, pack;
+    int first, pack_gqa;
 
-    FASTATTN_DEVICE HeadRows(const Rows& x, const Work& w, int pack_)
+    FASTATTN_DEVICE HeadRows(const Rows& x, const Work& w, int pack_gqa_)
         : data(x.at(w.batch, w.head, w.first_row)),
           head(x.head),
           row(x.row),
           first(w.row),
-          pack(pack_) {}
+          pack_gqa(pack_gqa_) {}
     FASTATTN_DEVICE uint16_t* operator()(int i) const {
-        return data + (first + i) / pack * row + (first + i) % pack * head;
+        return data + (first + i) / pack_gqa * row + (first + i) % pack_gqa * head;
     }
 };
 
@@ -84,14 +85,14 @@ template <class F> struct Loads {
     }
     FASTATTN_DEVICE T values(int tile) const { return {keys(tile).base + T::BYTES}; }
 
-    // Rows past the last key become zeros: their weights are 0, but what is there may be NaN, or
+    // Rows past the last key become zeros: their probs are 0, but what is there may be NaN, or
     // another entry's, or nothing.
     FASTATTN_DEVICE void start(T to, const Rows& x, int tile) const {
         int first = w.first_key + tile * F::BLOCK_KV;
         int count = w.band.kv_len - tile * F::BLOCK_KV;
         int kv_head = w.head / (p.heads / p.kv_heads);
         if (tile >= begin && p.page_table) {
-            const int* pages = p.page_table + w.entry * p.page_row;
+            const int* pages = p.page_table + w.lengths_index * p.page_row;
             PagedRows<F::FEW ? 8 : 2> rows{
                 x.at(0, kv_head, 0), x.batch, x.row, pages, p.page_size, first, first + count - 1};
             copy_rows<F::THREADS>(to, rows, 0, count);
@@ -137,7 +138,7 @@ template <class F> struct Warp80 {
     SharedAddress shared;
     Work w;
 
-    FASTATTN_DEVICE int pack() const { return F::FEW ? p.pack : 1; }
+    FASTATTN_DEVICE int pack_gqa() const { return F::FEW ? p.pack_gqa : 1; }
     // What is opaque is computed at each use: kept, it would be spilled.
     FASTATTN_DEVICE int first_row() const { return opaque(thread_index() / 32) * F::ROWS; }
     FASTATTN_DEVICE int row_in_tile(int block, int r) const {
@@ -150,26 +151,26 @@ template <class F> struct Warp80 {
     FASTATTN_DEVICE Use use_of(int tile) const {
         int row = w.row + thread_index_anew() / 32 * F::ROWS, key = tile * F::BLOCK_KV;
         if (row >= w.rows) return Use::NONE;
-        int first = row / pack(), last = (imin(row + F::ROWS, w.rows) - 1) / pack();
+        int first = row / pack_gqa(), last = (imin(row + F::ROWS, w.rows) - 1) / pack_gqa();
         if (key >= w.band.hi(last) || key + F::BLOCK_KV <= w.band.lo(first)) return Use::NONE;
         bool all = key >= w.band.lo(last) && key + F::BLOCK_KV <= w.band.hi(first);
         return all ? Use::ALL : Use::SOME;
     }
 
-    // Weights are packed block by block: in both at once, they take 32 registers more.
+    // Probs are packed block by block: in both at once, they take 32 registers more.
     template <bool MASKED>
-    FASTATTN_DEVICE void weigh(uint32_t (&weights)[BLOCKS][F::BLOCK_KV / 16][4],
-                               float (&s)[BLOCKS][SCORES], float (&acc)[BLOCKS][OUTPUTS],
-                               OnlineSoftmax<> (&softmax)[BLOCKS], const Transform& transform,
-                               int tile) const {
+    FASTATTN_DEVICE void softmax_step(uint32_t (&probs)[BLOCKS][F::BLOCK_KV / 16][4],
+                                      float (&s)[BLOCKS][SCORES], float (&acc)[BLOCKS][OUTPUTS],
+                                      OnlineSoftmax<> (&softmax)[BLOCKS],
+                                      const Transform& transform, int tile) const {
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
             float rescale[2];
             int row = w.row + row_in_tile(i, 0);
-            to_weights<MASKED>(s[i], rescale, softmax[i], transform, w.band,
-                               {row / pack(), (row + 8) / pack()}, tile * F::BLOCK_KV);
+            scores_to_probs<MASKED>(s[i], rescale, softmax[i], transform, w.band,
+                                    {row / pack_gqa(), (row + 8) / pack_gqa()}, tile * F::BLOCK_KV);
             scale_rows(acc[i], rescale);
-            to_fragments<Element, F::BLOCK_KV>(weights[i], s[i]);
+            to_fragments<Element, F::BLOCK_KV>(probs[i], s[i]);
         }
     }
 
@@ -183,7 +184,7 @@ template <class F> struct Warp80 {
             write_fragments(out, first_row() + 16 * i, 0, fragments);
         }
         sync_warp();
-        HeadRows to(p.out, w, pack());
+        HeadRows to(p.out, w, pack_gqa());
         constexpr int CHUNKS = F::D / 8;
 #pragma unroll 4
         for (int i = lane_index(); i < F::ROWS * CHUNKS; i += 32) {
@@ -193,8 +194,8 @@ template <class F> struct Warp80 {
                           ld_shared4(out.chunk(row, chunk)));
         }
     }
-    FASTATTN_DEVICE void store_part(const float (&acc)[OUTPUTS], int r, int64_t at) const {
-        float* to = p.part_out + at * F::D + 2 * (lane_index() % 4);
+    FASTATTN_DEVICE void store_split(const float (&acc)[OUTPUTS], int r, int64_t at) const {
+        float* to = p.split_out + at * F::D + 2 * (lane_index() % 4);
 #pragma unroll
         for (int i = 2 * r; i < OUTPUTS; i += 4)
             st_global(reinterpret_cast<float2*>(to + column_of(i)), float2{acc[i], acc[i + 1]});
@@ -202,16 +203,16 @@ template <class F> struct Warp80 {
 
     // Normalises the rows and stores them and their lse, or part number `part` of them.
     FASTATTN_DEVICE void store(float (&acc)[BLOCKS][OUTPUTS], OnlineSoftmax<> (&softmax)[BLOCKS],
-                               int part) const {
-        bool parts = F::FEW && p.splits > 1;
+                               int split) const {
+        bool is_split = F::FEW && p.splits > 1;
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
             float sinks[2], scale[2], lse[2];
             int head[2];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                head[r] = w.head + (w.row + row_in_tile(i, r)) % pack();
-                sinks[r] = parts ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head[r]);
+                head[r] = w.head + (w.row + row_in_tile(i, r)) % pack_gqa();
+                sinks[r] = is_split ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head[r]);
             }
             softmax[i].finish(sinks, scale, lse);
             scale_rows(acc[i], scale);
@@ -219,21 +220,21 @@ template <class F> struct Warp80 {
             for (int r = 0; r < 2; r++) {
                 int row = w.row + row_in_tile(i, r);
                 if (row >= w.rows) continue;
-                int64_t entry = parts ? part * p.batch + w.batch : w.batch;
-                int64_t at = (entry * p.heads + head[r]) * p.q_len + w.first_row + row / pack();
-                if (lane_index() % 4 == 0) st_global((parts ? p.part_lse : p.lse) + at, lse[r]);
-                if (parts) store_part(acc[i], r, at);
+                int64_t batch = is_split ? split * p.batch + w.batch : w.batch;
+                int64_t at = (batch * p.heads + head[r]) * p.q_len + w.first_row + row / pack_gqa();
+                if (lane_index() % 4 == 0) st_global((is_split ? p.split_lse : p.lse) + at, lse[r]);
+                if (is_split) store_split(acc[i], r, at);
             }
         }
-        if (!parts) store_rows(acc);
+        if (!is_split) store_rows(acc);
     }
 
-    FASTATTN_DEVICE void run(int part) {
+    FASTATTN_DEVICE void run(int split) {
         int last = imin(w.row + F::BLOCK_Q, w.rows) - 1;
-        KeyTiles all(w.band, w.row / pack(), last / pack() + 1, F::BLOCK_KV);
+        KeyTiles all(w.band, w.row / pack_gqa(), last / pack_gqa() + 1, F::BLOCK_KV);
         if (F::FEW && p.splits > 1) {
             int each = (all.end - all.begin + p.splits - 1) / p.splits;
-            all.begin = imin(all.begin + part * each, all.end);
+            all.begin = imin(all.begin + split * each, all.end);
             all.end = imin(all.begin + each, all.end);
         }
         Transform transform{p.softcap, p.transform, p.before, p.after};
@@ -248,7 +249,7 @@ template <class F> struct Warp80 {
         typename F::QTile q{shared + F::Q_AT};
         Loads<F> loads{p, shared, w, all.begin};
         if (all.begin < all.end) {
-            copy_rows<F::THREADS>(q, HeadRows(p.q, w, pack()), 0, w.rows - w.row);
+            copy_rows<F::THREADS>(q, HeadRows(p.q, w, pack_gqa()), 0, w.rows - w.row);
             loads.prologue(all.end - 1);
         }
         for (int n = all.end - 1; n >= all.begin; n--) {
@@ -259,22 +260,22 @@ template <class F> struct Warp80 {
                 multiply_shared<Element, Major::K, Major::K>(s, q, first_row(), keys, 0);
             typename F::KVTile values = loads.take_values(n);
             if (use == Use::NONE) continue;
-            uint32_t weights[BLOCKS][F::BLOCK_KV / 16][4];
+            uint32_t probs[BLOCKS][F::BLOCK_KV / 16][4];
             if (use == Use::ALL)
-                weigh<false>(weights, s, acc, softmax, transform, n);
+                softmax_step<false>(probs, s, acc, softmax, transform, n);
             else
-                weigh<true>(weights, s, acc, softmax, transform, n);
-            multiply_registers<Element, Major::MN>(acc, weights, values, 0);
+                softmax_step<true>(probs, s, acc, softmax, transform, n);
+            multiply_registers<Element, Major::MN>(acc, probs, values, 0);
         }
         // What only the stores need: kept through the loop, it would be spilled at D 128.
         if constexpr (!F::FEW) w = Work(p, opaque(block_index()), F::BLOCK_Q);
-        store(acc, softmax, part);
+        store(acc, softmax, split);
     }
 };
 
 // --- the kernel ---------------------------------------------------------------------------------
 
-// SHARED_BYTES is in the kernel's name for benchmarks/cuda_audit.py, which sees no launch.
+// SHARED_BYTES is in the kernel's name for benchmarks/compile/cuda.py, which sees no launch.
 template <class F, int SHARED_BYTES = F::SHARED_BYTES> __global__ void __launch_bounds__(F::THREADS)
     forward_sm80(const __grid_constant__ ForwardParams80 p) {
     int splits = F::FEW ? p.splits : 1;

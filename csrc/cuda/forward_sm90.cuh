@@ -1,13 +1,14 @@
 // The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. A CTA
-// takes tiles of rows until none is left. next: launch.h (hosts), work.cuh, softmax.cuh
+// takes tiles of rows until none is left. next: host_params.h (hosts), work.cuh, softmax.cuh
 #pragma once
 #include <type_traits>
 
+#include "config.h"
 #include "params.h"
 #include "pipeline.cuh"
 #include "softmax.cuh"
 #include "tile.cuh"
-#include "turn.cuh"
+#include "transpose_fp8.cuh"
 #include "work.cuh"
 
 namespace fastattn::cuda {
@@ -19,19 +20,19 @@ template <class Element_, int D_> struct Forward {
     static constexpr int BLOCK_Q = 64 * Config::CONSUMERS, BLOCK_KV = Config::BLOCK_KV;
     static constexpr int THREADS = 128 * (1 + Config::CONSUMERS);
 
-    // 8-bit values are turned by the three warps beside the one that loads, the result has 16 bits,
-    // and weights are rounded to 8 bits too: the largest is 2^8, of the 448 that there are.
-    static constexpr bool TURNED = BYTES == 1;
-    static constexpr int TURNERS = 3, WEIGHT_BITS = TURNED ? 8 : 0;
-    static_assert(!TURNED || BLOCK_KV == TURNED_SIDE);
-    using Out = std::conditional_t<TURNED, Bf16, Element>;
+    // FP8 values are transposed by the three warps beside the one that loads, the result has 16 bits,
+    // and probs are rounded to 8 bits too: the largest is 2^8, of the 448 that there are.
+    static constexpr bool TRANSPOSE_V = BYTES == 1;
+    static constexpr int TRANSPOSE_WARPS = 3, PROBS_LOG2 = TRANSPOSE_V ? 8 : 0;
+    static_assert(!TRANSPOSE_V || BLOCK_KV == TRANSPOSE_SIDE);
+    using Out = std::conditional_t<TRANSPOSE_V, Bf16, Element>;
 
     using QTile = Tile<BLOCK_Q, D, BYTES>;
     using OutTile = Tile<BLOCK_Q, D>;
     using KVTile = Tile<BLOCK_KV, D, BYTES>;
-    using VTile = std::conditional_t<TURNED, Tile<D, BLOCK_KV, BYTES>, KVTile>;  // the operand
+    using VTile = std::conditional_t<TRANSPOSE_V, Tile<D, BLOCK_KV, BYTES>, KVTile>;  // the operand
     using KRing = Ring<Config::STAGES>;
-    using VRing = std::conditional_t<TURNED, TurnedRing<Config::STAGES>, KRing>;
+    using VRing = std::conditional_t<TRANSPOSE_V, TransposedRing<Config::STAGES>, KRing>;
     using QRing = Ring<1>;
 
     // Shared memory, in bytes from its start.
@@ -51,7 +52,7 @@ template <class Element_, int D_> struct Forward {
     static constexpr int Q_RELEASES = Config::OUT_IN_Q ? Config::CONSUMERS : RELEASES;
 
     // Named barriers; 0 is sync_block's.
-    static constexpr int ALL_CONSUMERS = 1, OWN = 2, TURN = 2 + Config::CONSUMERS;
+    static constexpr int ALL_CONSUMERS = 1, OWN = 2, PINGPONG = 2 + Config::CONSUMERS;
 };
 
 // --- the producer -------------------------------------------------------------------------------
@@ -101,12 +102,12 @@ template <class F> struct Producer {
     }
 };
 
-// --- a warp that turns values of 8 bits ---------------------------------------------------------
+// --- a warp that transposes FP8 values -----------------------------------------------------------
 
-template <class F> struct Turner {
+template <class F> struct TransposeWarp {
     const ForwardParams& p;
     SharedAddress shared;
-    int warp;  // of F::TURNERS
+    int warp;  // of F::TRANSPOSE_WARPS
     typename F::VRing ring;
 
     FASTATTN_DEVICE void run() {
@@ -116,11 +117,11 @@ template <class F> struct Turner {
             KeyTiles tiles(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
             for (int n = tiles.end - 1; n >= tiles.begin; n--) {
                 ring.wait_loaded();
-                turn_tile<F::D>(shared + F::V_AT + ring.stage * F::KVTile::BYTES,
-                                w.band.kv_len - n * F::BLOCK_KV, warp, F::TURNERS);
+                transpose_tile<F::D>(shared + F::V_AT + ring.stage * F::KVTile::BYTES,
+                                     w.band.kv_len - n * F::BLOCK_KV, warp, F::TRANSPOSE_WARPS);
                 fence_proxy_async();
                 sync_warp();
-                if (lane_index() == 0) ring.turn();
+                if (lane_index() == 0) ring.signal_transposed();
                 ring.advance();
             }
         }
@@ -134,8 +135,8 @@ template <class F> struct Consumer {
     using Element = typename F::Element;
     using Out = typename F::Out;
     using Config = typename F::Config;
-    using Softmax = OnlineSoftmax<F::WEIGHT_BITS>;
-    using Weights = uint32_t[F::BLOCK_KV / K_STEP<Element>][4];
+    using Softmax = OnlineSoftmax<F::PROBS_LOG2>;
+    using Probs = uint32_t[F::BLOCK_KV / K_STEP<Element>][4];
 
     const ForwardParams& p;
     SharedAddress shared;
@@ -145,19 +146,21 @@ template <class F> struct Consumer {
     typename F::QRing q_ring;
 
     FASTATTN_DEVICE float descale(const Descale& x, const Work& w) const {
-        return x.of(imin(w.entry, imax(p.batch, p.sequences) - 1), w.head / (p.heads / p.kv_heads));
+        return x.of(imin(w.lengths_index, imax(p.batch, p.sequences) - 1),
+                    w.head / (p.heads / p.kv_heads));
     }
     FASTATTN_DEVICE bool leads_warp() const { return lane_index() == 0; }
     FASTATTN_DEVICE int row_in_tile() const {
         return 64 * group + thread_index() / 32 % 4 * 16 + lane_index() / 4;
     }
 
-    FASTATTN_DEVICE void take_turn() const {
-        if constexpr (Config::SCHEDULE == Schedule::PINGPONG) barrier_sync(F::TURN + group, 256);
-    }
-    FASTATTN_DEVICE void pass_turn() const {
+    FASTATTN_DEVICE void wait_pingpong() const {
         if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
-            barrier_arrive(F::TURN + (group + 1) % Config::CONSUMERS, 256);
+            barrier_sync(F::PINGPONG + group, 256);
+    }
+    FASTATTN_DEVICE void pass_pingpong() const {
+        if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
+            barrier_arrive(F::PINGPONG + (group + 1) % Config::CONSUMERS, 256);
     }
 
     FASTATTN_DEVICE void issue_scores(float (&s)[SCORES]) const {
@@ -166,9 +169,9 @@ template <class F> struct Consumer {
         multiply_transposed<Element, F::BLOCK_KV>(s, q, 64 * group, k);
         wgmma_commit();
     }
-    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS], const Weights& weights) const {
+    FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS], const Probs& probs) const {
         typename F::VTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
-        multiply_add<Element, F::D>(acc, weights, v);
+        multiply_add<Element, F::D>(acc, probs, v);
         wgmma_commit();
     }
     template <class R> FASTATTN_DEVICE void release(R& ring) const {
@@ -176,7 +179,7 @@ template <class F> struct Consumer {
         ring.advance();
     }
 
-    // Rows of v past the entry's last key, from `row` on, become zeros: their weights are 0, but
+    // Rows of v past the entry's last key, from `row` on, become zeros: their probs are 0, but
     // what is there may be NaN.
     FASTATTN_DEVICE void clear_values(int row) const {
         v_ring.wait();
@@ -188,12 +191,12 @@ template <class F> struct Consumer {
         barrier_sync(F::ALL_CONSUMERS, CONSUMING);
     }
 
-    template <bool MASKED> FASTATTN_DEVICE void weigh(float (&s)[SCORES], float (&rescale)[2],
-                                                      Softmax& softmax, const Transform& transform,
-                                                      const Work& w, int tile) const {
+    template <bool MASKED>
+    FASTATTN_DEVICE void softmax_step(float (&s)[SCORES], float (&rescale)[2], Softmax& softmax,
+                                      const Transform& transform, const Work& w, int tile) const {
         int row = w.row + row_in_tile();
-        to_weights<MASKED>(s, rescale, softmax, transform, w.band, {row, row + 8},
-                           tile * F::BLOCK_KV);
+        scores_to_probs<MASKED>(s, rescale, softmax, transform, w.band, {row, row + 8},
+                                tile * F::BLOCK_KV);
     }
 
     FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
@@ -265,12 +268,12 @@ template <class F> struct Consumer {
             softmax.multiplier = transform.descale(p.multiplier, by);
         }
         float acc[OUTPUTS], s[SCORES], rescale[2];
-        Weights weights;
+        Probs probs;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) acc[i] = 0;
         // Keys past the entry's are other entries' or nobody's; past the tensor's TMA gives zeros.
-        // Who turns values has cleared them.
-        int clear = !F::TURNED && w.first_key + w.band.kv_len < p.kv_len
+        // The transpose warps have zeroed them.
+        int clear = !F::TRANSPOSE_V && w.first_key + w.band.kv_len < p.kv_len
                         ? imin(F::BLOCK_KV, w.band.kv_len - (all.end - 1) * F::BLOCK_KV)
                         : F::BLOCK_KV;
 
@@ -278,21 +281,21 @@ template <class F> struct Consumer {
         int n = all.end - 1;
         if (n >= all.begin) {
             k_ring.wait();
-            take_turn();
+            wait_pingpong();
             wgmma_fence();
             issue_scores(s);
-            pass_turn();
+            pass_pingpong();
             wgmma_wait<0>();
             pin(s);
             release(k_ring);
-            weigh<true>(s, rescale, softmax, transform, w, n);
-            to_fragments<Element, F::BLOCK_KV>(weights, s);
+            softmax_step<true>(s, rescale, softmax, transform, w, n);
+            to_fragments<Element, F::BLOCK_KV>(probs, s);
 
             constexpr bool OVERLAPS = Config::SCHEDULE != Schedule::SEQUENCE;
             auto begin_output = [&] {
                 v_ring.wait();
                 wgmma_fence();
-                issue_output(acc, weights);
+                issue_output(acc, probs);
             };
             auto finish_output = [&] {
                 wgmma_wait<0>();
@@ -301,7 +304,8 @@ template <class F> struct Consumer {
             };
             // Scores of tile n and the output of tile n + 1 are in flight together.
             auto step = [&](auto masked) {
-                if (clear < F::BLOCK_KV) {  // before a turn, in which nobody else can come here
+                if (clear <
+                    F::BLOCK_KV) {  // before the ping-pong wait: the barrier in it needs all consumers
                     clear_values(clear);
                     clear = F::BLOCK_KV;
                 }
@@ -310,21 +314,21 @@ template <class F> struct Consumer {
                     finish_output();
                 }
                 k_ring.wait();
-                take_turn();
+                wait_pingpong();
                 wgmma_fence();
                 issue_scores(s);
                 if constexpr (OVERLAPS) begin_output();
-                pass_turn();
+                pass_pingpong();
                 wgmma_wait<OVERLAPS ? 1 : 0>();
                 pin(s);
                 release(k_ring);
-                weigh<decltype(masked)::value>(s, rescale, softmax, transform, w, n);
+                softmax_step<decltype(masked)::value>(s, rescale, softmax, transform, w, n);
                 if constexpr (OVERLAPS) {
                     finish_first(softmax.row_sum[0] + softmax.row_sum[1], shared);
                     finish_output();
                 }
                 scale_rows(acc, rescale);
-                to_fragments<Element, F::BLOCK_KV>(weights, s);
+                to_fragments<Element, F::BLOCK_KV>(probs, s);
             };
             for (n--; n >= imax(own.full_end, all.begin); n--) step(Masked{});
             for (; n >= imax(own.full_begin, all.begin); n--) step(Unmasked{});
@@ -350,7 +354,7 @@ template <class F> struct Consumer {
 
     FASTATTN_DEVICE void run() {
         if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
-            if (group == Config::CONSUMERS - 1) barrier_arrive(F::TURN, 256);  // group 0 begins
+            if (group == Config::CONSUMERS - 1) barrier_arrive(F::PINGPONG, 256);  // group 0 begins
         for (int index = block_index(); index < p.tiles; index += grid_size()) {
             Work w(p, index, F::BLOCK_Q);
             if (!w.empty()) tile(w);
@@ -361,7 +365,7 @@ template <class F> struct Consumer {
 
 // --- the kernel ---------------------------------------------------------------------------------
 
-// SHARED_BYTES is in the kernel's name for benchmarks/cuda_audit.py, which sees no launch.
+// SHARED_BYTES is in the kernel's name for benchmarks/compile/cuda.py, which sees no launch.
 template <class F, int SHARED_BYTES = F::SHARED_BYTES>
 __global__ void __launch_bounds__(F::THREADS, 1)
     forward_sm90(const __grid_constant__ ForwardParams p) {
@@ -371,8 +375,8 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     typename F::QRing q_ring{v_ring.barriers + F::VRing::BYTES};
     if (thread_index() == 0) {
         k_ring.init(F::RELEASES);
-        if constexpr (F::TURNED)
-            v_ring.init(F::RELEASES, F::TURNERS);
+        if constexpr (F::TRANSPOSE_V)
+            v_ring.init(F::RELEASES, F::TRANSPOSE_WARPS);
         else
             v_ring.init(F::RELEASES);
         q_ring.init(F::Q_RELEASES);
@@ -383,8 +387,9 @@ __global__ void __launch_bounds__(F::THREADS, 1)
     int warpgroup = warpgroup_index();
     if (warpgroup == 0) {
         registers_decrease<F::Config::PRODUCER_REGISTERS>();
-        if constexpr (F::TURNED)
-            if (int warp = warp_index(); warp > 0) Turner<F>{p, shared, warp - 1, v_ring}.run();
+        if constexpr (F::TRANSPOSE_V)
+            if (int warp = warp_index(); warp > 0)
+                TransposeWarp<F>{p, shared, warp - 1, v_ring}.run();
         if (thread_index() == 0) Producer<F>{p, shared, k_ring, v_ring, q_ring}.run();
     } else {
         registers_increase<F::Config::CONSUMER_REGISTERS>();

@@ -1,4 +1,4 @@
-// What ops_cuda.cu asks of the GPU and of torch while it runs. next: driver.h
+// What ops.cu asks of the GPU and of torch while it runs. next: driver.h
 #pragma once
 #include <dlfcn.h>
 #include <link.h>
@@ -10,7 +10,7 @@
 
 #include "../tensors.h"
 #include "driver.h"
-#include "params.h"
+#include "config.h"
 
 namespace fastattn::cuda {
 

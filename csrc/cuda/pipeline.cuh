@@ -42,22 +42,22 @@ template <int STAGES> struct Ring {
 };
 
 // A ring whose buffers are worked on in place between the producer and the consumers, by warps that
-// wait with wait_loaded() and pass on with turn().
-template <int STAGES> struct TurnedRing : Ring<STAGES> {
+// wait with wait_loaded() and pass on with signal_transposed().
+template <int STAGES> struct TransposedRing : Ring<STAGES> {
     static constexpr int BYTES = 3 * STAGES * 8;
 
-    FASTATTN_DEVICE SharedAddress turned() const {
+    FASTATTN_DEVICE SharedAddress transposed() const {
         return this->barriers + 8 * (2 * STAGES + this->stage);
     }
-    FASTATTN_DEVICE void init(int releases, int turns) const {
+    FASTATTN_DEVICE void init(int releases, int transposes) const {
         Ring<STAGES>::init(releases);
 #pragma unroll
         for (int i = 0; i < STAGES; i++)
-            mbarrier_init(this->barriers + 8 * (2 * STAGES + i), turns);
+            mbarrier_init(this->barriers + 8 * (2 * STAGES + i), transposes);
     }
     FASTATTN_DEVICE void wait_loaded() const { Ring<STAGES>::wait(); }
-    FASTATTN_DEVICE void turn() const { mbarrier_arrive(turned()); }
-    FASTATTN_DEVICE void wait() const { mbarrier_wait(turned(), this->phase); }
+    FASTATTN_DEVICE void signal_transposed() const { mbarrier_arrive(transposed()); }
+    FASTATTN_DEVICE void wait() const { mbarrier_wait(transposed(), this->phase); }
 };
 
 }  // namespace fastattn::cuda

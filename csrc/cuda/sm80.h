@@ -1,13 +1,14 @@
-// What ops_cuda.cu calls for sm_80 and later. next: forward_sm80.cu, backward_sm80.cu, launch80.h
+// What ops.cu calls for sm_80 and later. next: forward_sm80.cu, backward_sm80.cu, host_params80.h
 #pragma once
 #include <string>
 
-#include "launch80.h"
+#include "config.h"
+#include "host_params80.h"
 
 namespace fastattn::cuda {
 
 // Both launch on the current device and return "" or what went wrong. The forward's call has
-// part_sizes() of working memory for the plan; memory: what a CTA can have.
+// split_sizes() of working memory for the plan; memory: what a CTA can have.
 std::string launch_forward_sm80(const ForwardCall& call, const ForwardPlan& plan, bool bf16,
                                 cudaStream_t stream);
 std::string launch_backward_sm80(const BackwardCall& call, bool bf16, Memory memory,

@@ -1,8 +1,8 @@
-// What ops_cuda.cu calls. next: forward_sm90.cu, backward_sm90.cu
+// What ops.cu calls. next: forward_sm90.cu, backward_sm90.cu
 #pragma once
 #include <string>
 
-#include "launch.h"
+#include "host_params.h"
 
 namespace fastattn::cuda {
 

@@ -60,14 +60,14 @@ struct Transform {
     }
 };
 
-// Weights and their sums come times 2^BITS, which is for weights that are rounded to 8 bits: the
-// largest is 2^BITS then.
-template <int BITS = 0> struct OnlineSoftmax {
+// Probs and their sums come times 2^PROBS_LOG2, which is for probs that are rounded to 8 bits: the
+// largest is 2^PROBS_LOG2 then.
+template <int PROBS_LOG2 = 0> struct OnlineSoftmax {
     float row_max[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // of scores before `multiplier`
     float row_sum[2] = {0, 0};                                  // this thread's columns only
     float multiplier;                                           // takes scores to base-2 exponents
 
-    // Scores become weights; returns in `rescale` what the weights so far have to be multiplied by.
+    // Scores become probs; returns in `rescale` what the probs so far have to be multiplied by.
     // MASKED: some rows may have seen no key yet.
     template <bool MASKED, int SIZE>
     FASTATTN_DEVICE void update(float (&s)[SIZE], float (&rescale)[2]) {
@@ -83,7 +83,7 @@ template <int BITS = 0> struct OnlineSoftmax {
             float safe = MASKED && m == NEGATIVE_INFINITY ? 0 : m;
             float top = safe * multiplier;
             rescale[r] = exp2_approx(row_max[r] * multiplier - top);
-            shift[r] = top - BITS;
+            shift[r] = top - PROBS_LOG2;
             row_max[r] = m;
             row_sum[r] *= rescale[r];
         }
@@ -109,10 +109,10 @@ template <int BITS = 0> struct OnlineSoftmax {
             }
             float top = row_max[r] * multiplier, sink2 = to_base2(sinks[r]);
             float m = fmaxf(top, sink2);
-            float weight = exp2_approx(top - m);
-            float base = m - BITS;
-            sum = sum * weight + exp2_approx(sink2 - base);
-            out_scale[r] = weight / sum;
+            float rescale = exp2_approx(top - m);
+            float base = m - PROBS_LOG2;
+            sum = sum * rescale + exp2_approx(sink2 - base);
+            out_scale[r] = rescale / sum;
             lse[r] = from_base2(base + log2_approx(sum));
         }
     }
@@ -128,12 +128,12 @@ FASTATTN_DEVICE void mask_scores(float (&s)[SIZE], const int (&low)[2], const in
             s[i] = NEGATIVE_INFINITY;
 }
 
-// Products of rows and keys become weights, as OnlineSoftmax::update says. rows: the thread's two,
+// Products of rows and keys become probs, as OnlineSoftmax::update says. rows: the thread's two,
 // of the band; first: the tile's first key.
-template <bool MASKED, int BITS, int SIZE>
-FASTATTN_DEVICE void to_weights(float (&s)[SIZE], float (&rescale)[2], OnlineSoftmax<BITS>& softmax,
-                                const Transform& transform, const Band& band, const int (&rows)[2],
-                                int first) {
+template <bool MASKED, int PROBS_LOG2, int SIZE>
+FASTATTN_DEVICE void scores_to_probs(float (&s)[SIZE], float (&rescale)[2],
+                                     OnlineSoftmax<PROBS_LOG2>& softmax, const Transform& transform,
+                                     const Band& band, const int (&rows)[2], int first) {
     transform(s);
     if constexpr (MASKED) {
         first += 2 * (lane_index() % 4);

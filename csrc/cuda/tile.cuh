@@ -60,16 +60,16 @@ FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B 
         wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(b_row, k), k > 0);
 }
 
-// acc[64 x N] += a[64 x K] * b[K, N], a in registers as fragments. An 8-bit b lies turned, that is
-// as [N, K], its columns in the order of the fragments' (turn.cuh).
+// acc[64 x N] += a[64 x K] * b[K, N], a in registers as fragments. An FP8 b lies transposed, that is
+// as [N, K], its columns in the order of the fragments' (transpose_fp8.cuh).
 template <class Element, int N, int FRAGMENTS, class B>
 FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGMENTS][4], B b) {
-    constexpr bool TURNED = BYTES_OF<Element> == 1;
-    static_assert((TURNED ? B::COLUMNS : B::ROWS) == K_STEP<Element> * FRAGMENTS);
-    static_assert((TURNED ? B::ROWS : B::COLUMNS) == N);
+    constexpr bool TRANSPOSED = BYTES_OF<Element> == 1;
+    static_assert((TRANSPOSED ? B::COLUMNS : B::ROWS) == K_STEP<Element> * FRAGMENTS);
+    static_assert((TRANSPOSED ? B::ROWS : B::COLUMNS) == N);
 #pragma unroll
     for (int i = 0; i < FRAGMENTS; i++) {
-        if constexpr (TURNED)
+        if constexpr (TRANSPOSED)
             wgmma_rs<N, Element, false>(acc, a[i], b.k_major(0, K_STEP<Element> * i), true);
         else
             wgmma_rs<N, Element, true>(acc, a[i], b.mn_major(K_STEP<Element> * i, 0), true);
@@ -87,7 +87,7 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], A a, B b, int column) {
 
 // An accumulator [64 x N] rounded to Element, as the A operand of the next product. The layouts of
 // the two agree for 16 bits. For 8 bits a register is two neighbouring pairs, eight columns apart,
-// and their order in the product is another than in the accumulator: turn.cuh has it too. So
+// and their order in the product is another than in the accumulator: transpose_fp8.cuh has it too. So
 // nothing moves between threads.
 template <class Element, int N>
 FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / K_STEP<Element>][4], const float (&d)[N / 2]) {

@@ -1,44 +1,45 @@
 // What a CTA of a forward kernel does: a tile of rows, the keys that they see, and of these the
 // tiles that need no mask. next: forward_sm90.cuh, forward_sm80.cuh
 #pragma once
-#include "packed.cuh"
+#include "varlen.cuh"
 #include "params.h"
 
 namespace fastattn::cuda {
 
 // The tile of rows with number `index`, and the keys its rows see. Longest first: later rows see
-// more keys under a causal mask. Where heads are packed (p.pack > 1), p.pack heads that share keys
-// count as one, and a tile's row r is row r / p.pack of head r % p.pack of these.
+// more keys under a causal mask. Where heads are packed (p.pack_gqa > 1), p.pack_gqa heads that share keys
+// count as one, and a tile's row r is row r / p.pack_gqa of head r % p.pack_gqa of these.
 struct Work {
-    int batch, head, row;      // head: the first; row: the tile's first, of its entry
-    int entry;                 // of lengths and pages
+    int batch, head, row;  // head: the first; row: the tile's first, of its entry
+    int lengths_index;
     int first_row, first_key;  // of the tensors' rows: the entry's row 0, the band's key 0
     int rows;                  // of the entry, as tiles count them
     Band band;
 
     template <class Params> FASTATTN_DEVICE Work(const Params& p, int index, int block_q) {
-        int heads = p.heads / p.pack, all = p.batch * heads;
+        int heads = p.heads / p.pack_gqa, all = p.batch * heads;
         int per_section = p.heads_per_section * p.q_tiles;
         int section = index / per_section, rest = index % per_section;
         int first = section * p.heads_per_section;
         int width = imin(p.heads_per_section, all - first);
         int which = first + rest % width, slot = p.q_tiles - 1 - rest / width;
         batch = which / heads;
-        head = which % heads * p.pack;
+        head = which % heads * p.pack_gqa;
         int sequence = 0;
         if (p.cu_q) {
-            Sequence own = Sequence::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len, slot,
-                                             block_q, p.pack);
+            SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
+                                                     slot, block_q, p.pack_gqa);
             sequence = own.number;
             slot -= own.first_slot;
         }
-        Entry e(p, batch, sequence);
-        entry = e.number;
-        first_row = e.first_row;
-        first_key = e.begin + (p.page_table ? 0 : e.first_key);  // each entry has its own pages
+        Segment segment(p, batch, sequence);
+        lengths_index = segment.lengths_index;
+        first_row = segment.first_row;
+        first_key = segment.begin + (p.page_table ? 0 : segment.first_key);
         row = slot * block_q;
-        rows = e.rows * p.pack;
-        band = {p.left, p.right, e.offset - e.begin, e.rows, e.end - e.begin};
+        rows = segment.rows * p.pack_gqa;
+        band = {p.left, p.right, segment.offset - segment.begin, segment.rows,
+                segment.end - segment.begin};
     }
 
     FASTATTN_DEVICE bool empty() const { return row >= rows; }

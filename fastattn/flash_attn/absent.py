@@ -21,7 +21,7 @@ _ABSENT = {
         "fastattn.explain() says what computes a call",
     r"layers|modules|models|ops|losses|utils|cute|flash_attn_triton\w*|flash_blocksparse_\w+":
         "fastattn.flash_attn serves the seven functions and bert_padding; fastattn.nn, "
-        "fastattn.fused and fastattn.models have layers, norms, losses and models",
+        "fastattn.fused.norm and fastattn.models have layers, norms, losses and models",
     r"[iI]ndex_?[pP]ut_?[fF]irst_?[aA]xis":
         "it is a part of pad_input; call pad_input",
     r"[iI]ndex_?[fF]irst_?[aA]xis(_?[rR]esidual)?":

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from fastattn import checks
+from fastattn.core import checks
 
 # fastattn's names in its sentences, and flash_attn's for the same.
 _NAMES = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastattn.attention import attention, varlen_attention
+from fastattn.functional import attention, varlen_attention
 
 ROUND = 128  # flash_attn's sizes are whole multiples
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import checks
-from fastattn.attention import attention, varlen_attention
-from fastattn.cache import decode_attention
+from fastattn.core import checks
+from fastattn.decoding import decode_attention
 from fastattn.flash_attn.absent import absent
 from fastattn.flash_attn.arguments import (
     cache_shapes,
@@ -26,6 +25,7 @@ from fastattn.flash_attn.arguments import (
     unpacked,
 )
 from fastattn.flash_attn.dropped import dense_weights, packed_weights, signed_weights
+from fastattn.functional import attention, varlen_attention
 from fastattn.habits import unscriptable
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]

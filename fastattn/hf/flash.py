@@ -13,8 +13,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import modeling_flash_attention_utils as loader
 
-from ..attention import attention, varlen_attention
-from ..cache import decode_attention
+from ..decoding import decode_attention
+from ..functional import attention, varlen_attention
 
 
 def flash_attn_func(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import _active_collector
 
-from .. import checks
-from ..attention import attention, varlen_attention
+from ..core import checks
+from ..functional import attention, varlen_attention
 from ..weights import attention_weights
 from .masks import CompactMask
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
-from .. import checks
-from ..attention import attention
+from ..core import checks
+from ..functional import attention
 from ..nn import Attention, KVCache, LearnedPositionalEncoding
 from . import checkpoint
 from .torch_attention import TorchCache, torch_attention

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import replace_file
+from ..core.files import replace_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHOWN = 4  # names in an error message

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from ..core import checks
 from ..nn import RMSNorm, RotaryEmbedding, TransformerBlock
 from ..nn.sharded import whole
 from .base import Config, Model, ModelOutput

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .. import checks
+from ..core import checks
 from ..nn import LearnedPositionalEncoding, RMSNorm, RotaryEmbedding, TransformerBlock
 from .base import Config, Model, ModelOutput
 from .bert import label_loss

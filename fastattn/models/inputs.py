@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
 from ..nn import LinearCrossEntropy
 
 IGNORED = -100  # a label that counts for nothing

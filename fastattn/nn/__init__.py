@@ -1,14 +1,14 @@
 """Modules: drop-ins for torch.nn's attention classes, and blocks for new models.
 
-Drop-ins for torch's six: multihead.py, transformer.py. Blocks: attention.py, cache.py, norm.py,
+Drop-ins for torch's six: multihead.py, transformer.py. Blocks: attention.py, kv_cache.py, norm.py,
 rotary.py, gated.py, positional.py, block.py, loss.py. sharded.py: tensor parallelism.
 """
 
 from .. import habits
 from .attention import Attention
 from .block import TransformerBlock
-from .cache import KVCache
 from .gated import MLP, GeGLU, SwiGLU
+from .kv_cache import KVCache
 from .loss import LinearCrossEntropy
 from .multihead import MultiheadAttention
 from .norm import LayerNorm, RMSNorm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import checks
+from ..core import checks
 
 
 def positive(name: str, x: int) -> int:

@@ -7,11 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..attention import attention, varlen_attention
+from ..core import checks
+from ..functional import attention, varlen_attention
 from . import sharded
 from ._arguments import last_size, positive, probability
-from .cache import KVCache
+from .kv_cache import KVCache
 from .norm import RMSNorm
 from .rotary import RotaryEmbedding
 

@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..fused_activate import activate
+from ..fused.activation import activate
 from . import sharded
 from ._arguments import choice, probability
 from .attention import Attention
-from .cache import KVCache
 from .gated import MLP, GeGLU, SwiGLU
+from .kv_cache import KVCache
 from .linear import plain
 from .norm import LayerNorm, RMSNorm
 from .rotary import RotaryEmbedding

@@ -8,8 +8,8 @@ import math
 
 from torch import Tensor, nn
 
-from .. import checks
-from ..fused_loss import linear_cross_entropy
+from ..core import checks
+from ..fused.linear_cross_entropy import linear_cross_entropy
 from ._arguments import choice, positive
 
 REDUCTIONS = ("mean", "sum", "none")

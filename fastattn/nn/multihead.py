@@ -1,7 +1,7 @@
 """MultiheadAttention: torch's module, computed by fastattn. Next hop: ../attention.py.
 
-masks.py says how its masks are given to attention(), ../weights.py where the weights come from.
-"""
+torch_masks.py says how its masks are given to attention(), ../weights.py where the weights come
+from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
-from ..attention import attention, varlen_attention
+from ..core import checks
+from ..functional import attention, varlen_attention
 from ..weights import attention_weights
-from . import masks
+from . import torch_masks
 from .linear import call_linear, linear
 
 
@@ -108,7 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         heads, kv_len = self.num_heads, k.shape[1]
         visible = self._visible_keys(batch, k, v)
         extra = len(visible)
-        operands = masks.operands(
+        operands = torch_masks.operands(
             padding, attn_mask, is_causal, batch, heads, q_len, kv_len, extra, q.dtype
         )
         if extra:  # before the keys, where they move neither the diagonal nor the padding

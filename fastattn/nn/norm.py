@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks, fused
+from ..core import checks
+from ..fused import norm
 from ._arguments import positive, probability
 
 
@@ -50,7 +51,7 @@ class _Norm(nn.Module):
             (float64 for float64) and rounded once.
         """
         p = probability("dropout_p", dropout_p)
-        normed, summed = fused.norm(x, residual, self.weight, self.bias, self.eps, self.center, p)
+        normed, summed = norm.norm(x, residual, self.weight, self.bias, self.eps, self.center, p)
         return normed if residual is None else (normed, summed)
 
     def extra_repr(self) -> str:

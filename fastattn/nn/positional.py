@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from ..core import checks
 from ._arguments import positive
 from .rotary import AngleTable, frequencies
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import checks, fused
+from ..core import checks
+from ..fused import rope
 from ._arguments import positive
 
 
@@ -134,7 +135,7 @@ class RotaryEmbedding(nn.Module):
             cos, sin = self.table.rows(offset, offset + q.shape[-2], q.device, dtype)
         else:
             cos, sin, positions = self._given(positions, q, dtype)
-        turned = [fused.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
+        turned = [rope.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
         return turned[0] if k is None else tuple(turned)
 
     def _given(self, positions, q, dtype):

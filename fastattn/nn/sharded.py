@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from ..core import checks
 
 
 def is_sharded(x) -> bool:

@@ -3,7 +3,7 @@
 #include "backward_sm80.cuh"
 
 #include "hosts.h"
-#include "launch80.h"
+#include "host_params80.h"
 
 using namespace fastattn;
 using namespace fastattn::cuda;

@@ -2,7 +2,7 @@
 #include "forward_sm80.cuh"
 
 #include "hosts.h"
-#include "launch80.h"
+#include "host_params80.h"
 
 using namespace fastattn;
 using namespace fastattn::cuda;
@@ -14,12 +14,12 @@ template <class Element>
 std::string forward_of(ForwardCall call, int multiprocessors, uint64_t seed) {
     join_expanded_heads(call);
     ForwardPlan plan = forward_plan(call, multiprocessors, IDLE_SM80);
-    auto [outs, lses] = part_sizes(call, plan);
-    std::vector<float> part_out(outs, NAN), part_lse(lses, NAN);
-    emulator::register_memory(part_out.data(), 4 * outs, "part_out");
-    emulator::register_memory(part_lse.data(), 4 * lses, "part_lse");
-    call.part_out = part_out.data();
-    call.part_lse = part_lse.data();
+    auto [outs, lses] = split_sizes(call, plan);
+    std::vector<float> split_out(outs, NAN), split_lse(lses, NAN);
+    emulator::register_memory(split_out.data(), 4 * outs, "split_out");
+    emulator::register_memory(split_lse.data(), 4 * lses, "split_lse");
+    call.split_out = split_out.data();
+    call.split_lse = split_lse.data();
     return with_forward80<Element>(call.q.head_dim, plan.few, [&](auto kernel) {
         using F = decltype(kernel);
         ForwardParams80 p = forward_params80<F>(call, plan);
@@ -27,9 +27,9 @@ std::string forward_of(ForwardCall call, int multiprocessors, uint64_t seed) {
             emulator::launch({p.tiles * plan.splits, F::THREADS, F::SHARED_BYTES, seed},
                              [&] { forward_sm80<F>(p); });
         if (!error.empty() || plan.splits == 1) return error;
-        CombineParams parts = combine_params(call, plan);
+        CombineParams splits = combine_params(call, plan);
         return emulator::launch({combine_grid(call), COMBINE_THREADS, 0, seed},
-                                [&] { combine_parts<Element, F::D>(parts); });
+                                [&] { combine_splits<Element, F::D>(splits); });
     });
 }
 
@@ -41,7 +41,7 @@ void emulated_forward_plan(const ForwardCall* call, int multiprocessors, bool ho
                            int* numbers) {
     ForwardPlan plan = forward_plan(*call, multiprocessors, hopper ? IDLE_SM90 : IDLE_SM80);
     numbers[0] = plan.few;
-    numbers[1] = plan.pack;
+    numbers[1] = plan.pack_gqa;
     numbers[2] = plan.splits;
 }
 

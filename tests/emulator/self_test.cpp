@@ -2,7 +2,7 @@
 // planted at a time, and single instructions. Driven by ../test_emulator.py.
 #include "pipeline.cuh"
 #include "tile.cuh"
-#include "turn.cuh"
+#include "transpose_fp8.cuh"
 
 using namespace fastattn;
 using namespace fastattn::cuda;
@@ -144,14 +144,14 @@ TensorMap map_of(const void* data, int columns, int rows, emulator::Swizzle swiz
 }
 
 // As the kernel of attention does it in 8 bits: a product of bytes, rounded to bytes, times values
-// that three warps turn meanwhile. One line is left out of it, or changed.
+// that three warps transpose meanwhile. One line is left out of it, or changed.
 enum class Fault8 {
     NONE,
-    NO_WAIT_FOR_TURN,
+    NO_WAIT_FOR_TRANSPOSE,
     NO_PROXY_FENCE,
     NO_WAIT_FOR_DATA,
     MN_MAJOR,
-    NOT_TURNED
+    NOT_TRANSPOSED
 };
 
 struct Problem8 {
@@ -160,12 +160,12 @@ struct Problem8 {
 };
 
 void product8(const Problem8& p, Fault8 fault) {
-    constexpr int SIDE = TURNED_SIDE;
+    constexpr int SIDE = TRANSPOSE_SIDE;
     using Keys = Tile<SIDE, SIDE, 1>;
     SharedAddress shared = dynamic_shared();
     Keys keys{shared}, values{shared + Keys::BYTES};
     Tile<64, SIDE, 1> rows{shared + 2 * Keys::BYTES};
-    TurnedRing<1> ring{{rows.base + rows.BYTES}};
+    TransposedRing<1> ring{{rows.base + rows.BYTES}};
     if (thread_index() == 0) {
         ring.init(1, 3);
         fence_mbarrier_init();
@@ -179,24 +179,24 @@ void product8(const Problem8& p, Fault8 fault) {
             tma_load(tile.base, &p.b, ring.full(), 0, 0, 0, 0, EVICT_FIRST);
     } else if (warp >= 1 && warp <= 3) {
         if (fault != Fault8::NO_WAIT_FOR_DATA) ring.wait_loaded();
-        if (fault != Fault8::NOT_TURNED) turn_tile<SIDE>(values.base, SIDE, warp - 1, 3);
+        if (fault != Fault8::NOT_TRANSPOSED) transpose_tile<SIDE>(values.base, SIDE, warp - 1, 3);
         if (fault != Fault8::NO_PROXY_FENCE) fence_proxy_async();
         sync_warp();
-        if (lane_index() == 0) ring.turn();
+        if (lane_index() == 0) ring.signal_transposed();
     } else if (warp >= 4) {
         float scores[SIDE / 2], acc[SIDE / 2] = {};
-        uint32_t weights[SIDE / 32][4];
+        uint32_t probs[SIDE / 32][4];
         ring.wait_loaded();
         wgmma_fence();
         multiply_transposed<E4m3, SIDE>(scores, rows, 0, keys);
         wgmma_commit();
         wgmma_wait<0>();
-        to_fragments<E4m3, SIDE>(weights, scores);
-        if (fault != Fault8::NO_WAIT_FOR_TURN) ring.wait();
+        to_fragments<E4m3, SIDE>(probs, scores);
+        if (fault != Fault8::NO_WAIT_FOR_TRANSPOSE) ring.wait();
         wgmma_fence();
         if (fault == Fault8::MN_MAJOR)
-            wgmma_rs<SIDE, E4m3, true>(acc, weights[0], values.mn_major(0, 0), true);
-        multiply_add<E4m3, SIDE>(acc, weights, values);
+            wgmma_rs<SIDE, E4m3, true>(acc, probs[0], values.mn_major(0, 0), true);
+        multiply_add<E4m3, SIDE>(acc, probs, values);
         wgmma_commit();
         wgmma_wait<0>();
         int t = thread_index() % 128, row = t / 32 * 16 + t % 32 / 4;
@@ -330,7 +330,7 @@ const char* emulated_reduce(const float* terms, float* sums, int n, uint64_t see
 // out [64, 128] fp32 = e4m3(a b^T) b, of a [64, 128] and b [128, 128] in e4m3.
 const char* emulated_self_test8(int fault, uint64_t seed, const void* a, const void* b,
                                 float* out) {
-    constexpr int SIDE = TURNED_SIDE;
+    constexpr int SIDE = TRANSPOSE_SIDE;
     auto b128 = emulator::Swizzle::B128;
     Problem8 p{map_of(a, SIDE, 64, b128, SIDE, 64, 1), map_of(b, SIDE, SIDE, b128, SIDE, SIDE, 1),
                out};

@@ -1,0 +1,1 @@
+"""python -m fastattn demo: a pretrained encoder before and after swap()."""

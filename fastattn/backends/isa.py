@@ -1,0 +1,80 @@
+"""The instruction sets of the CPU kernels, as their library tells: which there are, and which runs.
+
+Asked of the library itself (csrc/machine_cpu.cpp), which is what runs, so that a wheel without the
+module `fastattn._C` knows as much as a build with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from dataclasses import dataclass
+
+from . import library
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set that the kernels are compiled for."""
+
+    name: str
+    automatic: bool  # may be picked when FASTATTN_ISA is not set
+    lacking: tuple[str, ...]  # features that it needs and this machine does not have
+
+    @property
+    def supported(self) -> bool:
+        return not self.lacking
+
+
+def _ask(name: str) -> str | None:
+    """The answer of one of the library's C functions; None for a null pointer."""
+    try:
+        function = getattr(library.NATIVE, f"fastattn_cpu_{name}")
+    except AttributeError:
+        raise RuntimeError(
+            f"the native CPU library {library.NATIVE._name} is older than the Python files beside "
+            "it and does not tell its instruction sets: build it again (python setup.py build_ext "
+            "--inplace, or pip install)"
+        ) from None
+    function.restype = ctypes.c_char_p
+    answer = function()
+    return None if answer is None else answer.decode()
+
+
+@functools.cache
+def _facts() -> dict:
+    return {} if library.NATIVE is None else json.loads(_ask("facts"))
+
+
+def features() -> dict[str, bool] | None:
+    """Feature of the CPU, as /proc/cpuinfo names it -> whether this machine has it; those that
+    kernels use or could use. None without the library."""
+    return _facts().get("features")
+
+
+def isas() -> list[Isa]:
+    """Every instruction set of the library, best first; empty without it."""
+    rows = _facts().get("isas", [])
+    return [Isa(row["name"], row["automatic"], tuple(row["lacking"])) for row in rows]
+
+
+def supported() -> list[str]:
+    """Names of those that run here, best first."""
+    return [isa.name for isa in isas() if isa.supported]
+
+
+def problem() -> str | None:
+    """Why FASTATTN_ISA, as it is now, lets no kernel run; None where one can, or without the
+    library."""
+    return None if library.NATIVE is None else _ask("isa_problem") or None
+
+
+def selected() -> str | None:
+    """The instruction set that a call made now would use; None without the library.
+
+    Raises ValueError where FASTATTN_ISA names one that is unknown, or that this CPU does not have.
+    """
+    if reason := problem():
+        raise ValueError(reason)
+    return None if library.NATIVE is None else _ask("isa")

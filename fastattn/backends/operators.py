@@ -1,0 +1,171 @@
+"""What torch knows of the operators of schema.py: results' shapes, derivatives, vmap, autocast, and
+Triton's kernels. The native libraries bring their own kernels: csrc/ops_cpu.cpp, csrc/cuda/ops.cu.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..core.spec import LEAVES, NUMBERS, OPERANDS, Operands, Spec
+from ..core.tensors import accumulate_dtype, autocast_to, is_8_bit, is_dense, unit_stride
+from . import autograd
+from .gpu import launcher
+from .schema import FORWARDS, LIBRARY, PAIRS, Arguments
+from .vmap import one_by_one, vmap_backward, vmap_forward
+
+_N, _M = len(OPERANDS), len(NUMBERS)
+
+
+# ---- fake kernels: shapes, dtypes and strides of the results -------------------------------------
+
+
+_FORWARD_TENSORS = ("q", "k", "v", *OPERANDS)
+_BACKWARD_TENSORS = ("dout", "dlse", "out", "lse", *_FORWARD_TENSORS)
+
+
+def _one_device(q: Tensor, names, tensors) -> None:
+    """Also keeps CPU tensors from here: one meta tensor among them, and torch asks no kernel."""
+    for name, x in zip(names, tensors):
+        if x is not None and x.device != q.device:
+            raise RuntimeError(f"fastattn: {name} is on {x.device} and q on {q.device}; one device "
+                               "is accepted")  # fmt: skip
+
+
+def _forward_fake(*args):
+    x = Arguments.of(*args)
+    _one_device(x.q, _FORWARD_TENSORS, args)
+    _one_device(x.q, ("q_descale", "k_descale", "v_descale"), x.rest[1:])
+    q, v = unit_stride(x.q), x.v
+    same = q.shape[3] == v.shape[3] and is_dense(q)
+    dtype = torch.bfloat16 if is_8_bit(q) else q.dtype
+    shape = (*q.shape[:3], v.shape[3])
+    out = torch.empty_like(q, dtype=dtype) if same else q.new_empty(shape, dtype=dtype)
+    return out, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
+def _backward_fake(dout, dlse, out, lse, *args):
+    x = Arguments.of(*args)
+    _one_device(x.q, _BACKWARD_TENSORS, (dout, dlse, out, lse, *args))
+    dtype, leaves = accumulate_dtype(x.q.dtype), Operands(*x.tensors).leaves()
+    own = (
+        x.q.new_empty(leaf.shape if need else (0,), dtype=dtype)
+        for leaf, need in zip(leaves, x.rest)
+    )
+    return *(torch.empty_like(unit_stride(y)) for y in (x.q, x.k, x.v)), *own
+
+
+# ---- autograd, for calls of the operators themselves (torch.compile, exported programs) ----------
+# fastattn.attention has its own way in eager mode, which is faster and has jvp: autograd.py.
+
+
+def _forward_setup(ctx, inputs, output):
+    x = Arguments.of(*inputs)
+    if any(is_8_bit(y) for y in (x.q, x.k, x.v)):
+        raise NotImplementedError(
+            "fastattn: 8-bit q, k and v have no gradient, and an input requires grad"
+        )
+    ctx.save_for_backward(x.q, x.k, x.v, *x.tensors, *output)
+    ctx.numbers, ctx.rest = x.numbers, len(x.rest)
+    ctx.set_materialize_grads(False)
+
+
+def _forward_grad(backward, ctx, dout, dlse):
+    q, k, v, *tensors, out, lse = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * (3 + _N + _M + ctx.rest)
+    dout = torch.zeros_like(out) if dout is None else dout
+    needed = dict(zip(OPERANDS, ctx.needs_input_grad[3:]))
+    needs = [needed[name] for name in LEAVES]
+    grads = backward(dout, dlse, out, lse, q, k, v, *tensors, *ctx.numbers, *needs)
+    own = {
+        name: dx.to(x.dtype)
+        for name, dx, x, need in zip(LEAVES, grads[3:], Operands(*tensors).leaves(), needs)
+        if need
+    }
+    return *grads[:3], *(own.get(name) for name in OPERANDS), *(None,) * (_M + ctx.rest)
+
+
+def _backward_setup(ctx, inputs, output):
+    dout, dlse, _, _, *rest = inputs
+    x = Arguments.of(*rest)
+    ctx.save_for_backward(dout, dlse, x.q, x.k, x.v, *x.tensors)
+    ctx.numbers, ctx.needs = x.numbers, x.rest
+    ctx.set_materialize_grads(False)
+
+
+def _backward_grad(ctx, *cotangents):
+    dout, dlse, q, k, v, *tensors = ctx.saved_tensors
+    operands = Operands(*tensors)
+    function = autograd.reference_grads_of(Spec(*ctx.numbers), operands.others(), ctx.needs)
+    primals = (dout, dlse, q, k, v, *operands.leaves())
+    dout, dlse, dq, dk, dv, *own = autograd.pull_back(function, primals, cotangents)
+    own = dict(zip(LEAVES, own))
+    tensors = (own.get(name) for name in OPERANDS)
+    return dout, dlse, None, None, dq, dk, dv, *tensors, *(None,) * (_M + len(LEAVES))
+
+
+# ---- vmap ----------------------------------------------------------------------------------------
+
+
+def _forward_vmap(forward, info, in_dims, *args):
+    x, n = Arguments.of(*args), 3 + _N
+    if any(is_8_bit(y) for y in (x.q, x.k, x.v)):  # scales of each instance: one after the other
+        num_splits, *descales = x.rest
+        return one_by_one(
+            info.batch_size, (*in_dims[:n], *in_dims[n + _M + 1 :]),
+            lambda *y: forward(*y[:n], *x.numbers, num_splits, *y[n:]), (*args[:n], *descales),
+        )  # fmt: skip
+    rest = (*x.numbers, *x.rest)
+    return vmap_forward(info.batch_size, in_dims[:n], lambda *y: forward(*y, *rest), args[:n])
+
+
+def _backward_vmap(backward, info, in_dims, *args):
+    n = 7 + _N
+    rest, needs = args[n:], args[n + _M :]
+    return vmap_backward(
+        info.batch_size, in_dims[:n], lambda *y: backward(*y, *rest), args[:n], needs
+    )
+
+
+# ---- autocast: q, k and v go to the autocast dtype (fp64 and 8 bits stay); operands keep theirs --
+
+
+def _register_autocast(end: str, device_type: str, key: str) -> None:
+    forward = FORWARDS[end]
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def autocast_forward(q, k, v, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return forward(*(autocast_to(x, dtype) for x in (q, k, v)), *rest)
+
+    LIBRARY.impl(f"flash_attn_fwd{end}", autocast_forward, key)
+
+
+# ---- all of that, for each forward and for each pair ---------------------------------------------
+
+
+for _end, _fwd in FORWARDS.items():
+    _name, _bwd = f"fastattn::flash_attn_fwd{_end}", PAIRS.get(_end, (None, None))[1]
+    torch.library.register_fake(_name, _forward_fake, lib=LIBRARY)
+    torch.library.register_autograd(  # without a partner, _forward_setup raises
+        _name, functools.partial(_forward_grad, _bwd), setup_context=_forward_setup, lib=LIBRARY
+    )
+    torch.library.register_vmap(_name, functools.partial(_forward_vmap, _fwd), lib=LIBRARY)
+    _register_autocast(_end, "cpu", "AutocastCPU")
+    _register_autocast(_end, "cuda", "AutocastCUDA")
+
+for _end, (_, _bwd) in PAIRS.items():
+    _name = f"fastattn::flash_attn_bwd{_end}"
+    torch.library.register_fake(_name, _backward_fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        _name, _backward_grad, setup_context=_backward_setup, lib=LIBRARY
+    )
+    torch.library.register_vmap(_name, functools.partial(_backward_vmap, _bwd), lib=LIBRARY)
+
+for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
+    LIBRARY.impl("flash_attn_fwd_triton", launcher("launch", "forward"), _key)
+    LIBRARY.impl("flash_attn_bwd_triton", launcher("launch", "backward"), _key)

@@ -1,0 +1,89 @@
+"""8-bit tensors and their scales (spec.Descales): what is meant is what is stored times the scale.
+Triton's kernels read them as they are, and the CUDA kernels float8 q, k and v; for the other
+backends they are widened here, and nowhere else. Next hop: back to backends/registry.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .call import Call, Result
+
+INT8, E4M3 = torch.int8, torch.float8_e4m3fn
+RANGES = {INT8: (-128.0, 127.0), E4M3: (-448.0, 448.0)}
+
+
+def check(name: str, x: Tensor | None, entries: int | None, kv_heads: int, device) -> None:
+    """Refuses a scale that is not fp32 [kv_heads], or [entries, kv_heads] if entries is given."""
+    if x is None:
+        return
+    checks.on_device(name, x, device)
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name} is {x.dtype}; accepted is torch.float32")
+    shapes = {"[kv_heads]": (kv_heads,)}
+    if entries is not None:
+        shapes["[B, kv_heads]"] = (entries, kv_heads)
+    if tuple(x.shape) not in shapes.values():
+        accepted = " and ".join(f"{meaning} = {list(shape)}" for meaning, shape in shapes.items())
+        raise ValueError(f"{name} has shape {checks.show(x)}; accepted: {accepted}")
+
+
+def quantize(x: Tensor, descale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [B, kv_heads, S, *] / descale in 8 bits: to nearest, ties to even, clamped to the dtype's
+    range."""
+    x = (x.float() / descale[..., None, None]).clamp(*RANGES[dtype])
+    return (x.round() if dtype == INT8 else x).to(dtype)
+
+
+def widen(x: Tensor, descale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [B, kv_heads, S, *] times its scale: an fp32 product, rounded once."""
+    if descale is None:
+        return x.to(dtype)
+    return (x.float() * descale[..., None, None]).to(dtype)
+
+
+def widened(forward: Callable[[Call], Result], call: Call) -> Result:
+    """The result by `forward`, of a backend that reads no 8-bit tensors.
+
+    8-bit k and v take q's dtype; an 8-bit q, and k and v with it, fp32, and out is bfloat16. Of a
+    cache only the slots that some entry uses are read.
+    """
+    descales, q = call.operands.descales, call.q
+    call = _used(call.but(operands=replace(call.operands, descales=None)))
+    dtype = torch.float32 if q.dtype == E4M3 else q.dtype
+    out_dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
+    if q.dtype == E4M3:
+        own = descales.q
+        if own is not None:
+            own = own.repeat_interleave(q.shape[1] // max(1, call.k.shape[1]), -1)  # of each q head
+        q = widen(q, own, dtype)
+    k, v = widen(call.k, descales.k, dtype), widen(call.v, descales.v, dtype)
+    out, lse = forward(call.but(q=q, k=k, v=v))
+    return Result(out.to(out_dtype), lse)
+
+
+def _used(call: Call) -> Call:
+    """The call, in no pages, without the keys that no entry has."""
+    k, v, operands = call.k, call.v, call.operands
+    if operands.kv_lens is None or operands.document_ids is not None:
+        return call
+    table, size = operands.page_table, k.shape[2]
+    slots = size if table is None else size * table.shape[1]
+    if checks.has_values(operands.kv_lens):
+        slots = max(operands.kv_lens.tolist(), default=0)
+    if table is not None:
+        used = table[:, : -(-slots // size)].long().clamp(0, k.shape[0] - 1)  # [B, pages]
+        # Indexed as bytes, which every device can; [B, kv_heads, pages * size, *].
+        k, v = (x.view(INT8)[used].view(x.dtype).transpose(1, 2).flatten(2, 3) for x in (k, v))
+    mask, bias = (
+        x if x is None or x.shape[3] == 1 else x[..., :slots]
+        for x in (operands.mask, operands.bias)
+    )
+    k, v = k[:, :, :slots], v[:, :, :slots]
+    operands = replace(operands, mask=mask, bias=bias, page_table=None)
+    return call.but(k=k, v=v, operands=operands)

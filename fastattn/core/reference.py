@@ -1,0 +1,201 @@
+"""The truth: attention in plain torch, every option, differentiable any number of times.
+
+A call is cut into pieces: rows that share one set of existing keys. Each piece is an ordinary
+attention over exactly those rows and keys, so what does not exist (keys past kv_lens, other
+documents, other sequences) is never touched, and garbage there can reach nothing. O(S^2) memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .call import Result
+from .philox import heads_of, keep_block, keep_probability
+from .spec import NO_OPERANDS, Operands, Spec
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands = NO_OPERANDS
+) -> Result:
+    """Attention of q [B, heads, q_len, D] over k, v [B, kv_heads, kv_len, D | v_dim].
+
+    Returns out [B, heads, q_len, v_dim] in q's dtype and memory order, and lse [B, heads, q_len].
+    Everything is computed in fp32 (fp64 for fp64 inputs); out is rounded once, at the end.
+    """
+    if operands.packed and operands.document_ids is not None:
+        raise ValueError("document_ids came with cu_seqlens: packed sequences take cu_seqlens only")
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, heads, q_len, _ = q.shape
+    wide = [x.to(compute) for x in (q, k, v)]
+    outs, lses = [], []
+    with _no_autocast(q.device.type):
+        for piece in pieces(q, k, operands):
+            out, lse = _attend(*wide, spec, operands, piece)
+            outs.append(out)
+            lses.append(lse)
+    if len(outs) != 1 or outs[0].shape[:3] != q.shape[:3]:
+        rest = batch * q_len - sum(out.shape[2] for out in outs)  # packed rows in no sequence
+        outs.append(wide[0].new_zeros(1, heads, rest, v.shape[-1]))
+        lses.append(wide[0].new_full((1, heads, rest), -torch.inf))
+        out = torch.cat(outs, dim=2)[0].unflatten(1, (batch, q_len)).transpose(0, 1)
+        lse = torch.cat(lses, dim=2)[0].unflatten(1, (batch, q_len)).transpose(0, 1)
+    return Result(in_memory_order_of(q, out.to(q.dtype)), lse.contiguous())
+
+
+# Asked once: torch.compile of torch 2.10 cannot trace the question.
+AUTOCAST = frozenset(x for x in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(x))
+
+
+def _no_autocast(device_type: str):
+    if device_type not in AUTOCAST:  # meta
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+class Piece(NamedTuple):
+    """Rows that share one set of existing keys. Positions count from the entry's first."""
+
+    entry: int | None  # batch entry or packed sequence; None: the whole batch at once
+    i: range  # positions of the rows
+    j: range  # positions of the keys
+    row: int  # where in q's row the entry starts (packed)
+    key: int  # where in k's row the entry starts (packed, not paged)
+    q_len: int  # the entry's own lengths
+    kv_len: int
+
+
+def pieces(q: Tensor, k: Tensor, operands: Operands) -> Iterator[Piece]:
+    """The pieces of a call, in the order of q's rows."""
+    batch, _, q_len, _ = q.shape
+    per_entry = (operands.kv_lens, operands.kv_starts, operands.document_ids, operands.cu_seqlens_q)
+    if all(x is None for x in per_entry):
+        kv_len = k.shape[2] * (operands.page_table.shape[1] if operands.paged else 1)
+        yield Piece(None, range(q_len), range(kv_len), 0, 0, q_len, kv_len)
+        return
+    if operands.packed:
+        rows, keys = operands.cu_seqlens_q.tolist(), operands.cu_seqlens_k.tolist()
+        q_lens = [end - start for start, end in pairwise(rows)]
+        kv_lens = [end - start for start, end in pairwise(keys)]
+    else:
+        rows = keys = [0] * batch
+        q_lens, kv_lens = [q_len] * batch, [k.shape[2]] * batch
+    if operands.kv_lens is not None:
+        kv_lens = operands.kv_lens.tolist()
+    starts = [0] * len(kv_lens) if operands.kv_starts is None else operands.kv_starts.tolist()
+    for n, (q_len, kv_len, start) in enumerate(zip(q_lens, kv_lens, starts, strict=True)):
+        for i, same_document in _documents(operands.document_ids, n, q_len, kv_len):
+            first = max(start, same_document.start)
+            j = range(first, max(first, min(kv_len, same_document.stop)))
+            yield Piece(n, i, j, rows[n], keys[n], q_len, kv_len)
+
+
+def _documents(document_ids: Tensor | None, n: int, q_len: int, kv_len: int):
+    """(rows, keys) of each document of entry n; without documents, all rows and all keys."""
+    if document_ids is None:
+        yield range(q_len), range(kv_len)
+        return
+    first = 0
+    for length in torch.unique_consecutive(document_ids[n], return_counts=True)[1].tolist():
+        document = range(first, first + length)
+        yield document, document
+        first += length
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, piece: Piece):
+    """out [b, heads, m, v_dim] and lse [b, heads, m] of one piece: m rows over n keys."""
+    q = q[_batch(operands, piece), :, _span(piece.i, piece.row)]  # [b, heads, m, D]
+    k = _existing(k, operands, piece)  # [b, kv_heads, n, D]
+    v = _existing(v, operands, piece)  # [b, kv_heads, n, v_dim]
+    groups = q.shape[1] // max(1, k.shape[1])  # no heads at all are a case too
+    k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+    i = torch.arange(piece.i.start, piece.i.stop, device=q.device)[:, None]  # [m, 1]
+    j = torch.arange(piece.j.start, piece.j.stop, device=q.device)  # [n]
+    lengths = (piece.q_len, piece.kv_len)
+
+    scores = spec.scale * (q @ k.mT)  # [b, heads, m, n]
+    if spec.softcap > 0:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if operands.bias is not None:
+        scores = finite_sum(scores, part_of(operands.bias, piece))
+    if operands.alibi_slopes is not None:
+        slopes = operands.alibi_slopes.to(scores.dtype)[..., None, None]
+        slopes = slopes[_entry(piece)] if slopes.dim() == 4 else slopes  # [b or none, heads, 1, 1]
+        scores = finite_sum(scores, -slopes * (i + spec.offset(*lengths) - j).abs())
+    visible = (j >= spec.lo(i, *lengths)) & (j < spec.hi(i, *lengths))  # [m, n]
+    if operands.mask is not None:
+        visible = visible & part_of(operands.mask, piece)
+    if operands.key_begin is not None:
+        begin, end = part_of(operands.key_begin, piece), part_of(operands.key_end, piece)
+        visible = visible & (j >= begin) & (j < end)
+    scores = torch.where(visible, scores, -torch.inf)
+
+    # A row that sees nothing computes with zeros and its results are replaced: no 0/0 is formed,
+    # so none reaches a derivative of any order.
+    dead = (scores == -torch.inf).all(-1, keepdim=True)  # [b, heads, m, 1]
+    if operands.sinks is not None:
+        sinks = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)  # the last column is no key's
+    scores = torch.where(dead, 0.0, scores)
+    lse = torch.where(dead, -torch.inf, scores.logsumexp(-1, keepdim=True))
+    weights = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])
+    if spec.dropout_p > 0:
+        first = piece.entry or 0
+        bh = heads_of(operands.dropout_seed, range(first, first + q.shape[0]), q.shape[1])
+        kept = keep_block(operands.dropout_seed, bh, i[:, 0], j, spec.dropout_p)
+        weights = weights * kept.view_as(weights) / keep_probability(spec.dropout_p)
+    return weights @ v, lse.squeeze(-1)
+
+
+def finite_sum(scores: Tensor, term: Tensor) -> Tensor:
+    """scores + term in scores' dtype. Where both are finite so is the sum, since -inf masks."""
+    limit = torch.finfo(scores.dtype).max
+    if term.dtype != scores.dtype:
+        saturated = term.clamp(-limit, limit) if term.dtype == torch.float64 else term
+        term = torch.where(term.isfinite(), saturated, term).to(scores.dtype)
+    total = scores + term
+    overflown = total.isinf() & scores.isfinite() & term.isfinite()
+    return torch.where(overflown, total.clamp(-limit, limit), total)
+
+
+def _entry(piece: Piece) -> slice:
+    """The piece's entry as an index that keeps the dimension."""
+    return slice(None) if piece.entry is None else slice(piece.entry, piece.entry + 1)
+
+
+def _batch(operands: Operands, piece: Piece) -> slice:
+    """Where the entry lies along the batch dimension: packed sequences share one row."""
+    return slice(0, 1) if operands.packed else _entry(piece)
+
+
+def _span(positions: range, base: int) -> slice:
+    return slice(base + positions.start, base + positions.stop)
+
+
+def _existing(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
+    """The piece's keys of k or v: [b, kv_heads, n, *]."""
+    if not operands.paged:
+        return x[_batch(operands, piece), :, _span(piece.j, piece.key)]
+    page_size = x.shape[2]
+    used = operands.page_table[piece.entry, : -(-piece.j.stop // max(1, page_size))].long()
+    return x[used].transpose(0, 1).flatten(1, 2)[None, :, _span(piece.j, 0)]
+
+
+def part_of(x: Tensor, piece: Piece) -> Tensor:
+    """The piece's part of an operand with four dimensions. Sizes of 1 stay, to be broadcast."""
+    wanted = (_entry(piece), slice(None), _span(piece.i, 0), _span(piece.j, 0))
+    return x[tuple(slice(None) if n == 1 else s for n, s in zip(x.shape, wanted, strict=True))]
+
+
+def in_memory_order_of(q: Tensor, out: Tensor) -> Tensor:
+    """out with q's strides where q is dense and has out's shape, else contiguous."""
+    order = sorted(range(4), key=lambda d: (q.stride(d), q.shape[d]), reverse=True)
+    if q.shape != out.shape or not q.permute(order).is_contiguous():
+        return out.contiguous()
+    inverse = sorted(range(4), key=order.__getitem__)
+    return out.permute(order).contiguous().permute(inverse)

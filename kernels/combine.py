@@ -1,0 +1,95 @@
+"""Split-KV: partial results over parts of the keys, made one. Next: kv_append.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .forward import add_sinks, is_dead
+from .score import LN2, LOG2E, NEG_INF, from_base2, to_base2
+from .tile import store_rows
+
+
+@triton.jit
+def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, parts,
+                   DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """out and lse from part_out [parts, B, heads, q_len, Dv] and part_lse [parts, B, heads, q_len],
+    both fp32: lse = log sum exp lse_part, out = sum exp(lse_part - lse) out_part. Programs: blocks
+    of rows = B * heads * q_len x chunks of Dv. `sinks` is a Params' with its sinks."""
+    chunks = tl.cdiv(DV, BLOCK_DV)
+    row = tl.program_id(0) // chunks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = tl.program_id(0) % chunks * BLOCK_DV
+    ok = row < rows
+    at = row.to(tl.int64)
+    row_max = tl.full([BLOCK_Q], NEG_INF, tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
+    d = first + tl.arange(0, BLOCK_DV)
+    for part in range(parts):
+        here = part * rows.to(tl.int64) + at
+        x = to_base2(tl.load(part_lse + here, mask=ok, other=NEG_INF))
+        new_max = tl.maximum(row_max, x)
+        base = tl.where(new_max == NEG_INF, 0.0, new_max)
+        weight, rescale = tl.exp2(x - base), tl.exp2(row_max - base)
+        weight = tl.where(x == NEG_INF, 0.0, weight)
+        values = tl.load(part_out + here[:, None] * DV + d, mask=ok[:, None] & (d < DV), other=0.0)
+        row_sum = row_sum * rescale + weight
+        acc = acc * rescale[:, None] + weight[:, None] * values
+        row_max = new_max
+    head = row // q_len % heads
+    row_max, row_sum, rescale = add_sinks(sinks, head, row_max, row_sum)
+    dead = is_dead(row_max, row_sum)
+    row_sum = tl.where(dead, 1.0, row_sum)
+    acc = acc * (rescale / row_sum)[:, None]
+    i, batch = row % q_len, row // q_len // heads
+    out_at = (
+        batch.to(tl.int64) * out.batch + head.to(tl.int64) * out.head + i.to(tl.int64) * out.row
+    )
+    store_rows(out.ptr + out_at, acc, ok, first, DV, BLOCK_DV)
+    if first == 0:
+        total = tl.where(dead, NEG_INF, from_base2(row_max + tl.log2(row_sum)))
+        tl.store(lse + at, total, mask=ok)
+
+
+@triton.jit
+def merge_kernel(out_a, lse_a, out_b, lse_b, out, lse, rows,
+                 DV: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """out [rows, Dv] and lse [rows] of two states. Programs: blocks of rows x chunks of Dv."""
+    chunks = tl.cdiv(DV, BLOCK_DV)
+    row = tl.program_id(0) // chunks * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(0) % chunks * BLOCK_DV
+    d = first + tl.arange(0, BLOCK_DV)
+    ok = row < rows
+    a = tl.load(lse_a + row, mask=ok, other=NEG_INF).to(tl.float32)
+    b = tl.load(lse_b + row, mask=ok, other=NEG_INF).to(tl.float32)
+    dead_a, dead_b = a == NEG_INF, b == NEG_INF
+    base = tl.where(dead_a & dead_b, 0.0, tl.where(a > b, a, b))
+    weight_a = tl.where(dead_a, 0.0, tl.exp2((a - base) * LOG2E))
+    weight_b = tl.where(dead_b, 0.0, tl.exp2((b - base) * LOG2E))
+    total = tl.where(dead_a & dead_b, 1.0, weight_a + weight_b)
+    at = row.to(tl.int64)[:, None] * DV + d
+    there = ok[:, None] & (d < DV)
+    # what a row of -inf holds is not read
+    x = tl.load(out_a + at, mask=there & ~dead_a[:, None], other=0.0).to(tl.float32)
+    y = tl.load(out_b + at, mask=there & ~dead_b[:, None], other=0.0).to(tl.float32)
+    merged = (weight_a / total)[:, None] * x + (weight_b / total)[:, None] * y
+    tl.store(out + at, merged.to(out.dtype.element_ty), mask=there)
+    if first == 0:
+        joined = tl.where(dead_a & dead_b, NEG_INF, base + tl.log2(total) * LN2)
+        tl.store(lse + row, joined, mask=ok)
+
+
+def merge(out_a, lse_a, out_b, lse_b):
+    """merge_states() of checked tensors: (out in out_a's dtype, lse in fp32)."""
+    out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a, dtype=torch.float32)
+    rows, v_dim = lse.numel(), out.shape[-1]
+    if out.numel() == 0:
+        return out, torch.logaddexp(lse_a.float(), lse_b.float())
+    block_dv = min(256, triton.next_power_of_2(v_dim))
+    block_r = max(1, 2048 // block_dv)
+    with torch.cuda.device_of(out):
+        merge_kernel[(triton.cdiv(rows, block_r) * triton.cdiv(v_dim, block_dv),)](
+            out_a, lse_a, out_b, lse_b, out, lse, rows,
+            DV=v_dim, BLOCK_R=block_r, BLOCK_DV=block_dv,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,51 @@
+"""The list of tests/support/cases.py in few cases, for backends that take long: PAIRWISE has every
+pair of options, five in a case; KINDS every kind of mask, bias and layout, three in a case;
+crossed() thins the product of two lists."""
+
+from __future__ import annotations
+
+from itertools import combinations, cycle
+
+import pytest
+from cases import BIASES, LAYOUTS, MASKS, OPTIONS, Case, combine
+
+
+def _cover(size: int = 5):
+    """A few cases of `size` options each, among which every pair that combine takes appears."""
+    names = list(OPTIONS)[1:]
+    missing = {pair for pair in combinations(names, 2) if combine("", *(OPTIONS[n] for n in pair))}
+    while missing:
+        chosen = list(min(missing))
+        while len(chosen) < size:
+            gains = []
+            for name in names:
+                together = sorted((*chosen, name), key=names.index)
+                if name not in chosen and combine("", *(OPTIONS[n] for n in together)):
+                    gains.append((len(missing & set(combinations(together, 2))), name))
+            if not gains:
+                break
+            chosen.append(max(gains)[1])
+        chosen.sort(key=names.index)
+        missing -= set(combinations(chosen, 2))
+        yield combine(f"pairwise/{'+'.join(chosen)}", *(OPTIONS[n] for n in chosen))
+
+
+PAIRWISE = list(_cover())
+
+# No bias has masks alone that hide all: there are fewer of them, so each comes early. Rows and keys
+# are as many because the views of one projection need that, and more than a tile of either.
+KINDS = [
+    Case(f"kinds/{mask}+{bias}+{layout}", q_len=70, kv_len=70, mask=mask, bias=bias, layout=layout)
+    for mask, bias, layout in zip(MASKS, cycle(BIASES), cycle(LAYOUTS))
+]
+
+
+def crossed(first, second, all_of_them: bool = False) -> list:
+    """Parameters (a, b): each a with one b, each b in its turn; with --long all pairs."""
+    return [
+        pytest.param(
+            a, b, marks=() if all_of_them or (i - j) % len(second) == 0 else pytest.mark.long
+        )
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
