@@ -6,6 +6,7 @@
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
+#   make coverage    the tests, then the lines of kernels and package that they ran (ARGS="tests/cuda")
 #   make fuzz    random calls against float64 for a minute (ARGS="--minutes 60 --seed 7")
 #   make gpu-audit   what compilers make of the GPU kernels (no GPU needed): registers, spills
 #   make cuda-load   build the wheel and load it in a CUDA build of torch (no GPU needed; 4 GB, once)
@@ -46,12 +47,12 @@ NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
     tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test check bench build asan fuzz lint fmt size docs gpu gpu-audit cuda-load wheel \
+.PHONY: demo test check bench build asan coverage fuzz lint fmt size docs gpu gpu-audit cuda-load wheel \
     versions clean distclean writable help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,14s/^#   //p' Makefile
+	@sed -n '3,15s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
@@ -127,6 +128,16 @@ asan: build
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
 	    tests/backends/test_native.py tests/backends/test_cpu.py tests/fused/test_fused.py tests/fused/test_fused_dropout.py \
 	    tests/fused/test_fused_native.py tests/attention/test_memory.py $(ARGS)
+
+# The same tests, and then how many lines of the kernels and of the package they ran: a failed test
+# stops nothing, since what it ran counts too. ARGS names some tests.
+coverage: build
+	@$(BIN)/python -c 'import coverage' 2>/dev/null || $(PIP) install -q "coverage>=7.10"
+	FASTATTN_BUILD=coverage $(BIN)/python setup.py --quiet build_ext
+	@rm -f build/coverage/python* build/coverage/*/*.gcda
+	-FASTATTN_COVERAGE=1 FASTATTN_CPU_LIBRARY="$$PWD/build/coverage/_cpu.abi3.so" OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m coverage run -m pytest -q -n logical --dist worksteal $(ARGS)
+	@$(BIN)/python tests/support/coverage_table.py build/coverage
 
 # Stops at the first wrong result and prints the fewest lines that show it.
 fuzz: build

@@ -19,6 +19,7 @@ Environment:
                     none  pure Python
                     asan  the CPU library under the address and undefined-behaviour sanitizers, left
                           in build/asan/_cpu.abi3.so: set FASTATTN_CPU_LIBRARY to it (make asan)
+                    coverage  the same with gcov's counters, in build/coverage (make coverage)
     FASTATTN_CUDA_ARCHS  nvcc architectures of the kernels that run on sm_80 and newer, default
                     "80;90a"; what is compiled for them besides is PTX for GPUs that are newer
                     still. The sm_90 kernels are always compiled for 90a, where alone they run
@@ -67,7 +68,6 @@ SUBPACKAGES = (
     *("benchmarks", "benchmarks.measure", "benchmarks.report", "benchmarks.compile"),
     "benchmarks.demo",
 )
-MODES = ("auto", "cpu", "cuda", "wheel", "none", "asan")
 CUDA_FLOOR = (12, 0)  # of nvcc: the first that knows 90a and cuTensorMapEncodeTiled
 CUDA_ARCHS = "80;90a"
 HOPPER = "90a"  # an architecture that has no successor: its instructions are nowhere else
@@ -80,11 +80,15 @@ WARNINGS = [
 # No -march: each instruction set is a translation unit that names its own target (csrc/cpu/
 # kernels.h says why), so that one library serves every CPU of the platform.
 OPTIMIZE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-SANITIZE = [
-    *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"),
-    *("-fno-sanitize-recover=undefined", "-ffp-contract=fast"),
-    "-fexpensive-optimizations",  # -O1 alone makes no FMA, and every instruction set rounds alike
-]
+# -O1 alone makes no FMA, and every instruction set rounds alike.
+QUICKLY = ["-O1", "-fexpensive-optimizations", "-ffp-contract=fast"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# Builds of the CPU library for tests: what compiles them, and what links them.
+INSTRUMENTED = {
+    "asan": ([*QUICKLY, "-g1", "-fno-omit-frame-pointer", *SANITIZE], SANITIZE[:1]),
+    "coverage": ([*QUICKLY, "--coverage"], ["--coverage"]),
+}
+MODES = ("auto", "cpu", "cuda", "wheel", "none", *INSTRUMENTED)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc"]
 
@@ -113,7 +117,7 @@ class Plan:
         if mode not in MODES:
             raise SystemExit(f"FASTATTN_BUILD is {mode!r}; it must be one of {', '.join(MODES)}")
         self.mode = mode
-        self.folder = Path("build/asan" if mode == "asan" else "build/native")
+        self.folder = Path("build", mode if mode in INSTRUMENTED else "native")
         self.ninja, self.nvcc = find_ninja(), find_nvcc()
         self.nvcc_release = nvcc_release(self.nvcc)
         has_zig = importlib.util.find_spec("ziglang") is not None
@@ -155,14 +159,15 @@ class Plan:
         """Modes that name a library fail when it cannot be built; auto warns and goes on. Not for
         metadata and source distributions, which need no torch."""
         required = {
-            "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "wheel": ["_cpu"], "asan": ["_cpu"],
+            "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"], "wheel": ["_cpu"],
+            **{mode: ["_cpu"] for mode in INSTRUMENTED},
         }.get(self.mode, [])  # fmt: skip
         for lib in self.libraries:
             if lib.why_not and lib.name in required:
                 raise SystemExit(f"FASTATTN_BUILD={self.mode} needs {lib.name}: {lib.why_not}")
 
     def _tuning(self) -> list[str]:
-        return SANITIZE if self.mode == "asan" else OPTIMIZE
+        return INSTRUMENTED[self.mode][0] if self.mode in INSTRUMENTED else OPTIMIZE
 
     def _torch_flags(self) -> tuple[list[str], list[str]]:
         include = self.torch / "include"
@@ -182,19 +187,19 @@ class Plan:
     def _cpu(self, why_not: str | None) -> Library:
         sources = [*sorted(ROOT.glob("csrc/*_cpu.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
         why_not = why_not or (None if sources else "csrc/ops_cpu.cpp is not in this source tree")
-        if not why_not and self.mode == "asan" and compiler_of(self.cxx)[0] != "GCC":
-            why_not = "the sanitizers' runtime that make asan loads first is GCC's; set CXX=g++"
+        if not why_not and self.mode in INSTRUMENTED and compiler_of(self.cxx)[0] != "GCC":
+            why_not = f"make {self.mode} uses GCC's runtime or gcov; set CXX=g++"
         if why_not:
             return Library("_cpu", why_not=why_not)
         includes, links = self._torch_flags()
-        links = [*links, *(["-fsanitize=address,undefined"] if self.mode == "asan" else [])]
+        links = [*links, *INSTRUMENTED.get(self.mode, ([], []))[1]]
         flags = [*CXX_COMMON, *self._tuning(), *STABLE_ABI, *WARNINGS, *includes]
         sources += self._for_old_glibc()
         return Library("_cpu", relative(sources), flags=flags, links=links)
 
     def _cuda(self, why_not: str | None) -> Library:
         sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
-        if not why_not and self.mode in ("cpu", "asan"):
+        if not why_not and self.mode in ("cpu", *INSTRUMENTED):
             why_not = f"built with FASTATTN_BUILD={self.mode}"
         elif not why_not and not sources:
             why_not = "this version has no CUDA kernels"
@@ -230,7 +235,7 @@ class Plan:
         source = ROOT / "csrc/module.cpp"
         header = Path(sysconfig.get_paths()["include"], "Python.h")
         pybind11 = importlib.util.find_spec("pybind11")
-        if not why_not and self.mode in ("wheel", "asan"):
+        if not why_not and self.mode in ("wheel", *INSTRUMENTED):
             why_not = f"built with FASTATTN_BUILD={self.mode}"
         elif not why_not and not header.exists():
             why_not = f"Python's headers are not installed ({header} is missing)"
@@ -317,7 +322,7 @@ class BuildNative(build_ext):
     def build_extensions(self) -> None:
         PLAN.compile()
         for lib in PLAN.wanted():
-            if PLAN.mode == "asan":  # stays in build/asan: only tests under libasan can load it
+            if PLAN.mode in INSTRUMENTED:  # stays in build/, for the tests that name it
                 print(f"built {PLAN.output(lib)}")
                 continue
             target = Path(self.get_ext_fullpath(f"fastattn.{lib.name}"))
@@ -327,7 +332,7 @@ class BuildNative(build_ext):
     def run(self) -> None:
         PLAN.insist()
         super().run()
-        if self.inplace and not self.editable_mode and PLAN.mode != "asan":
+        if self.inplace and not self.editable_mode and PLAN.mode not in INSTRUMENTED:
             write_facts(ROOT / "fastattn")
 
 
@@ -339,7 +344,7 @@ class BuildPython(build_py):
         if PLAN.mode == "wheel":  # all that lies there is packed, that of earlier builds too
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
-        if PLAN.mode != "asan":
+        if PLAN.mode not in INSTRUMENTED:
             folder = ROOT if self.editable_mode else Path(self.build_lib)
             write_facts(folder / "fastattn")
         if self.editable_mode:

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from fastattn.core.work import pairs_of_band
-
-from .work import MODES, Work, attention_work
+from fastattn.core.work import MODES, Work, attention_work, pairs_of_band
 
 SEED = 20  # of the inputs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

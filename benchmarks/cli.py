@@ -1,7 +1,9 @@
 """`python -m fastattn bench`: fastattn beside what you use today, checked first, then timed.
 
-parse() reads the command line, main() runs it. Next hop: suites.py (which cells), measure/runner.py (the
-loop), measure/protocol.py (one cell), report/record.py (the data), report/table.py and report/page.py (the reports)."""
+parse() reads the command line, main() runs it. Next hop: suites.py (which cells),
+measure/runner.py (the loop), measure/protocol.py (one cell), report/record.py (the data),
+report/table.py and report/page.py (the reports).
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fastattn.core.work import MODES
+
 from . import competitors, suites
 from .measure import devices, other_commit
 from .measure.machine import Machine, machine_facts
 from .measure.protocol import Plan
 from .measure.runner import Run, run
 from .report import history, record, table
-from .work import MODES
 
 # Of cells; the rest of --quick's 90 s and --full's 15 minutes is starting and reporting.
 SECONDS = {"quick": 74.0, "default": None, "full": 14 * 60.0}

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from fastattn.core.work import MODES
+
 from .cases import DTYPES, Row
 from .end_to_end import WORKLOADS
-from .work import MODES
 
 
 class Cell(Protocol):

@@ -2,8 +2,9 @@
 
 Model shapes (suites.py): each row for fastattn and for torch, one group a row. The two are
 measured interleaved first, by this package's own protocol; extra_info has that ratio with its
-interval, the errors, rates and what really ran. Cases (tests/support/cases.py): one option each, on small
-tensors; what they show is the cost of a call. Whatever is wrong fails and has no number.
+interval, the errors, rates and what really ran. Cases (tests/support/cases.py): one option
+each, on small tensors; what they show is the cost of a call. Whatever is wrong fails and has no
+number.
 """
 
 from __future__ import annotations

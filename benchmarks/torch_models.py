@@ -49,7 +49,8 @@ class GPT(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """BERT's loss over the masked tokens, on an encoder of fastattn.benchmarks.demo.minilm, in plain torch."""
+    """BERT's loss over the masked tokens, on an encoder of fastattn.benchmarks.demo.minilm, in
+    plain torch."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

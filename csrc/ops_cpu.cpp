@@ -24,13 +24,6 @@ namespace {
 
 // --- running the items --------------------------------------------------------------------------
 
-double forward_flops(const Call& call) {
-    double pairs = 0;
-    for (const Segment& s : call.segments)
-        pairs += static_cast<double>(s.band.q_len) * s.band.kv_len;
-    return 2 * pairs * call.params.heads * (call.params.head_dim + call.params.v_dim);
-}
-
 std::atomic<uint64_t> calls{0};  // so far, in this process
 
 // Tiles are counted in int, and each takes 40 bytes; without this, strides of 0 could ask for
@@ -53,8 +46,7 @@ void run_forward(Call& call, int num_splits) {
     check_tiles(call, p.heads, kernels.block_q);
     const int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
     const int64_t row_bytes = (p.v_dim + 2) * size;
-    ForwardPlan plan =
-        plan_forward(call.segments, p.heads, p.group(), kernels.block_q, num_splits, row_bytes);
+    ForwardPlan plan = plan_forward(call.segments, p, kernels.block_q, num_splits, row_bytes);
     Partials partials{};
     Bytes memory;
     if (plan.partial_rows > 0) {
@@ -63,7 +55,7 @@ void run_forward(Call& call, int num_splits) {
         partials.row_sum = memory.get() + plan.partial_rows * size;
         partials.acc = memory.get() + 2 * plan.partial_rows * size;
     }
-    double flops = forward_flops(call);
+    double flops = 2 * plan.pairs * (p.head_dim + p.v_dim);
     for_each_item(plan.items.size(), flops,
                   [&](int64_t i) { kernels.forward(p, plan.items[i], partials); });
     for_each_item(plan.merges.size(), flops, [&](int64_t i) {
@@ -81,7 +73,7 @@ void run_backward(Call& call, BiasSharing sharing) {
     const int64_t padded = kernels.padded(p.head_dim) + kernels.padded(p.v_dim);
     KeyBytes bytes{(p.head_dim + p.v_dim) * size_of(p.dtype), padded * size};
     BackwardPlan plan =
-        plan_backward(call.segments, p.kv_heads, kernels.block_q, kernels.block_kv, bytes, sharing);
+        plan_backward(call.segments, p, kernels.block_q, kernels.block_kv, bytes, sharing);
     std::vector<Bytes> memory;
     for (const BackwardPlan::Merge& merge : plan.merges)
         for (int i = merge.first; i < merge.first + merge.parts; i++) {
@@ -93,7 +85,7 @@ void run_backward(Call& call, BiasSharing sharing) {
                 *sum = memory.back().get();
             }
         }
-    double flops = 2.5 * forward_flops(call);
+    double flops = 5 * plan.pairs * (p.head_dim + p.v_dim);
     for_each_item(static_cast<int64_t>(plan.task_begin.size()) - 1, flops, [&](int64_t task) {
         for (int i = plan.task_begin[task]; i < plan.task_begin[task + 1]; i++)
             kernels.backward(p, plan.items[plan.tasks[i]]);
@@ -158,36 +150,9 @@ Tensor new_lse(const Tensor& q) {
     return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
 }
 
-std::tuple<Tensor, Tensor> flash_attn_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
-    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
-    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
-    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
-    int64_t left, int64_t right, bool align_end, double dropout_p, int64_t num_splits) {
-    Call call{q,
-              k,
-              v,
-              mask,
-              bias,
-              alibi_slopes,
-              sinks,
-              kv_lens,
-              kv_starts,
-              document_ids,
-              key_begin,
-              key_end,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              page_table,
-              dropout_seed,
-              scale,
-              softcap,
-              left,
-              right,
-              align_end,
-              dropout_p};
-    return forward_into_new(call, new_lse(q), num_splits);
+std::tuple<Tensor, Tensor> flash_attn_fwd(Inputs inputs, int64_t num_splits) {
+    Call call{std::move(inputs)};
+    return forward_into_new(call, new_lse(call.q), num_splits);
 }
 
 struct Gradients {
@@ -211,7 +176,8 @@ void prefer_huge_pages(const Tensor& t) {
 // Do the tiles of every entry visit every element of the bias? Packed sequences may all be shorter
 // than it, or see fewer keys.
 bool visits_all(const Call& call, const Tensor& bias) {
-    if (call.mask || call.entries == 0 || call.params.heads == 0) return false;
+    if (call.operands.mask || call.operands.key_begin) return false;
+    if (call.entries == 0 || call.params.heads == 0) return false;
     if (static_cast<int64_t>(call.segments.size()) != call.entries) return false;
     return std::all_of(call.segments.begin(), call.segments.end(), [&](const Segment& s) {
         Range keys = s.band.kv_range(0, s.band.q_len);
@@ -284,7 +250,7 @@ void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Ten
 
 Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor out,
                             const Tensor& lse, bool need_dbias, bool need_dsinks) try {
-    CHECK(!call.page_table, "pages have no gradient");
+    CHECK(!call.operands.page_table, "pages have no gradient");
     call.prepare();
     const Tensor& q = call.q;
     ScalarType accumulate = accumulate_type(q);
@@ -306,8 +272,8 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     check_like_out(out, "out");
     check_like_lse(lse, "lse");
     if (dlse) check_like_lse(*dlse, "dlse");
-    CHECK(!need_dbias || call.bias, "need_dbias without a bias");
-    CHECK(!need_dsinks || call.sinks, "need_dsinks without sinks");
+    CHECK(!need_dbias || call.operands.bias, "need_dbias without a bias");
+    CHECK(!need_dsinks || call.operands.sinks, "need_dsinks without sinks");
     dout = unit_stride(dout);
     out = unit_stride(out);
 
@@ -329,7 +295,7 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     p.dk = rows4(g.dk);
     p.dv = rows4(g.dv);
     if (need_dbias) {
-        sums = bias_sums(call, *call.bias, sharing, p.dbias_unset);
+        sums = bias_sums(call, *call.operands.bias, sharing, p.dbias_unset);
         p.dbias = operand4(sums);
     }
     if (need_dsinks) {
@@ -343,7 +309,7 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
         wide ? sink_gradient<double>(call, lse, delta, g.dsinks)
              : sink_gradient<float>(call, lse, delta, g.dsinks);
     if (need_dbias) {
-        const Tensor& bias = *call.bias;
+        const Tensor& bias = *call.operands.bias;
         g.dbias = sums;
         if (sums.size(0) != bias.size(0) || sums.size(1) != bias.size(1)) {
             g.dbias =
@@ -357,44 +323,18 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     fail(NO_MEMORY);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
-    const Tensor& dout, OptionalTensor dlse, const Tensor& out, const Tensor& lse, const Tensor& q,
-    const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
-    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
-    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
-    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
-    int64_t left, int64_t right, bool align_end, double dropout_p, bool need_dbias,
-    bool need_dsinks) {
-    Call call{q,
-              k,
-              v,
-              mask,
-              bias,
-              alibi_slopes,
-              sinks,
-              kv_lens,
-              kv_starts,
-              document_ids,
-              key_begin,
-              key_end,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              page_table,
-              dropout_seed,
-              scale,
-              softcap,
-              left,
-              right,
-              align_end,
-              dropout_p};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
+                                                                  Tensor out, Tensor lse,
+                                                                  Inputs inputs, bool need_dbias,
+                                                                  bool need_dsinks) {
+    Call call{std::move(inputs)};
     Gradients g = backward_into_new(call, dout, dlse, out, lse, need_dbias, need_dsinks);
     return {g.dq, g.dk, g.dv, g.dbias, g.dsinks};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-    m.impl("flash_attn_fwd", TORCH_BOX(&flash_attn_fwd));
-    m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
+    m.impl("flash_attn_fwd", BOX(&flash_attn_fwd));
+    m.impl("flash_attn_bwd", BOX(&flash_attn_bwd));
 }
 
 // --- torch's C++ autograd over these kernels -----------------------------------------------------
@@ -411,14 +351,11 @@ Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, bool has_bias,
           "attn_bias and dropout_p are not served by this operator on the CPU; "
           "F.scaled_dot_product_attention takes both");
     CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
-    Call call{};
-    call.q = q;
-    call.k = k;
-    call.v = v;
-    call.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
-    call.left = -1;
-    call.right = is_causal ? 0 : -1;
-    return call;
+    Spec spec;
+    spec.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
+    spec.right = is_causal ? 0 : -1;
+    spec.align_end = false;
+    return {{q, k, v, {}, spec}};
 }
 
 // Beside out and lse: the dropout's seed and offset, which are undefined.
@@ -444,6 +381,13 @@ FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, 
 
 }  // namespace
 }  // namespace fastattn::cpu
+
+// The arguments that all attention operators share, as their schemas write them: a test holds these
+// equal to the schemas, which Python makes.
+extern "C" __attribute__((visibility("default"))) const char* fastattn_inputs_schema() {
+    static const std::string schema = fastattn::schema_of_inputs();
+    return schema.c_str();
+}
 
 // Whether new memory starts as NaN, for the test that holds the tests to it.
 extern "C" __attribute__((visibility("default"))) int fastattn_poison_on() {

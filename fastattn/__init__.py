@@ -12,7 +12,7 @@ fastattn.flash_attn, .hf and .models are imported when they are first used.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import nn
+from . import masks, nn
 from .core.spec import Spec
 from .decoding import decode_attention, merge_states
 from .explanation import Explanation, explain
@@ -37,6 +37,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "masks",
     "merge_states",
     "nn",
     "override_sdpa",

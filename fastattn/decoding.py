@@ -14,16 +14,16 @@ from torch import Tensor
 
 from . import habits
 from .backends import registry
-from .backends.operators import autocast_dtype, autocast_to, is_8_bit
 from .context_parallel import refuse_context_parallel
 from .core import checks, quantization
 from .core.call import Call
 from .core.memory import copied_if_overlapping
 from .core.spec import OPERANDS, Descales, Operands
+from .core.tensors import autocast_dtype, autocast_to, is_8_bit
 from .forms import score_operands, spec_of
 from .functional import run
 from .fused.kv_append import Append, check_rotary
-from .fused.norm import has_kernel
+from .fused.operator import has_kernel
 from .options import Align, BackendName, CacheOptions
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    key_ranges: tuple[Tensor, Tensor] | None = None,
     head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
@@ -140,6 +141,7 @@ def decode_attention(
             results take at most 256 MiB together.
         kv_lens: refused: cache_lens says it.
         document_ids: refused: a cache row is one document.
+        key_ranges: (begin, end), int32, each broadcastable to [B, Hq, Sq]; they count slots.
 
     Under torch.autocast q, k and v are cast to the cache's dtype, or, where that is 8-bit, to
     autocast's.
@@ -162,8 +164,8 @@ def decode_attention(
         "num_splits": num_splits, "scale": scale, "causal": causal, "window": window,
         "align": align, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes,
         "softcap": softcap, "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
-        "head_origin": head_origin, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
-        "return_lse": return_lse, "deterministic": deterministic,
+        "key_ranges": key_ranges, "head_origin": head_origin, "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed, "return_lse": return_lse, "deterministic": deterministic,
     })  # fmt: skip
     row = registry.pick(backend, call)
     if append is not None:

@@ -24,7 +24,6 @@ except ImportError as error:
         f"fastattn.swap(model) serves the models of older ones: {error}"
     ) from error
 
-from .backends import registry
 from .sdpa import scaled_dot_product_attention
 from .swapping import is_swapped, swapped_class, unswap_object
 
@@ -107,7 +106,7 @@ def _reaching_all(set_backend):
                 f"{', '.join(left)} of {type(self).__name__} asks diffusers for no backend, and "
                 "swap() cannot serve it: its attention is computed as before",
                 UserWarning,
-                stacklevel=registry.caller_level(),
+                stacklevel=backend.caller_level(),
             )
 
     return reaching_all

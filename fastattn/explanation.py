@@ -16,7 +16,7 @@ from .core.call import Call
 from .core.philox import keep_probability
 from .core.reference import Piece, pieces
 from .core.spec import Spec
-from .core.work import count_pairs
+from .core.work import bounds, count_pairs, flops
 from .forms import dense_form, packed_form
 from .functional import attention, varlen_attention
 from .options import CacheOptions, DenseOptions, PackedOptions
@@ -54,7 +54,7 @@ class Explanation:
     device: torch.device
     spec: Spec
     operands: tuple[str, ...]  # the optional tensors of the call
-    pairs: int  # (row, key) pairs inside band and lengths, over all heads
+    pairs: int  # (row, key) pairs inside band, lengths and key ranges, over all heads
     all_pairs: int  # rows times keys that have a place, over all heads
     tiles: Tiles | None  # None where the backend has none
     flops_forward: int
@@ -104,8 +104,9 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
     (cu_seqlens_q, cache_lens). They are checked as in the call. Nothing is computed or written, and
     no random numbers are drawn.
 
-    Counted are the pairs inside band, lengths, documents and sequences; an arbitrary mask or bias
-    is not looked into. A pair costs 2 (D + Dv) operations forward and 2 (3 D + 2 Dv) backward.
+    Counted are the pairs inside band, lengths, documents, sequences and key ranges; an arbitrary
+    mask or bias is not looked into. A pair costs 2 (D + Dv) operations forward and 2 (3 D + 2 Dv)
+    backward.
     """
     if "cache_lens" in call:
         function = decoding.decode_attention
@@ -164,8 +165,8 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         pairs=pairs,
         all_pairs=work.all_pairs(),
         tiles=work.tiles(*row.tile) if row and row.tile else None,
-        flops_forward=2 * pairs * (head_dim + v_dim),
-        flops_backward=2 * pairs * (3 * head_dim + 2 * v_dim) if not no_gradient else None,
+        flops_forward=flops(pairs, head_dim, v_dim, "fwd"),
+        flops_backward=flops(pairs, head_dim, v_dim, "bwd") if not no_gradient else None,
         bytes_forward=work.bytes_forward(),
         keep_probability=keep_probability(spec.dropout_p) if spec.dropout_p else None,
     )
@@ -193,6 +194,7 @@ class _Work:
 
     def __init__(self, call: Call):
         q, k, operands = call.q, call.k, call.operands
+        self.call = call
         self.q, self.k, self.v, self.spec, self.operands = q, k, call.v, call.spec, operands
         self.pieces = list(pieces(q, k, operands))
         whole = len(self.pieces) == 1 and self.pieces[0].entry is None
@@ -206,12 +208,12 @@ class _Work:
         begin, end = self.operands.cu_seqlens_k[piece.entry : piece.entry + 2].tolist()
         return end - begin
 
-    def band(self, piece: Piece, i: int) -> tuple[int, int]:
-        """[lo, hi): the keys that row i of the piece sees."""
-        lengths = (piece.q_len, piece.kv_len)
-        lo, hi = self.spec.lo(i, *lengths), self.spec.hi(i, *lengths)
-        lo, hi = max(lo, piece.j.start), min(hi, piece.j.stop)
-        return lo, max(lo, hi)
+    def heads_of(self, piece: Piece):
+        """(times, lo, hi) for each head of each entry of the piece, or one for `times` alike: the
+        keys [lo[i], hi[i]) that its i-th row sees."""
+        lo, hi = (x.flatten(0, 1).tolist() for x in bounds(self.call, piece))
+        times = self.copies * self.q.shape[1] // max(1, len(lo))
+        return ((times, *one) for one in zip(lo, hi))
 
     def all_pairs(self) -> int:
         rows = sum(len(p.i) * self.keys_of(p) for p in self.pieces)
@@ -223,17 +225,17 @@ class _Work:
         for piece in self.pieces:
             keys = self.keys_of(piece)
             columns = -(-keys // block_kv)
-            for i in range(piece.i.start, piece.i.stop, block_q):
-                last = min(i + block_q, piece.i.stop) - 1
-                (begin, full_end), (full_begin, end) = self.band(piece, i), self.band(piece, last)
-                touched = -(-end // block_kv) - begin // block_kv if begin < end else 0
-                whole = keys if full_end == keys else full_end // block_kv * block_kv
-                inside = max(0, -(-whole // block_kv) - -(-full_begin // block_kv))
-                skipped += columns - touched
-                full += min(inside, touched)
-                masked += touched - min(inside, touched)
-        times = self.copies * self.q.shape[1]
-        return Tiles(block_q, block_kv, skipped * times, full * times, masked * times)
+            for times, lo, hi in self.heads_of(piece):
+                for i in range(0, len(lo), block_q):
+                    last = min(i + block_q, len(lo)) - 1
+                    begin, full_begin, full_end, end = lo[i], lo[last], hi[i], hi[last]
+                    touched = -(-end // block_kv) - begin // block_kv if begin < end else 0
+                    whole = keys if full_end == keys else full_end // block_kv * block_kv
+                    inside = max(0, -(-whole // block_kv) - -(-full_begin // block_kv))
+                    skipped += times * (columns - touched)
+                    full += times * min(inside, touched)
+                    masked += times * (touched - min(inside, touched))
+        return Tiles(block_q, block_kv, skipped, full, masked)
 
     def bytes_forward(self) -> int:
         """Inputs that some row sees read once, outputs written once."""
@@ -241,11 +243,12 @@ class _Work:
         rows = self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
         keys = 0
         for piece in self.pieces:
-            if len(piece.i):
-                begin, _ = self.band(piece, piece.i[0])
-                _, end = self.band(piece, piece.i[-1])
-                keys += max(0, end - begin)
-        keys *= self.copies * self.k.shape[1]
+            if len(piece.i) and self.k.shape[1]:
+                lo, hi = bounds(self.call, piece)
+                shape = (lo.shape[0], min(lo.shape[1], self.k.shape[1]), -1)
+                first, last = lo[..., 0].view(shape).amin(2), hi[..., -1].view(shape).amax(2)
+                times = self.copies * self.k.shape[1] // max(1, first.numel())
+                keys += int((last - first).clamp(min=0).sum()) * times
         head_dim, v_dim = self.q.shape[3], self.v.shape[3]
         moved = keys * (head_dim + v_dim) * kv_size
         moved += rows * (head_dim * size + v_dim * max(2, size))  # out of 8 bits is bfloat16

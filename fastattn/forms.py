@@ -10,11 +10,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from .backends import registry
-from .backends.operators import autocast_dtype, autocast_to
-from .core import checks, quantization
+from .backends import backend, registry
+from .core import checks, quantization, ranges
 from .core.call import Call
 from .core.spec import NO_OPERANDS, Descales, Operands, Spec
+from .core.tensors import autocast_dtype, autocast_to
 
 is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
@@ -28,14 +28,16 @@ _asked_of = itemgetter(
     *("scale", "causal", "window", "align", "softcap", "dropout_p", "return_lse"),
     *("deterministic", "backend"),
 )
-_operands_of = itemgetter("mask", "bias", "alibi_slopes", "sinks", "kv_lens", "document_ids")
+_operands_of = itemgetter(
+    *("mask", "bias", "alibi_slopes", "sinks", "kv_lens", "document_ids", "key_ranges")
+)
 
 
 def _is_none(x) -> bool:
     return x is None
 
 
-def dense_form(given: dict) -> tuple[Call, int, registry.Backend | None, tuple | None]:
+def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | None]:
     """Checks attention()'s arguments; (Call, rank, row, key).
 
     row is the backend of an earlier call alike in all but values and strides, or None; key is where
@@ -83,6 +85,7 @@ def dense_form(given: dict) -> tuple[Call, int, registry.Backend | None, tuple |
         and given["sinks"] is None
         and given["kv_lens"] is None
         and given["document_ids"] is None
+        and given["key_ranges"] is None
         and not spec.dropout_p
     ):
         return Call(q, k, v, spec, NO_OPERANDS), rank, row, key
@@ -125,7 +128,10 @@ def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> 
     """Operands of scores, checked against full = [batch, heads, rows, keys]. Where head_origin says
     that these heads are a part, operands may have every head."""
     mask, bias, slopes, sinks = (given[x] for x in ("mask", "bias", "alibi_slopes", "sinks"))
+    key_ranges = given["key_ranges"]
     if head_origin is not None and head_origin[1] != full[1]:
+        if isinstance(key_ranges, (tuple, list)) and rank == 4:
+            key_ranges = [_own_heads(x, -2, head_origin, full[1]) for x in key_ranges]
         mask, bias = (_own_heads(x, -3, head_origin, full[1]) for x in (mask, bias))
         slopes, sinks = (_own_heads(x, -1, head_origin, full[1]) for x in (slopes, sinks))
     if mask is not None:
@@ -136,7 +142,10 @@ def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> 
         slopes = checks.slopes(slopes, *full[:2], q.device)
     if sinks is not None:
         sinks = checks.sinks(sinks, full[1], q)
-    return {"mask": mask, "bias": bias, "alibi_slopes": slopes, "sinks": sinks}
+    own = {"mask": mask, "bias": bias, "alibi_slopes": slopes, "sinks": sinks}
+    if key_ranges is not None:
+        own |= ranges.normal_form(key_ranges, full, q.device, rank)
+    return own
 
 
 def _own_heads(x, dim, head_origin, heads):

@@ -1,6 +1,6 @@
 """attention() and varlen_attention(). Next hops: forms.py, which checks a call once and brings it
-to normal form; backends/registry.py, which finds the row that runs it, through backends/autograd.py.
-"""
+to normal form; backends/registry.py, which finds the row that runs it, through
+backends/autograd.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from . import habits
-from .backends import registry
+from .backends import backend, registry
 from .backends.autograd import attend
 from .context_parallel import refuse_context_parallel
 from .core import checks
@@ -57,6 +57,7 @@ def attention(
     sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    key_ranges: tuple[Tensor, Tensor] | None = None,
     head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
@@ -103,11 +104,16 @@ def attention(
             With align="end", o = kv_lens[b] - Sq.
         document_ids: [B, S] or [S] int32, non-decreasing, for self-attention: tokens see their own
             document only. The diagonal stays the whole row's.
+        key_ranges: (begin, end), int32 tensors, each broadcastable to [B, Hq, Sq] and neither
+            decreasing along the rows: of the keys that the rest of the call shows it, row i sees
+            begin <= j < end, as a mask would say. Tiles of keys outside are never touched.
+            fastattn.masks.prefix, .chunked and .block_causal make them. On a GPU, where looking
+            at the values would wait, row i's number is the largest of those of rows 0 to i.
         head_origin: (first, total): these are heads first, first + 1, ... of total, a part of the
             whole (tensor parallelism). Dropout counts heads of the whole, so that processes with
             one dropout_seed (or one state of their generators) drop what one process would. mask,
-            bias, alibi_slopes and sinks may have all `total` heads; these are then taken from them.
-            None: they are the whole.
+            bias, alibi_slopes, sinks and key_ranges may have all `total` heads; these are then
+            taken from them. None: they are the whole.
         dropout_p: probability in [0, 1) that a weight is dropped; kept ones are divided by the
             exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
         dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one key drops the
@@ -154,6 +160,7 @@ def attention(
         and sinks is None
         and kv_lens is None
         and document_ids is None
+        and key_ranges is None
         and q_descale is None
         and k_descale is None
         and v_descale is None
@@ -178,9 +185,10 @@ def attention(
         "q": q, "k": k, "v": v, "scale": scale, "causal": causal, "window": window, "align": align,
         "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
         "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
-        "head_origin": head_origin, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
-        "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale,
-        "return_lse": return_lse, "deterministic": deterministic, "backend": backend,
+        "key_ranges": key_ranges, "head_origin": head_origin, "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed, "q_descale": q_descale, "k_descale": k_descale,
+        "v_descale": v_descale, "return_lse": return_lse, "deterministic": deterministic,
+        "backend": backend,
     })  # fmt: skip
     if row is None:
         row = registry.pick(backend, call)
@@ -255,6 +263,7 @@ def varlen_attention(
     sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    key_ranges: tuple[Tensor, Tensor] | None = None,
     head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
@@ -284,6 +293,8 @@ def varlen_attention(
         alibi_slopes: [Hq] or [N, Hq] float32.
         kv_lens: [N] int32: keys of sequence n at or past kv_lens[n] do not exist ("seqused_k").
         document_ids: refused: cu_seqlens say it.
+        key_ranges: (begin, end), int32, each broadcastable to [N, Hq, max_seqlen_q], rows and keys
+            counted in their sequence. They may not decrease past a sequence's last row either.
 
     The other arguments are attention()'s. Dropout counts heads of sequences: n * Hq + h, or with
     head_origin n * total + first + h.
@@ -298,16 +309,16 @@ def varlen_attention(
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "page_table": page_table,
         "scale": scale, "causal": causal, "window": window, "align": align, "mask": mask,
         "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks,
-        "kv_lens": kv_lens, "document_ids": document_ids, "head_origin": head_origin,
-        "dropout_p": dropout_p, "dropout_seed": dropout_seed, "return_lse": return_lse,
-        "deterministic": deterministic,
+        "kv_lens": kv_lens, "document_ids": document_ids, "key_ranges": key_ranges,
+        "head_origin": head_origin, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
+        "return_lse": return_lse, "deterministic": deterministic,
     })  # fmt: skip
     out, lse = run(call, registry.pick(backend, call))
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # select's gradient is a copy
     return (out, lse) if return_lse else out
 
 
-def run(call: Call, row: registry.Backend) -> Result:
+def run(call: Call, row: backend.Backend) -> Result:
     """The result of a checked call, whatever its strides; out in q's memory order."""
     refuse_context_parallel()
     q = call.q

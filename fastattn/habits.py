@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 
+import torch
+
 _MASK = "mask= takes bool, True where a row sees a key, and bias= takes what is added to the scores"
 _PADDING = "kv_lens= takes each entry's number of keys, and mask= bool [B, 1, 1, S], True for a key"
 _SCALE, _SOFTCAP, _SINKS = "scale= is its name", "softcap= is its name", "sinks= is its name"
@@ -24,7 +26,7 @@ _OURS = {
     "src_key_padding_mask": _PADDING,
     "attn_bias": "bias= is its name",
     "score_mod": "bias=, alibi_slopes= and softcap= change scores",
-    "block_mask": "mask=, window= and document_ids= hide keys",
+    "block_mask": "mask=, window=, document_ids= and key_ranges= hide keys",
     "dropout": _DROPOUT,
     "attention_dropout": _DROPOUT,
     "p": _DROPOUT,
@@ -68,19 +70,25 @@ def public(function: Callable) -> Callable:
 
 def refuse_unknown(function: Callable, unknown) -> None:
     """Raises TypeError for the first of these keywords that the function does not take."""
+    if sentence := _why_unknown(function, tuple(unknown)):
+        raise TypeError(sentence)
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace difflib, and shows what is raised
+def _why_unknown(function: Callable, unknown: tuple[str, ...]) -> str | None:
     known = inspect.signature(function).parameters
-    for name in unknown:
-        if name in known:
-            continue
-        others = [f"{x.__name__}()" for x in _PUBLIC if name in inspect.signature(x).parameters]
-        close = get_close_matches(name, known, n=1)
-        if name in _OURS:
-            why = f"; {_OURS[name]}"
-        elif others:
-            why = f"; it is one of {' and '.join(others)}"
-        else:
-            why = f"; did you mean {close[0]}=?" if close else ""
-        raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{why}")
+    name = next((x for x in unknown if x not in known), None)
+    if name is None:
+        return None
+    others = [f"{x.__name__}()" for x in _PUBLIC if name in inspect.signature(x).parameters]
+    close = get_close_matches(name, known, n=1)
+    if name in _OURS:
+        why = f"; {_OURS[name]}"
+    elif others:
+        why = f"; it is one of {' and '.join(others)}"
+    else:
+        why = f"; did you mean {close[0]}=?" if close else ""
+    return f"{function.__name__}() got an unexpected keyword argument {name!r}{why}"
 
 
 # ---- torch.jit.script --------------------------------------------------------------------------

@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     sinks: Tensor | None
     kv_lens: Tensor | None
     document_ids: Tensor | None
+    key_ranges: tuple[Tensor, Tensor] | None
     head_origin: tuple[int, int] | None
     dropout_p: float
     dropout_seed: tuple[int, int] | Tensor | None

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch.autograd import forward_ad
 
-from .backends import operators, registry
+from .backends import backend, library, registry
 from .context_parallel import refuse_context_parallel
 from .core import checks
 from .sdpa import scaled_dot_product_attention
@@ -120,12 +120,12 @@ def _switch(on: bool) -> None:
     global _on, _warned
     if on and not _registered:
         _register()
-    if on and operators.NATIVE_MISSING and not registry.forced() and not _warned:
+    if on and library.NATIVE_MISSING and not registry.forced() and not _warned:
         _warned = True
         warnings.warn(
-            f"fastattn.enable() leaves CPU calls to torch, because {operators.NATIVE_MISSING}",
+            f"fastattn.enable() leaves CPU calls to torch, because {library.NATIVE_MISSING}",
             UserWarning,
-            stacklevel=registry.caller_level(),
+            stacklevel=backend.caller_level(),
         )
     _on = on
     _tag_caches(on)
@@ -137,20 +137,20 @@ def _register() -> None:
     operator = "aten::" + _NAME
     _torchs = torch.library.get_kernel(operator, "CPU").call_boxed
     _torchs_functorch = torch.library.get_kernel(operator, _FUNCTORCH).call_boxed
-    if operators.NATIVE is not None and all(
+    if library.NATIVE is not None and all(
         str(getattr(torch.ops.aten, name).default._schema) == f"aten::{name}{schema}"
         for name, schema in _BORROWED.items()
     ):
-        operators.NATIVE.fastattn_register_sdpa()
+        library.NATIVE.fastattn_register_sdpa()
         _borrowed = True
     # Not a torch.library.Library, which deregisters when the interpreter exits, under threads that
     # still run. The reference too many keeps this one to the end.
-    library = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
+    aten = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(aten))
     with warnings.catch_warnings():  # "Overriding a previously registered kernel": yes
         warnings.simplefilter("ignore")
-        library.impl(_NAME, _COMPOSITE, _composite, True)
-        library.impl(_NAME, _FUNCTORCH, _functorch, True)
+        aten.impl(_NAME, _COMPOSITE, _composite, True)
+        aten.impl(_NAME, _FUNCTORCH, _functorch, True)
     _registered = True
     if "torch._dynamo" in sys.modules:  # what is compiled by now has no _guard() yet
         _reset_dynamo()
@@ -172,7 +172,7 @@ def _reset_dynamo() -> None:
             "fastattn.enable() came while torch.compile was at work: functions compiled before it "
             "keep torch's attention until torch._dynamo.reset()",
             UserWarning,
-            stacklevel=registry.caller_level(),
+            stacklevel=backend.caller_level(),
         )
 
 
@@ -275,7 +275,7 @@ def _guard() -> None:
 def _serves(query, key, value) -> bool:
     """Is this call fastattn's, or torch's own?"""
     return bool(
-        (not operators.NATIVE_MISSING or registry.forced())
+        (not library.NATIVE_MISSING or registry.forced())
         and torch._C._get_flash_sdp_enabled()
         and query.is_cpu
         and query.dtype in checks.DTYPES

@@ -1,4 +1,5 @@
-"""Copies of methods that call other functions than the originals do. swapping.py gives them to classes.
+"""Copies of methods that call other functions than the originals do. swapping.py gives them to
+classes.
 
 How a function gets at another one stands in its bytecode: by a global name or a variable of the
 function around it, perhaps through modules (torch.nn.functional.x), or as a default. What a name

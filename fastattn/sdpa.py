@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import habits
-from .backends import operators, registry
-from .core import checks
+from .backends import registry
+from .core import checks, tensors
 from .core.call import Call
 from .core.spec import NO_OPERANDS, Operands, Spec
 from .forms import autocast
@@ -328,9 +328,9 @@ def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
         )
     from .functional import varlen_attention
 
-    dtype = operators.autocast_dtype(query)
+    dtype = tensors.autocast_dtype(query)
     if dtype is not None:
-        query, key, value = (operators.autocast_to(x, dtype) for x in (query, key, value))
+        query, key, value = (tensors.autocast_to(x, dtype) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, ragged, H, D]
     cu_q, cu_k, cu_v = query.offsets(), key.offsets(), value.offsets()
     if cu_k is not cu_v and not torch.equal(cu_k, cu_v):

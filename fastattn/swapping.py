@@ -200,12 +200,12 @@ def swapped_class(module: object, found: dict | None = None) -> tuple[type | Non
     return _with_parametrization(module, _class_of(cls, held)), what
 
 
-_KEYS = re.compile("(^|_)(k|kv|qk|qkv|key)(_|$)")
+BELOW_AUTOGRAD = re.compile("(^|_)(k|kv|qk|qkv|key)(_|$)")
 
 
 def _by_hand(found: Redirected) -> bool:
     """Does the code take a softmax and mention keys? Then it is attention, whatever its name."""
-    return "softmax" in found.names and any(map(_KEYS.search, found.names))
+    return "softmax" in found.names and any(map(BELOW_AUTOGRAD.search, found.names))
 
 
 def _ours(cls: type) -> type | None:

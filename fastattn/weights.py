@@ -33,6 +33,7 @@ def attention_weights(
     softcap: float = 0.0,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    key_ranges: tuple[Tensor, Tensor] | None = None,
     head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
@@ -44,7 +45,8 @@ def attention_weights(
         q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D].
         lse: [B, Hq, Sq], attention()'s, with the sinks in it.
         average: the mean over heads.
-        The rest is what attention() got, masks and biases in four dimensions.
+        The rest is what attention() got, masks and biases in four dimensions and key ranges in
+        three.
 
     Returns:
         [B, Hq, Sq, Skv], or with average [B, Sq, Skv], in q's dtype; differentiable. A row that
@@ -70,6 +72,7 @@ def attention_weights(
         part(
             i, q[:, :, i : i + rows], k, lse[:, :, i : i + rows], _rows(mask, i, rows),
             _rows(bias, i, rows), _rows(kept, i, rows), kv_lens, document_ids,
+            [_rows(x, i, rows) for x in key_ranges or ()],
         )
         for i in starts
     ]  # fmt: skip
@@ -81,7 +84,19 @@ def _rows(x: Tensor | None, first: int, rows: int) -> Tensor | None:
 
 
 def _part(
-    spec: Spec, q_len, average, first, q, k, lse, mask, bias, kept, kv_lens, document_ids
+    spec: Spec,
+    q_len,
+    average,
+    first,
+    q,
+    k,
+    lse,
+    mask,
+    bias,
+    kept,
+    kv_lens,
+    document_ids,
+    key_ranges,
 ) -> Tensor:
     """Rows first : first + q.shape[2] of the weights."""
     compute, dtype, kv_len = lse.dtype, q.dtype, k.shape[2]
@@ -92,7 +107,7 @@ def _part(
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if bias is not None:
         scores = finite_sum(scores, bias)
-    for visible in _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids):
+    for visible in _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids, key_ranges):
         scores = scores.masked_fill(~visible, -torch.inf)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing: exp(-inf) = 0
     weights = (scores - lse.unsqueeze(-1)).clamp_(max=0).exp()
@@ -115,7 +130,7 @@ def _of_large_scores(scores: Tensor, lse: Tensor) -> Tensor:
     return scores.softmax(-1) * kept.unsqueeze(-1)
 
 
-def _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids):
+def _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids, key_ranges):
     """What hides keys, each bool and broadcastable to the scores, True = visible."""
     i = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
     j = torch.arange(kv_len, device=q.device)
@@ -131,6 +146,9 @@ def _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids):
         yield own[:, None, :, None] == document_ids[:, None, None, :]
     if mask is not None:
         yield mask
+    if key_ranges:
+        begin, end = (x.unsqueeze(3) for x in key_ranges)
+        yield (j >= begin) & (j < end)
 
 
 def _kept(seed, batch, heads, q_len, kv_len, p, head_origin=None) -> Tensor:

@@ -146,7 +146,7 @@ def _check(activation) -> None:
                            f"{', '.join(ACTIVATIONS)}")  # fmt: skip
 
 
-# ---- what a launch compiles: benchmarks/compile/triton.py --------------------------------------------
+# ---- what a launch compiles: benchmarks/compile/triton.py ----------------------------------------
 
 
 def audit_subjects(arch):

@@ -26,6 +26,7 @@ from .spec import (
     entry_of_tile,
     kv_range,
     q_range,
+    range_of,
     whole_entry,
 )
 from .tile import (
@@ -33,10 +34,12 @@ from .tile import (
     in_band,
     in_band_turned,
     keys_at,
+    keys_of_lanes,
     lanes_of,
     load_rows,
     long_dot,
     rows_at,
+    rows_of_keys,
     store_rows,
     while_below,
 )
@@ -86,6 +89,8 @@ class Keys(NamedTuple):
     v_at: Any
     k: Any  # [keys, BLOCK_D]; unless channels come in chunks
     v: Any
+    first: Any  # [keys]: the rows of one head that see them, by key ranges; None: by the band
+    last: Any
 
 
 # ---- load ---------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def load_keys(p, s, tma, kv_head, start, C: tl.constexpr, EDGE: tl.constexpr):
             k = load_rows(k_at, exists, 0, C.D, C.BLOCK_D, EDGE)
         if C.DV <= C.BLOCK_DV:
             v = load_rows(v_at, exists, 0, C.DV, C.BLOCK_DV, EDGE)
-    return Keys(j, exists, k_at, v_at, k, v)
+    return Keys(j, exists, k_at, v_at, k, v, None, None)
 
 
 @triton.jit
@@ -214,7 +219,7 @@ def gradient_of_scores(
             y.v, y.v_at, y.exists, r.dout, r.dout_at, r.lanes.ok, C.DV, C.BLOCK_DV, C.PRECISION
         )
         i, j = r.lanes.i[None, :], y.j[:, None]
-        seen = in_band_turned(p, s, r.lanes.i, r.lanes.ok, y.j, EDGE)
+        seen = in_band_turned(p, s, r.lanes.i, r.lanes.ok, y.j, y.first, y.last, EDGE)
         lse, delta = r.lse[None, :], r.delta[None, :]
     else:
         x = product(r.q, r.q_at, r.lanes.ok, y.k, y.k_at, y.exists, C.D, C.BLOCK_D, C.PRECISION)
@@ -270,7 +275,8 @@ def rows_tile(p, g, s, tma, visible, start, head, chunk, C: tl.constexpr):
     kv_head = head // (p.heads // p.kv_heads)
     r = load_query(p, g, s, Tma(None, None), head, start, C, True)
     top, bottom = tl.maximum(start, s.row_begin), tl.minimum(start + C.BLOCK_Q, s.row_end)
-    span = without_full_tiles(p, g, s, head, kv_range(p, s, top, bottom, C.BLOCK_KV))
+    span = keys_of_lanes(p, s, r.lanes, top, bottom, C.BLOCK_KV)
+    span = without_full_tiles(p, g, s, head, span)
     dq = tl.zeros([C.BLOCK_Q, C.BLOCK_D], tl.float32)
     sums = tl.zeros([C.BLOCK_Q], tl.float32)
     if visible.rank is not None:
@@ -346,21 +352,41 @@ def keys_step(
 
 
 @triton.jit
-def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, C: tl.constexpr):
-    """dk and dv of keys [own_begin, own_end) in the tile that begins with `key`."""
-    y = load_keys(p, s, Tma(None, None), kv_head, key, C, True)
+def keys_of_head(p, s, y, head):
+    """The keys, with the rows of one head that see them."""
+    first, last = rows_of_keys(p, s, head, y.j, y.exists)
+    return Keys(y.j, y.exists, y.k_at, y.v_at, y.k, y.v, first, last)
+
+
+@triton.jit
+def rows_of_tile(p, s, y, key, C: tl.constexpr):
+    """Row tiles of a tile's keys, the first of which is `key`."""
     left, right = tl.maximum(key, s.key_begin), tl.minimum(key + C.BLOCK_KV, s.key_end)
-    span = q_range(p, s, left, right, C.BLOCK_Q)
+    if y.first is None:
+        span = q_range(p, s, left, right, C.BLOCK_Q)
+    else:
+        span = range_of(y.first, y.last, y.exists, s.row_begin, s.row_end, C.BLOCK_Q)
     end = tl.where(left < right, span.end, span.begin)
     full_begin = tl.minimum(span.full_begin, end)
     full_end = tl.where(right - left == C.BLOCK_KV, tl.minimum(span.full_end, end), full_begin)
-    whole_span = Range(span.begin, full_begin, full_end, end)
+    return Range(span.begin, full_begin, full_end, end)
+
+
+@triton.jit
+def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, C: tl.constexpr):
+    """dk and dv of keys [own_begin, own_end) in the tile that begins with `key`."""
+    y = load_keys(p, s, Tma(None, None), kv_head, key, C, True)
+    whole_span = rows_of_tile(p, s, y, key, C)
     dk = tl.zeros([C.BLOCK_KV, C.BLOCK_D], tl.float32)
     dv = tl.zeros([C.BLOCK_KV, C.BLOCK_DV], tl.float32)
     group = p.heads // p.kv_heads
     for h in range(0, group):
         head = kv_head * group + h
-        span = without_full_tiles(p, g, s, head, whole_span)
+        own = keys_of_head(p, s, y, head)
+        span = whole_span
+        if p.ranges.first.ptr is not None:
+            span = rows_of_tile(p, s, own, key, C)
+        span = without_full_tiles(p, g, s, head, span)
         sums = tl.zeros([C.BLOCK_KV], tl.float32)
         if visible.rank is not None:
             at = s.n * visible.batch + head * visible.head + key // C.BLOCK_KV * visible.row
@@ -370,28 +396,28 @@ def keys_tile(p, g, s, tma, visible, key, own_begin, own_end, kv_head, chunk, C:
                 tl.load(rank + span.begin), tl.load(rank + span.end), num_stages=C.STAGES
             ):
                 dk, dv, sums = keys_step(
-                    p, g, s, tma, y, head, key, chunk, tl.load(tiles + e), dk, dv, sums, C, True
+                    p, g, s, tma, own, head, key, chunk, tl.load(tiles + e), dk, dv, sums, C, True
                 )
         else:
             edges = span.end - span.begin - (span.full_end - span.full_begin)
             for e in tl.range(0, edges, num_stages=C.STAGES):
                 dk, dv, sums = keys_step(
-                    p, g, s, tma, y, head, key, chunk, edge_tile(span, e), dk, dv, sums, C, True
+                    p, g, s, tma, own, head, key, chunk, edge_tile(span, e), dk, dv, sums, C, True
                 )
             for t in tl.range(span.full_begin, span.full_end, num_stages=C.STAGES):
                 dk, dv, sums = keys_step(
-                    p, g, s, tma, y, head, key, chunk, t, dk, dv, sums, C, False
+                    p, g, s, tma, own, head, key, chunk, t, dk, dv, sums, C, False
                 )
         if g.bias_keys.ptr is not None:
             at = g.bias_keys.ptr + s.n.to(tl.int64) * g.bias_keys.batch + head * g.bias_keys.head
             tl.store(at + y.j, sums, mask=(y.j >= own_begin) & (y.j < own_end))
     if p.dropout.seed is not None:
         dv = dv * p.dropout.inverse_keep
-    own = (y.j >= own_begin) & (y.j < own_end)
-    dk_at, dv_at = keys_at(p, g.dk, s, kv_head, y.j, own), keys_at(p, g.dv, s, kv_head, y.j, own)
+    mine = (y.j >= own_begin) & (y.j < own_end)
+    dk_at, dv_at = keys_at(p, g.dk, s, kv_head, y.j, mine), keys_at(p, g.dv, s, kv_head, y.j, mine)
     first, first_v = chunk * C.BLOCK_D, chunk * C.BLOCK_DV
-    store_rows(dk_at, dk * p.scale, while_below(own, first, C.D), first, C.D, C.BLOCK_D)
-    store_rows(dv_at, dv, while_below(own, first_v, C.DV), first_v, C.DV, C.BLOCK_DV)
+    store_rows(dk_at, dk * p.scale, while_below(mine, first, C.D), first, C.D, C.BLOCK_D)
+    store_rows(dv_at, dv, while_below(mine, first_v, C.DV), first_v, C.DV, C.BLOCK_DV)
 
 
 @triton.jit
@@ -439,6 +465,18 @@ def keys_kernel(p, g, visible, chunks, q_tma, dout_tma, C: tl.constexpr):
 
 
 @triton.jit
+def bias_step(p, g, s, head, start, key, acc, C: tl.constexpr):
+    """acc + dS of one head's rows from `start` on and keys from `key` on."""
+    r = load_query(p, g, s, Tma(None, None), head, start, C, True)
+    if p.lengths.doc_begin is not None:
+        lanes = document_lanes(p, s, r.lanes)
+        r = Rows(lanes, r.q_at, r.dout_at, r.q, r.dout, r.lse, r.delta)
+    y = load_keys(p, s, Tma(None, None), head // (p.heads // p.kv_heads), key, C, True)
+    _, _, ds = gradient_of_scores(p, s, r, y, head, start, key, C, False, True)
+    return acc + ds
+
+
+@triton.jit
 def bias_kernel(p, g, rows, keys, shared_entries, shared_heads, C: tl.constexpr):
     """One tile of dbias [batch, heads, rows, keys], summed over entries and heads that share it.
     Programs: batch x heads x tiles of rows x tiles of keys."""
@@ -460,14 +498,13 @@ def bias_kernel(p, g, rows, keys, shared_entries, shared_heads, C: tl.constexpr)
         if (start < s.row_end) & (tile >= seen.begin) & (tile < seen.end):
             for h in range(shared_heads):
                 head = bias_head * shared_heads + h
-                kv_head = head // (p.heads // p.kv_heads)
-                r = load_query(p, g, s, Tma(None, None), head, start, C, True)
-                if p.lengths.doc_begin is not None:
-                    lanes = document_lanes(p, s, r.lanes)
-                    r = Rows(lanes, r.q_at, r.dout_at, r.q, r.dout, r.lse, r.delta)
-                y = load_keys(p, s, Tma(None, None), kv_head, key, C, True)
-                _, _, ds = gradient_of_scores(p, s, r, y, head, start, key, C, False, True)
-                acc += ds
+                if p.ranges.begin.ptr is None:
+                    acc = bias_step(p, g, s, head, start, key, acc, C)
+                else:
+                    lanes = lanes_of(p, s, head, start, C.BLOCK_Q, 1)
+                    own = range_of(lanes.lo, lanes.hi, lanes.ok, s.key_begin, s.key_end, C.BLOCK_KV)
+                    if (tile >= own.begin) & (tile < own.end):
+                        acc = bias_step(p, g, s, head, start, key, acc, C)
     i, j = start + tl.arange(0, C.BLOCK_Q), key + tl.arange(0, C.BLOCK_KV)
     at = g.dbias.ptr + bias_n.to(tl.int64) * g.dbias.batch + bias_head.to(tl.int64) * g.dbias.head
     at = at + (i.to(tl.int64) * g.dbias.row)[:, None] + j * g.dbias.col

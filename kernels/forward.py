@@ -12,12 +12,13 @@ import triton.language as tl
 from .params import Range
 from .philox import dropout_head, keep_each, keep_tile
 from .score import NEG_INF, finish_scores, from_base2, logit
-from .spec import document_at, edge_tile, entry_of_tile, kv_range, whole_entry
+from .spec import document_at, edge_tile, entry_of_tile, whole_entry
 from .tile import (
     dot,
     factor_of,
     in_band,
     keys_at,
+    keys_of_lanes,
     lanes_of,
     load_rows,
     long_dot,
@@ -125,7 +126,7 @@ def forward_tile(
     lanes = lanes_of(p, s, head, first_lane, C.BLOCK_Q, C.GROUP)
     top = tl.maximum(first_lane // C.GROUP, s.row_begin)
     bottom = tl.minimum((first_lane + C.BLOCK_Q - 1) // C.GROUP + 1, s.row_end)
-    r = kv_range(p, s, top, bottom, C.BLOCK_KV)
+    r = keys_of_lanes(p, s, lanes, top, bottom, C.BLOCK_KV)
     if C.PARTS > 1:
         step = tl.cdiv(r.end - r.begin, C.PARTS)
         begin = tl.minimum(r.begin + part * step, r.end)

@@ -94,7 +94,7 @@ def _launch(kernel, order, activation, inputs, *outputs) -> None:
         )  # fmt: skip
 
 
-# ---- what a launch compiles: benchmarks/compile/triton.py --------------------------------------------
+# ---- what a launch compiles: benchmarks/compile/triton.py ----------------------------------------
 
 
 def audit_subjects(arch):

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends.operators import _unit_stride
 from ..core.quantization import E4M3, INT8
+from ..core.tensors import unit_stride
 from .params import Pages, Tensor4
 from .tile import narrow_e4m3, narrow_int8
 
@@ -144,7 +144,7 @@ def append(k, v, k_cache, v_cache, cache_lens, page_table, cos, sin, interleaved
 
 
 def _new(x, cache, descale) -> New:
-    x = _unit_stride(x)
+    x = unit_stride(x)
     if cache.dtype == E4M3:
         cache = cache.view(torch.uint8)
     scale = ()

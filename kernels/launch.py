@@ -12,16 +12,26 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..backends.operators import _unit_stride, is_dense
 from ..core.philox import FIRST_HEAD, TOTAL_HEADS, keep_probability, keep_threshold
 from ..core.quantization import E4M3
 from ..core.spec import Descales, Operands, Spec, split_arguments
+from ..core.tensors import is_dense, unit_stride
 from . import config, tune
 from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
 from .combine import combine_kernel
 from .forward import forward_kernel
 from .mask_tiles import tile_lists
-from .params import Descale, Dropout, Lengths, Pages, Params, Tensor4, TileList, constants
+from .params import (
+    Descale,
+    Dropout,
+    Lengths,
+    Pages,
+    Params,
+    Ranges,
+    Tensor4,
+    TileList,
+    constants,
+)
 from .score import LOG2E, MAX
 
 MAX_PARTS = 128
@@ -68,6 +78,39 @@ def _lengths(q, k, x: Operands) -> Lengths:
     )
 
 
+def _rows_of_keys(x: Operands, p: Params) -> Ranges:
+    """p's ranges, with the transposed question's answers: the rows that see a key, which one search
+    for each key gives, since neither end of a range ever decreases with the row."""
+    if x.key_begin is None:
+        return p.ranges
+    j, entry = torch.arange(p.lengths.kv_len, device=x.key_begin.device), None
+    if x.packed:  # keys as they lie in memory, of all sequences
+        cu = x.cu_seqlens_k.long()
+        entry = torch.searchsorted(cu, j, right=True).clamp(1, max(1, p.lengths.entries)) - 1
+        j = j - cu[entry]
+    first, last = (_search(end[..., 0], j, entry, p.lengths.q_len)
+                   for end in (x.key_end, x.key_begin))  # fmt: skip
+    return p.ranges._replace(first=first, last=last)
+
+
+def _search(ends: torch.Tensor, j: torch.Tensor, entry, q_len: int) -> Tensor4:
+    """How many rows of ends [entries or 1, heads or 1, rows or 1] are at most j [keys], as
+    [entries or 1, heads or 1, keys]; of packed calls [1, heads or 1, keys], where key j[t] is of
+    sequence entry[t]."""
+    entries, heads, rows = ends.shape
+    j = j.expand(entries if entry is None else 1, heads, -1)
+    if entry is not None and entries > 1:  # all sequences in one search, far enough apart
+        entry = entry.expand(1, heads, -1)
+        apart = (1 << 31) * torch.arange(entries, device=ends.device)[:, None, None]
+        ends = (ends.long().clamp(0, 1 << 30) + apart).transpose(0, 1).flatten(1)[None]
+        found = torch.searchsorted(ends.contiguous(), j + (entry << 31), right=True) - entry * rows
+    else:
+        found = torch.searchsorted(ends.long().contiguous(), j.contiguous(), right=True)
+    if rows == 1:  # one range for all rows: 0 or 1 found
+        found = found * q_len
+    return _operand4(found.int().unsqueeze(3))
+
+
 def _dropout(seed, p: float) -> Dropout:
     if not p:
         return Dropout()
@@ -92,6 +135,7 @@ def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:
         slopes=_heads4(x.alibi_slopes),
         sinks=_heads4(x.sinks),
         lengths=_lengths(q, k, x),
+        ranges=Ranges(_operand4(x.key_begin), _operand4(x.key_end)),
         pages=Pages() if table is None else Pages(table, table.stride(0), k.shape[2]),
         dropout=_dropout(x.dropout_seed, spec.dropout_p),
         descale=_descale(x.descales or Descales(), q.shape[0], k.shape[1]),
@@ -158,7 +202,7 @@ def forward(q, k, v, *rest, row: config.Config | None = None, device=None):
     descales; row stands in for the table's Config, device for q's (config.Device)."""
     tensors, numbers, (num_splits, *descales) = split_arguments(rest)
     operands, spec = Operands(*tensors, Descales(*descales)), Spec(*numbers)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     out, lse = new_results(q, v, operands.packed)
     if lse.numel() == 0 or out.numel() == 0:
         return out, lse
@@ -248,7 +292,7 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, row: config.Config | None = N
     operands, spec = Operands(*tensors), Spec(*numbers)
     if operands.paged:
         raise NotImplementedError("fastattn: keys in pages have no gradient")
-    dout, out, q, k, v = (_unit_stride(x) for x in (dout, out, q, k, v))
+    dout, out, q, k, v = (unit_stride(x) for x in (dout, out, q, k, v))
     make = torch.zeros_like if operands.packed else torch.empty_like
     dq, dk, dv = (make(x) for x in (q, k, v))
     bias, sinks = operands.bias, operands.sinks
@@ -309,6 +353,8 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, row, device) -> 
     default = config.find(config.BACKWARD_ROWS, *key)
     rows_pass(row or tune.choose("rows", q.dtype, (head_dim, v_dim), default, rows_pass))
 
+    of_keys = p._replace(ranges=_rows_of_keys(operands, p))
+
     def keys_pass(row_of: config.Config) -> None:
         if operands.packed:
             tiles = p.lengths.kv_len // row_of.block_kv + entries
@@ -318,7 +364,7 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, row, device) -> 
         tma = _descriptors(p, (q, g.dout.ptr), row_of, row_of.block_q, blocks)
         chunks = max(triton.cdiv(head_dim, block_d), triton.cdiv(v_dim, block_dv))
         keys_kernel[(tiles * chunks * times * p.kv_heads,)](
-            p,
+            of_keys,
             g,
             visible,
             chunks,

@@ -1,6 +1,6 @@
 """A chunk of a language model's loss on a GPU: fastattn::cross_entropy_, each row's loss from its
-logits, which become their own gradients in place. fastattn/fused/linear_cross_entropy.py has the reference and the
-loop over chunks; the CPU's kernel is cross_entropy in csrc/cpu/fused.inl.
+logits, which become their own gradients in place. fastattn/fused/linear_cross_entropy.py has the
+reference and the loop over chunks; the CPU's kernel is cross_entropy in csrc/cpu/fused.inl.
 
 The products with the head are the BLAS library's: a kernel that made the logits itself would have
 to make them again for each of the two gradients, five products instead of three, and three at the
@@ -122,7 +122,7 @@ def cross_entropy_(logits, labels, scale, ignore_index, label_smoothing, z_loss,
     return loss, lse
 
 
-# ---- what a launch compiles: benchmarks/compile/triton.py --------------------------------------------
+# ---- what a launch compiles: benchmarks/compile/triton.py ----------------------------------------
 
 
 def audit_subjects(arch):

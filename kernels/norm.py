@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm on a GPU, with dropout and a residual in the same pass: fastattn::norm_fwd
-and norm_bwd. Their reference is in fastattn/fused/norm.py, the CPU's kernels are in csrc/cpu/fused.inl.
+and norm_bwd. Their reference is in fastattn/fused/norm.py, the CPU's kernels are in
+csrc/cpu/fused.inl.
 
 A row of up to MAX_FORWARD or MAX_BACKWARD values stays in registers and is read once. Wider rows go
 by column blocks, twice. The backward kernel's programs take every so many rows and leave one
@@ -338,7 +339,7 @@ def norm_bwd(
     return dx, *sums, dkept
 
 
-# ---- what a launch compiles: benchmarks/compile/triton.py --------------------------------------------
+# ---- what a launch compiles: benchmarks/compile/triton.py ----------------------------------------
 
 
 def audit_subjects(arch):

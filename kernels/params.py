@@ -37,6 +37,15 @@ class Lengths(NamedTuple):
     doc_end: Any = None
 
 
+class Ranges(NamedTuple):
+    """Key ranges: a row sees keys [begin, end) at most; a key, rows [first, last)."""
+
+    begin: Tensor4 = Tensor4()  # int32 [entries, heads, rows]
+    end: Tensor4 = Tensor4()
+    first: Tensor4 = Tensor4()  # int32 [entries, heads, keys], for the pass over rows alone
+    last: Tensor4 = Tensor4()
+
+
 class Pages(NamedTuple):
     table: Any = None  # [entries, max_pages]
     row: int = 0
@@ -72,6 +81,7 @@ class Params(NamedTuple):
     slopes: Tensor4  # ALiBi, by batch and head
     sinks: Tensor4  # by head
     lengths: Lengths
+    ranges: Ranges
     pages: Pages
     dropout: Dropout
     descale: Descale

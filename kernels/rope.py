@@ -1,5 +1,5 @@
-"""Rotary embedding on a GPU: fastattn::rotate. Its reference is in fastattn/fused/norm.py, the CPU's
-kernel is rotate in csrc/cpu/fused.inl.
+"""Rotary embedding on a GPU: fastattn::rotate. Its reference is in fastattn/fused/norm.py, the
+CPU's kernel is rotate in csrc/cpu/fused.inl.
 
 A program turns BLOCK_S positions of HEADS heads, so that a row of cos and sin is loaded once for
 them all. Channels past the pairs are copied. A position that the tables do not have gives NaN.
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends.operators import _unit_stride
+from ..core.tensors import unit_stride
 from .tile import while_below
 
 HEADS = 4  # of a program
@@ -83,7 +83,7 @@ def _rotate(
 def rotate(x, cos, sin, positions, interleaved, inverse):
     """fastattn::rotate: x [B, heads, S, D] of any strides; the result lies as x does."""
     _check(x, cos, sin, positions)
-    x, cos, sin = (_unit_stride(t) for t in (x, cos, sin))
+    x, cos, sin = (unit_stride(t) for t in (x, cos, sin))
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
@@ -133,7 +133,7 @@ def _check(x, cos, sin, positions) -> None:
                            f"[{batch}, {length}] on {x.device}")  # fmt: skip
 
 
-# ---- what a launch compiles: benchmarks/compile/triton.py --------------------------------------------
+# ---- what a launch compiles: benchmarks/compile/triton.py ----------------------------------------
 
 
 def audit_subjects(arch):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..core.philox import keep_threshold
-from ..fused.norm import _like
+from ..core.tensors import empty_result
 from .philox import dropout_key
 
 # ---- rows, on the host --------------------------------------------------------------------------
@@ -32,7 +32,7 @@ class RowOrder:
         self.n = x.shape[-1]
         self.rows = x.numel() // self.n if self.n else x.shape[:-1].numel()
         if x.dim() > 2 and not x.is_contiguous():
-            y = _like(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+            y = empty_result(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
             self.order = sorted(range(x.dim() - 1), key=lambda d: -y.stride(d))
 
     def rows_of(self, t, name="a tensor"):
@@ -59,7 +59,7 @@ class RowOrder:
 
     def new_like(self):
         """(a result as the operator gives it, its rows)."""
-        t = _like(self.like)
+        t = empty_result(self.like)
         return t, self.rows_of(t)
 
 

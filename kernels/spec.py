@@ -73,6 +73,16 @@ def q_range(p, s, left, right, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def range_of(lo, hi, ok, low, high, BLOCK: tl.constexpr):
+    """The range of tiles where positions [lo, hi) of each row (or key) that is `ok` were looked up
+    one by one, and lie in [low, high]. Those that see nothing make no tile full and touch none."""
+    sees = ok & (lo < hi)
+    begin, end = tl.min(tl.where(sees, lo, high), 0), tl.max(tl.where(sees, hi, low), 0)
+    full_begin, full_end = tl.max(tl.where(ok, lo, low), 0), tl.min(tl.where(ok, hi, high), 0)
+    return tiles_of(begin, full_begin, full_end, end, BLOCK)
+
+
+@triton.jit
 def edge_tile(r, e):
     """The e-th tile of a range outside its full part."""
     behind = r.full_begin - r.begin

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .params import Lanes
-from .spec import first_row, hi, last_row, lo
+from .spec import first_row, hi, kv_range, last_row, lo, range_of
 
 # The interpreter multiplies bf16 as if it were integers, so there products are in fp32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"))
@@ -22,7 +22,50 @@ def lanes_of(p, s, head, first, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     else:
         heads = head + lane % GROUP
     ok = (i >= s.row_begin) & (i < s.row_end)
-    return Lanes(i, heads, ok, lo(p, s, i), hi(p, s, i))
+    low, high = within(p.ranges.begin, p.ranges.end, s, heads, i, ok, lo(p, s, i), hi(p, s, i))
+    return Lanes(i, heads, ok, low, high)
+
+
+@triton.jit
+def within(begin, end, s, head, at, ok, low, high):
+    """[low, high) without what lies outside of [begin, end), two of Ranges, at positions `at`."""
+    if begin.ptr is not None:
+        first = tl.load(position_at(begin, s, head, at), mask=ok, other=0)
+        last = tl.load(position_at(end, s, head, at), mask=ok, other=0)
+        low, high = tl.maximum(low, first), tl.minimum(high, last)
+    return low, high
+
+
+@triton.jit
+def position_at(x, s, head, at):
+    """Pointers into one of Ranges."""
+    return (
+        x.ptr
+        + s.n.to(tl.int64) * x.batch
+        + (head * 1).to(tl.int64) * x.head
+        + at.to(tl.int64) * x.row
+    )
+
+
+@triton.jit
+def keys_of_lanes(p, s, lanes, top, bottom, BLOCK: tl.constexpr):
+    """Key tiles of a tile's rows, which are rows [top, bottom)."""
+    if p.ranges.begin.ptr is None:
+        return kv_range(p, s, top, bottom, BLOCK)
+    else:
+        return range_of(lanes.lo, lanes.hi, lanes.ok, s.key_begin, s.key_end, BLOCK)
+
+
+@triton.jit
+def rows_of_keys(p, s, head, j, exists):
+    """(first, last): key j is seen by rows [first, last) at most. None without key ranges: computed
+    where it is needed, it takes fewer registers."""
+    if p.ranges.first.ptr is None:
+        return None, None
+    else:
+        first, last = first_row(p, s, j), last_row(p, s, j)
+        at = s.key0 + j  # of packed sequences, keys are counted as they lie in memory
+        return within(p.ranges.first, p.ranges.last, s, head, at, exists, first, last)
 
 
 @triton.jit
@@ -36,10 +79,13 @@ def in_band(lanes, j, EDGE: tl.constexpr):
 
 
 @triton.jit
-def in_band_turned(p, s, i, ok, j, EDGE: tl.constexpr):
-    """[keys, rows]: the same from the keys' side, whose bounds are few registers a thread there."""
+def in_band_turned(p, s, i, ok, j, first, last, EDGE: tl.constexpr):
+    """[keys, rows]: the same from the keys' side, whose bounds are few registers a thread there.
+    first and last are those of rows_of_keys."""
     if EDGE:
-        first, last = first_row(p, s, j)[:, None], last_row(p, s, j)[:, None]
+        if first is None:
+            first, last = first_row(p, s, j), last_row(p, s, j)
+        first, last = first[:, None], last[:, None]
         exists = ((j >= s.key_begin) & (j < s.key_end))[:, None]
         return (i[None, :] >= first) & (i[None, :] < last) & exists
     else:

@@ -1,6 +1,7 @@
 """`make gpu-audit`: every Triton kernel compiled for GPUs that are not here, and what came of it.
 
-    python -m fastattn.benchmarks.compile.triton [--all] [--write] [--stale] [--arch sm_90] [--only norm]
+    python -m fastattn.benchmarks.compile.triton [--all] [--write] [--stale] [--arch sm_90] [--only
+    norm]
 
 A kernel module lists what a launch compiles with `audit_subjects(arch)`, which yields Subjects;
 `arch.launches(name, call)` makes them from a launch itself, on meta tensors, so that the audit

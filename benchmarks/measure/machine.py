@@ -17,9 +17,9 @@ import torch
 import fastattn
 from fastattn.backends import isa, registry
 from fastattn.cli.info import cpu_name
+from fastattn.core.work import Work
 
 from ..cases import DTYPES, SEED
-from ..work import Work
 from . import devices
 
 MEMORY = 1 << 28  # bytes: a working set past the caches

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import fastattn
+from fastattn.core.work import Work
 
 from ..cases import DTYPES, Case, Row
 from ..competitors import Competitor, ran
 from ..end_to_end import Running, Workload
-from ..work import Work
 from . import timing
 from .check import CHECKED_PAIRS, Errors, check, verdict
 from .devices import is_out_of_memory

@@ -13,11 +13,12 @@ import io
 import shlex
 from dataclasses import asdict, is_dataclass
 
+from fastattn.core.work import FORMULAS
+
 from ..cases import Row
 from ..measure.machine import Machine
 from ..measure.protocol import AGAIN, OURS, Result, Side
 from ..measure.timing import Noise, Ratio, noise_floor, quantile
-from ..work import FORMULAS
 
 SCHEMA = 2
 SPECIAL = frozenset(r".+*?()[]{}|^$" + "\\")  # of regular expressions

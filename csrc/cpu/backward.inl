@@ -118,6 +118,7 @@ template <class A> static void row_statistics(const Params& p, const KeyRows& ke
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < r.full_begin || key + n > r.full_end;
+        if (edge && lanes.ranged && !lanes.sees(key, key + n)) continue;
         Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
         RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.exact_keys);
@@ -152,9 +153,9 @@ template <class A> static void row_statistics(const Params& p, const KeyRows& ke
 // --- one tile -----------------------------------------------------------------------------------
 
 // p, ds of one panel from scores and dP; rows outside [begin, end) become 0.
-template <bool EXACT, class A>
-INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel, int begin, int end,
-                            int n, const float* z) {
+template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, BackwardTile<A>& t,
+                                                           int panel, int begin, int end, int n,
+                                                           const float* z) {
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     for (int v = 0; v < 2; v++) {
         int lane = panel * PANEL<A> + v * LANES<A>;
@@ -243,9 +244,11 @@ template <class A> INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, 
 template <class A>
 INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, const A* panels) {
     for (int c = 0; c < t.k_ld; c += PANEL<A>)
-        for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
-            int rows = imin(GEMM_ROWS, t.lanes.count - i), begin = 0, end = n;
+        for (int i = 0, rows; i < t.lanes.count; i += rows) {
+            int begin = 0, end = n;
+            rows = imin(GEMM_ROWS, t.lanes.count - i);
             if (edge) {
+                rows = t.lanes.overlapping(i, rows);
                 Range seen = t.lanes.range(i, i + rows);
                 begin = imax(0, seen.begin - key);
                 end = imin(n, seen.end - key);
@@ -268,6 +271,7 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < r.full_begin || key + n > r.full_end;
+        if (edge && lanes.ranged && !lanes.sees(key, key + n)) continue;
         Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
         Block<A> block = t.blocks.at(key, n);

@@ -158,10 +158,11 @@ template <class A> static void apply_dropout(const Params& p, const Segment& s,
 template <class A, class T>
 INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n,
                        int columns, const T* values, int64_t panel_step, int64_t ld) {
-    for (int i = 0; i < t.lanes.count; i += GEMM_ROWS) {
-        int rows = imin(GEMM_ROWS, t.lanes.count - i);
+    for (int i = 0, rows; i < t.lanes.count; i += rows) {
+        rows = imin(GEMM_ROWS, t.lanes.count - i);
         int begin = 0, end = n;
         if (edge) {
+            rows = t.lanes.overlapping(i, rows);
             Range seen = t.lanes.range(i, i + rows);
             begin = imax(0, imax(seen.begin, r.begin) - key);
             end = imin(n, imin(seen.end, r.end) - key);
@@ -235,6 +236,8 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
     Range r{imax(all.begin, item.key_begin), 0, 0, imin(all.end, item.key_end)};
 
     bool decoding = lanes.count <= DOT_LANES;
+    // Whole blocks, so that tiles whose key ranges begin elsewhere share what is packed.
+    if (lanes.ranged && !decoding && item.partial < 0) r.begin = r.begin / BLOCK_KV * BLOCK_KV;
     t.ld = lanes.padded;
     t.acc_ld = round_up_panel<A>(p.v_dim);
     t.dot_ld = decoding ? round_up_panel<A>(p.head_dim) : 0;
@@ -257,6 +260,7 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
     for (int key = r.begin; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < all.full_begin || key + n > all.full_end;
+        if (edge && lanes.ranged && !lanes.sees(key, key + n)) continue;
         Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
         Block<A> block = t.blocks.at(key, n);

@@ -36,6 +36,29 @@ struct Segment {
     Band band;              // q_len, kv_len and the diagonal, in segment coordinates
 };
 
+// [entries, Hq, rows] in memory; strides in elements, 0 where broadcast.
+struct RowNumbers {
+    const int* data = nullptr;  // null: absent
+    int64_t batch = 0, head = 0, row = 0;
+
+    int at(int64_t b, int64_t h, int64_t r) const { return data[b * batch + h * head + r * row]; }
+};
+
+// Each row's own range of keys: none before `begin` and none from `end` on, on top of all else.
+// Rows and keys count as mask's do, and neither end decreases along the rows.
+struct KeyRanges {
+    RowNumbers begin, end;  // both or neither
+
+    bool given() const { return begin.data != nullptr; }
+    // In the segment's coordinates, and perhaps outside [0, kv_len].
+    int first(const Segment& s, int head, int row) const {
+        return imax(0, begin.at(s.entry, head, s.row0 + row)) - s.key0;
+    }
+    int past(const Segment& s, int head, int row) const {
+        return imax(0, end.at(s.entry, head, s.row0 + row)) - s.key0;
+    }
+};
+
 struct Params {
     // what
     double scale;
@@ -47,7 +70,8 @@ struct Params {
     Dtype dtype;           // of q, k, v, out and their gradients
     Tensor4 q, k, v, out;  // [B, Hq, Sq, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv], [B, Hq, Sq, Dv]
     Tensor4 mask, bias;    // [entries, Hq, rows, keys]
-    const float* slopes;   // ALiBi; null: none
+    KeyRanges key_ranges;
+    const float* slopes;  // ALiBi; null: none
     int64_t slopes_batch;
     Tensor4 sinks;          // [Hq] through the head stride
     Tensor4 lse;            // [B, Hq, Sq] (the column is unused), fp32 (fp64 for fp64)

@@ -26,6 +26,26 @@ constexpr int64_t MOST_SUMS = 4, SMALL_SUMS = int64_t(16) << 20;
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+struct KeySpan {
+    int begin, end;
+
+    int64_t size() const { return std::max(0, end - begin); }
+};
+
+// Keys that rows [row_begin, row_end) of `heads` query heads from `head` on may see. The first and
+// last row bound those between: neither end of a band or of key ranges decreases along the rows.
+inline KeySpan keys_of(const Segment& s, const KeyRanges& ranges, int head, int heads,
+                       int row_begin, int row_end) {
+    Range seen = s.band.kv_range(row_begin, row_end);
+    if (!ranges.given()) return {seen.begin, seen.end};
+    int first = s.band.kv_len, past = 0;
+    for (int h = head; h < head + heads; h++) {
+        first = std::min(first, ranges.first(s, h, row_begin));
+        past = std::max(past, ranges.past(s, h, row_end - 1));
+    }
+    return {std::max(seen.begin, first), std::min(seen.end, past)};
+}
+
 struct ForwardPlan {
     std::vector<ForwardItem> items;
     struct Merge {
@@ -33,12 +53,14 @@ struct ForwardPlan {
     };
     std::vector<Merge> merges;
     int64_t partial_rows = 0;
+    double pairs = 0;  // of a row and a key that its tile looks at
 };
 
 // row_bytes: of one row's partial result.
-inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads, int group,
-                                int block_q, int num_splits, int64_t row_bytes) {
+inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Params& p, int block_q,
+                                int num_splits, int64_t row_bytes) {
     ForwardPlan plan;
+    const int heads = p.heads, group = p.group();
     int64_t tiles = 0, rows_in_all = 0;
     for (const Segment& s : segments) rows_in_all += static_cast<int64_t>(heads) * s.band.q_len;
     const int64_t most_splits =
@@ -68,8 +90,10 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads,
                     item.heads = tile_heads;
                     item.row = tile * rows;
                     item.rows = std::min(rows, band.q_len - item.row);
-                    Range range = band.kv_range(item.row, item.row + item.rows);
-                    int keys = std::max(0, range.end - range.begin);
+                    KeySpan range = keys_of(segments[n], p.key_ranges, head, tile_heads, item.row,
+                                            item.row + item.rows);
+                    int keys = static_cast<int>(range.size());
+                    plan.pairs += static_cast<double>(tile_heads) * item.rows * keys;
                     int splits = tiles < wanted ? ceil_div(wanted, static_cast<int>(tiles)) : 1;
                     splits = num_splits > 0 ? std::min(num_splits, ceil_div(keys, LEAST_SPLIT_KEYS))
                                             : std::min(splits, keys / SPLIT_KEYS);
@@ -88,6 +112,13 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, int heads,
                     }
                 }
         }
+    if (p.key_ranges.given() && plan.merges.empty())  // any tile may be a head's longest
+        std::stable_sort(plan.items.begin(), plan.items.end(),
+                         [](const ForwardItem& a, const ForwardItem& b) {
+                             if (a.segment != b.segment) return a.segment < b.segment;
+                             if (a.head != b.head) return a.head < b.head;
+                             return a.key_end - a.key_begin > b.key_end - b.key_begin;
+                         });
     return plan;
 }
 
@@ -99,6 +130,7 @@ struct BackwardPlan {
         int first, parts;
     };
     std::vector<Merge> merges;
+    double pairs = 0;  // as ForwardPlan's
 };
 
 // Which items may touch the same element of dbias, and so must run one after the other.
@@ -116,37 +148,42 @@ struct KeyBytes {
 
 // Into how many items the rows of one (segment, kv head) are cut, and how.
 struct RowChunks {
-    const Band& band;
+    const Segment& segment;
+    const Params& p;
     int block_q, block_kv;
 
     int rows(int chunks) const {
-        return ceil_div(ceil_div(band.q_len, std::max(1, chunks)), block_q) * block_q;
+        return ceil_div(ceil_div(segment.band.q_len, std::max(1, chunks)), block_q) * block_q;
     }
     // The keys that rows [begin, end) see, from the start of a block.
-    Range keys(int begin, int end) const {
-        if (begin >= end) return {0, 0, 0, 0};
-        Range seen = band.kv_range(begin, end);
-        if (seen.begin >= seen.end) return {0, 0, 0, 0};
-        return {seen.begin / block_kv * block_kv, 0, 0, seen.end};
+    KeySpan keys(int kv_head, int begin, int end) const {
+        if (begin >= end) return {0, 0};
+        KeySpan seen = keys_of(segment, p.key_ranges, kv_head * p.group(), p.group(), begin, end);
+        if (seen.size() == 0) return {0, 0};
+        return {seen.begin / block_kv * block_kv, seen.end};
     }
-    // At most `chunks`, fewer where sums of more than `most` keys would be needed.
+    // At most `chunks`, fewer where some head would need sums of more than `most` keys.
     int within(int chunks, int64_t most) const {
+        int kv_heads = p.key_ranges.given() ? p.kv_heads : 1;  // the band is the same for all
         for (; chunks > 1; chunks--) {
-            int64_t sum = 0;
-            for (int step = rows(chunks), row = 0; row < band.q_len; row += step) {
-                Range seen = keys(row, std::min(band.q_len, row + step));
-                sum += seen.end - seen.begin;
+            int64_t largest = 0;
+            for (int head = 0; head < kv_heads; head++) {
+                int64_t sum = 0;
+                for (int step = rows(chunks), row = 0; row < segment.band.q_len; row += step)
+                    sum += keys(head, row, std::min(segment.band.q_len, row + step)).size();
+                largest = std::max(largest, sum);
             }
-            if (sum <= most) return chunks;
+            if (largest <= most) return chunks;
         }
         return 1;
     }
 };
 
 // Chunks of each segment's rows, enough of them in all to keep the threads busy.
-inline std::vector<int> row_chunks(const std::vector<Segment>& segments, int kv_heads, int block_q,
-                                   int block_kv, KeyBytes bytes, const BiasSharing& sharing) {
-    const int64_t units = std::max<int64_t>(1, static_cast<int64_t>(segments.size()) * kv_heads);
+inline std::vector<int> row_chunks(const std::vector<Segment>& segments, const Params& p,
+                                   int block_q, int block_kv, KeyBytes bytes,
+                                   const BiasSharing& sharing) {
+    const int64_t units = std::max<int64_t>(1, static_cast<int64_t>(segments.size()) * p.kv_heads);
     const int wanted = static_cast<int>((ENOUGH_GRADIENTS + units - 1) / units);
     bool aligned = true;  // every segment has the same rows, so chunks of different entries agree
     for (const Segment& s : segments)
@@ -157,7 +194,7 @@ inline std::vector<int> row_chunks(const std::vector<Segment>& segments, int kv_
         // Chunks are disjoint rows, unless rows of other segments or all rows meet in dbias.
         bool one = sharing.any && (sharing.rows || (sharing.entries && !aligned));
         int enough = one ? 1 : std::min(wanted, ceil_div(s.band.q_len, 2 * block_q));
-        chunks.push_back(RowChunks{s.band, block_q, block_kv}.within(enough, most / bytes.sums));
+        chunks.push_back(RowChunks{s, p, block_q, block_kv}.within(enough, most / bytes.sums));
     }
     if (sharing.any && sharing.entries)  // chunk n has the same rows in each of them
         std::fill(chunks.begin(), chunks.end(),
@@ -165,24 +202,24 @@ inline std::vector<int> row_chunks(const std::vector<Segment>& segments, int kv_
     return chunks;
 }
 
-inline BackwardPlan plan_backward(const std::vector<Segment>& segments, int kv_heads, int block_q,
-                                  int block_kv, KeyBytes bytes, BiasSharing sharing) {
+inline BackwardPlan plan_backward(const std::vector<Segment>& segments, const Params& p,
+                                  int block_q, int block_kv, KeyBytes bytes, BiasSharing sharing) {
     BackwardPlan plan;
-    const std::vector<int> wanted =
-        row_chunks(segments, kv_heads, block_q, block_kv, bytes, sharing);
+    const std::vector<int> wanted = row_chunks(segments, p, block_q, block_kv, bytes, sharing);
     struct Key {
         int entry, head, chunk, item;
     };
     std::vector<Key> keys;
     for (int n = 0; n < static_cast<int>(segments.size()); n++) {
-        RowChunks cut{segments[n].band, block_q, block_kv};
-        int q_len = cut.band.q_len, rows = cut.rows(wanted[n]);
+        RowChunks cut{segments[n], p, block_q, block_kv};
+        int q_len = segments[n].band.q_len, rows = cut.rows(wanted[n]);
         int chunks = q_len == 0 ? 1 : ceil_div(q_len, rows);
-        for (int head = 0; head < kv_heads; head++) {
+        for (int head = 0; head < p.kv_heads; head++) {
             if (chunks > 1) plan.merges.push_back({static_cast<int>(plan.items.size()), chunks});
             for (int chunk = 0; chunk < chunks; chunk++) {
                 int begin = std::min(q_len, chunk * rows), end = std::min(q_len, begin + rows);
-                Range seen = cut.keys(begin, end);
+                KeySpan seen = cut.keys(head, begin, end);
+                plan.pairs += static_cast<double>(p.group()) * (end - begin) * seen.size();
                 keys.push_back({sharing.entries ? 0 : segments[n].entry, sharing.heads ? 0 : head,
                                 chunk, static_cast<int>(plan.items.size())});
                 plan.items.push_back({n, head, begin, end, seen.begin, seen.end, nullptr, nullptr});

@@ -25,9 +25,9 @@ from ..core.spec import LEAVES, NO_OPERANDS, OTHERS, Operands
 from .vmap import vmap_backward, vmap_forward
 
 # Below these keys an operator's kernel runs at once: no autograd, no autocast (done by then).
-_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+BELOW_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
 for _name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
-    _KEYS = _KEYS | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name))
+    BELOW_AUTOGRAD = BELOW_AUTOGRAD | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name))
 
 _NO_LEAVES, _NO_OTHERS = (None,) * len(LEAVES), (None,) * len(OTHERS)
 
@@ -50,7 +50,7 @@ def attend(call: Call, row) -> Result:
         )
     )
     if not (wants_grad or transformed or forward_ad._current_level >= 0):
-        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             return row.forward(call)
     leaves, others = _NO_LEAVES, None
     if operands is not NO_OPERANDS:
@@ -75,7 +75,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, *rest):
         *leaves, others, (spec, row, num_splits) = rest
-        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             return row.forward(_call_of(q, k, v, leaves, others, spec, num_splits))
 
     @staticmethod
@@ -149,7 +149,7 @@ class AttentionBackward(torch.autograd.Function):
     def forward(dout, dlse, out, lse, q, k, v, *rest):
         *leaves, others, (spec, row, needs) = rest
         call = _call_of(q, k, v, leaves, others, spec)
-        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             return tuple(row.backward(call, Result(out, lse), dout, dlse, needs))
 
     @staticmethod
@@ -216,7 +216,7 @@ def reference_of(spec, others):
 
 
 # Operands whose values the reference reads: they say which keys exist and which weights it drops.
-_READ = {*OTHERS} - {"mask", "alibi_slopes"}
+_READ = {*OTHERS} - {"mask", "alibi_slopes", "key_begin", "key_end"}
 
 
 def _refuse_batched(others) -> None:

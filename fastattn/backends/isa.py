@@ -11,7 +11,7 @@ import functools
 import json
 from dataclasses import dataclass
 
-from . import operators
+from . import library
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Isa:
 def _ask(name: str) -> str | None:
     """The answer of one of the library's C functions; None for a null pointer."""
     try:
-        function = getattr(operators.NATIVE, f"fastattn_cpu_{name}")
+        function = getattr(library.NATIVE, f"fastattn_cpu_{name}")
     except AttributeError:
         raise RuntimeError(
-            f"the native CPU library {operators.NATIVE._name} is older than the Python files beside it "
-            "and does not tell its instruction sets: build it again (python setup.py build_ext "
+            f"the native CPU library {library.NATIVE._name} is older than the Python files beside "
+            "it and does not tell its instruction sets: build it again (python setup.py build_ext "
             "--inplace, or pip install)"
         ) from None
     function.restype = ctypes.c_char_p
@@ -44,7 +44,7 @@ def _ask(name: str) -> str | None:
 
 @functools.cache
 def _facts() -> dict:
-    return {} if operators.NATIVE is None else json.loads(_ask("facts"))
+    return {} if library.NATIVE is None else json.loads(_ask("facts"))
 
 
 def features() -> dict[str, bool] | None:
@@ -67,7 +67,7 @@ def supported() -> list[str]:
 def problem() -> str | None:
     """Why FASTATTN_ISA, as it is now, lets no kernel run; None where one can, or without the
     library."""
-    return None if operators.NATIVE is None else _ask("isa_problem") or None
+    return None if library.NATIVE is None else _ask("isa_problem") or None
 
 
 def selected() -> str | None:
@@ -77,4 +77,4 @@ def selected() -> str | None:
     """
     if reason := problem():
         raise ValueError(reason)
-    return None if operators.NATIVE is None else _ask("isa")
+    return None if library.NATIVE is None else _ask("isa")

@@ -25,7 +25,7 @@ import torch
 
 from ..core import limited
 from ..core.files import replace_file
-from . import operators
+from . import library
 from .gpu import constant
 
 # ---- the steps -----------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Gpu:
 @functools.cache
 def build() -> str:
     """The library's own name: a hash of the file."""
-    path = operators._native_path("CUDA")
+    path = library._native_path("CUDA")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else "none"
 
 
@@ -237,8 +237,8 @@ class Machine:
     def gpus(self) -> tuple[list[Gpu], str | None]:
         """One GPU of each kind; and why there is none, where that is a fault. Asked in a process of
         its own, since a driver may hang as well."""
-        if operators.CUDA is None:
-            return [], operators.cuda_fault()
+        if library.CUDA is None:
+            return [], library.cuda_fault()
         outcome = limited.run(self.python("gpus"), self.limit)
         result = result_of(outcome, self.limit, says="[")
         if result.state != "passed":
@@ -339,7 +339,7 @@ def prove(tell: Callable[[str], None], machine: Machine | None = None) -> Found:
     """Runs the steps on one GPU of each kind, and remembers what passed."""
     machine = machine or Machine()
     gpus, problem = machine.gpus()
-    found = Found(problem=problem, hangs=problem is not None and problem != operators.cuda_fault())
+    found = Found(problem=problem, hangs=problem is not None and problem != library.cuda_fault())
 
     def keep(gpu: Gpu, results: dict[str, Result]) -> None:
         try:
@@ -359,7 +359,7 @@ def prove(tell: Callable[[str], None], machine: Machine | None = None) -> Found:
 
 def here() -> Iterable[tuple[Gpu, dict[str, Result] | None]]:
     """(GPU, what is known of it) for each kind in this machine; nothing is run."""
-    if operators.CUDA is None:
+    if library.CUDA is None:
         return
     for gpu in one_of_each(map(gpu_of, range(torch.cuda.device_count()))):
         yield gpu, load(gpu)

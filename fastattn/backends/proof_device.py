@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.call import Call, Gradients, Result
 from ..core.spec import LEAVES
-from . import operators, registry
+from . import library, registry
 
 BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 DIMS = (64, 128, 256)
@@ -47,8 +47,8 @@ class Cuda(Device):
         torch.cuda.set_device(index)
 
     def problem(self) -> str | None:
-        missing = operators.CUDA_MISSING or operators.cuda_question("fastattn_torch_problem")
-        return missing or operators.cuda_problem(self.index)
+        missing = library.CUDA_MISSING or library.cuda_question("fastattn_torch_problem")
+        return missing or library.cuda_problem(self.index)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.index)
@@ -57,7 +57,7 @@ class Cuda(Device):
         """What the driver says against a map of x [batch, heads, rows, D] with boxes of `rows`."""
         shape, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 3)(*x.stride()[:3])
         data, size = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.element_size())
-        return operators.cuda_question("fastattn_cuda_tensor_map", data, shape, strides, size, rows)
+        return library.cuda_question("fastattn_cuda_tensor_map", data, shape, strides, size, rows)
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """(replay, the tensor that it writes) of a CUDA graph of the function."""
@@ -92,7 +92,7 @@ class OnCpu(Device):
     heads, length, runs, dims = 2, 150, 3, (32,)
 
     def problem(self) -> str | None:
-        return operators.NATIVE_MISSING
+        return library.NATIVE_MISSING
 
     def synchronize(self) -> None:
         pass

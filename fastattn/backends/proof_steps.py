@@ -1,11 +1,10 @@
 """What the CUDA kernels must show on a GPU. proof.py runs each step in a process of its own:
 
-    python -m fastattn.backends.registry.proof_steps "one tile" --device 0
+    python -m fastattn.backends.proof_steps "one tile" --device 0
 
 prints "passed: ..." last and exits with 0, or says what is wrong and exits with 1. Each result is
-held against float64 by the rule of core/tolerance.py. `--device cpu` puts the CPU kernels in the place of
-the CUDA kernels: so the steps themselves are tested on machines without a GPU.
-"""
+held against float64 by the rule of core/tolerance.py. `--device cpu` puts the CPU kernels in the
+place of the CUDA kernels: so the steps themselves are tested on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from ..core.call import Call
 from ..core.reference import reference
 from ..core.spec import NO_OPERANDS, Descales, Operands, Spec
 from ..core.tolerance import Judge
-from . import operators
+from . import library
 from .proof import gpu_of
 from .proof_device import BF16, E4M3, FP16, Cuda, Device, Failed, OnCpu
 
@@ -407,7 +406,7 @@ STEPS = {f.__name__.replace("_", " "): f for f in (
 def list_gpus() -> int:
     """Prints them as JSON. A driver that is too old for torch itself shows none."""
     number = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    problem = None if number else operators.cuda_problem(0)
+    problem = None if number else library.cuda_problem(0)
     if problem and "needs a driver" in problem:
         print(f"failed: {problem}")
         return 1
@@ -416,9 +415,7 @@ def list_gpus() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        prog="python -m fastattn.backends.registry.proof_steps", description=__doc__
-    )
+    p = argparse.ArgumentParser(prog="python -m fastattn.backends.proof_steps", description=__doc__)
     p.add_argument("step", choices=("gpus", *STEPS))
     p.add_argument("--device", default="0", help="number of a GPU, or cpu")
     args = p.parse_args(argv)

@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "FASTATTN_LOG": "1 prints each distinct choice of backend, once, to stderr",
     "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (a sanitizer build, say)",
     "FASTATTN_POISON": "1 fills what the native code allocates with NaN first, as the tests do",
-    "FASTATTN_BUILD": "when building: auto, cpu, cuda, wheel, none or asan",
+    "FASTATTN_BUILD": "when building: auto, cpu, cuda, wheel, none, asan or coverage",
     "FASTATTN_CUDA_ARCHS": "when building: nvcc architectures",
     "MAX_JOBS": "when building: compilers at a time",
     "OMP_NUM_THREADS": "threads of torch, hence of the CPU kernels",
@@ -151,6 +151,11 @@ def _build() -> dict:
 
 # ---- what each backend supports ---------------------------------------------------------------
 
+
+def _one_range() -> torch.Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.int32)
+
+
 SUPPORT = [  # (feature, what it changes about a plain call)
     ("fp32", {}),
     ("bf16", {"dtype": torch.bfloat16}),
@@ -170,6 +175,7 @@ SUPPORT = [  # (feature, what it changes about a plain call)
     ("sinks, with their gradient", {"sinks": lambda: torch.zeros(2)}),
     ("kv_lens", {"kv_lens": lambda: torch.ones(1, dtype=torch.int32)}),
     ("document_ids", {"document_ids": lambda: torch.zeros(1, 64, dtype=torch.int32)}),
+    ("key_ranges", dict.fromkeys(("key_begin", "key_end"), _one_range)),
     ("dropout", {"dropout_p": 0.1, "dropout_seed": lambda: torch.tensor([1, 0])}),
     ("packed sequences (cu_seqlens)", {"cu_seqlens_q": "packed", "cu_seqlens_k": "packed"}),
     ("paged keys and values", {"page_table": "paged", "kv_lens": "paged"}),

@@ -1,8 +1,7 @@
 """`python -m fastattn verify`: every backend that runs on this machine, against float64.
 
-The rule for errors is core/tolerance.py's, which is the tests' too. `verify --model` audits a user's model
-instead: verify_model.py.
-"""
+The rule for errors is core/tolerance.py's, which is the tests' too. `verify --model` audits a
+user's model instead: verify_model.py."""
 
 from __future__ import annotations
 
@@ -372,16 +371,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="FILE", type=Path, help="write everything found there too")
     p.add_argument("--sanitize", action="store_true", help="the CUDA kernels' self-tests run under "
                    "compute-sanitizer, 20 times as slowly")  # fmt: skip
-    verify_model = p.add_argument_group("a model of yours")
-    verify_model.add_argument("--model", metavar="MODEL", help="package.module:name, file.py:name (a "
+    model = p.add_argument_group("a model of yours")
+    model.add_argument("--model", metavar="MODEL", help="package.module:name, file.py:name (a "
                        "module, or a function that makes one), a file of torch.save, or a "
                        "transformers hub id")  # fmt: skip
-    verify_model.add_argument("--inputs", metavar="INPUT", nargs="+", help="a file of torch.save, or "
+    model.add_argument("--inputs", metavar="INPUT", nargs="+", help="a file of torch.save, or "
                        "NAME=SHAPE such as x=2x50x64, or NAME=SHAPE<LIMIT for integers, "
                        "input_ids=2x128<30522")  # fmt: skip
-    verify_model.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32"
-    )
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     return p
 
 

@@ -2,10 +2,10 @@
 
 Three copies run the same inputs: the model in float64 (the truth), the model in its dtype (what
 rounding alone does to it) and the swapped model in its dtype. What a layer gives may be as far from
-the truth as core/tolerance.py's rule says: a multiple of the plain model's error, plus a few roundings. An
-error goes on through all the layers that follow, so the one to look at is the first, and innermost,
-that was given what is right and gave what is wrong: outputs for inputs, and on the way back
-gradients for gradients.
+the truth as core/tolerance.py's rule says: a multiple of the plain model's error, plus a few
+roundings. An error goes on through all the layers that follow, so the one to look at is the first,
+and innermost, that was given what is right and gave what is wrong: outputs for inputs, and on the
+way back gradients for gradients.
 
 One plain run does not show all that rounding may do: where a ReLU's input is within a rounding of 0
 the gradient is one thing or another, and the swapped model may be on the other side. So before a

@@ -1,8 +1,8 @@
 """What travels from the public functions to the kernels, and back: `Call` and `Result`.
 
-The public functions make a Call of their arguments, checked and in normal form; backends/registry.py finds
-the row that runs it. Every function between takes a Call and returns a Result.
-"""
+The public functions make a Call of their arguments, checked and in normal form;
+backends/registry.py finds the row that runs it. Every function between takes a Call and returns a
+Result."""
 
 from __future__ import annotations
 

@@ -122,14 +122,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     if spec.softcap > 0:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if operands.bias is not None:
-        scores = finite_sum(scores, _part(operands.bias, piece))
+        scores = finite_sum(scores, part_of(operands.bias, piece))
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.to(scores.dtype)[..., None, None]
         slopes = slopes[_entry(piece)] if slopes.dim() == 4 else slopes  # [b or none, heads, 1, 1]
         scores = finite_sum(scores, -slopes * (i + spec.offset(*lengths) - j).abs())
     visible = (j >= spec.lo(i, *lengths)) & (j < spec.hi(i, *lengths))  # [m, n]
     if operands.mask is not None:
-        visible = visible & _part(operands.mask, piece)
+        visible = visible & part_of(operands.mask, piece)
+    if operands.key_begin is not None:
+        begin, end = part_of(operands.key_begin, piece), part_of(operands.key_end, piece)
+        visible = visible & (j >= begin) & (j < end)
     scores = torch.where(visible, scores, -torch.inf)
 
     # A row that sees nothing computes with zeros and its results are replaced: no 0/0 is formed,
@@ -183,8 +186,8 @@ def _existing(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
     return x[used].transpose(0, 1).flatten(1, 2)[None, :, _span(piece.j, 0)]
 
 
-def _part(x: Tensor, piece: Piece) -> Tensor:
-    """The piece's part of a mask or bias; dimensions of size 1 stay, to be broadcast."""
+def part_of(x: Tensor, piece: Piece) -> Tensor:
+    """The piece's part of an operand with four dimensions. Sizes of 1 stay, to be broadcast."""
     wanted = (_entry(piece), slice(None), _span(piece.i, 0), _span(piece.j, 0))
     return x[tuple(slice(None) if n == 1 else s for n, s in zip(x.shape, wanted, strict=True))]
 

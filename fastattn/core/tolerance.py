@@ -2,8 +2,8 @@
 
 An error against float64 may be twice the error of plain torch math in the same dtype (three times
 for gradients) plus a few roundings. Of one attention call it must hold for the largest error, for
-the largest error of each row and for the mean error (Judge); of a model, layer by layer (cli/verify_model.py).
-"""
+the largest error of each row and for the mean error (Judge); of a model, layer by layer
+(cli/verify_model.py)."""
 
 from __future__ import annotations
 

@@ -15,18 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.autograd import pull_back
-from ..backends.operators import _LIBRARY, _TAGS, _accumulate
+from ..backends.schema import LIBRARY, TAGS
 from ..core import checks
 from ..core.philox import keep_probability
-from . import norm
+from ..core.tensors import accumulate_dtype, empty_result
+from . import gate, operator
 from .norm import drop_reference
 
-ACTIVATIONS = {"identity": lambda x: x, "relu": F.relu, **norm.GATES}
+ACTIVATIONS = {"identity": lambda x: x, "relu": F.relu, **gate.GATES}
 
 
 def activate_reference(x, bias, seed, dropout_p, activation):
     """dropout(activation(x + bias)), rounded once."""
-    y = x.to(_accumulate(x.dtype))
+    y = x.to(accumulate_dtype(x.dtype))
     y = y if bias is None else y + bias.to(y.dtype)
     return drop_reference(ACTIVATIONS[activation](y), seed, dropout_p).to(x.dtype)
 
@@ -44,7 +45,7 @@ def activate(
     the probability with which they are kept, a multiple of 1/65536. activation is one of
     ACTIVATIONS. dropout_seed: int64 [2], the key; None: drawn from the device's generator.
     """
-    n = norm._floating("x", x).shape[-1:]
+    n = operator.floating("x", x).shape[-1:]
     if bias is not None and checks.tensor("bias", bias).shape != n:
         raise ValueError(f"x has shape {checks.show(x)} and bias {checks.show(bias)}; accepted is "
                          f"[..., {bias.shape[0]}]")  # fmt: skip
@@ -52,8 +53,8 @@ def activate(
         raise ValueError(f"activation is {activation!r}; accepted are {', '.join(ACTIVATIONS)}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; accepted is [0, 1)")
-    x = norm.arrived(x)
-    if x.dim() == 0 or not norm.has_kernel(x, bias):
+    x = operator.arrived(x)
+    if x.dim() == 0 or not operator.has_kernel(x, bias):
         if dropout_seed is not None:
             return activate_reference(x, bias, dropout_seed, dropout_p, activation)
         return F.dropout(activate_reference(x, bias, None, 0.0, activation), dropout_p)
@@ -67,18 +68,18 @@ for _schema in (
     "activate_bwd(Tensor dout, Tensor? saved, Tensor? bias, Tensor? dropout_seed, float dropout_p,"
     " str activation, bool need_dbias) -> (Tensor dx, Tensor dbias)",
 ):
-    _LIBRARY.define(_schema, tags=_TAGS)
-norm.on_gpu("activate", "activate_fwd", "activate_bwd")
+    LIBRARY.define(_schema, tags=TAGS)
+operator.on_gpu("activate", "activate_fwd", "activate_bwd")
 
 
-@torch.library.register_fake("fastattn::activate_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::activate_fwd", lib=LIBRARY)
 def _activate_fake(x, bias, seed, dropout_p, activation):
-    return norm._like(x.contiguous() if dropout_p else x)
+    return empty_result(x.contiguous() if dropout_p else x)
 
 
-@torch.library.register_fake("fastattn::activate_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::activate_bwd", lib=LIBRARY)
 def _activate_backward_fake(dout, saved, bias, seed, dropout_p, activation, need_dbias):
-    sums = dout.new_empty(dout.shape[-1] if need_dbias else 0, dtype=_accumulate(dout.dtype))
+    sums = dout.new_empty(dout.shape[-1] if need_dbias else 0, dtype=accumulate_dtype(dout.dtype))
     return _activate_fake(dout, bias, seed, dropout_p, activation), sums
 
 
@@ -104,7 +105,7 @@ def _grads(dout, saved, bias, seed, dropout_p, activation, need_dbias):
     """(dout, saved, bias) -> activate_bwd's results, by the reference."""
 
     def gradients(dout, saved, bias):
-        dtype = _accumulate(dout.dtype)
+        dtype = accumulate_dtype(dout.dtype)
         if activation == "relu":  # saved is its result after dropout
             dx = torch.where(saved > 0, dout.to(dtype) / keep_probability(dropout_p), 0.0)
         elif activation == "identity":
@@ -122,5 +123,7 @@ def _grads(dout, saved, bias, seed, dropout_p, activation, need_dbias):
     return gradients
 
 
-_activate = norm.differentiable("activate_fwd", _setup, _gradient)
-_activate_backward = norm.differentiable("activate_bwd", norm.save_inputs, norm.through(_grads, 3))
+_activate = operator.differentiable("activate_fwd", _setup, _gradient)
+_activate_backward = operator.differentiable(
+    "activate_bwd", operator.save_inputs, operator.through(_grads, 3)
+)

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from ..backends.gpu import launcher
-from ..backends.operators import _LIBRARY
+from ..backends.schema import LIBRARY
 from ..core import checks, memory
 from ..core.quantization import INT8, quantize
-from .norm import rotate, rotate_reference
+from .rope import rotate, rotate_reference
 
-_LIBRARY.define(
+LIBRARY.define(
     "cache_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, "
     "Tensor? page_table, Tensor? cos, Tensor? sin, bool interleaved, Tensor? k_descale, "
     "Tensor? v_descale) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
-    _LIBRARY.impl("cache_append", launcher("kv_append", "append"), _key)
+    LIBRARY.impl("cache_append", launcher("kv_append", "append"), _key)
 
 
-@torch.library.register_fake("fastattn::cache_append", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::cache_append", lib=LIBRARY)
 def _append_fake(k, v, k_cache, v_cache, cache_lens, *rest):
     others = {"v": v, "k_cache": k_cache, "v_cache": v_cache, "cache_lens": cache_lens}
     for name, x in others.items():

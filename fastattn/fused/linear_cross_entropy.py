@@ -18,9 +18,18 @@ from torch.autograd import forward_ad
 
 from ..backends.autograd import pull_back
 from ..backends.gpu import gpu_missing
-from ..backends.operators import _LIBRARY, _TAGS, NATIVE_MISSING, _accumulate, autocast_to
+from ..backends.library import NATIVE_MISSING
+from ..backends.schema import LIBRARY, TAGS
 from ..core import checks
-from .norm import _floating, differentiable, on_gpu, save_inputs, saved_inputs, through  # fmt: skip
+from ..core.tensors import accumulate_dtype, autocast_to
+from .operator import (  # fmt: skip
+    differentiable,
+    floating,
+    on_gpu,
+    save_inputs,
+    saved_inputs,
+    through,
+)
 
 # 32 MiB in fp32. The matrix products want rows: forward and backward of 1024 rows of 32000 logits
 # took 1011 ms by 64 rows, 811 by 128, 712 by 256, and torch with all the logits 864.
@@ -30,7 +39,7 @@ CHUNK_LOGITS_GPU = 1 << 27  # 1024 rows of 128k, 256 MiB in bf16: products large
 
 def reference(hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, softcap):
     """The loss of each row [N], from all the logits."""
-    logits = F.linear(hidden, weight, bias).to(_accumulate(hidden.dtype))
+    logits = F.linear(hidden, weight, bias).to(accumulate_dtype(hidden.dtype))
     loss, _, _ = _losses(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
     return loss
 
@@ -84,7 +93,7 @@ def linear_cross_entropy(
 
 def _scale(rows, ignore_index, reduction, hidden):
     """What each row's loss counts in the total, a scalar: 1, or 1 / rows that are not ignored."""
-    one = torch.ones((), dtype=_accumulate(hidden.dtype), device=hidden.device)
+    one = torch.ones((), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     return one / (rows != ignore_index).sum() if reduction == "mean" else one
 
 
@@ -92,7 +101,7 @@ def _checked(hidden, weight, bias, labels, ignore_index):
     """(hidden [N, D], weight, bias, labels [N] int64) in one dtype."""
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, x in tensors.items():
-        _floating(name, x)
+        floating(name, x)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -141,7 +150,7 @@ def _chunked(hidden, weight, bias, labels, numbers, scale, chunk, needs):
         dhidden = torch.zeros_like(hidden).index_copy_(0, kept, dsome) if needs[0] else dsome
         return loss, dhidden, dweight, dbias
 
-    dtype = _accumulate(hidden.dtype)
+    dtype = accumulate_dtype(hidden.dtype)
     need_dhidden, need_dweight, need_dbias = needs
     loss = hidden.new_empty(labels.shape, dtype=dtype)
     dhidden = hidden.new_empty(hidden.shape if need_dhidden else (0,))
@@ -179,7 +188,7 @@ def _loss_rows_(logits, labels, numbers, scale):
         loss, _ = torch.ops.fastattn.cross_entropy_(logits, labels, scale, *numbers)
         return loss
     ignore_index, label_smoothing, z_loss, softcap = numbers
-    dtype = _accumulate(logits.dtype)
+    dtype = accumulate_dtype(logits.dtype)
     loss, capped, lse = _losses(logits.to(dtype), labels, *numbers)
     if scale is not None:
         kept = labels != ignore_index
@@ -210,7 +219,7 @@ for _schema in (
     f"linear_cross_entropy_total({_TENSORS}, {_NUMBERS}, Tensor scale, SymInt chunk, {_NEEDS})"
     f" -> (Tensor total, {_GRADS})",
 ):
-    _LIBRARY.define(_schema, tags=_TAGS)
+    LIBRARY.define(_schema, tags=TAGS)
 on_gpu("linear_cross_entropy", "cross_entropy_")
 
 
@@ -232,7 +241,7 @@ def _forward_and_backward(hidden, weight, bias, labels, *rest):
 
 
 for _name, _loop in (("fwd", _forward), ("bwd", _backward), ("total", _forward_and_backward)):
-    _LIBRARY.impl(f"linear_cross_entropy_{_name}", _loop, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"linear_cross_entropy_{_name}", _loop, "CompositeExplicitAutograd")
 
 
 def _gradients_fake(hidden, weight, needs):
@@ -240,24 +249,26 @@ def _gradients_fake(hidden, weight, needs):
     return tuple(hidden.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs))
 
 
-@torch.library.register_fake("fastattn::cross_entropy_", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::cross_entropy_", lib=LIBRARY)
 def _(logits, labels, *rest):
-    return tuple(logits.new_empty(labels.shape, dtype=_accumulate(logits.dtype)) for _ in range(2))
+    return tuple(
+        logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype)) for _ in range(2)
+    )
 
 
-@torch.library.register_fake("fastattn::linear_cross_entropy_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::linear_cross_entropy_fwd", lib=LIBRARY)
 def _(hidden, weight, bias, labels, *rest):
-    return hidden.new_empty(labels.shape, dtype=_accumulate(hidden.dtype))
+    return hidden.new_empty(labels.shape, dtype=accumulate_dtype(hidden.dtype))
 
 
-@torch.library.register_fake("fastattn::linear_cross_entropy_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::linear_cross_entropy_bwd", lib=LIBRARY)
 def _(scale, hidden, weight, bias, labels, *rest):
     return _gradients_fake(hidden, weight, rest[-3:])
 
 
-@torch.library.register_fake("fastattn::linear_cross_entropy_total", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::linear_cross_entropy_total", lib=LIBRARY)
 def _(hidden, weight, bias, labels, *rest):
-    total = hidden.new_empty((), dtype=_accumulate(hidden.dtype))
+    total = hidden.new_empty((), dtype=accumulate_dtype(hidden.dtype))
     return total, *_gradients_fake(hidden, weight, rest[-3:])
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..fused import norm as fused
+from ..fused import operator
 from ..fused.activation import activate
 from .linear import call_linear, linear, plain
 
@@ -89,7 +90,7 @@ _TORCHS = {
 
 
 def _fusable(*tensors: Tensor | None) -> bool:
-    return fused.has_kernel(*tensors) and not any(x is not None and x.is_nested for x in tensors)
+    return operator.has_kernel(*tensors) and not any(x is not None and x.is_nested for x in tensors)
 
 
 def _probability(dropout: nn.Module | None) -> float | None:

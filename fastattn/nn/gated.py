@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fused import norm
+from ..fused import gate
 from ._arguments import choice, last_size, positive
 
-ACTIVATIONS = {**norm.GATES, "relu": F.relu, "relu2": lambda x: F.relu(x).square()}
+ACTIVATIONS = {**gate.GATES, "relu": F.relu, "relu2": lambda x: F.relu(x).square()}
 
 
 class _FeedForward(nn.Module):
@@ -43,7 +43,7 @@ class _Gated(_FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         last_size("x", x, self.gate_proj.in_features)
-        return self.down_proj(norm.gate(self.gate_proj(x), self.up_proj(x), self.activation))
+        return self.down_proj(gate.gate(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class SwiGLU(_Gated):

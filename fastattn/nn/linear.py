@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..backends.operators import _LIBRARY, _TAGS
-from ..fused import norm
+from ..backends.schema import LIBRARY, TAGS
+from ..fused import operator
 
 
 def _on_amd() -> bool:
@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return (out + bias).to(out.dtype)
     if (
         _ONEDNN is None
-        or not norm.has_kernel(x, weight, bias)
+        or not operator.has_kernel(x, weight, bias)
         or x.is_nested
         or x.numel() * weight.shape[0] < SMALL_PRODUCT
         or any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias))
@@ -65,7 +65,7 @@ class _Linear(torch.autograd.Function):
         if not (need_dweight or need_dbias):
             return dx, None, None
         rows, x = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
-        if need_dweight and norm.has_kernel(rows, x):
+        if need_dweight and operator.has_kernel(rows, x):
             dweight, dbias = _weight_gradients(rows, x, need_dbias)
         else:
             dweight, dbias = _weight_reference(rows, x, need_dbias)
@@ -74,13 +74,13 @@ class _Linear(torch.autograd.Function):
 
 # ---- the operator of the weight's and the bias's gradients -------------------------------------
 
-_LIBRARY.define(
+LIBRARY.define(
     "linear_bwd_weight(Tensor dout, Tensor x, bool need_dbias) -> (Tensor dweight, Tensor dbias)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
-@torch.library.register_fake("fastattn::linear_bwd_weight", lib=_LIBRARY)
+@torch.library.register_fake("fastattn::linear_bwd_weight", lib=LIBRARY)
 def _weight_fake(dout, x, need_dbias):
     dweight = x.new_empty(dout.shape[1], x.shape[1])
     return dweight, x.new_empty(dout.shape[1] if need_dbias else 0)
@@ -91,10 +91,10 @@ def _weight_reference(dout, x, need_dbias):
     return dout.t() @ x, dout.sum(0) if need_dbias else dout.new_empty(0)
 
 
-_weight_gradients = norm.differentiable(
+_weight_gradients = operator.differentiable(
     "linear_bwd_weight",
-    norm.save_inputs,
-    norm.through(lambda *inputs: lambda dout, x: _weight_reference(dout, x, inputs[2]), 2),
+    operator.save_inputs,
+    operator.through(lambda *inputs: lambda dout, x: _weight_reference(dout, x, inputs[2]), 2),
 )
 
 

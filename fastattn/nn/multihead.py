@@ -1,7 +1,7 @@
 """MultiheadAttention: torch's module, computed by fastattn. Next hop: ../attention.py.
 
-torch_masks.py says how its masks are given to attention(), ../weights.py where the weights come from.
-"""
+torch_masks.py says how its masks are given to attention(), ../weights.py where the weights come
+from."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
-from ..fused import norm
+from ..fused import rope
 from ._arguments import positive
 
 
@@ -135,7 +135,7 @@ class RotaryEmbedding(nn.Module):
             cos, sin = self.table.rows(offset, offset + q.shape[-2], q.device, dtype)
         else:
             cos, sin, positions = self._given(positions, q, dtype)
-        turned = [norm.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
+        turned = [rope.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
         return turned[0] if k is None else tuple(turned)
 
     def _given(self, positions, q, dtype):

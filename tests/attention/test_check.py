@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 from cases import OPTIONS, Case, combine
-from test_cpu import cotangents_of, run_reference
+from operator_calls import cotangents_of, run_reference
 
 import fastattn
 from fastattn.core.spec import Operands

@@ -12,7 +12,7 @@ import torch
 from cases import CASES, Case
 
 import fastattn
-from fastattn.backends import isa, registry
+from fastattn.backends import cpu, isa, registry
 from fastattn.core.philox import keep_probability
 
 COUNTED = [
@@ -90,8 +90,8 @@ def test_tiles_are_those_of_the_kernels():
     if not source.exists():
         pytest.skip("an installed package, without its C++ sources")
     sizes = dict(re.findall(r"constexpr int (BLOCK_\w+) = (\d+);", source.read_text()))
-    assert (int(sizes["BLOCK_Q"]), int(sizes["BLOCK_KV"])) == registry.CPU_TILE
-    assert registry.BY_NAME["cpu"].tile == registry.CPU_TILE
+    assert (int(sizes["BLOCK_Q"]), int(sizes["BLOCK_KV"])) == cpu.TILE
+    assert registry.BY_NAME["cpu"].tile == cpu.TILE
 
 
 def test_bytes():

@@ -456,8 +456,8 @@ def test_what_leaves_float32_is_refused():
 @pytest.mark.native
 @pytest.mark.parametrize("scale, softcap", [(3e38, 0.0), (1.0, 1e38), (1.0, 1e-38)])
 def test_the_operators_refuse_it_too(scale, softcap):
-    from fastattn.backends import operators
+    from fastattn.backends import schema
 
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(RuntimeError, match=r"(scale|softcap) must be .*1e30\]"):
-        operators.forward(q, q, q, *(None,) * 13, scale, softcap, -1, -1, True, 0.0, 0)
+        schema.forward(q, q, q, *(None,) * 13, scale, softcap, -1, -1, True, 0.0, 0)

@@ -57,6 +57,14 @@ def test_keywords_of_ours_that_another_function_takes():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_sentence_is_in_what_dynamo_says(function):
+    args, options = FUNCTIONS[function]
+    call = torch.compile(getattr(fastattn, function), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=rf"{function}\(\) got an .* 'causl'; did you mean causal="):
+        call(*args, **options, causl=True)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_signatures_show_no_unknown_keywords(function):
     parameters = inspect.signature(getattr(fastattn, function)).parameters
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from native_calls import Call
 
-from fastattn.backends import operators
+from fastattn.backends import library
 from fastattn.core.reference import reference
 
 pytestmark = pytest.mark.native
@@ -45,7 +45,7 @@ def run(script: str, *arguments: str, **environment: str) -> str:
 
 def test_new_memory_is_poisoned():
     """Else the tests of this suite would not see what a kernel forgets to write."""
-    assert operators.NATIVE.fastattn_poison_on() == 1
+    assert library.NATIVE.fastattn_poison_on() == 1
 
 
 def test_every_allocation_can_be_poisoned():

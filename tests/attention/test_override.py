@@ -397,10 +397,10 @@ print(out.grad_fn.name())
             timeout=300,
         )
         assert run.returncode == 0, run.stderr
-        missing = library or fastattn.backends.operators.NATIVE_MISSING
+        missing = library or fastattn.backends.library.NATIVE_MISSING
         assert run.stdout.strip() == (FLASH if missing else BORROWED)
         if library:
             assert run.stderr.count("fastattn.enable() leaves CPU calls to torch") == 1
             assert "<string>:5" in run.stderr  # the caller's line
-        elif not fastattn.backends.operators.NATIVE_MISSING:
+        elif not fastattn.backends.library.NATIVE_MISSING:
             assert run.stderr == ""

@@ -441,8 +441,8 @@ def test_interval_takes_lengths_by_entry():
 
 
 def test_operands_order():
-    names = "mask bias alibi_slopes sinks kv_lens kv_starts document_ids cu_seqlens_q cu_seqlens_k"
-    names = [*names.split(), "page_table", "dropout_seed"]
+    names = "mask bias alibi_slopes sinks kv_lens kv_starts document_ids key_begin key_end"
+    names = [*names.split(), "cu_seqlens_q", "cu_seqlens_k", "page_table", "dropout_seed"]
     assert list(OPERANDS) == names
     tensors = [torch.tensor(n) for n in range(len(names))]
     operands = Operands(*tensors)

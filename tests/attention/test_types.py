@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from test_house import python
+from fresh_python import python
 
 import fastattn
 from fastattn import flash_attn, models, options

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.fused import activation, linear_cross_entropy
+from fastattn.fused import activation, gate, linear_cross_entropy, rope
 from fastattn.fused import norm as fused
 from fastattn.nn.linear import linear
 
@@ -128,8 +128,8 @@ def fused_calls():
         "norm": (norm, (x, y, weight, bias)),
         "norm with dropout": (lambda *args: norm(*args, 0.5), (x, y, weight, bias)),
         "norm alone": (lambda x, w: fused.norm(x, None, w, None, 1e-5, False)[0], (x, weight)),
-        "rotate": (lambda x: fused.rotate(x, cos, sin, None, True), (x,)),
-        "gate": (lambda x, y: fused.gate(x, y, "silu"), (x, y)),
+        "rotate": (lambda x: rope.rotate(x, cos, sin, None, True), (x,)),
+        "gate": (lambda x, y: gate.gate(x, y, "silu"), (x, y)),
         "activate": (lambda x, b: activation.activate(x, b, 0.0, "gelu"), (x, bias)),
         "loss": (lambda x, w: loss(x, w, labels), (x, table)),
         "losses": (lambda x, w: loss(x, w, labels, reduction="none"), (x, table)),

@@ -13,12 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, Case, Problem, select
+from cpu_calls import backward, check, forward, run_kernels
+from operator_calls import cotangents_of, name_of
 
 import fastattn
 from fastattn.backends import isa as cpu_isa
-from fastattn.cli.verify import Judge
 from fastattn.core.philox import keep_mask
-from fastattn.core.reference import reference
 from fastattn.core.spec import Operands, Spec
 
 pytestmark = pytest.mark.native
@@ -30,113 +30,6 @@ SMALL = ("alone", "everything", "gqa")  # run on all instruction sets
 
 ISAS = cpu_isa.supported()
 DEFAULT_ISA = cpu_isa.selected()
-
-
-def name_of(x) -> str:
-    return x.name if isinstance(x, Case) else str(x).removeprefix("torch.")
-
-
-# ---- running a case ------------------------------------------------------------------------------
-
-
-def numbers(spec: Spec) -> tuple:
-    return tuple(getattr(spec, name) for name in Spec.__slots__)
-
-
-def forward(problem: Problem, num_splits: int = 0):
-    q, k, v, spec, operands = problem
-    operator = torch.ops.fastattn.flash_attn_fwd
-    return operator(q, k, v, *operands.tensors(), *numbers(spec), num_splits)
-
-
-def backward(problem: Problem, dout, dlse, out, lse, needs=None) -> dict[str, torch.Tensor]:
-    q, k, v, spec, operands = problem
-    needs = needs or (operands.bias is not None, operands.sinks is not None)
-    operator = torch.ops.fastattn.flash_attn_bwd
-    dq, dk, dv, dbias, dsinks = operator(
-        dout, dlse, out, lse, q, k, v, *operands.tensors(), *numbers(spec), *needs
-    )
-    gradients = {"dq": dq, "dk": dk, "dv": dv}
-    for name, gradient, needed in zip(("dbias", "dsinks"), (dbias, dsinks), needs, strict=True):
-        if needed:
-            gradients[name] = gradient
-        else:
-            assert gradient.shape == (0,)
-    return gradients
-
-
-def run_kernels(problem: Problem, cotangents, num_splits: int = 0) -> dict[str, torch.Tensor]:
-    """out, lse and, where cotangents (dout, dlse) are given, the gradients."""
-    out, lse = forward(problem, num_splits)
-    results = {"out": out, "lse": lse}
-    return results | (backward(problem, *cotangents, out, lse) if cotangents else {})
-
-
-def run_reference(problem: Problem, cotangents) -> dict[str, torch.Tensor]:
-    operands = problem.operands
-    leaves = {"q": problem.q, "k": problem.k, "v": problem.v}
-    leaves |= {name: getattr(operands, name) for name in ("bias", "sinks")}
-    leaves = {n: x.detach().requires_grad_() for n, x in leaves.items() if x is not None}
-    changed = {name: leaves[name] for name in ("bias", "sinks") if name in leaves}
-    out, lse = reference(*list(leaves.values())[:3], problem.spec, replace(operands, **changed))
-    results = {"out": out.detach(), "lse": lse.detach()}
-    if cotangents:
-        dout, dlse = cotangents
-        pairs = [(out, dout.to(out.dtype))]
-        pairs += [(lse, dlse.to(lse.dtype))] if dlse is not None else []
-        gradients = torch.autograd.grad(
-            [x for x, _ in pairs],
-            list(leaves.values()),
-            [x for _, x in pairs],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return results
-
-
-def cotangents_of(case: Case, problem: Problem, with_dlse: bool):
-    """Random dout and dlse; none where there is no backward."""
-    if not case.has_backward:
-        return None
-    q, v = problem.q, problem.v
-    draw = torch.Generator().manual_seed(1)
-    dout = torch.randn(*q.shape[:3], v.shape[3], generator=draw, dtype=torch.float64).to(q.dtype)
-    dlse = torch.randn(q.shape[:3], generator=draw, dtype=torch.float64)
-    return dout, dlse.to(torch.promote_types(q.dtype, torch.float32)) if with_dlse else None
-
-
-def check(case: Case, dtype: torch.dtype, num_splits: int = 0) -> None:
-    """The whole promise for one case: errors, exact zeros, dtypes and memory order."""
-    problem = case.make(dtype)
-    with_dlse = sum(case.name.encode()) % 2 == 0  # for about half of the cases
-    cotangents = cotangents_of(case, problem, with_dlse)
-    got = run_kernels(problem, cotangents, num_splits)
-    want = run_reference(problem.to(torch.float64), cotangents)
-    # Plain torch in the same dtype: half precision computes in fp32 and rounds once.
-    compute = torch.promote_types(dtype, torch.float32)
-    plain = run_reference(problem.to(compute), cotangents)
-    plain = {name: x if name == "lse" else x.to(dtype) for name, x in plain.items()}
-
-    judge = Judge(*problem[:3], problem.spec.scale, want["lse"], *(cotangents or ()))
-    for name, result in got.items():
-        comparison = judge.compare(name, result, want[name], plain[name])
-        assert comparison.passed, f"{name}: {comparison}"
-        expected = dtype if name in ("out", "dq", "dk", "dv") else compute
-        assert result.dtype == expected, f"{name} is {result.dtype}, not {expected}"
-    dead = want["lse"] == -torch.inf
-    assert not got["out"][dead].any()
-    if cotangents:
-        assert not got["dq"][dead].any()
-        unseen = ~want["dv"].any(-1) & ~want["dk"].any(-1)
-        assert not got["dk"][unseen].any() and not got["dv"][unseen].any()
-    assert got["lse"].is_contiguous()
-    same_shape = problem.q.shape == got["out"].shape
-    dense = torch.empty_like(problem.q).stride() == problem.q.stride()
-    if same_shape and dense:
-        assert got["out"].stride() == problem.q.stride()
-    else:
-        assert got["out"].is_contiguous()
 
 
 # ---- every case ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.backends import operators
+from fastattn.backends import library
 from fastattn.cli.verify import Judge
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,7 +28,7 @@ def skip_what_is_refused(backend, q, k, v, **options):
     """But not what a library that was built and does not load would refuse."""
     reason = fastattn.explain(q, k, v, **options, backend=backend).reasons[backend]
     if backend == "cuda" and (
-        fault := operators.cuda_fault() or operators.cuda_problem(q.get_device())
+        fault := library.cuda_fault() or library.cuda_problem(q.get_device())
     ):
         pytest.fail(fault)
     if reason is not None:
@@ -36,8 +36,8 @@ def skip_what_is_refused(backend, q, k, v, **options):
 
 
 def test_what_was_built_can_be_used():
-    assert operators.cuda_fault() is None
-    assert operators.CUDA is None or operators.cuda_problem(0) is None
+    assert library.cuda_fault() is None
+    assert library.CUDA is None or library.cuda_problem(0) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (700, 0)}], ids=str)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastattn.backends import isa, operators
+from fastattn.backends import isa, library
 
 pytestmark = pytest.mark.native
 
@@ -54,7 +54,8 @@ WITHOUT_C = """
 import json, sys
 sys.modules["fastattn._C"] = None  # what its absence looks like: importing it fails
 import torch, fastattn
-from fastattn import info, isa
+from fastattn.backends import isa
+from fastattn.cli import info
 from fastattn.benchmarks.measure.machine import machine_facts
 q = torch.randn(1, 1, 4, 8)
 gathered = info.facts()
@@ -91,13 +92,13 @@ def test_info_ends_where_nothing_can_run():
 
 
 def test_an_older_library_is_named(monkeypatch):
-    monkeypatch.setattr(operators, "NATIVE", SimpleNamespace(_name="/some/_cpu.abi3.so"))
+    monkeypatch.setattr(library, "NATIVE", SimpleNamespace(_name="/some/_cpu.abi3.so"))
     with pytest.raises(RuntimeError, match=r"/some/_cpu.abi3.so is older than .* build it again"):
         isa.selected()
 
 
 def test_without_the_library(monkeypatch):
-    monkeypatch.setattr(operators, "NATIVE", None)
+    monkeypatch.setattr(library, "NATIVE", None)
     isa._facts.cache_clear()
     try:
         assert isa.features() is None and isa.isas() == [] and isa.supported() == []

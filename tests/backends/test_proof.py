@@ -1,6 +1,5 @@
-"""Proof of the CUDA kernels on a GPU (fastattn/backends/proof.py), all of it with a machine that is made up:
-steps that pass, fail, crash and hang, and what comes of them.
-"""
+"""Proof of the CUDA kernels on a GPU (fastattn/backends/proof.py), all of it with a machine that is
+made up: steps that pass, fail, crash and hang, and what comes of them."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ import pytest
 import torch
 from pretended import ENDS, GPU, SCRIPTS, Pretended, closed, prove
 
-from fastattn.backends import operators, proof
+from fastattn.backends import library, proof
 from fastattn.backends.proof import FEATURES, STEPS, Machine, Result
 from fastattn.cli import verify
 from fastattn.core import limited
@@ -267,9 +266,9 @@ def test_verify_touches_no_gpu_whose_driver_hangs(command):
 
 def test_a_machine_without_a_gpu_has_nothing_to_prove():
     """Nor is a process started to ask, where no library is loaded."""
-    if operators.CUDA is not None:
+    if library.CUDA is not None:
         pytest.skip("the CUDA library is loaded here")
-    assert Machine().gpus() == ([], operators.cuda_fault())
+    assert Machine().gpus() == ([], library.cuda_fault())
     assert list(proof.here()) == []
 
 
@@ -280,7 +279,7 @@ def test_a_driver_that_hangs_is_asked_in_a_process_of_its_own(monkeypatch):
         def python(self, *arguments):
             return ["/bin/sh", "-c", SCRIPTS["hang"]]
 
-    monkeypatch.setattr(operators, "CUDA", object())
+    monkeypatch.setattr(library, "CUDA", object())
     gpus, problem = Slow().gpus()
     assert gpus == [] and problem == (
         "asking the driver for its GPUs hung: it did not end within 1 s and was killed"
@@ -292,7 +291,7 @@ def test_a_driver_that_is_too_old_for_torch_is_named(monkeypatch, capsys):
 
     problem = "the NVIDIA driver serves CUDA up to 12.2, and this library needs a driver for 13.0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(operators, "cuda_problem", lambda index: problem)
+    monkeypatch.setattr(library, "cuda_problem", lambda index: problem)
     assert proof_steps.main(["gpus"]) == 1
     said = capsys.readouterr().out.strip()
 
@@ -300,9 +299,9 @@ def test_a_driver_that_is_too_old_for_torch_is_named(monkeypatch, capsys):
         def python(self, *arguments):
             return ["/bin/sh", "-c", f"echo '{said}'; exit 1"]
 
-    monkeypatch.setattr(operators, "CUDA", object())
+    monkeypatch.setattr(library, "CUDA", object())
     assert Old().gpus() == ([], f"asking the driver for its GPUs failed: {problem}")
-    monkeypatch.setattr(operators, "cuda_problem", lambda index: "there is no NVIDIA driver here")
+    monkeypatch.setattr(library, "cuda_problem", lambda index: "there is no NVIDIA driver here")
     assert proof_steps.main(["gpus"]) == 0 and capsys.readouterr().out.strip() == "[]"
 
 
@@ -314,7 +313,7 @@ def test_gpus_are_asked_once_for_each_kind(monkeypatch):
         def python(self, *arguments):
             return ["/bin/echo", json.dumps(listed)]
 
-    monkeypatch.setattr(operators, "CUDA", object())
+    monkeypatch.setattr(library, "CUDA", object())
     gpus, problem = Four().gpus()
     assert problem is None and [(g.name, g.index) for g in gpus] == [("A", 0), ("B", 2)]
     assert gpus[0].capability == (9, 0)
@@ -337,10 +336,10 @@ def test_compute_sanitizer_runs_the_same_steps(monkeypatch, capsys):
 
 def test_a_step_is_a_command():
     run = subprocess.run(
-        [sys.executable, "-m", "fastattn.backends.registry.proof_steps", "driver", "--device", "cpu"],
+        [sys.executable, "-m", "fastattn.backends.proof_steps", "driver", "--device", "cpu"],
         capture_output=True, text=True,
     )  # fmt: skip
-    if operators.NATIVE_MISSING:
+    if library.NATIVE_MISSING:
         assert run.returncode == 1 and run.stdout.strip().startswith("failed: the native CPU")
     else:
         assert run.returncode == 0, run.stderr

@@ -10,7 +10,7 @@ import torch
 from pretended import GPU, closed, prove
 
 from fastattn import explain
-from fastattn.backends import operators, proof, registry
+from fastattn.backends import backend, cpu, library, plain, proof, registry, triton
 from fastattn.cli import info
 from fastattn.core.call import Call, Result
 from fastattn.core.spec import NO_OPERANDS, Descales, Operands, Spec
@@ -33,10 +33,10 @@ class Tensor:
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU on which Triton runs, and the CUDA library seems to be loaded."""
-    monkeypatch.setattr(operators, "CUDA_MISSING", None)
+    monkeypatch.setattr(library, "CUDA_MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(registry, "gpu_missing", lambda index: None)
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(triton, "gpu_missing", lambda index: None)
+    monkeypatch.setattr(backend, "_warned", set())
 
 
 def plain_call(q) -> Call:
@@ -112,8 +112,9 @@ def test_gradients_that_are_not_proven_are_the_next_rows(gpu, monkeypatch, step)
     row = picked()
     assert row.name == "cuda"
     calls = []
-    rows = [replace(r, backward=lambda *a, n=r.name: calls.append(n)) for r in registry.BACKENDS]
-    monkeypatch.setattr(registry, "BACKENDS", [registry.BY_NAME["cuda"], *rows[1:]])
+    for name, module in {"triton": triton, "cpu": cpu, "reference": plain}.items():
+        own = replace(module.ROW, backward=lambda *a, n=name: calls.append(n))
+        monkeypatch.setattr(module, "ROW", own)
     q = Tensor()
     with pytest.warns(
         UserWarning, match="triton runs a backward of the cuda backend: .* failed: out"
@@ -127,7 +128,7 @@ def test_gradients_that_are_not_proven_are_the_next_rows(gpu, monkeypatch, step)
 def test_proven_gradients_run(gpu, monkeypatch):
     prove()
     calls = []
-    monkeypatch.setattr(registry, "_cpu_backward", lambda *a: calls.append("cuda"))
+    monkeypatch.setattr(cpu, "backward", lambda *a: calls.append("cuda"))
     q = Tensor()
     call = plain_call(q).but(operands=Operands(kv_lens=torch.ones(1)))
     picked(kv_lens=torch.ones(1)).backward(call, Result(q, q), q, None, (False, False))
@@ -169,6 +170,6 @@ def test_reading_it_costs_a_process_one_look(monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_cpu_calls_ask_for_no_proof(monkeypatch):
     monkeypatch.setattr(proof, "gpu_of", lambda index: pytest.fail("asked"))
-    monkeypatch.setattr(operators, "CUDA_MISSING", None)
+    monkeypatch.setattr(library, "CUDA_MISSING", None)
     q = torch.zeros(1, 2, 8, 64)
     assert registry.pick(None, plain_call(q)).name in ("cpu", "reference")

@@ -1,7 +1,6 @@
-"""The steps that prove the CUDA kernels on a GPU (fastattn/backends/proof_steps.py), held to the CPU ones:
-each passes, and each sees the faults that it is there for. Some run the CUDA kernels themselves, on
-the emulator.
-"""
+"""The steps that prove the CUDA kernels on a GPU (fastattn/backends/proof_steps.py), held to the
+CPU ones: each passes, and each sees the faults that it is there for. Some run the CUDA kernels
+themselves, on the emulator."""
 
 from __future__ import annotations
 
@@ -10,13 +9,13 @@ import pytest
 import torch
 from cases import Problem
 
-from fastattn.backends import operators, proof_device, proof_steps
+from fastattn.backends import library, proof_device, proof_steps
 from fastattn.backends.proof_steps import STEPS, Case, Failed, OnCpu
 from fastattn.core.call import Gradients, Result
 from fastattn.core.spec import NO_OPERANDS, Spec
 
 pytestmark = pytest.mark.skipif(
-    operators.NATIVE_MISSING is not None, reason=f"no CPU kernels: {operators.NATIVE_MISSING}"
+    library.NATIVE_MISSING is not None, reason=f"no CPU kernels: {library.NATIVE_MISSING}"
 )
 
 

@@ -1,9 +1,8 @@
 """The Triton backend against float64: every option, alone and in pairs, forward and backward.
 
 Without a GPU the kernels are interpreted (where products are in fp32, kernels/tile.py), which takes
-a second or more a case: every option, pair and kind is there (tests/support/pairwise.py), but few to a
-case. `pytest --long` runs the whole list, one by one.
-"""
+a second or more a case: every option, pair and kind is there (tests/support/pairwise.py), but few
+to a case. `pytest --long` runs the whole list, one by one."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from itertools import combinations
 import pytest
 import torch
 from cases import BIASES, CASES, LAYOUTS, MASKS, OPTIONS, Case, select
+from operator_calls import cotangents_of, name_of, numbers, run_reference
 from pairwise import KINDS, PAIRWISE, crossed
-from test_cpu import cotangents_of, name_of, numbers, run_reference
 
 import fastattn
 from fastattn.cli.verify import Judge

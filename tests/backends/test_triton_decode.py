@@ -114,7 +114,7 @@ def check(case, backend):
     if "rotary" in case.call:
         cos, sin = case.call["rotary"]
         at = ints(*LENS).long()[:, None] + torch.arange(NEW, device=DEVICE)
-        from fastattn.fused.norm import rotate_reference
+        from fastattn.fused.rope import rotate_reference
 
         turn = (cos, sin, at, case.call["rotary_interleaved"])
         q = rotate_reference(q.float(), *turn).to(case.dtype)

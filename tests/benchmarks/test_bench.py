@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_data import FakeClock
-from fastattn.benchmarks import work
 from fastattn.benchmarks.measure import devices, timing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastattn.core import work
 from fastattn.core.work import pairs_of_band
 
 # ---- statistics -------------------------------------------------------------------------------

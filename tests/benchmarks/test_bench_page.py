@@ -10,11 +10,11 @@ from browser import Browser
 
 matplotlib = pytest.importorskip("matplotlib", reason="the report's figures need matplotlib")
 
+from demo_data import Reader  # noqa: E402
+from demo_data import example as demo_example  # noqa: E402
 from fastattn.benchmarks.demo import report  # noqa: E402
 from fastattn.benchmarks.report import figures, page, record  # noqa: E402
 from fastattn.benchmarks.report.history import Change  # noqa: E402
-from test_demo import Reader  # noqa: E402
-from test_demo import example as demo_example  # noqa: E402
 
 
 def runs(data: dict) -> list:

@@ -328,7 +328,7 @@ def test_a_peak_is_the_most_ever_seen(monkeypatch):
 
 
 def test_half_precision_is_held_to_the_better_peak():
-    from fastattn.benchmarks.work import Work
+    from fastattn.core.work import Work
 
     work = Work(pairs=1, flops=10**9, bytes=1)
     found = machine.Machine({}, {"fp32": 1e11, "bf16": 2e10}, {1 << 20: 1e10})

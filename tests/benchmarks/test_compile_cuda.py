@@ -6,35 +6,35 @@ import json
 
 import pytest
 import torch
-from fastattn.benchmarks.compile import cuda
+from fastattn.benchmarks.compile import cuda as compiled
 
-from fastattn.backends import registry
+from fastattn.backends import backend, cpu, cuda, library, registry, triton
 from fastattn.core.call import Call, Result
 from fastattn.core.spec import NO_OPERANDS, Descales, Operands, Spec
 
-needs_nvcc = pytest.mark.skipif(cuda.why_not() is not None, reason=str(cuda.why_not()))
+needs_nvcc = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
 
 GOOD = {
     "name": "forward_sm90 bf16 D 64", "source": "forward_sm90.cu", "registers": 128, "spills": 0,
     "stack": 0, "shared": 1024,
-    **dict.fromkeys(cuda.COUNTED, 1), "overlapped": 64,
+    **dict.fromkeys(compiled.COUNTED, 1), "overlapped": 64,
 }  # fmt: skip
 
 
 def stored():
-    return json.loads(cuda.STORED.read_text())
+    return json.loads(compiled.STORED.read_text())
 
 
 def test_the_stored_table_is_of_these_sources():
     """Nothing is compiled here: the table is, when it is made, and --long compares it."""
-    stale = cuda.stale(stored())
+    stale = compiled.stale(stored())
     again = "where nvcc is, `make gpu-audit ARGS=--write` makes the table again"
-    assert stale == [], f"{cuda.STORED.name} was made from other sources: {again}"
+    assert stale == [], f"{compiled.STORED.name} was made from other sources: {again}"
 
 
 def test_the_stored_table_is_clean():
     rows = stored()["rows"]
-    assert [row["name"] for row in rows if cuda.problems(row, []) or row["problems"]] == []
+    assert [row["name"] for row in rows if compiled.problems(row, []) or row["problems"]] == []
     names = {row["name"] for row in rows}
     kernels = ("forward_sm90 {}", "backward_sm90 {}", "forward_sm80 {}", "forward_sm80 {} few",
                "backward_sm80 {}", "backward_sm80 {} small")  # fmt: skip
@@ -43,7 +43,7 @@ def test_the_stored_table_is_clean():
             assert {kernel.format(f"{e} D {dim}") for e in ("bf16", "fp16")} <= names
     assert {f"forward_sm90 e4m3 D {dim}" for dim in (64, 128, 256)} <= names
     large = [row for row in rows if "_sm90" in row["name"]]
-    assert all(100_000 < row["shared"] <= cuda.MAX_SHARED["_sm90"] for row in large)
+    assert all(100_000 < row["shared"] <= compiled.MAX_SHARED["_sm90"] for row in large)
     small = [r for r in rows if r["name"].startswith("forward_sm80") or "small" in r["name"]]
     assert all(row["sm_86"] for row in small)
 
@@ -51,10 +51,10 @@ def test_the_stored_table_is_clean():
 @needs_nvcc
 @pytest.mark.long
 def test_kernels_compile_as_stored():
-    rows = cuda.audit()
+    rows = compiled.audit()
     assert [row["name"] for row in rows if row["problems"]] == []
-    if cuda.nvcc_version() == stored()["nvcc"]:
-        assert cuda.differences(rows, stored()["rows"]) == []
+    if compiled.nvcc_version() == stored()["nvcc"]:
+        assert compiled.differences(rows, stored()["rows"]) == []
     else:
         assert {row["name"] for row in rows} == {row["name"] for row in stored()["rows"]}
 
@@ -62,9 +62,9 @@ def test_kernels_compile_as_stored():
 @needs_nvcc
 def test_another_nvcc_compiles_a_sample():
     """The one file that takes least: unlike the table's nvcc, this one was never seen."""
-    if cuda.nvcc_version() == stored()["nvcc"]:
+    if compiled.nvcc_version() == stored()["nvcc"]:
         pytest.skip("the stored table is of this nvcc")
-    rows = cuda.rows_of(next(s for s in cuda.sources() if s.stem == "forward_sm80"))
+    rows = compiled.rows_of(next(s for s in compiled.sources() if s.stem == "forward_sm80"))
     assert [row["name"] for row in rows if row["problems"]] == []
 
 
@@ -72,20 +72,20 @@ def test_another_nvcc_compiles_a_sample():
 def test_only_what_changed_is_compiled(monkeypatch):
     """A file whose key differs, nothing else; all of them where another nvcc made the table."""
     asked = []
-    monkeypatch.setattr(cuda, "rows_of", lambda source: asked.append(source.name) or [])
-    names = [source.name for source in cuda.sources()]
+    monkeypatch.setattr(compiled, "rows_of", lambda source: asked.append(source.name) or [])
+    names = [source.name for source in compiled.sources()]
     fresh = [
-        {"name": source.stem, "source": source.name, "key": cuda.key(source)}
-        for source in cuda.sources()
+        {"name": source.stem, "source": source.name, "key": compiled.key(source)}
+        for source in compiled.sources()
     ]
-    report = {"nvcc": cuda.nvcc_version(), "rows": fresh}
-    assert cuda.stale(report) == [] and cuda.audit(report) == fresh and asked == []
+    report = {"nvcc": compiled.nvcc_version(), "rows": fresh}
+    assert compiled.stale(report) == [] and compiled.audit(report) == fresh and asked == []
     gone = {"name": "x", "source": "gone_sm80.cu", "key": ""}
     report["rows"] = [fresh[0] | {"key": "0"}, *fresh[1:], gone]
-    assert cuda.stale(report) == sorted([names[0], "gone_sm80.cu"])
-    assert cuda.audit(report) == fresh[1:] and asked == names[:1]
+    assert compiled.stale(report) == sorted([names[0], "gone_sm80.cu"])
+    assert compiled.audit(report) == fresh[1:] and asked == names[:1]
     asked.clear()
-    assert cuda.audit({**report, "nvcc": "release 1"}) == [] and asked == names
+    assert compiled.audit({**report, "nvcc": "release 1"}) == [] and asked == names
 
 
 @pytest.mark.parametrize(
@@ -102,31 +102,31 @@ def test_only_what_changed_is_compiled(monkeypatch):
     ],
 )
 def test_problems_are_named(change, word):
-    assert cuda.problems(GOOD, []) == []
-    assert word in cuda.problems({**GOOD, **change}, [])[0]
+    assert compiled.problems(GOOD, []) == []
+    assert word in compiled.problems({**GOOD, **change}, [])[0]
 
 
 def test_eight_bits_have_products_of_their_own():
     eight = {**GOOD, "name": "forward_sm90 e4m3 D 128", "HGMMA": 0}
-    assert cuda.problems(eight, []) == []
-    assert "no QGMMA" in cuda.problems({**eight, "QGMMA": 0}, [])[0]
-    assert "0 exponentials" in cuda.problems({**eight, "overlapped": 0}, [])[0]
+    assert compiled.problems(eight, []) == []
+    assert "no QGMMA" in compiled.problems({**eight, "QGMMA": 0}, [])[0]
+    assert "0 exponentials" in compiled.problems({**eight, "overlapped": 0}, [])[0]
     wide = {**eight, "name": "forward_sm90 e4m3 D 256", "overlapped": 0}
-    assert cuda.problems(wide, []) == []
+    assert compiled.problems(wide, []) == []
 
 
 def test_serialised_wgmma_is_a_problem():
     note = "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
-    assert "C7510" in cuda.problems(GOOD, [note])[0]
+    assert "C7510" in compiled.problems(GOOD, [note])[0]
 
 
 def test_differences_are_shown():
     other = {**GOOD, "registers": 100}
-    assert cuda.differences([GOOD], [GOOD]) == []
-    assert cuda.differences([GOOD], [other]) == [
+    assert compiled.differences([GOOD], [GOOD]) == []
+    assert compiled.differences([GOOD], [other]) == [
         "forward_sm90 bf16 D 64: registers was 100, is 128"
     ]
-    assert cuda.differences([GOOD], []) == ["forward_sm90 bf16 D 64 is new"]
+    assert compiled.differences([GOOD], []) == ["forward_sm90 bf16 D 64 is new"]
 
 
 # ---- the backend's closed table ----------------------------------------------------------------
@@ -134,12 +134,12 @@ def test_differences_are_shown():
 
 def refusal(dtype=torch.bfloat16, dim=64, v_dim=64, rows=64, spec=None, **operands):
     q, k, v = (torch.empty(1, 2, rows, d, dtype=dtype, device="meta") for d in (dim, dim, v_dim))
-    return registry._cuda_refuses(Call(q, k, v, spec or Spec(0.125), Operands(**operands)))
+    return cuda.refuses(Call(q, k, v, spec or Spec(0.125), Operands(**operands)))
 
 
 def test_what_the_kernels_serve():
-    for dtype in registry.CUDA_DTYPES:
-        for dim in registry.CUDA_HEAD_DIMS:
+    for dtype in cuda.DTYPES:
+        for dim in cuda.HEAD_DIMS:
             assert refusal(dtype, dim, dim) is None
     some = torch.empty(2, device="meta")
     assert refusal(spec=Spec(0.1, 5.0, 3, 0, False), sinks=some, kv_lens=some) is None
@@ -168,12 +168,12 @@ FLOAT8 = {"dtype": torch.float8_e4m3fn, "descales": Descales()}
 
 def test_float8_has_kernels_of_its_own(monkeypatch):
     some = torch.empty(2, device="meta")
-    for dim in registry.CUDA_HEAD_DIMS:
+    for dim in cuda.HEAD_DIMS:
         assert refusal(dim=dim, v_dim=dim, sinks=some, kv_lens=some, **FLOAT8) is None
     assert "page_table is given" in refusal(page_table=some, **FLOAT8)
     assert "96" in refusal(dim=96, v_dim=96, **FLOAT8)
     assert "descales is given" in refusal(descales=Descales())
-    monkeypatch.setattr(registry.ops, "CUDA_MISSING", None)
+    monkeypatch.setattr(library, "CUDA_MISSING", None)
     q = type("Q", (), {"device": torch.device("cuda"), "dtype": torch.float8_e4m3fn})()
     q.shape = (1, 1, 64, 64)
     for found, reason in (((9, 0), None), ((8, 9), "sm_89"), ((10, 0), "sm_100")):
@@ -205,11 +205,11 @@ def test_documents_wait_for_no_compiler(monkeypatch):
 
 def test_documents_become_sequences():
     ids = torch.tensor([[0, 0, 1, 1, 5], [2, 2, 2, 2, 2]], dtype=torch.int32)
-    found = registry.documents_as_sequences(Operands(document_ids=ids))
+    found = cuda.documents_as_sequences(Operands(document_ids=ids))
     assert found.document_ids is None and found.cu_seqlens_q is found.cu_seqlens_k
     assert found.cu_seqlens_q.tolist() == [[0, 2, 4, 5], [0, 5, 5, 5]]
     empty = Operands(document_ids=ids[:, :0])
-    assert registry.documents_as_sequences(empty).cu_seqlens_q.shape == (2, 1)
+    assert cuda.documents_as_sequences(empty).cu_seqlens_q.shape == (2, 1)
 
 
 def test_cpu_tensors_are_refused():
@@ -219,22 +219,20 @@ def test_cpu_tensors_are_refused():
 
 
 def test_the_shared_memory_of_a_cta_is_the_same_number_everywhere():
-    config = (cuda.ROOT / "csrc/cuda/config.h").read_text()
-    small = cuda.SMALL_SHARED + 1024
-    assert f"Memory::LARGE ? {registry.CUDA_WIDE_BACKWARD} : {small};" in config
-    assert cuda.MAX_SHARED["_sm80"] + 1024 == registry.CUDA_WIDE_BACKWARD
+    config = (compiled.ROOT / "csrc/cuda/config.h").read_text()
+    small = compiled.SMALL_SHARED + 1024
+    assert f"Memory::LARGE ? {cuda.WIDE_BACKWARD} : {small};" in config
+    assert compiled.MAX_SHARED["_sm80"] + 1024 == cuda.WIDE_BACKWARD
 
 
 def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
     calls = []
-    able = registry.Backend(
-        "able", "", lambda *a: None, None, lambda *a: calls.append("able"), None
-    )
-    unable = registry.Backend("unable", "", lambda *a: "cannot", None, None, None)
-    rows = [registry.BY_NAME["cuda"], unable, able]
-    monkeypatch.setattr(registry, "BACKENDS", rows)
-    monkeypatch.setattr(registry, "_warned", set())
-    monkeypatch.setattr(registry, "_cpu_backward", lambda *a: calls.append("cuda"))
+    able = backend.Backend("able", "", lambda *a: None, None, lambda *a: calls.append("able"), None)
+    unable = backend.Backend("unable", "", lambda *a: "cannot", None, None, None)
+    monkeypatch.setattr(triton, "ROW", unable)
+    monkeypatch.setattr(cpu, "ROW", able)
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(cpu, "backward", lambda *a: calls.append("cuda"))
     gpu = type("Properties", (), {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
@@ -242,7 +240,7 @@ def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
         gpu.shared_memory_per_block_optin = shared
         q = type("Q", (), {"device": None, "is_cuda": True, "shape": (1, 1, 64, dim)})
         call = Call(q, q, q, Spec(1.0), NO_OPERANDS)
-        rows[0].backward(call, Result(q, q), q, None, (False, False))
+        cuda.ROW.backward(call, Result(q, q), q, None, (False, False))
 
     backward(232448, 256)
     backward(101376, 128)
@@ -254,7 +252,7 @@ def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
 @pytest.mark.parametrize("found, reason", [((7, 5), "sm_75"), ((8, 0), None), ((12, 0), None)])
 def test_gpus_older_than_sm_80_are_refused(monkeypatch, found, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
-    monkeypatch.setattr(registry.ops, "CUDA_MISSING", None)
+    monkeypatch.setattr(library, "CUDA_MISSING", None)
     q = type("Q", (), {"device": torch.device("cuda"), "dtype": torch.float16})()
     q.shape = (1, 1, 1, 64)
     answer = registry.BY_NAME["cuda"].why_not(Call(q, q, q, Spec(0.125), NO_OPERANDS))

@@ -19,7 +19,7 @@ import kernels_alone
 import pytest
 import torch
 
-from fastattn.backends import isa, operators
+from fastattn.backends import isa, library
 from fastattn.core.tolerance import Judge
 from fastattn.core.reference import reference
 from fastattn.core.spec import Operands, Spec
@@ -147,9 +147,9 @@ def vector_code_outside(binary: Path) -> dict[str, str]:
 def test_no_other_code_has_an_instruction_set(kind, made):
     """Inline functions and std templates have one copy in a library: the linker may keep a unit's,
     and a CPU without that unit's instructions would meet them."""
-    if kind == "library" and operators.NATIVE is None:
-        pytest.skip(str(operators.NATIVE_MISSING))
-    binary = operators.NATIVE._name if kind == "library" else made(kind).command[0]
+    if kind == "library" and library.NATIVE is None:
+        pytest.skip(str(library.NATIVE_MISSING))
+    binary = library.NATIVE._name if kind == "library" else made(kind).command[0]
     assert vector_code_outside(Path(binary)) == {}
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import fastattn
+from fresh_python import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 TREE = (
     "setup.py", "build_backend.py", "build_tools.py", "pyproject.toml", "MANIFEST.in", "Makefile",
@@ -36,11 +36,6 @@ FOLDERS = (
 )
 
 
-def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter, its output captured; ROOT's package unless PYTHONPATH says otherwise."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **environment}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 # ---- README -----------------------------------------------------------------------------------
@@ -100,7 +95,7 @@ def test_readme_names_files_that_exist():
 
 def test_support_is_what_the_backends_say(monkeypatch):
     """Of the call alone, on any machine: never a guess, nor a matter of what runs here."""
-    from fastattn.backends import registry
+    from fastattn.backends import backend, registry
     from fastattn.cli import info
 
     def halves_only(call):
@@ -109,7 +104,7 @@ def test_support_is_what_the_backends_say(monkeypatch):
     def nothing(*call):
         raise AssertionError("asked about this machine")
 
-    row = registry.Backend("picky", "a test", nothing, nothing, nothing, halves_only)
+    row = backend.Backend("picky", "a test", nothing, nothing, nothing, halves_only)
     monkeypatch.setattr(registry, "BACKENDS", [row])
     head, _, first, *others = info.support_markdown().splitlines()
     assert head == "| | picky |" and first == "| fp32 | no |"

@@ -19,24 +19,24 @@ import elf
 import pytest
 import torch
 
-from fastattn.backends import operators
+from fastattn.backends import library
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER = os.environ.get("FASTATTN_OTHER_TORCH")
 
 pytestmark = pytest.mark.skipif(
-    operators.NATIVE_MISSING is not None, reason=f"nothing native is built here: {operators.NATIVE_MISSING}"
+    library.NATIVE_MISSING is not None, reason=f"nothing native is built here: {library.NATIVE_MISSING}"
 )
 
 USE = """
 import json, torch, fastattn
-from fastattn import ops
+from fastattn.backends import library
 q, k, v = (torch.randn(2, 4, 70, 64, requires_grad=True) for _ in range(3))
 out = fastattn.attention(q, k, v, causal=True, backend="cpu")
 plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 grads = torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(plain.sum(), (q, k, v))
 error = max((x - y).abs().max().item() for x, y in zip((out, *grads[0]), (plain, *grads[1])))
-print(json.dumps([fastattn.__file__, torch.__version__, error, ops.NATIVE_MISSING]))
+print(json.dumps([fastattn.__file__, torch.__version__, error, library.NATIVE_MISSING]))
 """
 
 

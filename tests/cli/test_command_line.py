@@ -9,8 +9,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from fresh_python import ROOT, python
 from rich.console import Console
-from test_house import ROOT, python
 
 from fastattn import __main__ as command_line
 from fastattn.cli import info

@@ -57,7 +57,7 @@ def wrong_in(monkeypatch, forward: float = 1.0, backward: float = 1.0, call: int
         def backward(ctx, grad):
             return grad * backward
 
-    module, calls = sys.modules["fastattn.swap"], []  # it gives this function to swapped code
+    module, calls = sys.modules["fastattn.swapping"], []  # it gives this function to swapped code
     function = module.scaled_dot_product_attention
 
     def bent(*args, **kwargs):

@@ -11,7 +11,7 @@ import torch
 from cases import Case, Problem
 from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES, check_problem
 
-from fastattn.backends import operators
+from fastattn.backends import schema
 from fastattn.core.quantization import E4M3
 from fastattn.core.spec import Descales
 
@@ -124,8 +124,8 @@ def test_operator_says_what_comes_and_has_no_gradient():
     q = torch.empty(2, 50, 4, 64, dtype=E4M3, device="meta").transpose(1, 2)
     k = torch.empty(2, 2, 90, 64, dtype=E4M3, device="meta")
     numbers = (0.1, 0.0, -1, -1, True, 0.0, 0)
-    out, lse = operators.forward_float8(q, k, k, *(None,) * 13, *numbers)
+    out, lse = schema.forward_float8(q, k, k, *(None,) * 13, *numbers)
     assert out.dtype == torch.bfloat16 and out.shape == q.shape and out.stride() == q.stride()
     assert lse.dtype == torch.float32 and lse.shape == q.shape[:3]
     with pytest.raises(NotImplementedError, match="no gradient"):
-        operators.forward_float8(q.requires_grad_(), k, k, *(None,) * 13, *numbers)
+        schema.forward_float8(q.requires_grad_(), k, k, *(None,) * 13, *numbers)

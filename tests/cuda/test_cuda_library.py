@@ -16,7 +16,7 @@ import elf
 import pytest
 import torch
 
-from fastattn.backends import operators, proof, registry
+from fastattn.backends import library, proof, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # What csrc/cuda/ops.cu looks up while it runs, of libraries that it does not name.
@@ -42,9 +42,9 @@ def test_a_symbol_of_libtorch_cuda_is_found_missing(tmp_path, monkeypatch):
     code = 'extern "C" int {0}(int, void**); int use() {{ return {0}(0, nullptr); }}'
     path = library_of(tmp_path, code.format("aoti_torch_get_current_cuda_stream"))
     assert elf.not_provided(path) == LOOKED_UP
-    monkeypatch.setattr(operators, "_native_path", lambda kind: path)
-    library, reason = operators._load("CUDA")
-    assert library is None and str(path) in reason
+    monkeypatch.setattr(library, "_native_path", lambda kind: path)
+    loaded, reason = library._load("CUDA")
+    assert loaded is None and str(path) in reason
     assert "undefined symbol: aoti_torch_get_current_cuda_stream" in reason
 
 
@@ -55,7 +55,7 @@ def test_the_reason_is_said_once_and_with_its_causes():
         except OSError as error:
             raise RuntimeError("Could not load this library: libx.so") from error
     except RuntimeError as error:
-        said = operators._causes(error)
+        said = library._causes(error)
     assert said == "Could not load this library: libx.so: libx.so: undefined symbol: y"
 
 
@@ -74,17 +74,17 @@ def test_links_fail_where_a_symbol_is_missing():
 def test_a_built_library_that_does_not_load_is_a_fault(monkeypatch):
     """Of `verify` and of tests/backends/test_gpu.py, which skip only what was never built."""
     reason = "the native CUDA library x.so does not load: undefined symbol: y"
-    monkeypatch.setattr(operators, "CUDA_MISSING", reason)
-    monkeypatch.setattr(operators, "CUDA", None)
-    monkeypatch.setattr(operators, "_native_path", lambda kind: Path("x.so"))
+    monkeypatch.setattr(library, "CUDA_MISSING", reason)
+    monkeypatch.setattr(library, "CUDA", None)
+    monkeypatch.setattr(library, "_native_path", lambda kind: Path("x.so"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert operators.cuda_fault() == reason
+    assert library.cuda_fault() == reason
     found = proof.prove(lambda text: None)
     assert found.failures == [f"CUDA kernels: {reason}"] and not found.hangs
-    monkeypatch.setattr(operators, "_native_path", lambda kind: None)
-    assert operators.cuda_fault() is None and proof.prove(lambda text: None).failures == []
+    monkeypatch.setattr(library, "_native_path", lambda kind: None)
+    assert library.cuda_fault() is None and proof.prove(lambda text: None).failures == []
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert operators.cuda_fault() is None
+    assert library.cuda_fault() is None
 
 
 def test_a_driver_that_does_not_serve_the_library_is_named(monkeypatch):
@@ -100,14 +100,14 @@ def test_a_driver_that_does_not_serve_the_library_is_named(monkeypatch):
     class Q:
         device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, (1, 1, 64, 64)
 
-    monkeypatch.setattr(operators, "CUDA", Old)
-    monkeypatch.setattr(operators, "CUDA_MISSING", None)
+    monkeypatch.setattr(library, "CUDA", Old)
+    monkeypatch.setattr(library, "CUDA_MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    operators.cuda_problem.cache_clear()
+    library.cuda_problem.cache_clear()
     try:
         said = registry.BY_NAME["cuda"].why_not(Call(Q, Q, Q, Spec(1.0), Operands()))
     finally:
-        operators.cuda_problem.cache_clear()
+        library.cuda_problem.cache_clear()
     assert "serves CUDA up to 12.2" in said
 
 

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "support/example_matrix.py"
 
 
 def check(folder: Path, *words: str) -> list[str]:
-    """The lines of tests/support/example_matrix.py, all of which must say that runs are the same."""
+    """The lines of support/example_matrix.py, all of which must say that runs are the same."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), *words], capture_output=True, text=True,
         timeout=3000, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -5,16 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_cases import (
+    DTYPES,
+    ISAS,
+    LAYOUTS,
+    LOSSES,
+    check,
+    double,
+    exact_norm,
+    ours_gate,
+    ours_norm,
+    ours_rotate,
+    randn,
+    table,
+    torch_gate,
+    torch_norm,
+    torch_rotate,
+)
 
-from fastattn.backends import isa as cpu_isa
-from fastattn.fused import norm
+from fastattn.fused import gate, norm, rope
 from fastattn.fused.linear_cross_entropy import linear_cross_entropy
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPS = torch.ops.fastattn
-
-
-ISAS = cpu_isa.supported()
 
 
 @pytest.fixture(autouse=True)
@@ -23,47 +33,6 @@ def kernels_at_every_size(monkeypatch):
 
 
 # ---- what each operator computes: ours, and torch's own way -------------------------------------
-
-
-def ours_norm(x, residual, weight, bias, center=True):
-    return norm.norm(x, residual, weight, bias, 1e-5, center)
-
-
-def torch_norm(x, residual, weight, bias, center=True):
-    summed = x if residual is None else x + residual
-    shape = (x.shape[-1],)
-    if center:
-        return F.layer_norm(summed, shape, weight, bias, 1e-5), summed
-    return F.rms_norm(summed, shape, weight, 1e-5), summed
-
-
-def exact_norm(x, residual, weight, bias, center=True):
-    return norm.norm_reference(x, residual, weight, bias, 1e-5, center)
-
-
-def ours_rotate(x, interleaved=False):
-    return (norm.rotate(x, *table(x), None, interleaved),)
-
-
-def torch_rotate(x, interleaved=False):
-    cos, sin = (t.to(x.dtype) for t in table(x))
-    return (norm.rotate_reference(x, cos, sin, None, interleaved),)
-
-
-def table(x):
-    """Angles of S positions for all but the last channel or two; exact in every dtype."""
-    pairs = max(1, (x.shape[-1] - 1) // 2)
-    angles = torch.arange(x.shape[-2]).unsqueeze(1) * 0.3 + torch.arange(pairs)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return tuple(t.bfloat16().to(dtype) for t in (angles.cos(), angles.sin()))
-
-
-def ours_gate(gate, up, activation="silu"):
-    return (norm.gate(gate, up, activation),)
-
-
-def torch_gate(gate, up, activation="silu"):
-    return (norm.GATES[activation](gate) * up,)
 
 
 def ours_loss(hidden, weight, bias, labels=None, **options):
@@ -78,43 +47,6 @@ def torch_loss(hidden, weight, bias, labels=None, z_loss=0.0, softcap=0.0, **opt
         kept = labels != options.get("ignore_index", -100)
         loss = loss + z_loss * logits[kept].logsumexp(-1).square().mean()
     return (loss,)
-
-
-def check(ours, theirs, inputs, dtype, exact=None, **options):
-    """Forward and gradients: at most twice the error of torch's own way in the same dtype, plus a
-    rounding floor (three times for gradients)."""
-    results = {}
-    for name, function, kind in (
-        ("exact", exact or theirs, torch.float64), ("torch", theirs, dtype), ("ours", ours, dtype)
-    ):  # fmt: skip
-        leaves = [None if x is None else like(x, kind) for x in inputs]
-        outs = function(*leaves, **options)
-        generator = torch.Generator().manual_seed(1)
-        cotangents = [
-            torch.randn(y.shape, dtype=torch.float64, generator=generator).to(dtype).to(y.dtype)
-            for y in outs
-        ]
-        wanted = [x for x in leaves if x is not None]
-        grads = torch.autograd.grad(outs, wanted, cotangents)
-        results[name] = [*outs, *grads]
-        outputs = len(outs)
-    for n, (right, theirs, mine) in enumerate(zip(*results.values())):
-        assert mine.shape == right.shape
-        scale = right.abs().max().item() if right.numel() else 0.0
-        ulps = 32 if dtype == torch.float64 else 2 if n < outputs else 4  # float64 is the truth too
-        floor = ulps * torch.finfo(dtype).eps * scale + 1e-30
-        error, allowed = ((x.double() - right).abs().max().item() for x in (mine, theirs))
-        assert error <= (2 if n < outputs else 3) * allowed + floor, (n, error, allowed, floor)
-
-
-def like(x, dtype):
-    """A leaf with x's strides."""
-    y = torch.empty_strided(x.shape, x.stride(), dtype=dtype)
-    return y.copy_(x).requires_grad_()
-
-
-def randn(*shape, dtype):
-    return torch.randn(*shape, dtype=torch.float64).to(dtype).double()
 
 
 # ---- against float64 ----------------------------------------------------------------------------
@@ -143,7 +75,7 @@ def test_rotate(dtype, interleaved):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", list(norm.GATES))
+@pytest.mark.parametrize("activation", list(gate.GATES))
 def test_gate(dtype, activation):
     for shape in ((1,), (3, 7), (2, 3, 65), (5, 1000)):
         gate, up = (4 * randn(*shape, dtype=dtype) for _ in range(2))
@@ -154,25 +86,14 @@ def test_gate_over_the_whole_range():
     """No overflow, no NaN, and 2 ulp of the larger operand everywhere."""
     x = torch.cat((torch.linspace(-200, 200, 40001), torch.tensor([-3e38, 3e38, -1e-30, 0.0])))
     x.requires_grad_()
-    for activation, function in norm.GATES.items():
-        out = norm.gate(x, torch.ones_like(x), activation)
+    for activation, function in gate.GATES.items():
+        out = gate.gate(x, torch.ones_like(x), activation)
         (slope,) = torch.autograd.grad(out.sum(), x)
         exact = x.detach().double().requires_grad_()
         right = function(exact)
         (right_slope,) = torch.autograd.grad(right.sum(), exact)
         assert ((out - right).abs() <= 2.4e-7 * exact.abs().clamp(min=1e-3)).all(), activation
         assert (slope - right_slope).abs().nan_to_num(nan=1.0).max() < 2e-6, activation
-
-
-LOSSES = {
-    "plain": {},
-    "smoothing": {"label_smoothing": 0.2},
-    "z": {"z_loss": 0.1},
-    "softcap": {"softcap": 1.5},
-    "all": {"label_smoothing": 0.3, "z_loss": 0.05, "softcap": 2.0, "ignore_index": 3},
-    "sum": {"reduction": "sum"},
-    "none": {"reduction": "none", "label_smoothing": 0.1},
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,23 +128,13 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
     x, y = randn(3, 85, dtype=dtype), randn(3, 85, dtype=dtype)
     weight, bias = randn(85, dtype=dtype), randn(85, dtype=dtype)
     check(ours_norm, torch_norm, (x, y, weight, bias), dtype, exact_norm)
-    for activation in norm.GATES:
+    for activation in gate.GATES:
         check(ours_gate, torch_gate, (x, y), dtype, activation=activation)
     for interleaved in (False, True):
         check(ours_rotate, torch_rotate, (x,), dtype, interleaved=interleaved)
     labels = torch.tensor([4, -100, 0])
     options = {"labels": labels, "softcap": 3.0, "label_smoothing": 0.1}
     check(ours_loss, torch_loss, (x, randn(77, 85, dtype=dtype) / 9, None), dtype, **options)
-
-
-LAYOUTS = {
-    "transposed": lambda x: x.transpose(0, 1),
-    "half of a wider one": lambda x: x[..., :10],
-    "rows apart": lambda x: x[:, ::2],
-    "columns apart": lambda x: x[..., ::2],
-    "expanded": lambda x: x[:1].expand(4, -1, -1),
-    "columns transposed": lambda x: x.transpose(0, 2),
-}
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -236,8 +147,8 @@ def test_strides(layout):
 
     def results(x, y):
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-        outs = (*norm.norm(x, y, weight, None, 1e-5, True), norm.gate(x, y, "gelu"))
-        outs += (norm.gate(y, x, "silu"), norm.rotate(x, *table(x), None, False))
+        outs = (*norm.norm(x, y, weight, None, 1e-5, True), gate.gate(x, y, "gelu"))
+        outs += (gate.gate(y, x, "silu"), rope.rotate(x, *table(x), None, False))
         return [*outs, *torch.autograd.grad(outs, (x, y), [torch.ones_like(o) * o for o in outs])]
 
     for a, b in zip(results(x, y), results(x.contiguous(), y)):
@@ -247,8 +158,8 @@ def test_strides(layout):
 @pytest.mark.native
 def test_dense_inputs_are_read_in_place_and_keep_their_order():
     x = torch.randn(2, 5, 3, 8).transpose(1, 2)
-    for out in (norm.norm(x, None, None, None, 1e-5, False)[0], norm.gate(x, x, "silu"),
-                norm.rotate(x, *table(x), None, False)):  # fmt: skip
+    for out in (norm.norm(x, None, None, None, 1e-5, False)[0], gate.gate(x, x, "silu"),
+                rope.rotate(x, *table(x), None, False)):  # fmt: skip
         assert out.stride() == x.stride()
 
 
@@ -258,13 +169,13 @@ def test_empty(dtype):
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
         weight = torch.ones(shape[-1], dtype=dtype, requires_grad=True)
         y, summed = norm.norm(x, x, weight, None, 1e-5, False)
-        out = norm.gate(x, x, "silu")
+        out = gate.gate(x, x, "silu")
         assert y.shape == summed.shape == out.shape == shape
         (y.sum() + out.sum()).backward()
         assert x.grad.shape == shape and weight.grad.shape == shape[-1:]
         assert (weight.grad == 0).all()
     x = torch.randn(2, 3, 0, 8, dtype=dtype, requires_grad=True)
-    norm.rotate(x, *table(x), None, False).sum().backward()
+    rope.rotate(x, *table(x), None, False).sum().backward()
     hidden = torch.randn(0, 4, dtype=dtype, requires_grad=True)
     weight = torch.randn(5, 4, dtype=dtype, requires_grad=True)
     labels = torch.zeros(0, dtype=torch.long)
@@ -282,10 +193,10 @@ def test_nan_and_inf_stay_in_their_row():
         y, summed = norm.norm(x, torch.ones(4, 33), torch.ones(33), None, 1e-5, True)
         assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
         assert not summed[1, 20].isfinite() and summed.isfinite().sum() == 131
-        turned = norm.rotate(x, *table(x), None, False)
+        turned = rope.rotate(x, *table(x), None, False)
         assert not turned[1].isfinite().all() and turned[[0, 2, 3]].isfinite().all()
-        for activation, function in norm.GATES.items():
-            out = norm.gate(x, x.abs(), activation)
+        for activation, function in gate.GATES.items():
+            out = gate.gate(x, x.abs(), activation)
             right = function(x.double()) * x.abs()  # in float32 torch's gelu(inf) is NaN
             assert torch.equal(out.isnan(), right.isnan()), (activation, bad)
             assert torch.equal(out.isinf(), right.isinf()), (activation, bad)
@@ -348,14 +259,10 @@ def test_dtypes_are_promoted():
     torch.testing.assert_close(summed, x + residual)
     y, _ = norm.norm(x, None, torch.ones(8), None, 1e-5, False)
     assert y.dtype == torch.bfloat16
-    assert norm.gate(x, residual, "silu").dtype == torch.float32
+    assert gate.gate(x, residual, "silu").dtype == torch.float32
 
 
 # ---- derivatives --------------------------------------------------------------------------------
-
-
-def double(*shape):
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 def derivative_cases():
@@ -367,13 +274,13 @@ def derivative_cases():
             return norm.norm(x, None, w, None, 1e-5, c)[0]
 
         yield f"norm {center} alone", one, (x, weight)
-    for activation in norm.GATES:
-        yield activation, lambda g, u, a=activation: norm.gate(g, u, a), (x, y)
+    for activation in gate.GATES:
+        yield activation, lambda g, u, a=activation: gate.gate(g, u, a), (x, y)
     q = double(2, 2, 3, 6)
     for positions in (None, torch.tensor([[2, 0, 1], [1, 1, 0]])):
 
         def turn(q, p=positions):
-            return norm.rotate(q, *table(q), p, p is None)
+            return rope.rotate(q, *table(q), p, p is None)
 
         yield f"rotate {positions is None}", turn, (q,)
     labels = torch.tensor([1, 0, -100, 5, 2, 2])
@@ -386,7 +293,7 @@ def derivative_cases():
         yield f"loss {name}", loss, (double(6, 3), double(7, 3), double(7))
 
 
-CASES = ("norm False", "norm False alone", "norm True", "norm True alone", *norm.GATES,
+CASES = ("norm False", "norm False alone", "norm True", "norm True alone", *gate.GATES,
          "rotate False", "rotate True", "loss all", "loss none")  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fused import DTYPES, ISAS, LAYOUTS, OPS, check, double, randn
+from fused_cases import DTYPES, ISAS, LAYOUTS, OPS, check, double, randn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.core.philox import keep_probability, keep_rows, philox4x32

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fused import table
+from fused_cases import table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastattn.fused import gate, norm, rope
 from fastattn.fused import linear_cross_entropy as fused_loss
-from fastattn.fused import norm
 from fastattn.fused.linear_cross_entropy import linear_cross_entropy
 
 OPS = torch.ops.fastattn
@@ -66,7 +66,7 @@ def test_calls_under_compile():
 
     def function(hidden, head):
         x, summed = norm.norm(hidden, hidden, None, None, 1e-5, True)
-        x = norm.gate(x, summed, "gelu")
+        x = gate.gate(x, summed, "gelu")
         return linear_cross_entropy(x, head, labels)
 
     inputs = [torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)]
@@ -79,7 +79,7 @@ def test_calls_under_compile():
 def test_meta():
     x = torch.empty(2, 3, 8, device="meta", requires_grad=True)
     y, _ = norm.norm(x, x, None, None, 1e-5, True)
-    y = norm.rotate(norm.gate(y, x, "silu"), *(t.to("meta") for t in table(x)), None, False)
+    y = rope.rotate(gate.gate(y, x, "silu"), *(t.to("meta") for t in table(x)), None, False)
     assert y.shape == x.shape and y.is_meta
 
 
@@ -140,7 +140,7 @@ ERRORS = {
                    TypeError, "x is torch.int32; accepted are float32"),
     "norm type": (lambda: norm.norm([1.0], None, None, None, 1e-5, True),
                   TypeError, "x is of type list"),
-    "gate shapes": (lambda: norm.gate(_X, _X[0], "silu"),
+    "gate shapes": (lambda: gate.gate(_X, _X[0], "silu"),
                     ValueError, r"up has shape \[6\] and gate \[4, 6\]"),
     "loss label": (lambda: linear_cross_entropy(_X, torch.ones(3, 6), _LABELS + 3),
                    ValueError, r"labels holds 3; accepted is \[0, 2\], or -100"),

@@ -8,17 +8,21 @@ import importlib.metadata
 import subprocess
 import sys
 
+import fused_cases as cases
 import pytest
 import test_fused as T
 import test_fused_dropout as D
 import torch
-from test_fused import LAYOUTS, LOSSES, OPS, check, exact_norm, randn, table
+from fused_cases import LAYOUTS, LOSSES, OPS, check, exact_norm, randn, table
 from torch._subclasses import FakeTensorMode
 
 from fastattn.backends import gpu
 from fastattn.core.philox import keep_probability, keep_rows, keep_threshold, philox4x32
+from fastattn.fused import gate as fused_gate
 from fastattn.fused import linear_cross_entropy as fused_loss
 from fastattn.fused import norm as fused
+from fastattn.fused import operator
+from fastattn.fused import rope as fused_rope
 from fastattn.fused.linear_cross_entropy import linear_cross_entropy
 
 triton = pytest.importorskip("triton", minversion="3.5")
@@ -71,7 +75,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(norm, "MAX_PARTS", 4)  # fewer programs take less time to interpret
     monkeypatch.setattr(fused, "SMALL_LAYER_NORM", 0)
-    monkeypatch.setattr(fused, "NATIVE_MISSING", None)
+    monkeypatch.setattr(operator, "NATIVE_MISSING", None)
     monkeypatch.setattr(fused_loss, "NATIVE_MISSING", None)
     with torch.library._scoped_library("fastattn", "IMPL") as library:
         for name, function in KERNELS.items():
@@ -88,11 +92,13 @@ def check_norms(dtype, dims):
     for dim, lead in zip(dims, ((5,), (3, 2), (), (2,))):
         x, residual = randn(*lead, dim, dtype=dtype), randn(*lead, dim, dtype=dtype)
         weight, bias = randn(dim, dtype=dtype), randn(dim, dtype=dtype)
-        check(T.ours_norm, T.torch_norm, (x, residual, weight, bias), dtype, exact_norm)
-        check(T.ours_norm, T.torch_norm, (x + 3, None, weight, bias), dtype, exact_norm)
+        check(cases.ours_norm, cases.torch_norm, (x, residual, weight, bias), dtype, exact_norm)
+        check(cases.ours_norm, cases.torch_norm, (x + 3, None, weight, bias), dtype, exact_norm)
         rms = {"center": False}
-        check(T.ours_norm, T.torch_norm, (x, residual, weight, None), dtype, exact_norm, **rms)
-        check(T.ours_norm, T.torch_norm, (x, None, None, None), dtype, exact_norm, **rms)
+        check(
+            cases.ours_norm, cases.torch_norm, (x, residual, weight, None), dtype, exact_norm, **rms
+        )
+        check(cases.ours_norm, cases.torch_norm, (x, None, None, None), dtype, exact_norm, **rms)
         if lead:
             check(D.ours_norm, D.torch_norm, (x, residual, weight, bias), dtype)
 
@@ -127,10 +133,16 @@ def test_wide_variance_does_not_cancel(calls, monkeypatch):
 def test_rotate(dtype, interleaved, calls):
     for dim in (2, 7, 33, 64, 130):
         x = randn(2, 5, 3, dim, dtype=dtype)
-        check(T.ours_rotate, T.torch_rotate, (x,), dtype, interleaved=interleaved)
-        check(T.ours_rotate, T.torch_rotate, (x.transpose(1, 2),), dtype, interleaved=interleaved)
+        check(cases.ours_rotate, cases.torch_rotate, (x,), dtype, interleaved=interleaved)
+        check(
+            cases.ours_rotate,
+            cases.torch_rotate,
+            (x.transpose(1, 2),),
+            dtype,
+            interleaved=interleaved,
+        )
     x = randn(1, 1, 2, 1000, dtype=dtype)  # more pairs than a program's
-    check(T.ours_rotate, T.torch_rotate, (x,), dtype, interleaved=interleaved)
+    check(cases.ours_rotate, cases.torch_rotate, (x,), dtype, interleaved=interleaved)
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
@@ -140,21 +152,21 @@ def test_rotate_at_positions(kind, calls):
     for positions in ([8, 0, 3, 3], [[0, 1, 2, 8], [5, 5, 0, 7]]):
         places = torch.tensor(positions, dtype=kind)
         for interleaved in (False, True):
-            right = fused.rotate_reference(x, cos, sin, places, interleaved)
-            got = fused.rotate(x, cos, sin, places, interleaved)
+            right = fused_rope.rotate_reference(x, cos, sin, places, interleaved)
+            got = fused_rope.rotate(x, cos, sin, places, interleaved)
             torch.testing.assert_close(got, right)
             back = OPS.rotate(got, cos, sin, places, interleaved, True)
             torch.testing.assert_close(back, x)
-    past = fused.rotate(x, cos, sin, torch.tensor([0, 9, -1, 1], dtype=kind), False)
+    past = fused_rope.rotate(x, cos, sin, torch.tensor([0, 9, -1, 1], dtype=kind), False)
     assert past[..., 1:3, :6].isnan().all() and past.isnan().sum() == 2 * 3 * 2 * 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", list(fused.GATES))
+@pytest.mark.parametrize("activation", list(fused_gate.GATES))
 def test_gate(dtype, activation, calls):
     for shape in ((1,), (3, 63), (2, 3, 65), (2, 1000)):
         inputs = [4 * randn(*shape, dtype=dtype) for _ in range(2)]
-        check(T.ours_gate, T.torch_gate, inputs, dtype, activation=activation)
+        check(cases.ours_gate, cases.torch_gate, inputs, dtype, activation=activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -257,9 +269,9 @@ def test_offsets_have_64_bits(calls):
     def results(x):
         y, _, mean, rstd = OPS.norm_fwd(x, None, weight, None, 1e-5, True)
         back = OPS.norm_bwd(near, x, x, weight, mean, rstd, 1e-5, True, True, False)
-        turned = fused.rotate(x.view(3, 1, 1, 64), *table(x[:1]), None, False)
-        turned = (turned, fused.rotate(x, *table(x), None, True))
-        gates = (fused.gate(x, x, "silu"), *OPS.gate_bwd(near, x, x, "silu"))
+        turned = fused_rope.rotate(x.view(3, 1, 1, 64), *table(x[:1]), None, False)
+        turned = (turned, fused_rope.rotate(x, *table(x), None, True))
+        gates = (fused_gate.gate(x, x, "silu"), *OPS.gate_bwd(near, x, x, "silu"))
         return [y, *back[:2], *turned, *gates, OPS.activate_fwd(x, None, D.SEED, 0.5, "gelu")]
 
     for far, close in zip(results(x), results(near)):
@@ -319,7 +331,7 @@ def test_the_mask_far_down(row, monkeypatch):
 
 
 def test_fastattn_imports_without_triton():
-    code = "import sys, fastattn.fused.norm.linear_cross_entropy; sys.exit('triton' in sys.modules)"
+    code = "import sys, fastattn.fused.linear_cross_entropy; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -354,8 +366,8 @@ def test_fake_tensors_ask_no_gpu():
     """As on a machine that traces for a GPU it does not have."""
     with FakeTensorMode():
         x, head = torch.empty(4, 8, device="cuda"), torch.empty(9, 8, device="cuda")
-        assert not fused.has_kernel(x, None)
-        outs = [*fused.norm(x, x, None, None, 1e-5, True), fused.gate(x, x, "silu")]
+        assert not operator.has_kernel(x, None)
+        outs = [*fused.norm(x, x, None, None, 1e-5, True), fused_gate.gate(x, x, "silu")]
         outs += [OPS.norm_fwd(x, x, None, None, 1e-5, False)[0], D.activate(x, None, 0.5)]
         assert all(out.shape == x.shape and out.is_cuda for out in outs)
         labels = torch.zeros(4, dtype=torch.long, device="cuda")
@@ -372,7 +384,7 @@ def test_on_a_gpu():
 
     def step(x, gate, weight, head, labels, cos, sin):
         y, summed = fused.norm(x, gate, weight, None, 1e-5, False)
-        y = fused.rotate(fused.gate(y, summed, "silu"), cos, sin, None, False)
+        y = fused_rope.rotate(fused_gate.gate(y, summed, "silu"), cos, sin, None, False)
         loss = linear_cross_entropy(D.activate(y, weight, 0.0, "gelu"), head, labels)
         return loss, *torch.autograd.grad(loss, (x, gate, weight, head))
 

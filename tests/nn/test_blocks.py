@@ -9,18 +9,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from block_checks import close
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import nn as fnn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def close(a, b, scale=1.0):
-    tolerance = scale * {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3}.get(
-        a.dtype, 4e-2
-    )
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- Attention ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_blocks import close
+from block_checks import close
 
 from fastattn import nn as fnn
 

@@ -1,5 +1,5 @@
-"""Models sharded by torch's own tools, and what a part of the heads is: tests/support/sharded_cases.py has what
-needs two processes."""
+"""Models sharded by torch's own tools, and what a part of the heads is:
+tests/support/sharded_cases.py has what needs two processes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from fastattn.benchmarks.measure.machine import Machine, working_set
 from fastattn.benchmarks.measure.protocol import AGAIN, OURS, Result, Side
 from fastattn.benchmarks.measure.timing import Comparison
 from fastattn.benchmarks.report.record import as_json
-from fastattn.benchmarks.work import Work
+
+from fastattn.core.work import Work
 
 
 class FakeClock:

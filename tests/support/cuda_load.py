@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastattn
-from fastattn.backends import operators
+from fastattn.backends import library
 
 NATIVE = ("flash_attn_fwd", "flash_attn_bwd", "flash_attn_fwd_float8")  # csrc/cuda/ops.cu's
 ONLY_CPU = ("fastattn::linear_bwd_weight",)  # nn/linear.py asks for it there alone
@@ -32,13 +32,13 @@ def without_kernel() -> list[str]:
 def problems() -> list[str]:
     if torch.version.cuda is None:
         return [f"torch {torch.__version__} was built without CUDA"]
-    if operators.CUDA_MISSING:
-        return [operators.CUDA_MISSING]
+    if library.CUDA_MISSING:
+        return [library.CUDA_MISSING]
     found = [f"{name} has no kernel for CUDA tensors" for name in without_kernel()]
-    if missing := operators.cuda_question("fastattn_torch_problem"):
+    if missing := library.cuda_question("fastattn_torch_problem"):
         found.append(missing)
-    if not torch.cuda.is_available() and "driver" not in (operators.cuda_problem(0) or ""):
-        found.append(f"a machine without a GPU is told {operators.cuda_problem(0)!r}")
+    if not torch.cuda.is_available() and "driver" not in (library.cuda_problem(0) or ""):
+        found.append(f"a machine without a GPU is told {library.cuda_problem(0)!r}")
     return found
 
 

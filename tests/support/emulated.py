@@ -2,7 +2,8 @@
 
     out, lse = forward(problem, seed=2)     a cases.Problem in fp16 or bf16; raises Fault
 
-The library is kept in build/emulator under a hash of its sources and of the compiler's flags.
+The library is kept in build/emulator under a hash of its sources and of the compiler's flags; one
+with gcov's counters, where FASTATTN_COVERAGE is set (make coverage), in build/coverage/emulator.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastattn.backends.registry import documents_as_sequences
+from fastattn.backends.cuda import documents_as_sequences
 from fastattn.core.spec import Descales, Operands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +32,7 @@ FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"),
     *("-Wno-unknown-pragmas", "-DFASTATTN_EMULATE", f"-I{EMULATOR}", f"-I{ROOT / 'csrc/cuda'}"),
 ]
+COVERAGE = ["--coverage"] if os.environ.get("FASTATTN_COVERAGE") else []
 SINK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -64,10 +67,11 @@ def _built() -> Path:
     sources = sorted(EMULATOR.glob("*.cpp"))
     read = [*sources, *EMULATOR.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
     read += [p for p in (ROOT / "csrc/cuda").iterdir() if p.is_file()]
-    digest = hashlib.sha256(repr(FLAGS).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
+    flags = [*FLAGS, *COVERAGE]
+    digest = hashlib.sha256(repr(flags).encode() + Path("/proc/cpuinfo").read_bytes()[:400])
     for path in sorted(read):
         digest.update(path.read_bytes())
-    folder = ROOT / "build/emulator"
+    folder = ROOT / ("build/coverage/emulator" if COVERAGE else "build/emulator")
     target = folder / f"emulator-{digest.hexdigest()[:16]}.so"
     with locked(folder):
         if target.exists():
@@ -75,10 +79,10 @@ def _built() -> Path:
         for old in folder.glob("emulator-*.so"):
             old.unlink()
         objects = [folder / f"{path.stem}.o" for path in sources]
-        jobs = [["g++", *FLAGS, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)]
+        jobs = [["g++", *flags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(_run, jobs))
-        _run(["g++", "-shared", *map(str, objects), "-o", f"{target}.part", "-ldl"])
+        _run(["g++", "-shared", *map(str, objects), "-o", f"{target}.part", "-ldl", *COVERAGE])
         Path(f"{target}.part").rename(target)
     return target
 

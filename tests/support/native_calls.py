@@ -1,4 +1,5 @@
-"""Calls of the native operators for tests/backends/test_native.py: random valid ones, and hostile ones.
+"""Calls of the native operators for tests/backends/test_native.py: random valid ones, and hostile
+ones.
 
 A `Call` holds everything torch.ops.fastattn.flash_attn_fwd takes, by name. `calls()` is a
 hypothesis strategy of valid ones; each of SPOILERS makes one with a single hostile argument.
@@ -119,6 +120,12 @@ def calls(draw, paged: bool | None = None, dtypes=DTYPES) -> Call:
     if not packed and not paged and rows == keys and coin():
         ids = torch.randint(0, 4, (entries, rows), generator=rng, dtype=torch.int32)
         tensors["document_ids"] = ids.sort(-1).values
+    if coin() and coin():
+        for name in ("key_begin", "key_end"):
+            shape = [n if coin() else 1 for n in full[:3]] + [1]
+            ends = torch.randint(-9, max(1, longest) + 9, shape, generator=rng)
+            ends[:, :, : integer(0, 1)] = integer(-(2**31), 0)
+            tensors[name] = ends.sort(2).values.int().expand(_grow(draw, shape, (*full[:3], 1)))
     numbers = {
         "scale": draw(st.sampled_from((0.3, 0.0, -0.2, dim**-0.5))),
         "softcap": draw(st.sampled_from((0.0, 0.0, 5.0))),
@@ -209,6 +216,11 @@ def _int(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def _ends(rows: int = 7) -> Tensor:
+    """One end of key ranges: [1, 1, rows, 1]."""
+    return torch.arange(rows, dtype=torch.int32).view(1, 1, rows, 1)
+
+
 SPOILERS: dict[str, Callable[[], Call]] = {
     # q, k, v
     "q of rank 3": _with(plain, q=lambda c: c.q[0]),
@@ -285,6 +297,34 @@ SPOILERS: dict[str, Callable[[], Call]] = {
         q=lambda c: c.k.repeat(1, 2, 1, 1),
         document_ids=torch.zeros(2, 33, dtype=torch.int64),
     ),
+    # key ranges
+    "key_begin alone": _with(plain, key_begin=_ends()),
+    "key_end alone": _with(plain, key_end=_ends()),
+    "key ranges in int64": _with(plain, key_begin=_ends().long(), key_end=_ends().long()),
+    "key_end in float": _with(plain, key_begin=_ends(), key_end=_ends().float()),
+    "key ranges of rank 3": _with(plain, key_begin=_ends()[0], key_end=_ends()[0]),
+    "key ranges of rank 0": _with(plain, key_begin=_ends()[0, 0, 0, 0], key_end=_ends()),
+    "key ranges for each key": _with(
+        plain, key_begin=_ends(), key_end=_ends().expand(-1, -1, -1, 33)
+    ),
+    "key_begin with too few rows": _with(plain, key_begin=_ends()[:, :, :6], key_end=_ends()),
+    "key_end with too many rows": _with(plain, key_begin=_ends(), key_end=_ends(8)),
+    "key_end with kv heads": _with(plain, key_begin=_ends(), key_end=_ends().expand(-1, 2, -1, -1)),
+    "key_begin of 3 entries": _with(
+        plain, key_begin=_ends().expand(3, -1, -1, -1), key_end=_ends()
+    ),
+    "key_begin decreases": _with(plain, key_begin=_ends().flip(2), key_end=_ends()),
+    "key_end decreases": _with(plain, key_begin=_ends(), key_end=_ends().flip(2)),
+    "key_end decreases in the last head": _with(
+        plain,
+        key_begin=_ends(),
+        key_end=torch.cat([_ends().expand(2, 3, -1, -1), _ends().flip(2).expand(2, -1, -1, -1)], 1),
+    ),
+    "key_begin on meta": _with(plain, key_begin=_ends().to("meta"), key_end=_ends()),
+    "packed, key_end decreases": _with(
+        packed, key_begin=_ends(4), key_end=_int(0, 5, 5, 4).view(1, 1, 4, 1)
+    ),
+    "packed, key_end with too few rows": _with(packed, key_begin=_ends(4), key_end=_ends(3)),
     # packed and paged
     "cu_seqlens decrease": _with(packed, cu_seqlens_q=_int(0, 5, 3)),
     "cu_seqlens_k decrease": _with(packed, cu_seqlens_k=_int(0, 30, 20)),

@@ -1,6 +1,6 @@
-"""The list of tests/support/cases.py in few cases, for backends that take long: PAIRWISE has every pair of
-options, five in a case; KINDS every kind of mask, bias and layout, three in a case; crossed() thins
-the product of two lists."""
+"""The list of tests/support/cases.py in few cases, for backends that take long: PAIRWISE has every
+pair of options, five in a case; KINDS every kind of mask, bias and layout, three in a case;
+crossed() thins the product of two lists."""
 
 from __future__ import annotations
 

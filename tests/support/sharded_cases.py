@@ -1,5 +1,5 @@
-"""What each of two processes checks for tests/nn/test_sharded.py: models sharded by torch's own tools equal
-the model of one process. Prints "right" at the end."""
+"""What each of two processes checks for tests/nn/test_sharded.py: models sharded by torch's own
+tools equal the model of one process. Prints "right" at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Models for tests/swapping/test_swapping.py and tests/swapping/test_swapping_after.py: one of each kind that swap() meets."""
+"""Models for tests/swapping/test_swapping.py and tests/swapping/test_swapping_after.py: one of each
+kind that swap() meets."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ TOOLS = ("pytest>=8", "hypothesis>=6.100", "accelerate", "expecttest", "rich")
 
 CALL = """
 import torch, fastattn
-from fastattn import ops
-assert ops.NATIVE_MISSING is None, ops.NATIVE_MISSING
+from fastattn.backends import library
+assert library.NATIVE_MISSING is None, library.NATIVE_MISSING
 assert "site-packages" in fastattn.__file__, fastattn.__file__
 for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
     q, k, v = (torch.randn(2, 4, 70, 64, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -64,8 +64,10 @@ for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
         assert (x - y).abs().max() <= allowed * y.abs().max(), (dtype, (x - y).abs().max())
 """
 TESTS = (
-    "tests/attention/test_functional.py", "tests/attention/test_spec.py", "tests/attention/test_sdpa.py", "tests/hf/test_hf_interface.py",
-    "tests/backends/test_triton.py::test_dropout_keeps_what_the_reference_keeps", "tests/backends/test_triton.py::test_operators",
+    "tests/attention/test_functional.py", "tests/attention/test_spec.py",
+    "tests/attention/test_sdpa.py", "tests/hf/test_hf_interface.py",
+    "tests/backends/test_triton.py::test_dropout_keeps_what_the_reference_keeps",
+    "tests/backends/test_triton.py::test_operators",
 )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def test_pickles_load_in_a_program_that_has_swapped_nothing():
     fastattn.unswap(m)
     del m
     gc.collect()
-    sys.modules["fastattn.swap"]._made.clear()
+    sys.modules["fastattn.swapping"]._made.clear()
     loaded = pickle.loads(data)
     assert isinstance(loaded.encoder, fastattn.nn.TransformerEncoder)
     assert loaded(x_of()).isfinite().all()

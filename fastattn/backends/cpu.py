@@ -1,0 +1,46 @@
+"""The backend of the C++ kernels on the CPU. Next hop: csrc/ops_cpu.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core.call import Gradients, Result
+from ..core.quantization import widened
+from . import library, schema
+from .backend import Backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEAD_DIM = 65536  # of the CPU kernels
+TILE = (96, 96)  # BLOCK_Q and BLOCK_KV in csrc/cpu/gemm.inl
+
+
+def forward(call):
+    if call.operands.descales is not None:
+        return widened(forward, call)
+    return Result(*schema.forward(*schema.arguments(call), call.num_splits))
+
+
+def backward(call, result, dout, dlse, needs):
+    return Gradients(*schema.backward(dout, dlse, *result, *schema.arguments(call), *needs))
+
+
+def why_not(call):
+    q = call.q
+    if q.device.type not in ("cpu", "meta"):
+        return f"q is on {q.device} and this backend runs on the CPU"
+    return library.NATIVE_MISSING or refuses(call)
+
+
+def refuses(call):
+    q, v = call.q, call.v
+    if q.dtype not in DTYPES and call.operands.descales is None:
+        return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return (
+            f"head dimensions are {q.shape[3]} (q, k) and {v.shape[3]} (v); "
+            f"the kernels go to {MAX_HEAD_DIM}"
+        )
+    return None
+
+
+ROW = Backend("cpu", "C++ kernels on the CPU", why_not, forward, backward, refuses, TILE)

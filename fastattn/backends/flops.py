@@ -1,0 +1,58 @@
+"""The FLOP counter's formulas of the operators: core/work.py counts."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+
+from ..core.work import count_pairs, flops
+from .schema import FORWARDS, PAIRS, Arguments
+
+
+def forward_flops(*args, out_val=None, **_) -> int:
+    call = Arguments.of(*args).call()
+    return flops(count_pairs(call), call.q.shape[-1], call.v.shape[-1], "fwd")
+
+
+def backward_flops(dout, dlse, out, lse, *args, out_val=None, **_) -> int:
+    call = Arguments.of(*args).call()
+    return flops(count_pairs(call), call.q.shape[-1], call.v.shape[-1], "bwd")
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for fwd in FORWARDS.values():
+        register_flop_formula(fwd.overloadpacket, get_raw=True)(forward_flops)
+    for _, bwd in PAIRS.values():
+        register_flop_formula(bwd.overloadpacket, get_raw=True)(backward_flops)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Runs `action` right after module `name` is first imported."""
+
+    def __init__(self, name, action):
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.action()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+# Importing the counter imports Triton where it is installed: half a second that importing fastattn
+# would cost everyone, for those who count.
+if "torch.utils.flop_counter" in sys.modules:
+    _register_flops()
+else:
+    sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))

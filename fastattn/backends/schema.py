@@ -1,0 +1,94 @@
+"""The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd, and the same by Triton, with
+_triton after their names. Kernels: csrc/ops_cpu.cpp, csrc/cuda/ops.cu, kernels/launch.py.
+
+Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
+autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that functional.py
+makes: q [B, heads, q_len, D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_len, v_dim], unit last
+stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order.
+
+Triton's forward operator also takes 8-bit tensors, with the three `Descales` at the end: q, k and v
+(out is then bfloat16), or k and v alone; it has no gradient of these. flash_attn_fwd_float8 is the
+CUDA kernels' forward of float8_e4m3fn q, k and v, with the same arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..core.call import Call, Gradients
+from ..core.spec import (
+    LEAVES,
+    NO_OPERANDS,
+    NUMBERS,
+    OPERANDS,
+    Operands,
+    Spec,
+    numbers_of,
+    split_arguments,
+)
+
+LIBRARY = torch.library.Library("fastattn", "DEF")
+TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+_OPERANDS = ", ".join(f"Tensor? {name}" for name in OPERANDS)
+_SPEC = ", ".join(f"{x.type} {x.name}" for x in fields(Spec))  # float scale, ...
+_NEEDS = ", ".join(f"bool need_d{name}" for name in LEAVES)
+_GRADIENTS = ", ".join(f"Tensor {name}" for name in Gradients._fields)
+
+FAMILIES = ("", "_triton")  # ends of the operators' names: each pair is made by other kernels
+FLOAT8 = "_float8"  # and of a forward without a partner
+
+_DESCALES = ", Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None"
+
+for _end in (*FAMILIES, FLOAT8):
+    LIBRARY.define(
+        f"flash_attn_fwd{_end}(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, int num_splits"
+        f"{_DESCALES if _end else ''}) -> (Tensor out, Tensor lse)",
+        tags=TAGS,
+    )
+
+for _end in FAMILIES:
+    LIBRARY.define(
+        f"flash_attn_bwd{_end}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q,"
+        f" Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, {_NEEDS}) -> ({_GRADIENTS})",
+        tags=TAGS,
+    )
+
+forward = torch.ops.fastattn.flash_attn_fwd.default
+backward = torch.ops.fastattn.flash_attn_bwd.default
+forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
+backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
+forward_float8 = torch.ops.fastattn.flash_attn_fwd_float8.default
+PAIRS = dict(zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton))))
+FORWARDS = {end: pair[0] for end, pair in PAIRS.items()} | {FLOAT8: forward_float8}
+
+_N, _M = len(OPERANDS), len(NUMBERS)
+_NOTHING = (None,) * _N
+
+
+def arguments(call: Call) -> tuple:
+    """What all of these take of a call: q, k and v, the operands, the numbers."""
+    x = call.operands
+    tensors = _NOTHING if x is NO_OPERANDS else x.tensors()
+    return call.q, call.k, call.v, *tensors, *numbers_of(call.spec)
+
+
+@dataclass(slots=True)
+class Arguments:
+    """An operator's arguments by name; `rest` is what follows `arguments`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tensors: tuple  # those of OPERANDS
+    numbers: tuple  # those of NUMBERS
+    rest: tuple
+
+    @classmethod
+    def of(cls, q, k, v, *rest) -> Arguments:
+        return cls(q, k, v, *split_arguments(rest))
+
+    def call(self) -> Call:
+        return Call(self.q, self.k, self.v, Spec(*self.numbers), Operands(*self.tensors))

@@ -1,0 +1,62 @@
+"""The backend of the Triton kernels. Next hop: kernels/launch.py."""
+
+from __future__ import annotations
+
+from ..core.call import Gradients, Result
+from . import schema
+from .backend import Backend
+from .cpu import DTYPES
+from .gpu import gpu_missing, interpreting, triton_missing
+
+MAX_HEAD_DIM = 1024
+
+
+def forward(call):
+    descales = call.operands.descales or ()
+    return Result(*schema.forward_triton(*schema.arguments(call), call.num_splits, *descales))
+
+
+def backward(call, result, dout, dlse, needs):
+    return Gradients(*schema.backward_triton(dout, dlse, *result, *schema.arguments(call), *needs))
+
+
+def refuses(call):
+    q, v = call.q, call.v
+    if q.dtype not in DTYPES[:3] and call.operands.descales is None:
+        return f"q is {q.dtype}; the kernels take float32, bfloat16 and float16"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return (
+            f"head dimensions are {q.shape[3]} (q, k) and {v.shape[3]} (v); "
+            f"the kernels go to {MAX_HEAD_DIM}"
+        )
+    return None
+
+
+def why_not(call):
+    q = call.q
+    if q.is_cuda:
+        missing = gpu_missing(q.get_device())
+    elif q.is_cpu and interpreting():
+        missing = triton_missing()
+    else:
+        missing = (
+            f"q is on {q.device} and this backend runs on GPUs (or, very slowly, on the CPU in "
+            "Triton's interpreter: TRITON_INTERPRET=1)"
+        )
+    return missing or refuses(call)
+
+
+def held_back(call):
+    return "Triton's interpreter runs only when named" if call.q.is_cpu else None
+
+
+ROW = Backend(
+    "triton",
+    "any GPU Triton supports",
+    why_not,
+    forward,
+    backward,
+    refuses,
+    weights_rounded=True,
+    held_back=held_back,
+)

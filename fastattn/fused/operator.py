@@ -1,0 +1,136 @@
+"""What the operators around attention share: when a kernel runs, and how one is differentiated.
+
+The kernels run where they pay: in eager mode on CPU tensors, and on GPUs that Triton has code for.
+Plain torch runs on other devices, under torch.func and forward-mode derivatives, and under
+torch.compile: what inductor makes of it takes 0.8 to 1.6 times the CPU kernels' time alone (rotate
+forward the least, RMSNorm with residual and gradients the most; 2048 x 768, two cores with AVX-512)
+and is joined to its neighbours' loops. Second derivatives are the references'. All keep their
+input's dtype under autocast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..backends.autograd import BELOW_AUTOGRAD, pull_back
+from ..backends.gpu import gpu_missing, launcher
+from ..backends.library import NATIVE_MISSING
+from ..backends.schema import LIBRARY
+from ..core import checks
+
+
+def floating(name, x) -> Tensor:
+    if checks.tensor(name, x).dtype not in checks.DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; accepted are float32, bfloat16, float16, float64")
+    return x
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.ops.aten.alias(x.trigger_wait())
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> Tensor:
+        return dout
+
+
+def arrived(x: Tensor | None) -> Tensor | None:
+    """x itself, or, where x is the result of a collective that may still be under way (a sum over
+    tensor parallelism's ranks), a plain tensor once that has ended. Kernels take plain tensors
+    alone, and so dropout draws what it draws in one process."""
+    if type(x) in _PLAIN or torch.compiler.is_compiling() or not hasattr(x, "trigger_wait"):
+        return x
+    return _Arrive.apply(x)
+
+
+def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
+    """Do kernels take these tensors, here and now?"""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # first: nothing below is traced
+        return False
+    on_cpu = first.is_cpu
+    return (
+        (on_cpu or first.is_cuda)
+        and all(
+            type(x) in _PLAIN and (x is None or (x.is_cpu if on_cpu else x.is_cuda))
+            for x in (first, *others)
+        )
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and (NATIVE_MISSING if on_cpu else gpu_missing(first.get_device())) is None
+    )
+
+
+def on_gpu(module: str, *names: str) -> None:
+    """Gives operators their kernels on GPUs, functions of kernels/<module>.py."""
+    for name in names:
+        LIBRARY.impl(name, launcher(module, name), "CUDA")
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+def differentiable(name, setup, gradient):
+    """torch.ops.fastattn.<name> as a function, and its derivative registered for every other use.
+
+    The function is an autograd.Function around the operator, or, where no gradient is wanted, the
+    operator's kernel itself: half the cost of torch.library's own way (backends/autograd.py has the
+    numbers).
+    """
+    operator = getattr(torch.ops.fastattn, name).default
+    torch.library.register_autograd(f"fastattn::{name}", gradient, setup_context=setup, lib=LIBRARY)
+
+    def forward(*args):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
+            return operator(*args)
+
+    members = {"forward": forward, "setup_context": setup, "backward": gradient}
+    members = {key: staticmethod(function) for key, function in members.items()}
+    function = type(name, (torch.autograd.Function,), members)
+    apply = super(torch.autograd.Function, function).apply  # as in backends/autograd.py
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return apply(*args)
+        return forward(*args)
+
+    return call
+
+
+def save_inputs(ctx, inputs, output) -> None:
+    """setup_context of an operator whose derivative needs its inputs alone."""
+    ctx.tensors = [n for n, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.save_for_backward(*(inputs[n] for n in ctx.tensors))
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def saved_inputs(ctx) -> list:
+    """What save_inputs saved."""
+    inputs = list(ctx.others)
+    for n, x in zip(ctx.tensors, ctx.saved_tensors):
+        inputs[n] = x
+    return inputs
+
+
+def through(function, primals):
+    """A gradient for an operator's backward: function(*inputs) gives the reference's function of
+    the first `primals` inputs, which is differentiated."""
+
+    def gradient(ctx, *cotangents):
+        inputs = saved_inputs(ctx)
+        if all(c is None for c in cotangents):
+            return (None,) * len(inputs)
+        grads = pull_back(function(*inputs), inputs[:primals], cotangents)
+        return (*grads, *(None,) * (len(inputs) - primals))
+
+    return gradient

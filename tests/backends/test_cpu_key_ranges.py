@@ -1,0 +1,263 @@
+"""Key ranges on the C++ kernels: forward and every gradient against float64, and what is skipped.
+
+The truth is the reference with the mask that says the same, so it knows nothing of key ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import cpu_calls
+import pytest
+import torch
+from cases import Case, Problem
+from cpu_calls import backward, forward, run_kernels
+from operator_calls import cotangents_of, name_of
+from torch import Tensor
+
+from fastattn.backends import isa as cpu_isa
+
+pytestmark = pytest.mark.native
+
+ISAS = cpu_isa.supported()
+
+
+# ---- ranges --------------------------------------------------------------------------------------
+# (entries, heads, rows, keys) and a generator -> begin, end
+
+
+def _rows(shape) -> Tensor:
+    return torch.arange(shape[2]).view(1, 1, -1, 1)
+
+
+def _chunks(size: int, step: int = 0) -> Callable:
+    """Chunks of `size` keys that begin every `step` keys: with gaps between where it is larger."""
+
+    def ranges(shape, draw):
+        begin = _rows(shape) // size * (step or size)
+        return begin, begin + size
+
+    return ranges
+
+
+def _random(entries: bool, heads: bool) -> Callable:
+    """Any ends that never decrease, in part past the keys; many rows see nothing."""
+
+    def ranges(shape, draw):
+        size = (shape[0] if entries else 1, shape[1] if heads else 1, shape[2], 1)
+        ends = [torch.randint(-20, shape[3] + 20, size, generator=draw) for _ in range(2)]
+        return tuple(x.sort(dim=2).values for x in ends)
+
+    return ranges
+
+
+def _banded(shape, draw):
+    """About 40 keys a row, at another place in each head."""
+    size = (*shape[:2], shape[2], 1)
+    begin = torch.randint(0, max(1, shape[3]), size, generator=draw).sort(dim=2).values
+    return begin, begin + 40
+
+
+RANGES: dict[str, Callable] = {
+    "prefix": lambda shape, draw: (torch.zeros(1, 1, 1, 1), (_rows(shape) + 1).clamp(min=30)),
+    "chunks": _chunks(50),
+    "chunks_of_1": _chunks(1),
+    "chunks_of_a_tile": _chunks(96),
+    "gaps": _chunks(20, 45),
+    "far_gaps": lambda shape, draw: (x := _rows(shape) // 30 * 200, x + 25),
+    "block_causal": lambda shape, draw: (torch.zeros(1, 1, 1, 1), _rows(shape) // 32 * 32 + 32),
+    "random": _random(False, False),
+    "random_by_head": _random(True, True),
+    "random_by_entry": _random(True, False),
+    "banded": _banded,
+    "one_for_all": lambda shape, draw: (torch.full((1, 1, 1, 1), 20), torch.full((1, 1, 1, 1), 70)),
+    "nothing": lambda shape, draw: (_rows(shape) + 9, _rows(shape)),
+    "everything": lambda shape, draw: (
+        torch.full((1, 1, 1, 1), -(2**31)),
+        torch.full((1, 1, 1, 1), 2**31 - 1),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Ranged(Case):
+    """A case with key ranges; as_mask: with the mask that says the same in their place."""
+
+    ranges: str = ""
+    expanded: bool = False  # each dimension full, with strides of 0
+    as_mask: bool = False
+
+    def make(self, dtype, seed: int = 0, device: str = "cpu") -> Problem:
+        problem = super().make(dtype, seed, device)
+        pages = -(-self.kv_len // (self.page_size or 1)) * (self.page_size or 1)
+        lengths = self.packed or [(self.q_len, pages)]
+        shape = (self.entries, self.heads, max(n for n, _ in lengths), max(n for _, n in lengths))
+        ends = RANGES[self.ranges](shape, torch.Generator().manual_seed(seed + 5))
+        ends = [x.expand(*shape[:3], 1) if self.expanded else x for x in ends]
+        operands = problem.operands
+        if not self.as_mask:
+            begin, end = (x.int() for x in ends)
+            return problem._replace(operands=replace(operands, key_begin=begin, key_end=end))
+        j = torch.arange(shape[3])
+        mask = (ends[0] <= j) & (j < ends[1])
+        mask = mask if operands.mask is None else mask & operands.mask
+        return problem._replace(operands=replace(operands, mask=mask))
+
+
+def check(case: Ranged, dtype: torch.dtype, num_splits: int = 0) -> None:
+    cpu_calls.check(case, dtype, num_splits, truth=replace(case, as_mask=True))
+
+
+LONG = {"q_len": 260, "kv_len": 300}
+GQA = {"heads": 4, "kv_heads": 2}
+PACKED = ((45, 139), (1, 5), (100, 100), (0, 7), (9, 0), (70, 33))
+OPTIONS = {
+    "causal": {"causal": True, "align": "start"},
+    "window": {"window": (60, 9)},
+    "mask": {"mask": "full"},
+    "gqa": GQA,
+    "lengths": {"kv_lens": (290, 111), "kv_starts": (17, 60)},
+    "documents": {"documents": (100, 7, 150, 3), "kv_len": 260, "causal": True},
+    "bias": {"bias": "full", **GQA},
+    "bias_of_all": {"bias": "plane", "batch": 3},
+    "dropout": {"dropout": 0.3, **GQA},
+    "scores": {"softcap": 5.0, "sinks": True, "alibi": "batch"},
+    "strides": {"layout": "bshd", "expanded": True},
+    "packed": {"packed": PACKED, **GQA},
+    "packed_lengths": {"packed": PACKED, "kv_lens": (130, 5, 60, 7, 0, 1), "causal": True},
+}
+DECODING = {
+    "decode": {"q_len": 1, "kv_len": 1500, "heads": 8, "kv_heads": 2},
+    "few_rows": {"q_len": 5, "kv_len": 1500, "heads": 8, "kv_heads": 2, "causal": True},
+    "lengths": {"q_len": 1, "kv_len": 1500, "kv_lens": (1400, 30), "kv_starts": (200, 0)},
+    "paged": {"q_len": 3, "kv_len": 1400, "page_size": 16, "kv_lens": (1390, 33)},
+    "paged_rows": {"q_len": 150, "kv_len": 400, "page_size": 64, "kv_lens": (380, 33), **GQA},
+    "one_of_long": {"batch": 1, "heads": 1, "q_len": 1, "kv_len": 4000},
+}
+KINDS = [Ranged(kind, **LONG, ranges=kind) for kind in RANGES]
+COMBINED = [
+    Ranged(f"{kind}+{name}", **(LONG | settings), ranges=kind)
+    for kind in ("chunks", "random_by_head", "prefix")
+    for name, settings in OPTIONS.items()
+]
+SPLIT = [
+    Ranged(f"{kind}+{name}", **settings, ranges=kind)
+    for kind in ("one_for_all", "random_by_head", "banded", "prefix")
+    for name, settings in DECODING.items()
+]
+
+
+# ---- equal to the mask ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*KINDS, *COMBINED], ids=name_of)
+def test_single_precision(case):
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("case", [*KINDS, *COMBINED[:4]], ids=name_of)
+def test_other_dtypes(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("num_splits", [0, 1, 3, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("case", SPLIT, ids=name_of)
+def test_decoding_and_splits(case, dtype, num_splits):
+    check(case, dtype, num_splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != cpu_isa.selected()])
+@pytest.mark.parametrize("case", [*KINDS, *SPLIT[::5]], ids=name_of)
+def test_other_instruction_sets(case, isa, dtype, monkeypatch):
+    monkeypatch.setenv("FASTATTN_ISA", isa)
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", [*KINDS, *COMBINED[:4], *SPLIT[:3]], ids=name_of)
+def test_same_bits_for_any_number_of_threads(case):
+    problem = case.make(torch.float32)
+    cotangents = cotangents_of(case, problem, True)
+    torch.set_num_threads(2)
+    two = run_kernels(problem, cotangents)
+    torch.set_num_threads(1)
+    one = run_kernels(problem, cotangents)
+    for name, result in two.items():
+        assert torch.equal(result, one[name]), name
+
+
+def test_large_lse_in_the_backward():
+    """Logits past 2^12 take the pass that makes each row's sum again, which skips keys as well."""
+    for kind in ("far_gaps", "random_by_head"):
+        check(Ranged("", **LONG, ranges=kind, scale=2000.0), torch.float64)
+
+
+# ---- what is outside -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
+@pytest.mark.parametrize("q_len", [1, 4, 260])
+@pytest.mark.parametrize("kind", ["gaps", "far_gaps", "random_by_head", "one_for_all", "banded"])
+def test_nan_in_keys_that_no_row_sees_changes_nothing(kind, q_len, dtype):
+    """The same bits, also where the ranges of one tile's rows leave a gap between them."""
+    case = Ranged("", q_len=q_len, kv_len=600, **GQA, ranges=kind)
+    clean = case.make(dtype)
+    seen = replace(case, as_mask=True).make(dtype).operands.mask.any(2)  # [1 or 2, 1 or 4, keys]
+    seen = seen.expand(2, 4, -1).unflatten(1, (2, 2)).any(2)  # of either head of a kv head
+    spoiled = (x.masked_fill(~seen[..., None], torch.nan) for x in (clean.k, clean.v))
+    spoiled = Problem(clean.q, *spoiled, *clean[3:])
+    for num_splits in (0, 3):
+        cotangents = cotangents_of(case, clean, True)
+        got, want = (run_kernels(p, cotangents, num_splits) for p in (spoiled, clean))
+        for name, x in got.items():
+            assert torch.equal(x, want[name]), name
+
+
+def test_rows_that_see_nothing():
+    case = Ranged("", **LONG, ranges="nothing", sinks=True, bias="full")
+    problem = case.make(torch.float32)
+    results = run_kernels(problem, cotangents_of(case, problem, True))
+    assert (results.pop("lse") == -torch.inf).all()
+    for name, x in results.items():
+        assert not x.any(), name
+
+
+def test_a_bias_gradient_is_zero_outside():
+    """Tiles that nothing visits are set all the same: memory from the allocator is not zero."""
+    case = Ranged("", q_len=400, kv_len=400, ranges="chunks", bias="plane")
+    problem = case.make(torch.float32)
+    dbias = run_kernels(problem, cotangents_of(case, problem, False))["dbias"]
+    outside = ~replace(case, as_mask=True).make(torch.float32).operands.mask
+    assert dbias.any() and not dbias[outside].any()
+
+
+def test_rows_past_a_packed_sequence_are_not_looked_at():
+    """The tensors have rows for the longest sequence; a shorter one's may hold anything."""
+    case = Ranged("", packed=((5, 30), (20, 30)), ranges="random_by_head")
+    problem = case.make(torch.float32)
+    want = run_kernels(problem, cotangents_of(case, problem, True))
+    for end in (problem.operands.key_begin, problem.operands.key_end):
+        end[0, :, 5:] = torch.tensor([7, -(2**31), 2**31 - 1]).int().repeat(5).view(15, 1)
+    got = run_kernels(problem, cotangents_of(case, problem, True))
+    for name, x in got.items():
+        assert torch.equal(x[:, :, :25], want[name][:, :, :25]), name
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["key_begin", "key_end"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_decrease_is_named(name, heads):
+    problem = Ranged("", ranges="random_by_head" if heads == 2 else "chunks").make(torch.float32)
+    ends = getattr(problem.operands, name)
+    ends[-1, -1, 20:] = ends[-1, -1, 19] - 1
+    where = f"{name} must not decrease along the rows, and does at row 20 of entry"
+    with pytest.raises(RuntimeError, match=where):
+        forward(problem)
+    out, lse = torch.zeros_like(problem.q), torch.zeros(problem.q.shape[:3])
+    with pytest.raises(RuntimeError, match=where):
+        backward(problem, out, None, out, lse)
