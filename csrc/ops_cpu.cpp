@@ -47,19 +47,19 @@ void run_forward(Call& call, int num_splits) {
     const int64_t size = p.dtype == Dtype::F64 ? 8 : 4;
     const int64_t row_bytes = (p.v_dim + 2) * size;
     ForwardPlan plan = plan_forward(call.segments, p, kernels.block_q, num_splits, row_bytes);
-    Partials partials{};
+    SplitResults results{};
     Bytes memory;
-    if (plan.partial_rows > 0) {
-        memory = new_bytes(plan.partial_rows * row_bytes);
-        partials.row_max = memory.get();
-        partials.row_sum = memory.get() + plan.partial_rows * size;
-        partials.acc = memory.get() + 2 * plan.partial_rows * size;
+    if (plan.split_rows > 0) {
+        memory = new_bytes(plan.split_rows * row_bytes);
+        results.row_max = memory.get();
+        results.row_sum = memory.get() + plan.split_rows * size;
+        results.acc = memory.get() + 2 * plan.split_rows * size;
     }
     double flops = 2 * plan.pairs * (p.head_dim + p.v_dim);
     for_each_item(plan.items.size(), flops,
-                  [&](int64_t i) { kernels.forward(p, plan.items[i], partials); });
+                  [&](int64_t i) { kernels.forward(p, plan.items[i], results); });
     for_each_item(plan.merges.size(), flops, [&](int64_t i) {
-        kernels.combine(p, plan.items[plan.merges[i].first], plan.merges[i].splits, partials);
+        kernels.combine(p, plan.items[plan.merges[i].first], plan.merges[i].splits, results);
     });
 }
 
@@ -76,7 +76,7 @@ void run_backward(Call& call, BiasSharing sharing) {
         plan_backward(call.segments, p, kernels.block_q, kernels.block_kv, bytes, sharing);
     std::vector<Bytes> memory;
     for (const BackwardPlan::Merge& merge : plan.merges)
-        for (int i = merge.first; i < merge.first + merge.parts; i++) {
+        for (int i = merge.first; i < merge.first + merge.count; i++) {
             BackwardItem& item = plan.items[i];
             int64_t keys = item.key_end - item.key_begin;
             for (auto [sum, dim] :
@@ -91,7 +91,7 @@ void run_backward(Call& call, BiasSharing sharing) {
             kernels.backward(p, plan.items[plan.tasks[i]]);
     });
     for_each_item(plan.merges.size(), flops, [&](int64_t i) {
-        kernels.reduce(p, &plan.items[plan.merges[i].first], plan.merges[i].parts);
+        kernels.reduce(p, &plan.items[plan.merges[i].first], plan.merges[i].count);
     });
 }
 

@@ -85,8 +85,8 @@ struct Problem {
 
     double forward(const Kernels& kernels) {
         new_call();
-        ForwardPlan plan = plan_forward(segments, shape.heads, 1, kernels.block_q, 1,
-                                        sizeof(float) * (shape.dim + 2));
+        ForwardPlan plan =
+            plan_forward(segments, p, kernels.block_q, 1, sizeof(float) * (shape.dim + 2));
         double start = now();
         for (const ForwardItem& item : plan.items) kernels.forward(p, item, {});
         return now() - start;

@@ -18,7 +18,8 @@ INLINE Vec<float> normal_tail(Vec<float> x, Vec<float> bell) {
     return (p * t - 1.19867791e-5f) * bell;
 }
 INLINE Vec<double> normal_tail(Vec<double> x, Vec<double>) {
-    for (int i = 0; i < LANES<double>; i++) x[i] = 0.5 * __builtin_erfc(x[i] * 0.7071067811865476);
+    for (int i = 0; i < SIMD_WIDTH<double>; i++)
+        x[i] = 0.5 * __builtin_erfc(x[i] * 0.7071067811865476);
     return x;
 }
 

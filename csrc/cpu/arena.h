@@ -104,16 +104,16 @@ class ArenaLease {
 
 // Keys and values that a thread has packed, kept for its next tiles of the same head: else every
 // tile of 96 rows would pack all of them again (3 % of the time in fp32, twice that in bf16).
-class Shelf {
+class PanelCache {
   public:
     static constexpr size_t BYTES = size_t(4) << 20;  // at most
 
-    // The calling thread's shelf for one kv head of one call. What lay there for another is gone.
-    static Shelf& of(uint64_t call, int segment, int kv_head, size_t bytes, int blocks) {
-        thread_local Shelf shelf;
-        if (shelf.call_ != call || shelf.segment_ != segment || shelf.kv_head_ != kv_head)
-            shelf.clear(call, segment, kv_head, bytes, blocks);
-        return shelf;
+    // The calling thread's cache for one kv head of one call. What lay there for another is gone.
+    static PanelCache& of(uint64_t call, int segment, int kv_head, size_t bytes, int blocks) {
+        thread_local PanelCache cache;
+        if (cache.call_ != call || cache.segment_ != segment || cache.kv_head_ != kv_head)
+            cache.clear(call, segment, kv_head, bytes, blocks);
+        return cache;
     }
 
     void* memory() { return cache_line(memory_.get()); }
@@ -126,7 +126,7 @@ class Shelf {
 
   private:
     void clear(uint64_t call, int segment, int kv_head, size_t bytes, int blocks) {
-        call_ = 0;  // until there is memory for it, the shelf is nobody's
+        call_ = 0;  // until there is memory for it, the cache is nobody's
         packed_.assign(blocks, 0);
         if (size_ < bytes) {
             size_ = 0;

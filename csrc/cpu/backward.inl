@@ -5,7 +5,7 @@
 // (fp64) over all tiles of the item, always in the same order: the same bits at every run.
 
 template <class A> struct BackwardTile {
-    Lanes<A> lanes;
+    QueryTile<A> tile;
     alignas(64) A lse[BLOCK_Q];  // in base 2; +inf for a row that saw no key
     alignas(64) A delta[BLOCK_Q];
     // Where some lse is so large that its rounding is felt (exact): the largest score of each row
@@ -13,7 +13,7 @@ template <class A> struct BackwardTile {
     alignas(64) A inverse_sum[BLOCK_Q];
     bool exact;
     A* exact_keys;  // rows of keys, converted; taken when first wanted
-    Turned<A> q_turned, dout_turned;
+    Transposed<A> q_transposed, dout_transposed;
     A *q, *dout;  // panels: [columns / PANEL][BLOCK_Q][PANEL]
     Blocks<A> blocks;
     A *p, *ds, *softcap_slope;  // [BLOCK_KV][BLOCK_Q]
@@ -31,8 +31,8 @@ template <class A> constexpr A EXACT_FROM = sizeof(A) == 4 ? A(0x1p12) : A(0x1p4
 template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
     t.k_ld = round_up_panel<A>(p.head_dim);
     t.v_ld = round_up_panel<A>(p.v_dim);
-    t.q_turned = new_turned<A>(p, BLOCK_Q, p.head_dim, A(p.scale * LOG2E), arena);
-    t.dout_turned = new_turned<A>(p, BLOCK_Q, p.v_dim, A(1), arena);
+    t.q_transposed = new_transposed<A>(p, BLOCK_Q, p.head_dim, A(p.scale * LOG2E), arena);
+    t.dout_transposed = new_transposed<A>(p, BLOCK_Q, p.v_dim, A(1), arena);
     t.q = arena.take<A>(BLOCK_Q * t.k_ld);
     t.dout = arena.take<A>(BLOCK_Q * t.v_ld);
     t.p = arena.take<A>(BLOCK_KV * TILE_LD);
@@ -49,29 +49,29 @@ template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Are
 
 template <class A>
 static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>& t) {
-    const Lanes<A>& lanes = t.lanes;
+    const QueryTile<A>& tile = t.tile;
     t.exact = false;
     auto rows_of = [&](const Tensor4& x) {
-        return [&](int i) { return x.bytes_at(s.batch, lanes.head[i], s.q_begin + lanes.row[i]); };
+        return [&](int i) { return x.bytes_at(s.batch, tile.head[i], s.q_begin + tile.row[i]); };
     };
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         auto q_row = rows_of(p.q), dout_row = rows_of(p.dout);
-        int n = lanes.count;
-        turn(p, q_row, n, t.q_turned, t.buffer);
-        turn(p, dout_row, n, t.dout_turned, t.buffer);
+        int n = tile.count;
+        transpose_rows(p, q_row, n, t.q_transposed, t.buffer);
+        transpose_rows(p, dout_row, n, t.dout_transposed, t.buffer);
         pack_panels<A, T>(q_row, n, p.head_dim, BLOCK_Q, t.q);
         pack_panels<A, T>(dout_row, n, p.v_dim, BLOCK_Q, t.dout);
         for (int i = 0; i < n; i++) {
-            const T* out = p.out.at<T>(s.batch, lanes.head[i], s.q_begin + lanes.row[i]);
+            const T* out = p.out.at<T>(s.batch, tile.head[i], s.q_begin + tile.row[i]);
             const T* dout = reinterpret_cast<const T*>(dout_row(i));
             Vec<A> sum = {};
             int d = 0;
-            for (; d + LANES<A> <= p.v_dim; d += LANES<A>)
+            for (; d + SIMD_WIDTH<A> <= p.v_dim; d += SIMD_WIDTH<A>)
                 sum += load_as<A>(out + d) * load_as<A>(dout + d);
             A delta = reduce_sum<A>(sum);
             for (; d < p.v_dim; d++) delta += A(to_float(out[d])) * A(to_float(dout[d]));
-            int head = lanes.head[i], row = s.q_begin + lanes.row[i];
+            int head = tile.head[i], row = s.q_begin + tile.row[i];
             if (p.dlse.data) delta -= *p.dlse.at<A>(s.batch, head, row);
             A lse = *p.lse.at<A>(s.batch, head, row);
             bool dead = lse == A(NEG_INF);
@@ -81,7 +81,7 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
             if (p.delta.data) *p.delta.at<A>(s.batch, head, row) = t.delta[i];
         }
     });
-    for (int i = lanes.count; i < lanes.padded; i++) {
+    for (int i = tile.count; i < tile.padded; i++) {
         t.lse[i] = -A(NEG_INF);
         t.delta[i] = 0;
     }
@@ -93,15 +93,15 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
 template <class A>
 static void panel_statistics(BackwardTile<A>& t, int panel, int begin, int end, const A* scores) {
     for (int v = 0; v < 2; v++) {
-        int lane = panel * PANEL<A> + v * LANES<A>;
-        Vec<A> old_max = load<A>(t.lse + lane), row_max = old_max;
-        const A* x = scores + v * LANES<A>;
+        int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
+        Vec<A> old_max = load<A>(t.lse + tile_row), row_max = old_max;
+        const A* x = scores + v * SIMD_WIDTH<A>;
         for (int j = begin; j < end; j++) row_max = vmax<A>(load<A>(x + j * TILE_LD), row_max);
         Vec<A> base = row_max == A(NEG_INF) ? Vec<A>{} : row_max;
-        Vec<A> sum = load<A>(t.inverse_sum + lane) * vexp2<A>(old_max - base);
+        Vec<A> sum = load<A>(t.inverse_sum + tile_row) * vexp2<A>(old_max - base);
         for (int j = begin; j < end; j++) sum += vexp2<A>(load<A>(x + j * TILE_LD) - base);
-        store<A>(t.lse + lane, row_max);
-        store<A>(t.inverse_sum + lane, sum);
+        store<A>(t.lse + tile_row, row_max);
+        store<A>(t.inverse_sum + tile_row, sum);
     }
 }
 
@@ -109,42 +109,42 @@ static void panel_statistics(BackwardTile<A>& t, int panel, int begin, int end, 
 // operations as backward_tile's, so the same scores, and no weight is above 1.
 template <class A> static void row_statistics(const Params& p, const KeyRows& keys, const Range& r,
                                               BackwardTile<A>& t, Arena& arena) {
-    const Lanes<A>& lanes = t.lanes;
+    const QueryTile<A>& tile = t.tile;
     if (t.exact_keys == nullptr) t.exact_keys = arena.take<A>(BLOCK_KV * p.head_dim);
-    for (int i = 0; i < lanes.padded; i++) {
+    for (int i = 0; i < tile.padded; i++) {
         t.lse[i] = A(NEG_INF);
         t.inverse_sum[i] = 0;
     }
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < r.full_begin || key + n > r.full_end;
-        if (edge && lanes.ranged && !lanes.sees(key, key + n)) continue;
-        Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
+        if (edge && tile.ranged && !tile.sees(key, key + n)) continue;
+        Seen seen = p.mask.data ? mask_summary(p, tile, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
         RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.exact_keys);
-        for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
+        for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
             int first = panel * PANEL<A>, begin = 0, end = n;
             if (edge) {
-                Range seen_here = lanes.range(first, imin(lanes.count, first + PANEL<A>));
+                Range seen_here = tile.range(first, imin(tile.count, first + PANEL<A>));
                 begin = imin(n, imax(0, seen_here.begin - key));
                 end = imax(begin, imin(n, seen_here.end - key));
             }
-            panel_product(t.q_turned, panel, k, begin, end, t.p + first, TILE_LD);
-            finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
+            panel_product(t.q_transposed, panel, k, begin, end, t.p + first, TILE_LD);
+            finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD, static_cast<A*>(nullptr));
             panel_statistics(t, panel, begin, end, t.p + first);
         }
     }
-    for (int i = 0; i < lanes.padded; i++) {
+    for (int i = 0; i < tile.padded; i++) {
         A row_max = t.lse[i], sum = t.inverse_sum[i];
-        if (i < lanes.count && p.sinks.data && sum != 0) {
-            char* at = p.sinks.bytes_at(0, lanes.head[i], 0);
+        if (i < tile.count && p.sinks.data && sum != 0) {
+            char* at = p.sinks.bytes_at(0, tile.head[i], 0);
             A sink = to_base2<A>(bias_at<A>(p.sinks.dtype, at));
             A base = sink > row_max ? sink : row_max;
             sum = sum * A(__builtin_exp2(row_max - base)) + A(__builtin_exp2(sink - base));
             row_max = base;
         }
-        bool none = i >= lanes.count || sum == 0;  // no row, or one that saw no key: weights are 0
+        bool none = i >= tile.count || sum == 0;  // no row, or one that saw no key: weights are 0
         t.lse[i] = none ? -A(NEG_INF) : row_max;
         t.inverse_sum[i] = none ? A(1) : 1 / sum;
     }
@@ -158,24 +158,24 @@ template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, Back
                                                            const float* z) {
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     for (int v = 0; v < 2; v++) {
-        int lane = panel * PANEL<A> + v * LANES<A>;
-        Vec<A> lse = load<A>(t.lse + lane), delta = load<A>(t.delta + lane);
+        int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
+        Vec<A> lse = load<A>(t.lse + tile_row), delta = load<A>(t.delta + tile_row);
         for (int j = 0; j < begin; j++) {
-            store<A>(t.p + j * TILE_LD + lane, Vec<A>{});
-            store<A>(t.ds + j * TILE_LD + lane, Vec<A>{});
+            store<A>(t.p + j * TILE_LD + tile_row, Vec<A>{});
+            store<A>(t.ds + j * TILE_LD + tile_row, Vec<A>{});
         }
         auto rows = [&](int j, auto count) {
             constexpr int N = decltype(count)::value;
-            A *to_p = t.p + j * TILE_LD + lane, *to_ds = t.ds + j * TILE_LD + lane;
+            A *to_p = t.p + j * TILE_LD + tile_row, *to_ds = t.ds + j * TILE_LD + tile_row;
             Vec<A> x[N];
             for (int u = 0; u < N; u++) x[u] = load<A>(to_p + u * TILE_LD) - lse;
             vexp2<A, N>(x);
             if constexpr (EXACT)
-                for (int u = 0; u < N; u++) x[u] *= load<A>(t.inverse_sum + lane);
+                for (int u = 0; u < N; u++) x[u] *= load<A>(t.inverse_sum + tile_row);
             for (int u = 0; u < N; u++) {
                 Vec<A> dp = load<A>(to_ds + u * TILE_LD), dropped = x[u];
                 if (z) {
-                    Vec<A> factor = load_dropout<A>(z + (j + u) * DROPOUT_LD + lane);
+                    Vec<A> factor = load_dropout<A>(z + (j + u) * DROPOUT_LD + tile_row);
                     dp = dp * factor * inverse_keep;
                     dropped = x[u] * factor;
                 }
@@ -189,8 +189,8 @@ template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, Back
         for (; j + 4 <= end; j += 4) rows(j, std::integral_constant<int, 4>{});
         for (; j < end; j++) rows(j, std::integral_constant<int, 1>{});
         for (int j = end; j < n; j++) {
-            store<A>(t.p + j * TILE_LD + lane, Vec<A>{});
-            store<A>(t.ds + j * TILE_LD + lane, Vec<A>{});
+            store<A>(t.p + j * TILE_LD + tile_row, Vec<A>{});
+            store<A>(t.ds + j * TILE_LD + tile_row, Vec<A>{});
         }
     }
 }
@@ -198,22 +198,22 @@ template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, Back
 // dbias += ds, summed over whatever dimensions the bias is broadcast along.
 template <class A> static void add_bias_gradient(const Params& p, const Segment& s,
                                                  const BackwardTile<A>& t, int key, int n) {
-    const Lanes<A>& lanes = t.lanes;
+    const QueryTile<A>& tile = t.tile;
     const Tensor4& g = p.dbias;
-    A* first = g.at<A>(s.entry, lanes.head[0], s.row0 + lanes.row[0]) + (s.key0 + key) * g.col;
+    A* first = g.at<A>(s.entry, tile.head[0], s.row0 + tile.row[0]) + (s.key0 + key) * g.col;
     if (g.row == 0 || g.col == 0) {
         for (int j = 0; j < n; j++)
-            for (int i = 0; i < lanes.count; i++)
+            for (int i = 0; i < tile.count; i++)
                 first[i * g.row + j * g.col] += t.ds[j * TILE_LD + i];
         return;
     }
     // Eight rows of dbias at a time: they lie a multiple of 4 KB apart where kv_len is one of 1024,
     // and more of them would evict each other from the L1 cache.
     bool set =
-        p.dbias_unset && (g.batch != 0 || s.entry == 0) && (g.head != 0 || lanes.head[0] == 0);
-    for (int i = 0; i < lanes.count; i += 8) {
+        p.dbias_unset && (g.batch != 0 || s.entry == 0) && (g.head != 0 || tile.head[0] == 0);
+    for (int i = 0; i < tile.count; i += 8) {
         auto row = [&](int j) { return t.ds + j * TILE_LD + i; };
-        int rows = imin(8, lanes.count - i);
+        int rows = imin(8, tile.count - i);
         if (set)
             transpose<false>(row, n, rows, first + i * g.row, g.row, A(1));
         else
@@ -221,14 +221,14 @@ template <class A> static void add_bias_gradient(const Params& p, const Segment&
     }
 }
 
-// sum[key][column] += X'[key][lane] * rows[lane][column], for the lanes that see the keys.
+// sum[key][column] += X'[key][row] * rows[row][column], for the rows that see the keys.
 template <class A> INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, const A* x, int key,
                                            int n, const A* rows, int columns, A* sum) {
     for (int j = 0; j < n; j += GEMM_ROWS) {
-        int count = imin(GEMM_ROWS, n - j), begin = 0, end = t.lanes.count;
+        int count = imin(GEMM_ROWS, n - j), begin = 0, end = t.tile.count;
         if (edge) {
-            while (begin < end && t.lanes.hi[begin] <= key + j) begin++;
-            while (begin < end && t.lanes.lo[end - 1] >= key + j + count) end--;
+            while (begin < end && t.tile.hi[begin] <= key + j) begin++;
+            while (begin < end && t.tile.lo[end - 1] >= key + j + count) end--;
             if (begin == end) continue;
         }
         for (int c = 0; c < columns; c += PANEL<A>)
@@ -240,16 +240,16 @@ template <class A> INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, 
     }
 }
 
-// dq[lane][column] += ds[lane][key] * K[key][column].
+// dq[row][column] += ds[row][key] * K[key][column].
 template <class A>
 INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, const A* panels) {
     for (int c = 0; c < t.k_ld; c += PANEL<A>)
-        for (int i = 0, rows; i < t.lanes.count; i += rows) {
+        for (int i = 0, rows; i < t.tile.count; i += rows) {
             int begin = 0, end = n;
-            rows = imin(GEMM_ROWS, t.lanes.count - i);
+            rows = imin(GEMM_ROWS, t.tile.count - i);
             if (edge) {
-                rows = t.lanes.overlapping(i, rows);
-                Range seen = t.lanes.range(i, i + rows);
+                rows = t.tile.overlapping(i, rows);
+                Range seen = t.tile.range(i, i + rows);
                 begin = imax(0, seen.begin - key);
                 end = imin(n, seen.end - key);
                 if (begin >= end) continue;
@@ -265,30 +265,30 @@ INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, 
 template <class A> static void backward_tile(const Params& p, const Segment& s, const KeyRows& keys,
                                              const KeyRows& values, const BackwardItem& item,
                                              BackwardTile<A>& t, Arena& arena) {
-    const Lanes<A>& lanes = t.lanes;
-    Range r = lanes.range(0, lanes.count);
+    const QueryTile<A>& tile = t.tile;
+    Range r = tile.range(0, tile.count);
     if (t.exact) row_statistics(p, keys, r, t, arena);
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < r.full_begin || key + n > r.full_end;
-        if (edge && lanes.ranged && !lanes.sees(key, key + n)) continue;
-        Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
+        if (edge && tile.ranged && !tile.sees(key, key + n)) continue;
+        Seen seen = p.mask.data ? mask_summary(p, tile, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
         Block<A> block = t.blocks.at(key, n);
         RowBlock<A> k = load_rows(p, keys, key, block.n, p.head_dim, block.keys, block.done);
         RowBlock<A> v = load_rows(p, values, key, block.n, p.v_dim, block.values, block.done);
         const float* z =
-            p.dropout ? dropout_tile(p, s, lanes, key, n, t.keep[0], t.keep[1]) : nullptr;
-        for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
+            p.dropout ? dropout_tile(p, s, tile, key, n, t.keep[0], t.keep[1]) : nullptr;
+        for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
             int first = panel * PANEL<A>, begin = 0, end = n;
             if (edge) {
-                Range seen_here = lanes.range(first, imin(lanes.count, first + PANEL<A>));
+                Range seen_here = tile.range(first, imin(tile.count, first + PANEL<A>));
                 begin = imin(n, imax(0, seen_here.begin - key));
                 end = imax(begin, imin(n, seen_here.end - key));
             }
-            panel_product(t.q_turned, panel, k, begin, end, t.p + first, TILE_LD);
-            panel_product(t.dout_turned, panel, v, begin, end, t.ds + first, TILE_LD);
-            finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
+            panel_product(t.q_transposed, panel, k, begin, end, t.p + first, TILE_LD);
+            panel_product(t.dout_transposed, panel, v, begin, end, t.ds + first, TILE_LD);
+            finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD,
                           t.softcap_slope ? t.softcap_slope + begin * TILE_LD + first : nullptr);
             if (t.exact)
@@ -299,7 +299,7 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
         if (p.dbias.data) add_bias_gradient(p, s, t, key, n);
         if (t.softcap_slope)
             for (int j = 0; j < n; j++)
-                for (int i = 0; i < lanes.padded; i += LANES<A>) {
+                for (int i = 0; i < tile.padded; i += SIMD_WIDTH<A>) {
                     A* x = t.ds + j * TILE_LD + i;
                     Vec<A> ds = load<A>(x);
                     store<A>(x, ds == 0 ? ds : ds * load<A>(t.softcap_slope + j * TILE_LD + i));
@@ -323,7 +323,7 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
 // dk and dv of one (segment, kv head): the sums of its items, added in their order. A key that no
 // item sees has a gradient of 0.
 template <class A> static void write_key_gradients(const Params& p, const BackwardItem* items,
-                                                   int parts, Arena& arena) {
+                                                   int count, Arena& arena) {
     const Segment& s = p.segments[items[0].segment];
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     A* total = arena.take<A>(round_up_panel<A>(imax(p.head_dim, p.v_dim)));
@@ -331,8 +331,8 @@ template <class A> static void write_key_gradients(const Params& p, const Backwa
         int ld = round_up_panel<A>(columns);
         for (int j = 0; j < s.band.kv_len; j++) {
             const A* row = nullptr;
-            for (int part = 0; part < parts; part++) {
-                const BackwardItem& item = items[part];
+            for (int i = 0; i < count; i++) {
+                const BackwardItem& item = items[i];
                 if (j < item.key_begin || j >= item.key_end) continue;
                 const A* next = static_cast<const A*>(item.*sums) +
                                 static_cast<int64_t>(j - item.key_begin) * ld;
@@ -373,18 +373,18 @@ template <class A> static void backward(const Params& p, const BackwardItem& tas
     KeyRows keys = key_rows(p, p.k, s, item.kv_head), values = key_rows(p, p.v, s, item.kv_head);
     for (int head = item.kv_head * p.group(); head < (item.kv_head + 1) * p.group(); head++)
         for (int row = item.row_begin; row < item.row_end; row += BLOCK_Q) {
-            set_lanes(p, s, head, 1, row, imin(BLOCK_Q, item.row_end - row), t.lanes);
+            set_query_tile(p, s, head, 1, row, imin(BLOCK_Q, item.row_end - row), t.tile);
             load_rows_of_tile(p, s, t);
-            __builtin_memset(t.dq, 0, sizeof(A) * t.lanes.count * t.k_ld);
+            __builtin_memset(t.dq, 0, sizeof(A) * t.tile.count * t.k_ld);
             backward_tile(p, s, keys, values, item, t, arena);
-            for (int i = 0; i < t.lanes.count; i++)
+            for (int i = 0; i < t.tile.count; i++)
                 store_row(t.dq + static_cast<int64_t>(i) * t.k_ld, A(p.scale), p.dtype,
                           p.dq.bytes_at(s.batch, head, s.q_begin + row + i), p.head_dim);
         }
     if (task.dk_sum == nullptr) write_key_gradients<A>(p, &item, 1, arena);
 }
 
-template <class A> static void reduce(const Params& p, const BackwardItem* items, int parts) {
+template <class A> static void reduce(const Params& p, const BackwardItem* items, int count) {
     ArenaLease arena;
-    write_key_gradients<A>(p, items, parts, *arena);
+    write_key_gradients<A>(p, items, count, *arena);
 }

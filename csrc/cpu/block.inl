@@ -1,29 +1,29 @@
 // Where the keys and values of a block are packed or converted: in the thread's scratch memory, or
-// on its shelf, where the head's other tiles find them done.
-// next: score.inl
+// in its packed-panel cache, where the head's other tiles find them done.
+// next: query_tile.inl
 
 template <class A> struct Block {
     A *keys, *values;  // rows, converted: [n][head_dim], [n][v_dim]
     A* panels;         // [columns / PANEL][BLOCK_KV][PANEL]
-    int n;             // rows to pack: on a shelf all that another tile may want
+    int n;             // rows to pack: into a cache all that another tile may want
     bool done;
 };
 
 template <class A> struct Blocks {
     A *keys, *values, *panels;  // of the first block
     int head_dim, v_dim, panel_columns, kv_len;
-    Shelf* shelf;  // has all blocks, one after the other; null: there is memory for one
+    PanelCache* cache;  // has all blocks, one after the other; null: there is memory for one
 
     INLINE_MEMBER Block<A> at(int key, int n) const {
-        if (shelf == nullptr) return {keys, values, panels, n, false};
+        if (cache == nullptr) return {keys, values, panels, n, false};
         int64_t row = key;  // a multiple of BLOCK_KV
         return {keys + row * head_dim, values + row * v_dim, panels + row * panel_columns,
-                imin(BLOCK_KV, kv_len - key), !shelf->claim(key / BLOCK_KV)};
+                imin(BLOCK_KV, kv_len - key), !cache->claim(key / BLOCK_KV)};
     }
 };
 
-// For one kv head of a segment. value_rows: values are wanted as rows, not only as panels. keep: on
-// the shelf, if it is large enough.
+// For one kv head of a segment. value_rows: values are wanted as rows, not only as panels. keep: in
+// the packed-panel cache, if they fit.
 template <class A> static Blocks<A> new_blocks(const Params& p, int segment, int kv_head,
                                                bool value_rows, int panel_columns, bool keep,
                                                Arena& arena) {
@@ -39,11 +39,11 @@ template <class A> static Blocks<A> new_blocks(const Params& p, int segment, int
     int64_t width = key_width + value_width + panel_columns;
     size_t bytes = sizeof(A) * static_cast<size_t>(width) * BLOCK_KV * blocks;
     int64_t rows = BLOCK_KV;
-    if (keep && bytes <= Shelf::BYTES) {
-        b.shelf = &Shelf::of(p.call, segment, kv_head, bytes, blocks);
+    if (keep && bytes <= PanelCache::BYTES) {
+        b.cache = &PanelCache::of(p.call, segment, kv_head, bytes, blocks);
         rows *= blocks;
     }
-    b.panels = b.shelf ? static_cast<A*>(b.shelf->memory()) : arena.take<A>(rows * width);
+    b.panels = b.cache ? static_cast<A*>(b.cache->memory()) : arena.take<A>(rows * width);
     b.keys = b.panels + rows * panel_columns;
     b.values = b.keys + rows * key_width;
     return b;

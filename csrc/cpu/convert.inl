@@ -71,14 +71,14 @@ template <class A> INLINE Vec<A> load_as(const f16* p) {
     return (Vec<A>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
     Vec<A> x = {};
-    for (int i = 0; i < LANES<A>; i++) x[i] = to_float(p[i]);
+    for (int i = 0; i < SIMD_WIDTH<A>; i++) x[i] = to_float(p[i]);
     return x;
 #endif
 }
 
 template <class A, class T> INLINE void convert_row(const T* from, A* to, int n) {
     int i = 0;
-    for (; i + LANES<A> <= n; i += LANES<A>) store<A>(to + i, load_as<A>(from + i));
+    for (; i + SIMD_WIDTH<A> <= n; i += SIMD_WIDTH<A>) store<A>(to + i, load_as<A>(from + i));
     for (; i < n; i++) to[i] = to_float(from[i]);
 }
 

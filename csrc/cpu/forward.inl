@@ -2,19 +2,19 @@
 // kept online (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
 // next: backward.inl
 
-// Fewer lanes than this are decoding: keys are read once, as dot products, without turning q.
-constexpr int DOT_LANES = 8;
+// Fewer rows than this are decoding: keys are read once, as dot products, without transposing q.
+constexpr int DOT_ROWS = 8;
 
 template <class A> struct ForwardTile {
-    Lanes<A> lanes;
+    QueryTile<A> tile;
     alignas(64) A row_max[BLOCK_Q];  // in base 2
     alignas(64) A row_sum[BLOCK_Q];
     alignas(64) A rescale[BLOCK_Q];
-    Turned<A> q;  // unless decoding
-    A* q_rows;    // decoding: the lanes' rows, scaled, dot_ld apart
+    Transposed<A> q;  // unless decoding
+    A* q_rows;        // decoding: the tile's rows, scaled, dot_ld apart
     Blocks<A> blocks;
     A* scores;  // [BLOCK_KV][ld], then probabilities
-    A* acc;     // [lanes][acc_ld], unnormalised output
+    A* acc;     // [rows][acc_ld], unnormalised output
     DropoutTile keep[2];
     int ld, acc_ld, dot_ld;
 };
@@ -25,16 +25,16 @@ template <class A>
 static void load_queries(const Params& p, const Segment& s, ForwardTile<A>& t, Arena& arena) {
     A factor = A(p.scale * LOG2E);
     auto row_of = [&](int i) {
-        return p.q.bytes_at(s.batch, t.lanes.head[i], s.q_begin + t.lanes.row[i]);
+        return p.q.bytes_at(s.batch, t.tile.head[i], s.q_begin + t.tile.row[i]);
     };
     if (t.dot_ld == 0) {
-        t.q = new_turned<A>(p, t.lanes.padded, p.head_dim, factor, arena);
-        return turn(p, row_of, t.lanes.count, t.q, arena.take<A>(8 * p.head_dim));
+        t.q = new_transposed<A>(p, t.tile.padded, p.head_dim, factor, arena);
+        return transpose_rows(p, row_of, t.tile.count, t.q, arena.take<A>(8 * p.head_dim));
     }
-    t.q_rows = arena.take<A>(DOT_LANES * t.dot_ld);
+    t.q_rows = arena.take<A>(DOT_ROWS * t.dot_ld);
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        for (int i = 0; i < t.lanes.count; i++) {
+        for (int i = 0; i < t.tile.count; i++) {
             A* row = t.q_rows + i * t.dot_ld;
             convert_row(reinterpret_cast<const T*>(row_of(i)), row, p.head_dim);
             for (int d = 0; d < p.head_dim; d++) row[d] *= factor;
@@ -45,16 +45,16 @@ static void load_queries(const Params& p, const Segment& s, ForwardTile<A>& t, A
 
 // --- scores -------------------------------------------------------------------------------------
 
-// Dot products of N keys with all lanes, in steps of a vector; the last step reads a padded copy.
+// Dot products of N keys with all rows, in steps of a vector; the last step reads a padded copy.
 template <int N, class A, class T> INLINE void dot_scores(const T* const* keys, int columns,
-                                                          const A* q, int lanes, int64_t q_ld,
-                                                          A* to, int64_t ld) {
-    constexpr int W = LANES<A>;
+                                                          const A* q, int rows, int64_t q_ld, A* to,
+                                                          int64_t ld) {
+    constexpr int W = SIMD_WIDTH<A>;
     int whole = columns / W * W;
     alignas(64) A tail[N][W] = {};
     for (int j = 0; j < N; j++)
         for (int d = whole; d < columns; d++) tail[j][d - whole] = to_float(keys[j][d]);
-    int lane = 0;
+    int tile_row = 0;
     auto step = [&](auto count) {
         constexpr int L = decltype(count)::value;
         Vec<A> acc[N][L] = {};
@@ -64,16 +64,16 @@ template <int N, class A, class T> INLINE void dot_scores(const T* const* keys, 
             for (int j = 0; j < N; j++)
                 key[j] = d < whole ? load_as<A>(keys[j] + d) : load<A>(tail[j]);
             for (int l = 0; l < L; l++) {
-                Vec<A> x = load<A>(q + (lane + l) * q_ld + d);
+                Vec<A> x = load<A>(q + (tile_row + l) * q_ld + d);
                 for (int j = 0; j < N; j++) acc[j][l] += key[j] * x;
             }
         }
         for (int j = 0; j < N; j++)
-            for (int l = 0; l < L; l++) to[j * ld + lane + l] = reduce_sum<A>(acc[j][l]);
-        lane += L;
+            for (int l = 0; l < L; l++) to[j * ld + tile_row + l] = reduce_sum<A>(acc[j][l]);
+        tile_row += L;
     };
-    while (lane + 4 <= lanes) step(std::integral_constant<int, 4>{});
-    while (lane < lanes) step(std::integral_constant<int, 1>{});
+    while (tile_row + 4 <= rows) step(std::integral_constant<int, 4>{});
+    while (tile_row < rows) step(std::integral_constant<int, 1>{});
 }
 
 // Scores of keys [key, key + n), key by key. The values are asked for from memory meanwhile: they
@@ -93,9 +93,9 @@ template <class A> static void decode_scores(const Params& p, const ForwardTile<
             }
             A* to = t.scores + j * t.ld;
             if (j + 2 <= n)
-                dot_scores<2>(rows, p.head_dim, t.q_rows, t.lanes.count, t.dot_ld, to, t.ld);
+                dot_scores<2>(rows, p.head_dim, t.q_rows, t.tile.count, t.dot_ld, to, t.ld);
             else
-                dot_scores<1>(rows, p.head_dim, t.q_rows, t.lanes.count, t.dot_ld, to, t.ld);
+                dot_scores<1>(rows, p.head_dim, t.q_rows, t.tile.count, t.dot_ld, to, t.ld);
         }
     });
 }
@@ -106,9 +106,9 @@ template <class A> static void decode_scores(const Params& p, const ForwardTile<
 template <class A>
 INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int n, A* s) {
     int64_t ld = t.ld;
-    for (int v = 0; v < 2; v++, s += LANES<A>) {
-        int lane = panel * PANEL<A> + v * LANES<A>;
-        Vec<A> old_max = load<A>(t.row_max + lane);
+    for (int v = 0; v < 2; v++, s += SIMD_WIDTH<A>) {
+        int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
+        Vec<A> old_max = load<A>(t.row_max + tile_row);
         Vec<A> m[2] = {old_max, old_max};
         A *first = s + begin * ld, *last = s + end * ld, *x = first;
         for (; x + ld < last; x += 2 * ld) {
@@ -135,17 +135,17 @@ INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int 
         }
         for (int j = 0; j < begin; j++) store<A>(s + j * ld, Vec<A>{});
         for (int j = end; j < n; j++) store<A>(s + j * ld, Vec<A>{});
-        store<A>(t.row_sum + lane, load<A>(t.row_sum + lane) * rescale + sum);
-        store<A>(t.row_max + lane, row_max);
-        store<A>(t.rescale + lane, rescale);
+        store<A>(t.row_sum + tile_row, load<A>(t.row_sum + tile_row) * rescale + sum);
+        store<A>(t.row_max + tile_row, row_max);
+        store<A>(t.rescale + tile_row, rescale);
     }
 }
 
 template <class A> static void apply_dropout(const Params& p, const Segment& s,
                                              const ForwardTile<A>& t, int key, int n) {
-    const float* z = dropout_tile(p, s, t.lanes, key, n, t.keep[0], t.keep[1]);
+    const float* z = dropout_tile(p, s, t.tile, key, n, t.keep[0], t.keep[1]);
     for (int j = 0; j < n; j++)
-        for (int i = 0; i < t.lanes.padded; i += LANES<A>) {
+        for (int i = 0; i < t.tile.padded; i += SIMD_WIDTH<A>) {
             A* x = t.scores + j * t.ld + i;
             store<A>(x, load<A>(x) * load_dropout<A>(z + j * DROPOUT_LD + i));
         }
@@ -158,12 +158,12 @@ template <class A> static void apply_dropout(const Params& p, const Segment& s,
 template <class A, class T>
 INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n,
                        int columns, const T* values, int64_t panel_step, int64_t ld) {
-    for (int i = 0, rows; i < t.lanes.count; i += rows) {
-        rows = imin(GEMM_ROWS, t.lanes.count - i);
+    for (int i = 0, rows; i < t.tile.count; i += rows) {
+        rows = imin(GEMM_ROWS, t.tile.count - i);
         int begin = 0, end = n;
         if (edge) {
-            rows = t.lanes.overlapping(i, rows);
-            Range seen = t.lanes.range(i, i + rows);
+            rows = t.tile.overlapping(i, rows);
+            Range seen = t.tile.range(i, i + rows);
             begin = imax(0, imax(seen.begin, r.begin) - key);
             end = imin(n, imin(seen.end, r.end) - key);
         }
@@ -222,36 +222,36 @@ template <class A> static void write_row(const Params& p, const Segment& s, int 
 // --- the kernel ---------------------------------------------------------------------------------
 
 template <class A>
-static void forward(const Params& p, const ForwardItem& item, const Partials& partials) {
+static void forward(const Params& p, const ForwardItem& item, const SplitResults& results) {
     const Segment& s = p.segments[item.segment];
     ArenaLease lease;
     Arena& arena = *lease;
     ForwardTile<A>& t = *arena.take<ForwardTile<A>>(1);
-    set_lanes(p, s, item.head, item.heads, item.row, item.rows, t.lanes);
-    const Lanes<A>& lanes = t.lanes;
+    set_query_tile(p, s, item.head, item.heads, item.row, item.rows, t.tile);
+    const QueryTile<A>& tile = t.tile;
 
     int kv_head = item.head / p.group();
     KeyRows keys = key_rows(p, p.k, s, kv_head), values = key_rows(p, p.v, s, kv_head);
-    Range all = lanes.range(0, lanes.count);
+    Range all = tile.range(0, tile.count);
     Range r{imax(all.begin, item.key_begin), 0, 0, imin(all.end, item.key_end)};
 
-    bool decoding = lanes.count <= DOT_LANES;
+    bool decoding = tile.count <= DOT_ROWS;
     // Whole blocks, so that tiles whose key ranges begin elsewhere share what is packed.
-    if (lanes.ranged && !decoding && item.partial < 0) r.begin = r.begin / BLOCK_KV * BLOCK_KV;
-    t.ld = lanes.padded;
+    if (tile.ranged && !decoding && item.split_row < 0) r.begin = r.begin / BLOCK_KV * BLOCK_KV;
+    t.ld = tile.padded;
     t.acc_ld = round_up_panel<A>(p.v_dim);
     t.dot_ld = decoding ? round_up_panel<A>(p.head_dim) : 0;
     load_queries(p, s, t, arena);
-    bool more_tiles = lanes.count < s.band.q_len * p.group() && r.begin % BLOCK_KV == 0;
+    bool more_tiles = tile.count < s.band.q_len * p.group() && r.begin % BLOCK_KV == 0;
     t.blocks =
         new_blocks<A>(p, item.segment, kv_head, false, t.acc_ld, !decoding && more_tiles, arena);
     t.scores = arena.take<A>(BLOCK_KV * t.ld);
-    t.acc = arena.take<A>(static_cast<int64_t>(lanes.count) * t.acc_ld);
+    t.acc = arena.take<A>(static_cast<int64_t>(tile.count) * t.acc_ld);
     if (p.dropout)
         for (DropoutTile& keep : t.keep)
             keep = reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD));
-    __builtin_memset(t.acc, 0, sizeof(A) * lanes.count * t.acc_ld);
-    for (int i = 0; i < lanes.padded; i++) {
+    __builtin_memset(t.acc, 0, sizeof(A) * tile.count * t.acc_ld);
+    for (int i = 0; i < tile.padded; i++) {
         t.row_max[i] = A(NEG_INF);
         t.row_sum[i] = 0;
     }
@@ -260,8 +260,8 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
     for (int key = r.begin; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < all.full_begin || key + n > all.full_end;
-        if (edge && lanes.ranged && !lanes.sees(key, key + n)) continue;
-        Seen seen = p.mask.data ? mask_summary(p, lanes, key, n) : Seen::ALL;
+        if (edge && tile.ranged && !tile.sees(key, key + n)) continue;
+        Seen seen = p.mask.data ? mask_summary(p, tile, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
         Block<A> block = t.blocks.at(key, n);
         RowBlock<A> rows{};
@@ -269,16 +269,16 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
             decode_scores(p, t, keys, values, key, n);
         else
             rows = load_rows(p, keys, key, block.n, p.head_dim, block.keys, block.done);
-        for (int panel = 0; panel * PANEL<A> < lanes.padded; panel++) {
+        for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
             int first = panel * PANEL<A>, begin = 0, end = n;
             if (edge) {
-                Range panel_range = lanes.range(first, imin(lanes.count, first + PANEL<A>));
+                Range panel_range = tile.range(first, imin(tile.count, first + PANEL<A>));
                 begin = imin(n, imax(0, panel_range.begin - key));
                 end = imax(begin, imin(n, panel_range.end - key));
             }
             A* scores = t.scores + first;
             if (!decoding) panel_product(t.q, panel, rows, begin, end, scores, t.ld);
-            finish_scores(p, lanes, panel, key + begin, end - begin, seen == Seen::SOME, edge,
+            finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           scores + begin * t.ld, t.ld, static_cast<A*>(nullptr));
             panel_softmax(t, panel, begin, end, n, scores);
         }
@@ -286,37 +286,37 @@ static void forward(const Params& p, const ForwardItem& item, const Partials& pa
         accumulate_block(p, t, edge, r, values, key, n, block);
     }
 
-    for (int i = 0; i < lanes.count; i++) {
+    for (int i = 0; i < tile.count; i++) {
         const A* acc = t.acc + static_cast<int64_t>(i) * t.acc_ld;
-        if (item.partial < 0) {
-            write_row(p, s, lanes.head[i], lanes.row[i], t.row_max[i], t.row_sum[i], acc);
+        if (item.split_row < 0) {
+            write_row(p, s, tile.head[i], tile.row[i], t.row_max[i], t.row_sum[i], acc);
         } else {
-            static_cast<A*>(partials.row_max)[item.partial + i] = t.row_max[i];
-            static_cast<A*>(partials.row_sum)[item.partial + i] = t.row_sum[i];
-            __builtin_memcpy(static_cast<A*>(partials.acc) + (item.partial + i) * p.v_dim, acc,
+            static_cast<A*>(results.row_max)[item.split_row + i] = t.row_max[i];
+            static_cast<A*>(results.row_sum)[item.split_row + i] = t.row_sum[i];
+            __builtin_memcpy(static_cast<A*>(results.acc) + (item.split_row + i) * p.v_dim, acc,
                              sizeof(A) * p.v_dim);
         }
     }
 }
 
-// Merges `splits` consecutive partial results of one tile, in order.
+// Merges the results of a tile's splits, in order.
 template <class A> static void combine(const Params& p, const ForwardItem& item, int splits,
-                                       const Partials& partials) {
+                                       const SplitResults& results) {
     const Segment& s = p.segments[item.segment];
     int count = item.heads * item.rows;
     ArenaLease arena;
     A* acc = arena->take<A>(p.v_dim);
-    const A* maxima = static_cast<A*>(partials.row_max) + item.partial;
-    const A* sums = static_cast<A*>(partials.row_sum) + item.partial;
-    const A* accs = static_cast<A*>(partials.acc) + item.partial * p.v_dim;
+    const A* maxima = static_cast<A*>(results.row_max) + item.split_row;
+    const A* sums = static_cast<A*>(results.row_sum) + item.split_row;
+    const A* accs = static_cast<A*>(results.acc) + item.split_row * p.v_dim;
     for (int i = 0; i < count; i++) {
         A row_max = A(NEG_INF), row_sum = 0;
-        for (int part = 0; part < splits; part++)
-            row_max = maxima[part * count + i] > row_max ? maxima[part * count + i] : row_max;
+        for (int split = 0; split < splits; split++)
+            row_max = maxima[split * count + i] > row_max ? maxima[split * count + i] : row_max;
         A base = row_max == A(NEG_INF) ? A(0) : row_max;
         for (int d = 0; d < p.v_dim; d++) acc[d] = 0;
-        for (int part = 0; part < splits; part++) {
-            int64_t at = part * static_cast<int64_t>(count) + i;
+        for (int split = 0; split < splits; split++) {
+            int64_t at = split * static_cast<int64_t>(count) + i;
             if (sums[at] == 0) continue;
             A weight = A(__builtin_exp2(maxima[at] - base));
             row_sum += sums[at] * weight;

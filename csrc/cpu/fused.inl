@@ -141,7 +141,7 @@ INLINE V each_twice(V x, std::integer_sequence<int, LANE...>) {
 
 template <class A, class T>
 INLINE void rotate_neighbours(const T* x, T* out, const A* cos, const A* sin, A sign, int pairs) {
-    constexpr int L = LANES<A>;
+    constexpr int L = SIMD_WIDTH<A>;
     constexpr auto lanes = std::make_integer_sequence<int, L>{};
     Vec<A> signs;
     for (int i = 0; i < L; i++) signs[i] = i % 2 ? sign : -sign;
@@ -158,8 +158,8 @@ INLINE void rotate_neighbours(const T* x, T* out, const A* cos, const A* sin, A 
     }
     for (; i < pairs; i++) {
         A a = to_float(x[2 * i]), b = to_float(x[2 * i + 1]), s = sin[i] * sign;
-        Vec<A> turned = {a * cos[i] - b * s, a * s + b * cos[i]};
-        put<A>(out + 2 * i, turned, 2);
+        Vec<A> rotated = {a * cos[i] - b * s, a * s + b * cos[i]};
+        put<A>(out + 2 * i, rotated, 2);
     }
 }
 
@@ -193,7 +193,7 @@ template <class A> static void rotate(const RotateCall& c, int64_t begin, int64_
 
 template <class A, class T>
 static void cross_entropy_rows(const CrossEntropyCall& c, int64_t begin, int64_t end) {
-    constexpr int L = LANES<A>;
+    constexpr int L = SIMD_WIDTH<A>;
     const int n = c.vocab;
     const A cap = static_cast<A>(c.softcap), smoothing = static_cast<A>(c.label_smoothing);
     // The logit as the loss sees it; `t` is tanh, for the derivative.

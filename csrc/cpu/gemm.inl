@@ -11,14 +11,14 @@ enum class Store { SET, ADD, RESCALE };  // C = AB, C += AB, C = C * rescale[i] 
 
 constexpr int GEMM_ROWS = 6;
 
-constexpr int BLOCK_Q = 96;   // lanes of a tile: a multiple of every PANEL and of GEMM_ROWS
+constexpr int BLOCK_Q = 96;   // rows of a tile: a multiple of every PANEL and of GEMM_ROWS
 constexpr int BLOCK_KV = 96;  // keys of a tile: a multiple of GEMM_ROWS
 
 template <int R, Order ORDER, Store STORE, class A, class T>
 INLINE void micro(int depth, const A* a, int64_t lda, const T* b, int64_t ldb, A* c, int64_t ldc,
                   const A* rescale) {
     Vec<A> acc[R][2] = {};
-    constexpr int W = LANES<A>;
+    constexpr int W = SIMD_WIDTH<A>;
 #pragma GCC unroll 4
     for (int k = 0; k < depth; k++) {
         Vec<A> b0 = load_as<A>(b + k * ldb), b1 = load_as<A>(b + k * ldb + W);
@@ -82,7 +82,7 @@ INLINE Vec<float> dot_pairs(Vec<float> acc, Words a, Words b) {
 template <int R> INLINE void micro_pairs(int depth, const uint16_t* a, int64_t lda,
                                          const uint32_t* b, float* c, int64_t ldc, float factor) {
     Vec<float> acc[R][2] = {};
-    constexpr int W = LANES<float>;
+    constexpr int W = SIMD_WIDTH<float>;
     for (int k = 0; k < depth; k += 2, b += PANEL<float>) {
         Words b0, b1;
         __builtin_memcpy(&b0, b, sizeof b0);

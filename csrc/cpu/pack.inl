@@ -3,7 +3,7 @@
 // next: product.inl
 //
 // A panel is PANEL columns wide. "Panels" are [columns / PANEL][rows][PANEL]: the B operand of a
-// product. "Transposed panels" are [rows / PANEL][columns][PANEL]: rows become lanes.
+// product. "Transposed panels" are [rows / PANEL][columns][PANEL]: each row has a SIMD lane.
 
 template <class A> INLINE int round_up_panel(int n) {
     return (n + PANEL<A> - 1) / PANEL<A> * PANEL<A>;
@@ -40,7 +40,7 @@ static KeyRows key_rows(const Params& p, const Tensor4& t, const Segment& s, int
 // [n rows][columns] -> panels of `capacity` rows; columns are padded with 0 to a whole panel.
 template <class A, class T, class RowOf>
 INLINE void pack_panels(RowOf row_of, int n, int columns, int capacity, A* to) {
-    constexpr int W = LANES<A>;
+    constexpr int W = SIMD_WIDTH<A>;
     int whole = columns / PANEL<A>;
     for (int r = 0; r < n; r++) {
         const T* from = reinterpret_cast<const T*>(row_of(r));
@@ -120,7 +120,7 @@ INLINE void transpose(RowOf row, int rows, int columns, A* to, int64_t to_ld, A 
                           [&](auto x) INLINE_LAMBDA { return x * factor; });
 }
 
-// [n rows][columns] -> transposed panels, times factor; lanes past n are 0. `buffer` holds 8 rows.
+// [n rows][columns] -> transposed panels, times factor; rows past n are 0. `buffer` holds 8 rows.
 template <class A, class T, class RowOf>
 INLINE void pack_transposed(RowOf row_of, int n, int columns, A factor, A* buffer, A* to) {
     constexpr int STEP = imin(8, PANEL<A>);

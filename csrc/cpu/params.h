@@ -96,11 +96,11 @@ struct Params {
 struct ForwardItem {
     int segment, head, heads, row, rows;
     int key_begin, key_end;  // the part of the segment's keys to look at (split-KV)
-    int64_t partial;         // first row of the split's partial result; -1: write out and lse
+    int64_t split_row;       // first row of the split's result; -1: there is one, which writes out
 };
 
-// Unnormalised results of key ranges, merged in order by `combine`.
-struct Partials {
+// Unnormalised results of splits, merged in order by `combine`.
+struct SplitResults {
     void* row_max;  // [rows], in base 2
     void* row_sum;  // [rows]
     void* acc;      // [rows][v_dim]
@@ -118,10 +118,10 @@ struct BackwardItem {
 
 struct Kernels {
     int block_q, block_kv;  // rows and keys of a tile
-    void (*forward)(const Params&, const ForwardItem&, const Partials&);
-    void (*combine)(const Params&, const ForwardItem&, int splits, const Partials&);
+    void (*forward)(const Params&, const ForwardItem&, const SplitResults&);
+    void (*combine)(const Params&, const ForwardItem&, int splits, const SplitResults&);
     void (*backward)(const Params&, const BackwardItem&);
-    void (*reduce)(const Params&, const BackwardItem*, int parts);
+    void (*reduce)(const Params&, const BackwardItem*, int count);
     int64_t (*padded)(int columns);  // row length of dk_sum and dv_sum
     FusedKernels fused;
 };

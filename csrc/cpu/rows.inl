@@ -17,19 +17,19 @@ template <class A> INLINE void store_as(f16* p, Vec<A> x) {
 #elif defined(FASTATTN_AVX2)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
 #else
-    for (int i = 0; i < LANES<A>; i++) p[i] = from_float<f16>(x[i]);
+    for (int i = 0; i < SIMD_WIDTH<A>; i++) p[i] = from_float<f16>(x[i]);
 #endif
 }
 
 // The next lanes of a row of which `left` values remain; lanes past them are `fill`.
 template <class A, class T> INLINE Vec<A> take(const T* p, int left, A fill = 0) {
-    if (left >= LANES<A>) return load_as<A>(p);
+    if (left >= SIMD_WIDTH<A>) return load_as<A>(p);
     Vec<A> x = splat(fill);
     for (int i = 0; i < left; i++) x[i] = to_float(p[i]);
     return x;
 }
 template <class A, class T> INLINE void put(T* p, Vec<A> x, int left) {
-    if (left >= LANES<A>) return store_as<A>(p, x);
+    if (left >= SIMD_WIDTH<A>) return store_as<A>(p, x);
     for (int i = 0; i < left; i++) {
         if constexpr (sizeof(T) == sizeof(A))
             p[i] = x[i];
@@ -42,7 +42,7 @@ template <class A, class T> INLINE void put(T* p, Vec<A> x, int left) {
 // and k counts 0 to 3 over and over, to choose one of four sums that do not wait for each other.
 // All but i are constants where the row has whole vectors.
 template <class A, class F> INLINE void over(int n, const F& f) {
-    constexpr int L = LANES<A>;
+    constexpr int L = SIMD_WIDTH<A>;
     int i = 0;
     for (; i + 4 * L <= n; i += 4 * L) {
         f(i, L, 0);
@@ -71,7 +71,8 @@ INLINE double root(double x) { return __builtin_sqrt(x); }
 // --- dropout of a row ---------------------------------------------------------------------------
 // Element (row, column) is kept by 16 bits of Philox: one call of philox8 serves a block of 64
 // columns. Counter 0 is block * 8 + column % 8, counters 1 and 2 the row, counter 3 the offset;
-// columns 8 w to 8 w + 7 of a block have half w % 2 of word w / 2. fastattn/core/philox.py is the twin.
+// columns 8 w to 8 w + 7 of a block have half w % 2 of word w / 2. The twin is
+// fastattn/core/philox.py.
 
 constexpr int DROPOUT_BLOCK = 64;
 

@@ -14,12 +14,12 @@ namespace fastattn::cpu {
 // (backward) are cut.
 constexpr int ENOUGH_ITEMS = 64, ENOUGH_TILES = 8, ENOUGH_GRADIENTS = 16;
 constexpr int SPLIT_KEYS = 480;  // a split smaller than this costs more than it brings
-constexpr int SPLIT_LANES =
-    16;  // tiles this narrow are bound by memory: cutting them is nearly free
+// Tiles of this few rows are bound by memory: cutting them is nearly free.
+constexpr int SPLIT_ROWS = 16;
 // However many splits a caller asks for, each has this many keys, and the results of all of them
 // together take at most so many bytes.
 constexpr int LEAST_SPLIT_KEYS = 32;
-constexpr int64_t MOST_PARTIAL_BYTES = int64_t(256) << 20;
+constexpr int64_t MOST_SPLIT_BYTES = int64_t(256) << 20;
 // The sums of the backward's items take at most this many times the bytes of k and v, or so many
 // bytes where that is more.
 constexpr int64_t MOST_SUMS = 4, SMALL_SUMS = int64_t(16) << 20;
@@ -52,11 +52,11 @@ struct ForwardPlan {
         int first, splits;  // items to combine
     };
     std::vector<Merge> merges;
-    int64_t partial_rows = 0;
+    int64_t split_rows = 0;
     double pairs = 0;  // of a row and a key that its tile looks at
 };
 
-// row_bytes: of one row's partial result.
+// row_bytes: of one row of a split's results.
 inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Params& p, int block_q,
                                 int num_splits, int64_t row_bytes) {
     ForwardPlan plan;
@@ -64,7 +64,7 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Para
     int64_t tiles = 0, rows_in_all = 0;
     for (const Segment& s : segments) rows_in_all += static_cast<int64_t>(heads) * s.band.q_len;
     const int64_t most_splits =
-        std::max<int64_t>(1, MOST_PARTIAL_BYTES / std::max<int64_t>(1, rows_in_all * row_bytes));
+        std::max<int64_t>(1, MOST_SPLIT_BYTES / std::max<int64_t>(1, rows_in_all * row_bytes));
     for (int pass = 0; pass < 2; pass++)  // count, then make
         for (int n = 0; n < static_cast<int>(segments.size()); n++) {
             const Band& band = segments[n].band;
@@ -80,7 +80,7 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Para
                 tiles += static_cast<int64_t>(heads / tile_heads) * count;
                 continue;
             }
-            int wanted = tile_heads * rows <= SPLIT_LANES ? ENOUGH_ITEMS : ENOUGH_TILES;
+            int wanted = tile_heads * rows <= SPLIT_ROWS ? ENOUGH_ITEMS : ENOUGH_TILES;
             for (int head = 0; head < heads; head += tile_heads)
                 for (int tile = count - 1; tile >= 0;
                      tile--) {  // under a causal mask, longest first
@@ -102,23 +102,16 @@ inline ForwardPlan plan_forward(const std::vector<Segment>& segments, const Para
                     splits = std::max(1, ceil_div(keys, step));
                     if (splits > 1)
                         plan.merges.push_back({static_cast<int>(plan.items.size()), splits});
-                    for (int part = 0; part < splits; part++) {
-                        item.key_begin = range.begin + part * step;
+                    for (int split = 0; split < splits; split++) {
+                        item.key_begin = range.begin + split * step;
                         item.key_end = std::min(range.end, item.key_begin + step);
-                        item.partial = splits > 1 ? plan.partial_rows : -1;
+                        item.split_row = splits > 1 ? plan.split_rows : -1;
                         if (splits > 1)
-                            plan.partial_rows += static_cast<int64_t>(item.heads) * item.rows;
+                            plan.split_rows += static_cast<int64_t>(item.heads) * item.rows;
                         plan.items.push_back(item);
                     }
                 }
         }
-    if (p.key_ranges.given() && plan.merges.empty())  // any tile may be a head's longest
-        std::stable_sort(plan.items.begin(), plan.items.end(),
-                         [](const ForwardItem& a, const ForwardItem& b) {
-                             if (a.segment != b.segment) return a.segment < b.segment;
-                             if (a.head != b.head) return a.head < b.head;
-                             return a.key_end - a.key_begin > b.key_end - b.key_begin;
-                         });
     return plan;
 }
 
@@ -127,7 +120,7 @@ struct BackwardPlan {
     std::vector<int> tasks;           // items in the order of tasks
     std::vector<int> task_begin;  // task n runs tasks[task_begin[n] .. task_begin[n + 1]) in order
     struct Merge {
-        int first, parts;
+        int first, count;
     };
     std::vector<Merge> merges;
     double pairs = 0;  // as ForwardPlan's

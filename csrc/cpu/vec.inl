@@ -26,8 +26,9 @@ template <> struct SimdOf<double> {
 template <class A> using Vec = typename SimdOf<A>::V;
 template <class A> using VecI = typename SimdOf<A>::I;
 
-template <class A> constexpr int LANES = VECTOR_BYTES / static_cast<int>(sizeof(A));
-template <class A> constexpr int PANEL = 2 * LANES<A>;  // columns of a packed panel: two vectors
+template <class A> constexpr int SIMD_WIDTH = VECTOR_BYTES / static_cast<int>(sizeof(A));
+// Columns of a packed panel: two vectors.
+template <class A> constexpr int PANEL = 2 * SIMD_WIDTH<A>;
 
 constexpr float NEG_INF = -__builtin_inff();
 
@@ -135,6 +136,6 @@ INLINE Vec<float> vtanh(Vec<float> x) {
 }
 INLINE Vec<double> vtanh(Vec<double> x) {
     Vec<double> y = x;
-    for (int i = 0; i < LANES<double>; i++) y[i] = __builtin_tanh(x[i]);
+    for (int i = 0; i < SIMD_WIDTH<double>; i++) y[i] = __builtin_tanh(x[i]);
     return y;
 }

@@ -256,6 +256,8 @@ def _compact(mask, query, key) -> tuple[int, dict]:
     seen = {"window": (left, right)}
     if mask.keys is not None:
         seen["mask"] = mask.keys[:, None, None]
+    if mask.ranges is not None:
+        seen["key_ranges"] = mask.ranges
     if mask.documents is not None:
         seen["document_ids"] = mask.documents.expand(query.shape[0], -1)
     return mask.offset + q_len, seen

@@ -1,8 +1,9 @@
 """Masks for transformers without a tensor of B x S x S. Next hop: interface.py, which reads them.
 
 transformers says what a mask is by a function of (batch, head, row, key) and a padding mask [B, S].
-Where that function is made of known parts (causal, window, packed documents), attention() has an
-option for each part, and no mask need exist. Everything else is materialised by transformers.
+Where that function is made of known parts (causal, window, packed documents, chunks, blocks that
+see all of themselves), attention() has an option for each part, and no mask need exist. Everything
+else is materialised by transformers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from ..masks import chunked
+
 # ---- a mask that is computed only when somebody else reads it ------------------------------------
 
 
@@ -32,17 +35,18 @@ class CompactMask(Tensor):
     a bool one would hide nothing, or the opposite.
 
     Row i sees keys i + offset - left <= j <= i + offset + right (-1: unbounded) of its own
-    document, below offset + q_len, where keys [B, offset + q_len] is True. A mask that an operator
-    made of another is in `given`, and has no other parts.
+    document, below offset + q_len, where keys [B, offset + q_len] is True, and within ranges, which
+    are attention()'s key_ranges. A mask that an operator made of another is in `given`, and has no
+    other parts.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, shape, left, right, offset, keys, documents, device, given=None):
+    def __new__(cls, shape, left, right, offset, keys, documents, device, given=None, ranges=None):
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.left, mask.right, mask.offset = left, right, offset
-        mask.keys, mask.documents, mask.given = keys, documents, given
+        mask.keys, mask.documents, mask.given, mask.ranges = keys, documents, given, ranges
         return mask
 
     @classmethod
@@ -64,24 +68,25 @@ class CompactMask(Tensor):
     def __repr__(self) -> str:
         return (
             f"CompactMask(shape={list(self.shape)}, left={self.left}, right={self.right}, "
-            f"offset={self.offset}, keys={self.keys}, documents={self.documents})"
+            f"offset={self.offset}, keys={self.keys}, documents={self.documents}, "
+            f"ranges={self.ranges})"
         )
 
     @property
     def plain(self) -> bool:
-        """A square band: no padding, no documents, nothing before the first row."""
-        parts = (self.keys, self.documents, self.given)
+        """A square band: no padding, documents or ranges, nothing before the first row."""
+        parts = (self.keys, self.documents, self.given, self.ranges)
         return all(x is None for x in parts) and self.shape[2] == self.shape[3]
 
     @property
     def hides_nothing(self) -> bool:
-        parts = (self.keys, self.documents, self.given)
+        parts = (self.keys, self.documents, self.given, self.ranges)
         return self.left < 0 and self.right < 0 and all(x is None for x in parts)
 
     def copy(self) -> CompactMask:
         return CompactMask(
             self.shape, self.left, self.right, self.offset, self.keys, self.documents, self.device,
-            self.given,
+            self.given, self.ranges,
         )  # fmt: skip
 
     def dense(self) -> Tensor:
@@ -95,6 +100,10 @@ class CompactMask(Tensor):
         if self.keys is not None:
             missing = kv_len - self.keys.shape[1]
             visible = visible & torch.nn.functional.pad(self.keys, (0, missing))[:, None, None]
+        if self.ranges is not None:
+            begin, end = (x.unsqueeze(3) for x in self.ranges)
+            j = torch.arange(kv_len, device=begin.device)
+            visible = visible & (j >= begin) & (j < end)
         return visible.expand(batch, 1, q_len, kv_len)
 
 
@@ -174,6 +183,8 @@ class Pattern(NamedTuple):
     right: int = -1
     documents: Tensor | None = None  # [B, S], non-decreasing
     remapped: bool = False  # rows and keys are positions that restart with each document
+    chunks: tuple[int, Tensor] | None = None  # (size, the position [B] at which they begin)
+    blocks: Tensor | None = None  # ids [B, positions]: rows see all of their block too; < 0 is none
 
 
 def recognise(function) -> Pattern | None:
@@ -192,15 +203,31 @@ def _all_of(variables) -> Pattern | None:
     whole = Pattern()
     for function in variables["mask_functions"]:
         part = recognise(function)
-        if part is None or (part.documents is not None and whole.documents is not None):
+        if part is None or part.blocks is not None:
+            return None
+        if any(mine is not None and theirs is not None for mine, theirs in (
+            (whole.documents, part.documents), (whole.chunks, part.chunks),
+        )):  # fmt: skip
             return None
         whole = Pattern(
             _narrower(whole.left, part.left),
             _narrower(whole.right, part.right),
             part.documents if whole.documents is None else whole.documents,
             whole.remapped or part.remapped,
+            part.chunks if whole.chunks is None else whole.chunks,
         )
     return whole
+
+
+def _either(variables) -> Pattern | None:
+    """A causal band, windowed or not, or one's own block (PaliGemma's prefix, Gemma 3's images)."""
+    parts = [recognise(function) for function in variables["mask_functions"]]
+    if len(parts) != 2 or None in parts:
+        return None
+    band, blocks = parts
+    if band != Pattern(band.left, right=0) or blocks._replace(blocks=None) != Pattern():
+        return None
+    return band._replace(blocks=blocks.blocks)
 
 
 def _narrower(a: int, b: int) -> int:
@@ -215,8 +242,11 @@ def _remapped(variables) -> Pattern | None:
 
 _RULES = {  # by the function of transformers.masking_utils that made it; its variables are given
     "and_masks": _all_of,
+    "or_masks": _either,
     "sliding_window_overlay": lambda x: Pattern(left=x["sliding_window"] - 1),
     "sliding_window_bidirectional_overlay": lambda x: Pattern(*[x["sliding_window"]] * 2),
+    "chunked_overlay": lambda x: Pattern(chunks=(x["chunk_size"], x["left_padding"])),
+    "blockwise_overlay": lambda x: Pattern(blocks=x["block_sequence_ids"]),
     "packed_sequence_mask_function": lambda x: Pattern(documents=x["packed_sequence_mask"]),
     "remap_positions_for_packed_sequence": _remapped,
 }
@@ -249,8 +279,9 @@ def attention_mask(
     Arguments are transformers' (transformers.masking_utils.sdpa_mask documents them).
 
     Returns:
-        A CompactMask: causal, full, windowed or packed, with or without padding. Never None, which
-            a module would read by its own is_causal, and not every decoder's is True.
+        A CompactMask: causal, full, windowed, packed, in chunks or with blocks, with or without
+            padding. Never None, which a module would read by its own is_causal, and not every
+            decoder's is True.
         A bool [B, 1, q, kv]: anything else, and whatever is traced, where values cannot be read.
         None: traced only, causal or full by the module's is_causal, nothing padded.
     """
@@ -288,14 +319,29 @@ def _compact(pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, device
     """A CompactMask, or NotImplemented where none says it."""
     if pattern is None or (pattern.remapped and pattern.documents is None):
         return NotImplemented
-    left, right, documents, _ = pattern
+    left, right, documents, _, chunks, blocks = pattern
+    if chunks is not None and (documents is not None or pattern.remapped):
+        return NotImplemented  # chunks of each document's own
     if (documents is not None and q_len != kv_len) or (padding is not None and padding.dim() != 2):
         return NotImplemented
-    full = left < 0 and right < 0 and documents is None
+    if blocks is not None and right != 0:
+        return NotImplemented  # blocks alone
+    full = left < 0 and right < 0 and documents is None and chunks is None
     offset = kv_len - q_len if full else q_offset - kv_offset  # the key on row 0's diagonal
     used = offset + q_len if right == 0 else kv_len  # no row of a causal mask sees further
     if (offset < 0 and not full) or used != offset + q_len or used > kv_len:
         return NotImplemented
+    ranges = None
+    if chunks is not None:
+        size, first = chunks
+        ranges = chunked(size, q_len, offset=offset, first=first - kv_offset, device=device)
+    elif blocks is not None:
+        ranges = _around_blocks(blocks, left, q_offset, q_len, kv_offset)
+        if ranges is None or bool((ranges[1] > used).any()):
+            return NotImplemented
+        left = right = -1  # the ranges say it
+    if chunks is not None and bool((ranges[0] <= 0).all() & (ranges[1] >= used).all()):
+        ranges = None  # a text of one chunk
     keys = None if padding is None else _visible_keys(padding, kv_len, kv_offset)
     if keys is not None:
         keys = keys[:, :used].contiguous()
@@ -303,7 +349,27 @@ def _compact(pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, device
     left = -1 if left >= used - 1 else left  # wider than the farthest pair
     right = -1 if right >= used - 1 and right > 0 else right
     shape = (batch, 1, q_len, kv_len)
-    return CompactMask(shape, left, right, offset, keys, documents, torch.device(device))
+    return CompactMask(
+        shape, left, right, offset, keys, documents, torch.device(device), None, ranges
+    )
+
+
+def _around_blocks(blocks, left, q_offset, q_len, kv_offset) -> tuple[Tensor, Tensor] | None:
+    """key_ranges of a causal band joined with each row's own block, ids [B, positions]; None where
+    some block is in several pieces, between which keys are hidden."""
+    at = torch.arange(blocks.shape[1], device=blocks.device)
+    changes = blocks[:, 1:] != blocks[:, :-1]
+    starts = torch.nn.functional.pad(changes, (1, 0), value=True)
+    ends = torch.nn.functional.pad(changes, (0, 1), value=True)
+    ids = torch.where(starts & (blocks >= 0), blocks, -1 - at).sort(-1).values
+    if bool((ids[:, 1:] == ids[:, :-1]).any()) or blocks.shape[1] < q_offset + q_len:
+        return None
+    first = torch.where(starts, at, 0).cummax(-1).values
+    last = torch.where(ends, at, len(at)).flip(-1).cummin(-1).values.flip(-1)
+    first, last = (torch.where(blocks >= 0, x, at) for x in (first, last))
+    begin = torch.zeros_like(first) if left < 0 else torch.minimum(at - left, first) - kv_offset
+    both = (x[:, None, q_offset : q_offset + q_len] for x in (begin, last + 1 - kv_offset))
+    return tuple(x.int() for x in both)
 
 
 def _visible_keys(padding: Tensor, kv_len: int, kv_offset: int) -> Tensor | None:

@@ -87,8 +87,8 @@ PUBLIC = {
         flash_attn_varlen_func flash_attn_varlen_kvpacked_func flash_attn_varlen_qkvpacked_func
         flash_attn_with_kvcache""",
     "fastattn.flash_attn.bert_padding": "pad_input unpad_input index_first_axis",
-    "fastattn.cli.verify_model": "audit",
-    "fastattn.benchmarks.measure.timing": "Contender",
+    "fastattn.audit": "audit",
+    "fastattn.benchmarks.timing": "Contender compare",
 }
 
 

@@ -25,6 +25,8 @@ FUNCTIONS = {  # mask_function, local_size
     "window": (theirs.sliding_window_causal_mask_function(3), 3),
     "wide window": (theirs.sliding_window_causal_mask_function(100), 100),
     "window both ways": (theirs.sliding_window_bidirectional_mask_function(2), 2),
+    "chunks": (theirs.chunked_causal_mask_function(3, torch.tensor([0, 2])), 3),
+    "one chunk": (theirs.chunked_causal_mask_function(100, torch.tensor([0, 0])), 100),
 }
 
 
@@ -72,6 +74,39 @@ def test_stands_for_transformers_mask(data):
         assert got.given is None or name == "window both ways"
 
 
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("ids", ["prefix", "images", "none"])
+def test_blocks_are_ranges(ids, window, past):
+    """PaliGemma's prefix sees all of itself, as do Gemma 3's images, wider than a window or not."""
+    ids = {
+        "prefix": [[0, 0, 0, 0, -1, -1, -1, -1], [0, -1, -1, -1, -1, -1, -1, -1]],
+        "images": [[-1, 0, 0, 0, 0, 1, 1, -1], [3, 3, -1, -1, 4, 4, 4, 4]],
+        "none": [[-1] * 8] * 2,
+    }[ids]
+    function = theirs.causal_mask_function
+    if window:
+        function = theirs.sliding_window_causal_mask_function(window)
+    function, padding = blockwise(ids, function), torch.ones(2, 8, dtype=torch.long)
+    padding[1, :3] = 0
+    got = attention_mask(
+        2, 8 - past, 8, q_offset=past, mask_function=function, attention_mask=padding,
+        allow_is_causal_skip=False,
+    )  # fmt: skip
+    assert isinstance(got, CompactMask) and got.given is None and len(got.ranges) == 2
+    assert torch.equal(got.dense(), expected(function, 2, 8 - past, 8, past, 0, padding))
+    copy = got.detach()
+    assert torch.equal(copy.dense(), got.dense()) and not got.plain and not got.hides_nothing
+
+
+def test_chunks_are_ranges_where_there_is_more_than_one():
+    function = theirs.chunked_causal_mask_function(4, torch.tensor([0, 3]))
+    got = attention_mask(2, 6, 6, mask_function=function)
+    assert got.given is None and got.ranges is not None and got.right == 0
+    one = attention_mask(2, 6, 6, mask_function=FUNCTIONS["one chunk"][0])
+    assert one.ranges is None and one.plain
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_documents_are_recognised(window):
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
@@ -88,10 +123,21 @@ def test_packed_documents_are_recognised(window):
     assert torch.equal(got.dense(), expected(whole, 1, 9, 9, 0, 0, None))
 
 
+def blockwise(ids, function=theirs.causal_mask_function):
+    """The function, or one's own block: what multimodal models make of their images."""
+    return theirs.or_masks(function, theirs.blockwise_overlay(torch.tensor(ids)))
+
+
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1]] * 2)
 IRREGULAR = torch.tensor([[0, 3, 1, 2, 5, 4]] * 2)
 OTHERS = {
     "or": theirs.or_masks(theirs.causal_mask_function, lambda b, h, q, k: k == 4),
-    "chunked": theirs.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
+    "chunks of packed documents": theirs.and_masks(
+        remap(theirs.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.long)), PACKED),
+        theirs.packed_sequence_mask_function(theirs.find_packed_sequence_indices(PACKED)),
+    ),
+    "a block in two pieces": blockwise([[0, 0, -1, 0, -1, -1]] * 2),
+    "blocks alone": theirs.blockwise_overlay(torch.zeros(2, 6, dtype=torch.long)),
     "own": theirs.and_masks(theirs.causal_mask_function, lambda b, h, q, k: (q + k) % 3 != 1),
     "positions without documents": remap(theirs.causal_mask_function, IRREGULAR),
 }

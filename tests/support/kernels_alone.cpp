@@ -85,7 +85,7 @@ static void attention() {
     p.dv = tensor(keep, dtype, a.kv_heads, a.kv_len, a.v_dim, false);
 
     p.call = 1;
-    ForwardPlan plan = plan_forward(segments, p.heads, p.group(), kernels.block_q, 1, 1);
+    ForwardPlan plan = plan_forward(segments, p, kernels.block_q, 1, 1);
     for (const ForwardItem& item : plan.items) kernels.forward(p, item, {});
     p.call = 2;
     for (int head = 0; head < p.kv_heads; head++)
