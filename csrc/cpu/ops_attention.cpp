@@ -1,5 +1,5 @@
 // The CPU operators: the parallel loops over work items, and what is registered with torch.
-// next: cpu/call.h (checks), cpu/schedule.h (items), cpu/forward.inl, cpu/backward.inl
+// next: call.h (checks), schedule.h (items), forward.inl, backward.inl
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -14,10 +14,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/arena.h"
-#include "cpu/call.h"
-#include "cpu/run.h"
-#include "cpu/schedule.h"
+#include "arena.h"
+#include "attention.h"
+#include "run.h"
+#include "schedule.h"
 
 namespace fastattn::cpu {
 namespace {
@@ -124,11 +124,18 @@ constexpr char NO_MEMORY[] =
     "not enough memory for the list of this call's tiles: attend to fewer rows, heads or batch "
     "entries at a time";
 
-std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_splits) try {
+Tensor new_lse(const Tensor& q) {
+    return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
+}
+
+}  // namespace
+
+Result attend(Call& call, int64_t num_splits) try {
     CHECK(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ",
           num_splits);
     const Tensor& q = call.q;
     call.prepare();
+    Tensor lse = new_lse(q);
     Tensor out =
         call.params.head_dim == call.params.v_dim && is_dense(q)
             ? new_like(q)
@@ -145,19 +152,7 @@ std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_
     fail(NO_MEMORY);
 }
 
-Tensor new_lse(const Tensor& q) {
-    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
-    return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
-}
-
-std::tuple<Tensor, Tensor> flash_attn_fwd(Inputs inputs, int64_t num_splits) {
-    Call call{std::move(inputs)};
-    return forward_into_new(call, new_lse(call.q), num_splits);
-}
-
-struct Gradients {
-    Tensor dq, dk, dv, dbias, dsinks;
-};
+namespace {
 
 // A large result in fresh memory costs a page fault every 4 KB: a sixth of the time of a call with
 // a bias gradient at S 1024. Where the system leaves it to the program, ask for large pages.
@@ -248,8 +243,10 @@ void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Ten
     }
 }
 
-Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor out,
-                            const Tensor& lse, bool need_dbias, bool need_dsinks) try {
+}  // namespace
+
+Gradients differentiate(Call& call, Tensor dout, const OptionalTensor& dlse, Tensor out,
+                        const Tensor& lse, bool need_dbias, bool need_dsinks) try {
     CHECK(!call.operands.page_table, "pages have no gradient");
     call.prepare();
     const Tensor& q = call.q;
@@ -323,60 +320,34 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     fail(NO_MEMORY);
 }
 
+// --- what is registered with torch -------------------------------------------------------------
+
+namespace {
+
+std::tuple<Tensor, Tensor> flash_attn_fwd(Inputs inputs, int64_t num_splits) {
+    Call call{std::move(inputs)};
+    auto [out, lse] = attend(call, num_splits);
+    return {out, lse};
+}
+
+// A call without operands: each argument that torch passes costs 2 thousand instructions.
+std::tuple<Tensor, Tensor> flash_attn_fwd_plain(Tensor q, Tensor k, Tensor v, Spec spec) {
+    return flash_attn_fwd({std::move(q), std::move(k), std::move(v), {}, spec}, 0);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
                                                                   Tensor out, Tensor lse,
                                                                   Inputs inputs, bool need_dbias,
                                                                   bool need_dsinks) {
     Call call{std::move(inputs)};
-    Gradients g = backward_into_new(call, dout, dlse, out, lse, need_dbias, need_dsinks);
+    Gradients g = differentiate(call, dout, dlse, out, lse, need_dbias, need_dsinks);
     return {g.dq, g.dk, g.dv, g.dbias, g.dsinks};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
     m.impl("flash_attn_fwd", BOX(&flash_attn_fwd));
+    m.impl("flash_attn_fwd_plain", BOX(&flash_attn_fwd_plain));
     m.impl("flash_attn_bwd", BOX(&flash_attn_bwd));
-}
-
-// --- torch's C++ autograd over these kernels -----------------------------------------------------
-// aten::_scaled_dot_product_efficient_attention has a derivative and, in torch, no kernel for the
-// CPU. With ours there, override.py's calls without a mask have torch's C++ autograd, which is
-// several times cheaper than a Python one, and their backward is ours whatever has been switched.
-// Causal is aligned to the start. override.py gives neither a bias nor dropout.
-
-using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, bool has_bias, double dropout_p,
-               bool is_causal, std::optional<double> scale) {
-    CHECK(!has_bias && dropout_p == 0,
-          "attn_bias and dropout_p are not served by this operator on the CPU; "
-          "F.scaled_dot_product_attention takes both");
-    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
-    Spec spec;
-    spec.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
-    spec.right = is_causal ? 0 : -1;
-    spec.align_end = false;
-    return {{q, k, v, {}, spec}};
-}
-
-// Beside out and lse: the dropout's seed and offset, which are undefined.
-FourTensors aten_forward(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
-                         bool /*compute_log_sumexp: always, it costs nothing*/, double dropout_p,
-                         bool is_causal, std::optional<double> scale) {
-    Call call = aten_call(q, k, v, bias && bias->defined(), dropout_p, is_causal, scale);
-    auto [out, lse] = forward_into_new(call, new_lse(q), 0);
-    return {out, lse, Tensor(), Tensor()};
-}
-
-// An undefined dout is a zero one, as everywhere in autograd, and so are undefined results.
-FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                          const Tensor& bias, const Tensor& out, const Tensor& lse,
-                          const Tensor& /*seed*/, const Tensor& /*offset*/, double dropout_p,
-                          std::vector<bool> /*which gradients are needed: all come at once*/,
-                          bool is_causal, std::optional<double> scale) {
-    if (!dout.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
-    Call call = aten_call(q, k, v, bias.defined(), dropout_p, is_causal, scale);
-    Gradients g = backward_into_new(call, dout, std::nullopt, out, lse, false, false);
-    return {g.dq, g.dk, g.dv, Tensor()};
 }
 
 }  // namespace
@@ -392,19 +363,4 @@ extern "C" __attribute__((visibility("default"))) const char* fastattn_inputs_sc
 // Whether new memory starts as NaN, for the test that holds the tests to it.
 extern "C" __attribute__((visibility("default"))) int fastattn_poison_on() {
     return fastattn::poison_on();
-}
-
-// Gives aten's operator these kernels, once and for the rest of the process: another thread may be
-// in them at any time, so they are never taken away. Called by fastattn/override.py.
-extern "C" __attribute__((visibility("default"))) void fastattn_register_sdpa() {
-    using torch::stable::detail::StableLibrary;
-    static StableLibrary* library = [] {
-        auto* made = new StableLibrary(StableLibrary::Kind::IMPL, "aten", "CPU", "ops_cpu.cpp", 0);
-        made->impl("_scaled_dot_product_efficient_attention",
-                   TORCH_BOX(&fastattn::cpu::aten_forward));
-        made->impl("_scaled_dot_product_efficient_attention_backward",
-                   TORCH_BOX(&fastattn::cpu::aten_backward));
-        return made;
-    }();
-    (void)library;
 }
