@@ -95,7 +95,10 @@ FEATURES = (
     ),
     Feature(
         "key ranges",
-        lambda d: {"key_ranges": masks.chunked(64, 150, offset=80, device=d.device), "causal": True},
+        lambda d: {
+            "key_ranges": masks.chunked(64, 150, offset=80, device=d.device),
+            "causal": True,
+        },
     ),
     Feature("dropout", lambda d: {"dropout_p": 0.2, "dropout_seed": (3, 7)}),
     Feature("grouped heads", lambda d: {"causal": True}, heads=8, kv_heads=2),
