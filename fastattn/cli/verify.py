@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from .. import masks
 from ..backends import isa, proof, registry
 from ..core.call import Call
 from ..core.spec import NO_OPERANDS, Spec
@@ -91,6 +92,13 @@ FEATURES = (
         "documents",
         lambda d: {"document_ids": d.ints(*[0] * 33, *[1] * 80, *[5] * 37), "causal": True},
         kv_len=150,
+    ),
+    Feature(
+        "key ranges",
+        lambda d: {
+            "key_ranges": masks.chunked(64, 150, offset=80, device=d.device),
+            "causal": True,
+        },
     ),
     Feature("dropout", lambda d: {"dropout_p": 0.2, "dropout_seed": (3, 7)}),
     Feature("grouped heads", lambda d: {"causal": True}, heads=8, kv_heads=2),
