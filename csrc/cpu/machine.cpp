@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/isa.h"
+#include "isa.h"
 
 using namespace fastattn::cpu;
 
