@@ -5,18 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from fresh_python import ROOT, python
 
 import fastattn
-from fresh_python import ROOT, python
 
 README = ROOT / "README.md"
 TREE = (
@@ -34,8 +31,6 @@ FOLDERS = (
     ".ci",
     ".github",
 )
-
-
 
 
 # ---- README -----------------------------------------------------------------------------------
