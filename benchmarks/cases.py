@@ -134,8 +134,8 @@ class Case:
 
     @cached_property
     def shape_mask(self) -> Tensor | None:
-        """What window, documents and chunks show, for those who have none: bool [q_len, keys]; causal is
-        in it where there is one of them."""
+        """What window, documents and chunks show, for those who have none: bool [q_len, keys];
+        causal is in it where there is one of them."""
         row = self.row
         if not (row.window or row.documents or row.chunk):
             return None

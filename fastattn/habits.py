@@ -8,8 +8,6 @@ import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 
-import torch
-
 _MASK = "mask= takes bool, True where a row sees a key, and bias= takes what is added to the scores"
 _PADDING = "kv_lens= takes each entry's number of keys, and mask= bool [B, 1, 1, S], True for a key"
 _SCALE, _SOFTCAP, _SINKS = "scale= is its name", "softcap= is its name", "sinks= is its name"
@@ -74,7 +72,6 @@ def refuse_unknown(function: Callable, unknown) -> None:
         raise TypeError(sentence)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace difflib, and shows what is raised
 def _why_unknown(function: Callable, unknown: tuple[str, ...]) -> str | None:
     known = inspect.signature(function).parameters
     name = next((x for x in unknown if x not in known), None)
@@ -89,6 +86,11 @@ def _why_unknown(function: Callable, unknown: tuple[str, ...]) -> str | None:
     else:
         why = f"; did you mean {close[0]}=?" if close else ""
     return f"{function.__name__}() got an unexpected keyword argument {name!r}{why}"
+
+
+# As torch.compiler.assume_constant_result, which would import all of torch._dynamo, and Triton
+# before its interpreter can be asked for. Dynamo cannot trace difflib, and shows what is raised.
+_why_unknown._dynamo_marked_constant = True
 
 
 # ---- torch.jit.script --------------------------------------------------------------------------
