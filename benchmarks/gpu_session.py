@@ -44,7 +44,16 @@ for i in range(torch.cuda.device_count()):
     print(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
 print(f"torch {torch.__version__}, {torch.cuda.device_count()} GPUs")
 """
-TESTS = ("test_gpu", "test_triton", "test_triton_fused", "test_triton_decode")
+TESTS = {  # stage: file
+    name: f"tests/{folder}/{name}.py"
+    for folder, name in (
+        ("backends", "test_gpu"),
+        ("backends", "test_triton"),
+        ("fused", "test_triton_fused"),
+        ("backends", "test_triton_decode"),
+        ("backends", "test_triton_key_ranges"),
+    )
+}
 
 
 def stages(out: Path) -> tuple[Stage, ...]:
@@ -55,8 +64,8 @@ def stages(out: Path) -> tuple[Stage, ...]:
         ), 2400),
         Stage("info", ("-m", "fastattn", "info"), 120),
         # The name of a test is printed before it runs, so a log ends with the one that hung.
-        *(Stage(name, ("-u", "-m", "pytest", "-v", "--color=no", f"tests/{name}.py"), 900)
-          for name in TESTS),
+        *(Stage(name, ("-u", "-m", "pytest", "-v", "--color=no", path), 900)
+          for name, path in TESTS.items()),
         Stage("bench", (
             "-m", "fastattn", "bench", "gpu", "--device", "cuda", "--minutes", "4",
             "--vs", "sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex",

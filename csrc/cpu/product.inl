@@ -1,5 +1,5 @@
-// The products that make scores, [keys][query rows]: rows of k (or v) times transposed rows of q (or
-// dout). In fp32 (fp64), or on bf16 pairs where the instruction set has that dot product.
+// The products that make scores, [keys][query rows]: rows of k (or v) times transposed rows of q
+// (or dout). In fp32 (fp64), or on bf16 pairs where the instruction set has that dot product.
 // next: block.inl
 
 // Query rows as transposed panels, with `factor` in them or applied afterwards.

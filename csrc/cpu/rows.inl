@@ -71,7 +71,8 @@ INLINE double root(double x) { return __builtin_sqrt(x); }
 // --- dropout of a row ---------------------------------------------------------------------------
 // Element (row, column) is kept by 16 bits of Philox: one call of philox8 serves a block of 64
 // columns. Counter 0 is block * 8 + column % 8, counters 1 and 2 the row, counter 3 the offset;
-// columns 8 w to 8 w + 7 of a block have half w % 2 of word w / 2. fastattn/core/philox.py is the twin.
+// columns 8 w to 8 w + 7 of a block have half w % 2 of word w / 2. The twin is
+// fastattn/core/philox.py.
 
 constexpr int DROPOUT_BLOCK = 64;
 

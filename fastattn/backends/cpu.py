@@ -1,4 +1,4 @@
-"""The backend of the C++ kernels on the CPU. Next hop: csrc/ops_cpu.cpp."""
+"""The backend of the C++ kernels on the CPU. Next hop: csrc/cpu/ops_attention.cpp."""
 
 from __future__ import annotations
 

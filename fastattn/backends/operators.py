@@ -1,5 +1,6 @@
 """What torch knows of the operators of schema.py: results' shapes, derivatives, vmap, autocast, and
-Triton's kernels. The native libraries bring their own kernels: csrc/ops_cpu.cpp, csrc/cuda/ops.cu.
+Triton's kernels. The native libraries bring their own kernels: csrc/cpu/ops_attention.cpp and
+csrc/cuda/ops.cu.
 """
 
 from __future__ import annotations

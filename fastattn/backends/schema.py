@@ -1,5 +1,5 @@
 """The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd, and the same by Triton, with
-_triton after their names. Kernels: csrc/ops_cpu.cpp, csrc/cuda/ops.cu, kernels/launch.py.
+_triton after their names. Kernels: csrc/cpu/ops_attention.cpp, csrc/cuda/ops.cu, kernels/launch.py.
 
 Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
 autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that functional.py

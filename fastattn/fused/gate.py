@@ -1,5 +1,5 @@
-"""gate(): activation(gate) * up, a gated feed-forward block's middle. Kernels: csrc/fused_cpu.cpp
-and kernels/gate.py. Next hop: operator.py."""
+"""gate(): activation(gate) * up, a gated feed-forward block's middle. Kernels:
+csrc/cpu/ops_fused.cpp and kernels/gate.py. Next hop: operator.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """F.linear in float32 past MKL, on AMD's CPUs, where MKL leaves speed behind: the product and the
-input's gradient by oneDNN, which torch has too, the others by csrc/linear_cpu.cpp.
+input's gradient by oneDNN, which torch has too, the others by csrc/cpu/ops_linear.cpp.
 
 A training step of two encoder layers of 768 channels and 8 heads, 1024 rows, on two Zen 4 cores
 takes 419 ms with MKL's products, 402 with oneDNN's and MKL's gradients of weights, 392 like this.

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from fastattn.backends import isa, library
-from fastattn.core.tolerance import Judge
 from fastattn.core.reference import reference
 from fastattn.core.spec import Operands, Spec
+from fastattn.core.tolerance import Judge
 
 ROOT = Path(__file__).resolve().parents[2]
 X86 = platform.machine() == "x86_64"

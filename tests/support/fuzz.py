@@ -174,7 +174,7 @@ def shrink(case: Case, seconds: float = 30.0) -> Case:
 def reproduction(case: Case) -> str:
     return (
         f"# {failure(case)}\n"
-        'import sys\nsys.path.insert(0, "tests")\n'
+        'import sys\nsys.path.insert(0, "tests/support")\n'
         "from fuzz import Case, check\n"
         f"check(Case({case}))"
     )

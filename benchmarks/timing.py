@@ -1,0 +1,15 @@
+"""fastattn.benchmarks.timing: interleaved timing for programs of your own. The public name of
+measure/timing.py.
+"""
+
+from .measure.timing import (
+    Comparison,
+    Contender,
+    Noise,
+    Ratio,
+    compare,
+    noise_floor,
+    quantile,
+)
+
+__all__ = ["Comparison", "Contender", "Noise", "Ratio", "compare", "noise_floor", "quantile"]

@@ -1,0 +1,5 @@
+"""fastattn.audit: a model held to float64, layer by layer. Public name of cli/verify_model.py."""
+
+from .cli.verify_model import Audit, Layer, audit, load_inputs, load_model
+
+__all__ = ["Audit", "Layer", "audit", "load_inputs", "load_model"]
