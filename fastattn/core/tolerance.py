@@ -2,7 +2,7 @@
 
 An error against float64 may be twice the error of plain torch math in the same dtype (three times
 for gradients) plus a few roundings. Of one attention call it must hold for the largest error, for
-the largest error of each row and for the mean error (Judge); of a model, layer by layer
+the largest error of each row and for the mean error (Tolerance); of a model, layer by layer
 (cli/verify_model.py)."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Comparison:
         )
 
 
-class Judge:
+class Tolerance:
     """The rule for the results of one call, `q`, `k`, ... being its inputs.
 
     Beside plain torch's error it allows a few roundings of one term of each sum: a gradient may be
