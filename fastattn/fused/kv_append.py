@@ -36,15 +36,16 @@ def _append_fake(k, v, k_cache, v_cache, cache_lens, *rest):
 
 
 class Rotary(NamedTuple):
-    """Where new tokens stand and what turns them."""
+    """The rotary tables of a call, and the positions at which its new tokens are rotated."""
 
-    cos: Tensor  # [positions, pairs]
+    cos: Tensor  # [positions, rotary_dim / 2]
     sin: Tensor
     interleaved: bool
-    cache_lens: Tensor  # int32 [B]: the position of each entry's first new token
+    cache_lens: Tensor  # int32 [B]: the position of each sequence's first new token
 
-    def turn(self, x: Tensor, moving: bool) -> Tensor:
-        """x [B, H, S, D] rotated at positions cache_lens[b] (+ i when moving)."""
+    def rotate(self, x: Tensor, moving: bool) -> Tensor:
+        """x [B, H, S, D] rotated: token s of sequence b at position cache_lens[b] + s if moving,
+        else every token at cache_lens[b]."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         position = self.cache_lens.long().unsqueeze(1)  # [B, 1] or [B, S]
         if moving:
@@ -88,8 +89,8 @@ class Append(NamedTuple):
         return new
 
     def by_kernel(self) -> None:
-        turn = (None, None, True) if self.rotary is None else self.rotary[:3]
-        torch.ops.fastattn.cache_append.default(*self[:6], *turn, *self.descales)
+        rotary = (None, None, True) if self.rotary is None else self.rotary[:3]
+        torch.ops.fastattn.cache_append.default(*self[:6], *rotary, *self.descales)
 
     def in_torch(self) -> None:
         caches = self.k_cache, self.v_cache
@@ -109,7 +110,7 @@ class Append(NamedTuple):
 
     def _stored(self) -> list[Tensor]:
         """k and v as they are stored: rotated, 8-bit ones as bytes."""
-        k = self.k if self.rotary is None else self.rotary.turn(self.k, True)
+        k = self.k if self.rotary is None else self.rotary.rotate(self.k, True)
         if self.descales[0] is None:
             return [k, self.v]
         dtype = self.k_cache.dtype
@@ -142,7 +143,7 @@ class Append(NamedTuple):
             )
 
     def _check_numbers(self) -> None:
-        k = self.k if self.rotary is None else self.rotary.turn(self.k, True)
+        k = self.k if self.rotary is None else self.rotary.rotate(self.k, True)
         for name, x, scale in zip("kv", (k, self.v), self.descales):
             if bool((x.float() / scale[..., None, None]).isnan().any()):
                 raise ValueError(f"{name} holds NaN once divided by {name}_descale, and int8 has "
@@ -150,7 +151,8 @@ class Append(NamedTuple):
 
 
 def check_rotary(rotary, interleaved, q, cache_lens, longest) -> Rotary:
-    """decode_attention()'s rotary, checked; each entry turns at most `longest` tokens."""
+    """decode_attention()'s rotary=(cos, sin), checked: the tables must reach position
+    cache_lens[b] + longest - 1 of every sequence b."""
     checks.flag("rotary_interleaved", interleaved)
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise TypeError(f"rotary is of type {type(rotary).__name__}; accepted is a pair (cos, sin)")

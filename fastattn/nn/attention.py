@@ -87,7 +87,7 @@ class Attention(nn.Module):
         if rotary is True:
             rotary = RotaryEmbedding(head_dim)
         if rotary and rotary.dim > head_dim:
-            raise ValueError(f"rotary turns {rotary.dim} channels and head_dim is {head_dim}; "
+            raise ValueError(f"rotary rotates {rotary.dim} channels and head_dim is {head_dim}; "
                              "accepted are at most that many")  # fmt: skip
         checks.spec_of(head_dim, scale, causal, window, "start", softcap, dropout)
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim

@@ -53,10 +53,10 @@ class AngleTable:
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding: turns pairs of channels by position * frequency.
+    """Rotary position embedding: rotates pairs of channels by position * frequency.
 
     Args:
-        dim: channels that are turned, even; the first `dim` of each head's. Smaller than the head
+        dim: channels that are rotated, even; the first `dim` of each head's. Smaller than the head
             dimension: a partial embedding (GPT-NeoX), the rest passes.
         base: frequency i is base^(-2i / dim), default 10000.
         interleaved: pairs are channels (2i, 2i + 1), as in RoFormer and GPT-J. False, the default:
@@ -112,12 +112,12 @@ class RotaryEmbedding(nn.Module):
         positions: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """q, or (q, k), turned. New tensors in the memory order of the old; nothing is copied.
+        """q, or (q, k), rotated. New tensors in the memory order of the old; nothing is copied.
 
         Args:
             q: [B, heads, S, head_dim] (as fastattn.attention takes it), or any [..., S, head_dim]
                 with head_dim >= dim; any strides.
-            k: the same with its own number of heads; None: q alone is turned and returned.
+            k: the same with its own number of heads; None: q alone is rotated and returned.
             positions: integers >= 0, [S] or [B, S] (then q has 4 dimensions); None: offset,
                 offset + 1, ...
             offset: the first row's position where positions is None.
@@ -135,8 +135,8 @@ class RotaryEmbedding(nn.Module):
             cos, sin = self.table.rows(offset, offset + q.shape[-2], q.device, dtype)
         else:
             cos, sin, positions = self._given(positions, q, dtype)
-        turned = [rope.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
-        return turned[0] if k is None else tuple(turned)
+        rotated = [rope.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
+        return rotated[0] if k is None else tuple(rotated)
 
     def _given(self, positions, q, dtype):
         """(cos, sin, positions) where the tables' rows are at positions; None: they are rows."""
