@@ -110,7 +110,7 @@ def _tolerance(case: Case, kv_heads: slice) -> verify.Tolerance:
     scores = scale * q.float() @ k.float().mT.unsqueeze(2)  # [B, kv heads, group, q_len, keys]
     dout = None if dout is None else dout[:, kv_heads]
     lse, on_gpu = scores.logsumexp(-1), case.device == "cuda"
-    return verify.Tolerance(q, k, v, scale, lse, dout, weights_rounded=on_gpu)
+    return verify.Tolerance(q, k, v, scale, lse, dout, probs_rounded=on_gpu)
 
 
 def checked_heads(row: Row, pairs: int = CHECKED_PAIRS) -> list[int]:

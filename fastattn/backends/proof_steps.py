@@ -117,7 +117,7 @@ def check(device: Device, case: Case, gradients: bool = False) -> float:
     want = truth(call, torch.float64, cotangents)
     plain = truth(call, torch.float32, cotangents)
     tolerance = Tolerance(
-        q, call.k, call.v, call.spec.scale, want[1], *cotangents, weights_rounded=True
+        q, call.k, call.v, call.spec.scale, want[1], *cotangents, probs_rounded=True
     )
     worst = 0.0
     for name, x, true, rough in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want, plain):
@@ -363,7 +363,7 @@ def pages(d: Device) -> str:
         d.synchronize()
         alone = Call(q, k, v, case.spec(), Operands(kv_lens=lens))
         want, plain = (truth(alone, dtype, ()) for dtype in (torch.float64, torch.float32))
-        tolerance = Tolerance(q, k, v, case.spec().scale, want[1], weights_rounded=True)
+        tolerance = Tolerance(q, k, v, case.spec().scale, want[1], probs_rounded=True)
         for name, x, true, rough in zip(("out", "lse"), (out, lse), want, plain):
             found = tolerance.compare(name, x, true, rough.to(x.dtype))
             if not found.passed:

@@ -158,7 +158,7 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
         plain = want
     rounded = registry.BY_NAME[backend].weights_rounded
     scale = inputs[0].shape[-1] ** -0.5
-    tolerance = Tolerance(*inputs, scale, want["lse"], *cotangents, weights_rounded=rounded)
+    tolerance = Tolerance(*inputs, scale, want["lse"], *cotangents, probs_rounded=rounded)
     errors, torch_errors, failures = [0.0], [0.0], []
     for name, result in got.items():
         rounded = plain[name].to(result.dtype)

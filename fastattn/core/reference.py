@@ -143,13 +143,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
         scores = torch.cat([scores, sinks], dim=-1)  # the last column is no key's
     scores = torch.where(dead, 0.0, scores)
     lse = torch.where(dead, -torch.inf, scores.logsumexp(-1, keepdim=True))
-    weights = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])
+    probs = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])  # [b, heads, m, n]
     if spec.dropout_p > 0:
         first = piece.entry or 0
         bh = heads_of(operands.dropout_seed, range(first, first + q.shape[0]), q.shape[1])
         kept = keep_block(operands.dropout_seed, bh, i[:, 0], j, spec.dropout_p)
-        weights = weights * kept.view_as(weights) / keep_probability(spec.dropout_p)
-    return weights @ v, lse.squeeze(-1)
+        probs = probs * kept.view_as(probs) / keep_probability(spec.dropout_p)
+    return probs @ v, lse.squeeze(-1)
 
 
 def finite_sum(scores: Tensor, term: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Spec:
     left: int = -1  # row i sees no key before i + offset - left; -1 is unbounded
     right: int = -1  # row i sees no key after i + offset + right; -1 is unbounded; causal is 0
     align_end: bool = True  # the diagonal ends at the last key (True) or starts at the first
-    dropout_p: float = 0.0  # probability in [0, 1) that a weight is dropped
+    dropout_p: float = 0.0  # chance in [0, 1) that an attention probability is dropped
 
     def offset(self, q_len: Any, kv_len: Any) -> Any:
         """The key that lies on row 0's diagonal. Lengths are those of the batch entry."""

@@ -53,7 +53,7 @@ def test_real_sizes(backend, dtype, dim, length, options):
     got = run(q, k, v, dout, backend, **options)
     want = run(*(x.double() for x in (q, k, v, dout)), "reference", **options)
     plain = run(*(x.float() for x in (q, k, v, dout)), "reference", **options)
-    tolerance = Tolerance(q, k, v, dim**-0.5, want["lse"], dout, weights_rounded=True)
+    tolerance = Tolerance(q, k, v, dim**-0.5, want["lse"], dout, probs_rounded=True)
     for name, result in got.items():
         rounded = plain[name] if name == "lse" else plain[name].to(dtype)
         comparison = tolerance.compare(name, result, want[name], rounded)
