@@ -33,13 +33,14 @@ def keep_probability(p: float) -> float:
     return keep_threshold(p) / 65536
 
 
-def heads_of(dropout_seed: Tensor, entries: range, heads: int) -> Tensor:
-    """The numbers by which dropout counts the heads of these entries: int64 [entries * heads]."""
+def heads_of(dropout_seed: Tensor, sequences: range, heads: int) -> Tensor:
+    """The batch x head numbers that dropout takes for the heads of these sequences: int64
+    [len(sequences) * heads]."""
     first, total = 0, heads
     if len(dropout_seed) > FIRST_HEAD:
         first, total = dropout_seed[FIRST_HEAD:].tolist()
-    entry = torch.arange(entries.start, entries.stop, device=dropout_seed.device)[:, None]
-    return (entry * total + first + torch.arange(heads, device=dropout_seed.device)).flatten()
+    n = torch.arange(sequences.start, sequences.stop, device=dropout_seed.device)[:, None]
+    return (n * total + first + torch.arange(heads, device=dropout_seed.device)).flatten()
 
 
 def keep_mask(seed, heads_total: int, q_len: int, kv_len: int, p: float, *, device=None) -> Tensor:
