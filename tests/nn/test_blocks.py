@@ -397,7 +397,7 @@ ERRORS = {
     "context size": (lambda: _CROSS(_X, _X), r"context has shape \[2, 3, 8\]"),
     "positions": (lambda: _SELF(_X, positions=torch.arange(3)), "positions came to an Attention"),
     "not causal": (lambda: _SELF(_X, cache=_SELF.make_cache(2, 4)), "causal=False"),
-    "batch": (lambda: _CAUSAL(_X, cache=_CAUSAL.make_cache(1, 4)), "the cache has 1 entries"),
+    "batch": (lambda: _CAUSAL(_X, cache=_CAUSAL.make_cache(1, 4)), "has batch size 1 and x 2"),
     "mask": (lambda: _SELF(_X, mask=torch.ones(2, 4, dtype=torch.bool)), "mask has shape"),
     "rotary dim": (lambda: fnn.RotaryEmbedding(7), "dim is 7; accepted is an even number"),
     "rope_type": (lambda: fnn.RotaryEmbedding(8, scaling={"rope_type": "yarn"}), "'yarn'"),
