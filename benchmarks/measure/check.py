@@ -34,7 +34,7 @@ class Errors:
     reason: str = ""  # that worst one in words
     heads: list[int] = field(default_factory=list)  # the kv heads compared
 
-    def judge(self, name: str, found: verify.Comparison) -> None:
+    def keep(self, name: str, found: verify.Comparison) -> None:
         """Keep the comparison nearest to its limit."""
         if found.ratio >= self.excess:
             self.excess, self.reason = found.ratio, f"{name}: {found}"
@@ -64,14 +64,16 @@ def check(
     heads = checked_heads(case.row, pairs)
     found = {n: r if isinstance(r, Exception) else Errors(heads=heads) for n, r in results.items()}
     for head in heads:
-        judge = _judge(case, slice(head, head + 1))
+        tolerance = _tolerance(case, slice(head, head + 1))
         truths, rounded = _plain(case, head, torch.float64), _plain(case, head, torch.float32)
         for name, errors in found.items():
             if isinstance(errors, Exception):
                 continue
             for index, (what, truth) in enumerate(zip(RESULTS, truths)):
                 one = _heads_of(case.row, results[name][index], head, index)
-                errors.judge(what, judge.compare(what, one, truth, rounded[index].to(case.dtype)))
+                errors.keep(
+                    what, tolerance.compare(what, one, truth, rounded[index].to(case.dtype))
+                )
                 errors.measure(one, truth)
     return found
 
@@ -100,7 +102,7 @@ def verdict(name: str, found: Errors | Exception, dtype: torch.dtype) -> str | N
     return None
 
 
-def _judge(case: Case, kv_heads: slice) -> verify.Judge:
+def _tolerance(case: Case, kv_heads: slice) -> verify.Tolerance:
     """The tolerance rule for these kv heads; lse only sets the size of an exponent's rounding."""
     row, scale = case.row, case.row.dim**-0.5
     q, dout = (t if t is None else t.unflatten(1, (row.kv_heads, -1)) for t in (case.q, case.dout))
@@ -108,7 +110,7 @@ def _judge(case: Case, kv_heads: slice) -> verify.Judge:
     scores = scale * q.float() @ k.float().mT.unsqueeze(2)  # [B, kv heads, group, q_len, keys]
     dout = None if dout is None else dout[:, kv_heads]
     lse, on_gpu = scores.logsumexp(-1), case.device == "cuda"
-    return verify.Judge(q, k, v, scale, lse, dout, weights_rounded=on_gpu)
+    return verify.Tolerance(q, k, v, scale, lse, dout, probs_rounded=on_gpu)
 
 
 def checked_heads(row: Row, pairs: int = CHECKED_PAIRS) -> list[int]:
@@ -155,9 +157,10 @@ def _with_dropout(case: Case, forward: Forward, make: Callable[[Case], Forward])
     for owner, call in pairs:
         torch.manual_seed(DROPOUT_SEED)
         results.append(owner.step(call, _whole(case))())
-    errors, judge = Errors(heads=list(range(case.row.kv_heads))), _judge(case, slice(None))
+    errors = Errors(heads=list(range(case.row.kv_heads)))
+    tolerance = _tolerance(case, slice(None))
     for what, one, true, plain in zip(RESULTS, *results):
-        errors.judge(what, judge.compare(what, one, true, plain))
+        errors.keep(what, tolerance.compare(what, one, true, plain))
         errors.measure(one, true)
     return errors
 
