@@ -1,4 +1,4 @@
-"""docs/architecture.md: what it names exists, and its picture of the floors is that of the rules."""
+"""docs/architecture.md names what exists, and follows each argument to every backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def defines(text: str, name: str, suffix: str) -> bool:
         kinds = (ast.FunctionDef, ast.ClassDef)
         return any(isinstance(x, kinds) and x.name == name for x in ast.walk(ast.parse(text)))
     function = rf"^(?!.*\b(?:return|else|throw)\b)[^/\n]*[\w>&*\])] (?:\w+::)?{name}\("
-    return re.search(rf"{function}|^\s*(?:template.*)?struct {name}\b", text, re.MULTILINE) is not None
+    return (
+        re.search(rf"{function}|^\s*(?:template.*)?struct {name}\b", text, re.MULTILINE) is not None
+    )
 
 
 @pytest.mark.parametrize("path, name", PLACES, ids=":".join)

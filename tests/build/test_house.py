@@ -233,7 +233,11 @@ def test_wheel_has_what_it_must(wheel):
         names = set(archive.namelist())
         metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
     modules = set()
-    for folder, package in (("fastattn", ""), ("kernels", "kernels/"), ("benchmarks", "benchmarks/")):
+    for folder, package in (
+        ("fastattn", ""),
+        ("kernels", "kernels/"),
+        ("benchmarks", "benchmarks/"),
+    ):
         found = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py"))
         modules |= {f"fastattn/{package}{path}" for path in found if path.parts[0] != "ladder"}
     tests = {name for name in modules if name.split("/")[-1].startswith(("test_", "conftest"))}
