@@ -25,6 +25,7 @@ from ..core.call import Call
 from ..core.spec import NO_OPERANDS, Spec
 from ..core.tolerance import Comparison, Judge
 from ..functional import attention, varlen_attention
+from ..masks import chunked
 
 __all__ = ["Comparison", "Judge", "run", "verify"]
 
@@ -92,6 +93,7 @@ FEATURES = (
         lambda d: {"document_ids": d.ints(*[0] * 33, *[1] * 80, *[5] * 37), "causal": True},
         kv_len=150,
     ),
+    Feature("key_ranges", lambda d: {"key_ranges": chunked(64, 150, offset=80, device=d.device)}),
     Feature("dropout", lambda d: {"dropout_p": 0.2, "dropout_seed": (3, 7)}),
     Feature("grouped heads", lambda d: {"causal": True}, heads=8, kv_heads=2),
     Feature("v_dim 40, D 80", head_dim=80, v_dim=40),
