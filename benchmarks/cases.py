@@ -41,6 +41,7 @@ class Row:
     bias: bool = False  # a learned bias [1, H, S, S]
     alibi: bool = False  # slopes by head; who lacks them gets them as a bias
     documents: int = 0  # that many of equal length in a row
+    chunk: int = 0  # tokens see only the chunk of that many which they are in
     softcap: float = 0.0
     dropout: float = 0.0
     mode: str = "fwd"
@@ -64,7 +65,8 @@ class Row:
     def options(self) -> list[str]:
         """What is more than plain attention, in words."""
         flags = ("causal", "padding", "bias", "alibi")
-        numbers = {"window": "window", "documents": "documents", "softcap": "softcap"}
+        numbers = {"window": "window", "documents": "documents", "chunk": "chunk",
+                   "softcap": "softcap"}  # fmt: skip
         return [
             *(flag for flag in flags if getattr(self, flag)),
             *(f"{word} {getattr(self, name):g}" for name, word in numbers.items()
@@ -132,10 +134,10 @@ class Case:
 
     @cached_property
     def shape_mask(self) -> Tensor | None:
-        """What window and documents show, for those who have neither: bool [q_len, keys]; causal is
-        in it where there is one of them."""
+        """What window, documents and chunks show, for those who have none: bool [q_len, keys];
+        causal is in it where there is one of them."""
         row = self.row
-        if not (row.window or row.documents):
+        if not (row.window or row.documents or row.chunk):
             return None
         age = torch.arange(row.q_len, device=self.device)[:, None] - torch.arange(
             row.keys, device=self.device
@@ -147,6 +149,9 @@ class Case:
             seen &= age < row.window
         if row.documents:
             seen &= self.document_ids[:, None] == self.document_ids
+        if row.chunk:
+            chunk = torch.arange(row.q_len, device=self.device) // row.chunk
+            seen &= chunk[:, None] == chunk
         return seen
 
     @cached_property
@@ -200,7 +205,7 @@ class Case:
     def fastattn(self) -> Callable[[], Tensor]:
         """The forward call: the drop-in where torch's signature can say it, else attention()."""
         row = self.row
-        if row.window or row.alibi or row.documents or row.softcap:
+        if row.window or row.alibi or row.documents or row.chunk or row.softcap:
             options = self.call_options()
             return lambda: fastattn.attention(self.q, self.k, self.v, **options)
         mask = self.bias if row.bias else self.padding
@@ -210,7 +215,9 @@ class Case:
 
     def call_options(self) -> dict:
         """attention()'s keyword arguments for this row."""
-        row = self.row
+        row, ranges = self.row, None
+        if row.chunk:
+            ranges = fastattn.masks.chunked(row.chunk, row.q_len, device=self.device)
         return {
             "causal": row.causal,
             "window": (row.window - 1, 0) if row.window else None,
@@ -219,6 +226,7 @@ class Case:
             "bias": self.bias,
             "alibi_slopes": self.slopes,
             "document_ids": self.document_ids,
+            "key_ranges": ranges,
             "softcap": row.softcap,
             "dropout_p": row.dropout,
         }
@@ -234,8 +242,11 @@ class Case:
         row = self.row
         keys = row.keys // 2 if row.padding else row.keys  # hidden keys need not be read
         left, right = (row.window - 1, 0) if row.window else (-1, 0 if row.causal else -1)
-        if row.documents:
-            lengths = torch.bincount(self.document_ids).tolist()
+        if row.documents or row.chunk:
+            ids = self.document_ids
+            if ids is None:
+                ids = torch.arange(row.q_len) // row.chunk
+            lengths = torch.bincount(ids).tolist()
             pairs = sum(pairs_of_band(n, n, left=left, right=right) for n in lengths)
         else:
             pairs = pairs_of_band(row.q_len, keys, left=left, right=right)

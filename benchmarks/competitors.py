@@ -177,6 +177,8 @@ def _flex(case: Case) -> Forward:
             found = found & (i - j < row.window)
         if ids is not None:
             found = found & (ids[i] == ids[j])
+        if row.chunk:
+            found = found & (i // row.chunk == j // row.chunk)
         return found if padding is None else found & padding[b, 0, 0, j]
 
     def score(s, b, h, i, j):
@@ -251,12 +253,12 @@ COMPETITORS = [
                backend=lambda case, forward: "inductor"),
     Competitor("flash_attn", "the package flash-attn", _flash_attn,
                _package("flash_attn", "flash-attn"),
-               lambda case: _halves_only(case, "bias", "padding", "documents"),
+               lambda case: _halves_only(case, "bias", "padding", "documents", "chunk"),
                checks_dropout=False),
     Competitor("xformers", "xformers' memory_efficient_attention", _xformers,
                _package("xformers", "xformers"),
                lambda case: _halves_only(
-                   case, "padding", "documents", "alibi", "window", "softcap"),
+                   case, "padding", "documents", "chunk", "alibi", "window", "softcap"),
                checks_dropout=False),
     Competitor("eager", "the formula in plain torch operators", _eager, dense=True),
 ]  # fmt: skip

@@ -34,6 +34,7 @@ inline std::optional<Dtype> dtype_of(const Tensor& t) {
 inline void check_cpu(const Tensor& t, const char* name) {
     CHECK(t.defined(), name, " is undefined, and a tensor is needed");
     CHECK(t.is_cpu(), name, " must be on the CPU, where q is");
+    CHECK(t.numel() == 0 || t.data_ptr() != nullptr, name, " has no memory");
 }
 
 // A 4-D operand of kernel `params`: strides in elements, 0 along broadcast dimensions.

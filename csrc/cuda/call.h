@@ -1,5 +1,5 @@
 // From an operator's arguments to a Call: the checks, and where each tensor lies.
-// fastattn/backends/registry.py asks whether the kernels take a call before it makes one. Here the
+// fastattn/backends/cuda.py asks whether the kernels take a call before it makes one. Here the
 // same calls are refused, because the operators can also be called directly. next: host_params.h
 #pragma once
 #include <cstring>

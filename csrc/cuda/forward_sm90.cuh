@@ -258,8 +258,8 @@ template <class F> struct Consumer {
         }
     }
 
-    // One long function: wgmma writes s and acc while the lines after it run, so that they must stay
-    // in the registers of one frame.
+    // One long function: wgmma writes s and acc while the lines after it run, so that they must
+    // stay in the registers of one frame.
     FASTATTN_DEVICE void tile(const Work& w) {
         KeyTiles all(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
         KeyTiles own(w.band, w.row + 64 * group, w.row + 64 * group + 64, F::BLOCK_KV);

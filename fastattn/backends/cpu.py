@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..core.call import Gradients, Result
@@ -43,4 +45,12 @@ def refuses(call):
     return None
 
 
-ROW = Backend("cpu", "C++ kernels on the CPU", why_not, forward, backward, refuses, TILE)
+# Past the dispatcher: autograd, modes and subclasses are autograd.py's and functional.py's to see.
+simple = functools.partial(
+    schema.forward_simple._handle.redispatch_boxed,
+    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
+)
+
+ROW = Backend(
+    "cpu", "C++ kernels on the CPU", why_not, forward, backward, refuses, TILE, simple=simple
+)

@@ -20,12 +20,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from .. import masks
 from ..backends import isa, proof, registry
 from ..core.call import Call
 from ..core.spec import NO_OPERANDS, Spec
 from ..core.tolerance import Comparison, Judge
 from ..functional import attention, varlen_attention
-from ..masks import chunked
 
 __all__ = ["Comparison", "Judge", "run", "verify"]
 
@@ -93,7 +93,13 @@ FEATURES = (
         lambda d: {"document_ids": d.ints(*[0] * 33, *[1] * 80, *[5] * 37), "causal": True},
         kv_len=150,
     ),
-    Feature("key_ranges", lambda d: {"key_ranges": chunked(64, 150, offset=80, device=d.device)}),
+    Feature(
+        "key ranges",
+        lambda d: {
+            "key_ranges": masks.chunked(64, 150, offset=80, device=d.device),
+            "causal": True,
+        },
+    ),
     Feature("dropout", lambda d: {"dropout_p": 0.2, "dropout_seed": (3, 7)}),
     Feature("grouped heads", lambda d: {"causal": True}, heads=8, kv_heads=2),
     Feature("v_dim 40, D 80", head_dim=80, v_dim=40),

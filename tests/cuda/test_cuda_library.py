@@ -16,7 +16,7 @@ import elf
 import pytest
 import torch
 
-from fastattn.backends import library, proof, registry
+from fastattn.backends import cuda, library, proof, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # What csrc/cuda/ops.cu looks up while it runs, of libraries that it does not name.
@@ -116,17 +116,17 @@ def test_its_questions_are_the_ones_that_python_asks():
     asked = {"fastattn_torch_problem", "fastattn_cuda_problem", "fastattn_cuda_tensor_map"}
     source = (ROOT / "csrc/cuda/ops.cu").read_text()
     folder = ROOT / "fastattn/backends"
-    texts = "".join((folder / f"{n}.py").read_text() for n in ("operators", "proof_device"))
+    texts = "".join((folder / f"{n}.py").read_text() for n in ("library", "proof_device"))
     for name in asked:
         assert f"QUESTION {name}(" in source and f'"{name}"' in texts
     assert source.count("\nQUESTION ") == len(asked)
 
 
 def test_the_operators_take_what_the_backend_says():
-    """The lists in csrc/cuda/ops.cu are the registry's: Python makes sequences of document_ids, and
+    """The lists in csrc/cuda/ops.cu are the backend's: Python makes sequences of document_ids, and
     descales are arguments of their own."""
     source = (ROOT / "csrc/cuda/ops.cu").read_text()
-    lists = {"TAKEN_FORWARD": registry.CUDA_OPERANDS, "TAKEN": registry.CUDA_FLOAT8_OPERANDS}
+    lists = {"TAKEN_FORWARD": cuda.OPERANDS, "TAKEN": cuda.FLOAT8_OPERANDS}
     for name, accepted in lists.items():
         names = re.search(rf"{name}\[\] = \{{(.*?)\}}", source, re.DOTALL).group(1)
         assert set(re.findall(r'"(\w+)"', names)) == set(accepted) - {"document_ids", "descales"}
