@@ -14,7 +14,7 @@ from operator_calls import cotangents_of, run_reference
 from ranged_cases import Ranged
 
 import fastattn
-from fastattn.cli import info
+from fastattn.cli import info, verify
 from fastattn.core.spec import NUMBERS, OPERANDS, Operands, Spec
 from fastattn.core.tolerance import Tolerance
 
@@ -122,6 +122,21 @@ def test_every_number_and_operand_has_a_small_case():
     assert {name for p in problems for name in p.operands.given()} == set(OPERANDS)
 
 
+def test_the_support_table_has_every_number_and_operand():
+    """python -m fastattn info and docs/backends.md: which backend takes what."""
+    named = {name for _, changes in info.SUPPORT for name in changes}
+    assert {*NUMBERS, *OPERANDS} - named == {"scale", "kv_starts"}  # kv_starts: of a cache alone
+
+
+def test_verify_has_every_option():
+    """python -m fastattn verify: what the user's own machine computes against float64."""
+    draw = verify.Draw(torch.float32, "cpu")
+    given = {name for feature in verify.FEATURES for name in feature.options(draw)}
+    shared = set.intersection(*(set(inspect.signature(f).parameters) for f in CALLS))
+    missing = shared - given - {"q", "unknown", "backend", "return_lse"}
+    assert missing == {"scale", "head_origin", "deterministic"}
+
+
 # ---- public names --------------------------------------------------------------------------------
 
 
@@ -173,6 +188,8 @@ def test_public_names(module):
     found = importlib.import_module(module)
     missing = [name for name in PUBLIC[module].split() if not hasattr(found, name)]
     assert not missing, f"{module} lacks {missing}"
+    new = set(getattr(found, "__all__", ())) - {*PUBLIC[module].split(), "bert_padding"}
+    assert not new, f"PUBLIC lacks {new} of {module}"
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

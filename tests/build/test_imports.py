@@ -102,3 +102,12 @@ def test_no_test_imports_another():
         if re.match(r"\s*(from|import) test_", line)
     ]
     assert not wrong, wrong
+
+
+def test_the_page_shows_these_floors():
+    """docs/architecture.md's table: a floor's number, then its rooms."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    shown = [set() for _ in FLOORS]
+    for height, rooms in re.findall(r"^\| (\d) \| ((?:`\w+` ?)+)\|", page, re.MULTILINE):
+        shown[int(height)] |= set(re.findall(r"`(\w+)`", rooms))
+    assert tuple(shown) == tuple(floor - {"benchmarks"} for floor in FLOORS)
