@@ -164,7 +164,7 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
     want, plain = truth(feature, dtype, device)
     if backend == "reference":  # it is plain torch: its yardstick is the exact result, rounded
         plain = want
-    rounded = registry.BY_NAME[backend].weights_rounded
+    rounded = registry.BY_NAME[backend].probs_rounded
     scale = inputs[0].shape[-1] ** -0.5
     tolerance = Tolerance(*inputs, scale, want["lse"], *cotangents, probs_rounded=rounded)
     errors, torch_errors, failures = [0.0], [0.0], []
