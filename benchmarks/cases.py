@@ -42,6 +42,7 @@ class AttentionCase:
     bias: bool = False  # a learned bias [1, H, S, S]
     alibi: bool = False  # slopes per head; a bias where ALiBi is missing
     documents: int = 0  # number of equally long documents packed into the sequence
+    chunk: int = 0  # tokens per chunk of chunked attention: a token sees its own chunk only
     softcap: float = 0.0
     dropout: float = 0.0
     mode: str = "fwd"
@@ -65,7 +66,8 @@ class AttentionCase:
     def options(self) -> list[str]:
         """The options beyond plain attention, as they appear in the name."""
         flags = ("causal", "padding", "bias", "alibi")
-        numbers = {"window": "window", "documents": "documents", "softcap": "softcap"}
+        numbers = {"window": "window", "documents": "documents", "chunk": "chunk",
+                   "softcap": "softcap"}  # fmt: skip
         return [
             *(flag for flag in flags if getattr(self, flag)),
             *(f"{word} {getattr(self, name):g}" for name, word in numbers.items()
@@ -133,10 +135,10 @@ class Problem:
 
     @cached_property
     def shape_mask(self) -> Tensor | None:
-        """bool [q_len, keys]: windows and documents as a mask, for implementations that have
-        neither option. It includes causality if the case has a window or documents."""
+        """bool [q_len, keys]: windows, documents and chunks as a mask, for implementations that
+        lack these options. It includes causality if the case has one of them."""
         case = self.case
-        if not (case.window or case.documents):
+        if not (case.window or case.documents or case.chunk):
             return None
         age = torch.arange(case.q_len, device=self.device)[:, None] - torch.arange(
             case.keys, device=self.device
@@ -148,6 +150,9 @@ class Problem:
             seen &= age < case.window
         if case.documents:
             seen &= self.document_ids[:, None] == self.document_ids
+        if case.chunk:
+            chunk = torch.arange(case.q_len, device=self.device) // case.chunk
+            seen &= chunk[:, None] == chunk
         return seen
 
     @cached_property
@@ -203,7 +208,7 @@ class Problem:
         """The forward call: the SDPA drop-in if torch's signature has the options, else
         attention()."""
         case = self.case
-        if case.window or case.alibi or case.documents or case.softcap:
+        if case.window or case.alibi or case.documents or case.chunk or case.softcap:
             options = self.call_options()
             return lambda: fastattn.attention(self.q, self.k, self.v, **options)
         mask = self.bias if case.bias else self.padding
@@ -213,7 +218,9 @@ class Problem:
 
     def call_options(self) -> dict:
         """attention()'s keyword arguments for this case."""
-        case = self.case
+        case, ranges = self.case, None
+        if case.chunk:
+            ranges = fastattn.masks.chunked(case.chunk, case.q_len, device=self.device)
         return {
             "causal": case.causal,
             "window": (case.window - 1, 0) if case.window else None,
@@ -222,6 +229,7 @@ class Problem:
             "bias": self.bias,
             "alibi_slopes": self.slopes,
             "document_ids": self.document_ids,
+            "key_ranges": ranges,
             "softcap": case.softcap,
             "dropout_p": case.dropout,
         }
@@ -237,8 +245,11 @@ class Problem:
         case = self.case
         keys = case.keys // 2 if case.padding else case.keys  # hidden keys need not be read
         left, right = (case.window - 1, 0) if case.window else (-1, 0 if case.causal else -1)
-        if case.documents:
-            lengths = torch.bincount(self.document_ids).tolist()
+        if case.documents or case.chunk:
+            ids = self.document_ids
+            if ids is None:
+                ids = torch.arange(case.q_len) // case.chunk
+            lengths = torch.bincount(ids).tolist()
             pairs = sum(pairs_of_band(n, n, left=left, right=right) for n in lengths)
         else:
             pairs = pairs_of_band(case.q_len, keys, left=left, right=right)

@@ -182,6 +182,8 @@ def _flex(problem: Problem) -> Forward:
             found = found & (i - j < case.window)
         if ids is not None:
             found = found & (ids[i] == ids[j])
+        if case.chunk:
+            found = found & (i // case.chunk == j // case.chunk)
         return found if padding is None else found & padding[b, 0, 0, j]
 
     def score(s, b, h, i, j):
@@ -260,12 +262,13 @@ COMPETITORS = [
                backend=lambda problem, forward: "inductor"),
     Competitor("flash_attn", "the package flash-attn", _flash_attn,
                _package("flash_attn", "flash-attn"),
-               lambda problem: _half_precision_only(problem, "bias", "padding", "documents"),
+               lambda problem: _half_precision_only(
+                   problem, "bias", "padding", "documents", "chunk"),
                checks_dropout=False),
     Competitor("xformers", "xformers' memory_efficient_attention", _xformers,
                _package("xformers", "xformers"),
                lambda problem: _half_precision_only(
-                   problem, "padding", "documents", "alibi", "window", "softcap"),
+                   problem, "padding", "documents", "chunk", "alibi", "window", "softcap"),
                checks_dropout=False),
     Competitor("eager", "the formula in plain torch operators", _eager, dense=True),
 ]  # fmt: skip

@@ -65,6 +65,7 @@ def _cases() -> Iterator[AttentionCase]:
     for q_len in (512, 1024):
         yield AttentionCase("alibi", q_len=q_len, causal=True, alibi=True)
         yield AttentionCase("documents", q_len=q_len, documents=4, causal=True, mode="fwdbwd")
+    yield AttentionCase("chunk", q_len=8192, chunk=1024, causal=True)
 
 
 CASES = tuple(_cases())
@@ -82,7 +83,7 @@ def _gpu_cases() -> Iterator[AttentionCase]:
                                         mode=mode, **shape)  # fmt: skip
     shape = {"batch": 4, "heads": 16, "kv_heads": 16, "q_len": 4096, "dim": 128}
     for options in ({"bias": True}, {"dropout": 0.1}, {"documents": 4, "causal": True},
-                    {"window": 1024}):  # fmt: skip
+                    {"window": 1024}, {"chunk": 1024, "causal": True}):  # fmt: skip
         for mode in ("fwd", "bwd"):
             yield AttentionCase("gpu-variants", 2.0, "bf16", mode=mode, **shape, **options)
     for batch, kv_len in ((64, 8192), (8, 65536), (1, 131072)):

@@ -92,8 +92,8 @@ def test_option(case, benchmark) -> None:
     if case.packed:
         want, plain = (x[0].transpose(0, 1) for x in (want, plain))
         lse = lse[0].T
-    judge = verify.Judge(*(x.nan_to_num() for x in problem[:3]), problem.spec.scale, lse)
-    compared = judge.compare("out", out, want, plain)
+    tolerance = verify.Tolerance(*(x.nan_to_num() for x in problem[:3]), problem.spec.scale, lse)
+    compared = tolerance.compare("out", out, want, plain)
     assert compared.passed, f"wrong, so not timed: {compared}"
     benchmark.group = "one option each"
     benchmark.extra_info.update({"error": compared.error, "backend": _backend(tensors, options)})

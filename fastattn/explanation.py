@@ -197,7 +197,7 @@ class _Work:
         self.call = call
         self.q, self.k, self.v, self.spec, self.operands = q, k, call.v, call.spec, operands
         self.pieces = list(pieces(q, k, operands))
-        whole = len(self.pieces) == 1 and self.pieces[0].entry is None
+        whole = len(self.pieces) == 1 and self.pieces[0].sequence is None
         self.copies = q.shape[0] if whole else 1  # batch entries that each piece stands for
         self.slots = k.shape[2] * (operands.page_table.shape[1] if operands.paged else 1)
 
@@ -205,7 +205,7 @@ class _Work:
         """Places for keys in the piece's entry, whether or not they are filled."""
         if not self.operands.packed:
             return self.slots
-        begin, end = self.operands.cu_seqlens_k[piece.entry : piece.entry + 2].tolist()
+        begin, end = self.operands.cu_seqlens_k[piece.sequence : piece.sequence + 2].tolist()
         return end - begin
 
     def heads_of(self, piece: Piece):

@@ -68,7 +68,7 @@ def check(
     heads = checked_heads(problem.case, pairs)
     found = {n: r if isinstance(r, Exception) else Errors(heads=heads) for n, r in results.items()}
     for head in heads:
-        judge = _judge(problem, slice(head, head + 1))
+        tolerance = _tolerance(problem, slice(head, head + 1))
         truths, rounded = _plain(problem, head, torch.float64), _plain(problem, head, torch.float32)
         for name, errors in found.items():
             if isinstance(errors, Exception):
@@ -76,7 +76,7 @@ def check(
             for index, (what, truth) in enumerate(zip(RESULTS, truths)):
                 one = _heads_of(problem.case, results[name][index], head, index)
                 errors.keep_worst(
-                    what, judge.compare(what, one, truth, rounded[index].to(problem.dtype))
+                    what, tolerance.compare(what, one, truth, rounded[index].to(problem.dtype))
                 )
                 errors.measure(one, truth)
     return found
@@ -106,7 +106,7 @@ def verdict(name: str, found: Errors | Exception, dtype: torch.dtype) -> str | N
     return None
 
 
-def _judge(problem: Problem, kv_heads: slice) -> verify.Judge:
+def _tolerance(problem: Problem, kv_heads: slice) -> verify.Tolerance:
     """The tolerance rule for these kv heads. lse determines only the rounding of the exponent."""
     case, scale = problem.case, problem.case.dim**-0.5
     q, dout = (
@@ -116,7 +116,7 @@ def _judge(problem: Problem, kv_heads: slice) -> verify.Judge:
     scores = scale * q.float() @ k.float().mT.unsqueeze(2)  # [B, kv heads, group, q_len, keys]
     dout = None if dout is None else dout[:, kv_heads]
     lse, on_gpu = scores.logsumexp(-1), problem.device == "cuda"
-    return verify.Judge(q, k, v, scale, lse, dout, weights_rounded=on_gpu)
+    return verify.Tolerance(q, k, v, scale, lse, dout, probs_rounded=on_gpu)
 
 
 def checked_heads(case: AttentionCase, pairs: int = CHECKED_PAIRS) -> list[int]:
@@ -163,9 +163,10 @@ def _with_dropout(problem: Problem, forward: Forward, make: Callable[[Problem], 
     for owner, call in pairs:
         torch.manual_seed(DROPOUT_SEED)
         results.append(owner.step(call, _whole(problem))())
-    errors, judge = Errors(heads=list(range(problem.case.kv_heads))), _judge(problem, slice(None))
+    errors = Errors(heads=list(range(problem.case.kv_heads)))
+    tolerance = _tolerance(problem, slice(None))
     for what, one, true, plain in zip(RESULTS, *results):
-        errors.keep_worst(what, judge.compare(what, one, true, plain))
+        errors.keep_worst(what, tolerance.compare(what, one, true, plain))
         errors.measure(one, true)
     return errors
 

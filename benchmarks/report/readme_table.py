@@ -36,6 +36,7 @@ GROUPS = {
     "short": "short, S 16 to 64, batch 64",
     "alibi": "ALiBi, causal",
     "documents": "4 packed documents, causal",
+    "chunk": "chunks of 1024 tokens, causal",
     "endtoend": "whole models",
 }
 

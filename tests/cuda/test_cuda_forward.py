@@ -32,7 +32,8 @@ ARCHS = ["sm90", "sm80"]
 
 
 def cases(*axes):
-    """For arch, dim and these. Of sm_80's many cases only a third runs without --long."""
+    """For parametrize: all combinations of an architecture, a head dimension and the values of the
+    axes. Those of sm_80 are many, so that without --long only a third of them run."""
     return thinned(ARCHS, DIMS, *axes, when=lambda arch, *others: arch == "sm80")
 
 

@@ -1,5 +1,6 @@
-"""What only the sm_80 forward kernels do, on the emulator: split keys, pages, heads that share a
-tile. test_cuda_forward.py tests what all forward kernels do."""
+"""What only the sm_80 forward kernels do, on the emulator: they split keys, read them from pages,
+and pack query heads into one tile. What all forward kernels do is in test_cuda_forward.py.
+"""
 
 from __future__ import annotations
 

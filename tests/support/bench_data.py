@@ -43,6 +43,7 @@ TINY = {
     "window": replace(SMALL, q_len=40, window=8),
     "alibi": replace(SMALL, alibi=True, causal=True, heads=4, mode="fwdbwd"),
     "documents": replace(SMALL, documents=3, causal=True),
+    "chunk": replace(SMALL, chunk=5, causal=True),
     "softcap": replace(SMALL, softcap=2.0, mode="fwdbwd"),
     "dropout": replace(SMALL, causal=True, dropout=0.1, mode="fwdbwd"),
     "dropped back": replace(SMALL, dropout=0.1, mode="bwd"),

@@ -15,7 +15,8 @@ from fastattn.core.tolerance import allowed_error
 
 
 class Kernel(NamedTuple):
-    """Of an architecture; more: additional arguments of its entry point in tests/emulator."""
+    """The backward of an architecture and head dimension. more: additional arguments of its
+    function in tests/emulator."""
 
     arch: str
     dim: int

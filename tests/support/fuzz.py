@@ -32,7 +32,7 @@ import fastattn
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 
 
-# ---- judging ------------------------------------------------------------------------------------
+# ---- comparing -----------------------------------------------------------------------------------
 
 ERROR = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}
 
@@ -174,7 +174,7 @@ def shrink(case: Case, seconds: float = 30.0) -> Case:
 def reproduction(case: Case) -> str:
     return (
         f"# {failure(case)}\n"
-        'import sys\nsys.path.insert(0, "tests")\n'
+        'import sys\nsys.path.insert(0, "tests/support")\n'
         "from fuzz import Case, check\n"
         f"check(Case({case}))"
     )
