@@ -99,7 +99,7 @@ def test_only_what_changed_is_compiled(monkeypatch):
         ({"HGMMA": 0}, "no HGMMA"),
         ({"UTMASTG": 0}, "no UTMASTG"),
         ({"name": "forward_sm80 bf16 D 64", "LDGSTS": 0}, "no LDGSTS"),
-        ({"overlapped": 0}, "0 exponentials run beside"),
+        ({"overlapped": 0}, "0 exponentials overlap"),
     ],
 )
 def test_problems_are_named(change, word):

@@ -242,7 +242,7 @@ def test_stale_rows(monkeypatch, capsys):
     assert triton.show_stale(names) == 1 and triton.show_stale([]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"stale: {names[0]}" and said[-1] == "0 stale rows in gpu-audit.json"
-    again = "`make gpu-audit ARGS=--write` makes them again"
+    again = "`make gpu-audit ARGS=--write` updates them"
     assert said[-2] == f"3 stale rows in gpu-audit.json: {again}"
 
 
