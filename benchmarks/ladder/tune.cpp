@@ -1,5 +1,6 @@
-// Times variants of the AVX2 kernels against each other and against the core's FMA peak: interleaved
-// and in the CPU time of one thread, so that a busy machine affects all alike. Run by tune.py:
+// Times variants of the AVX2 kernels against each other and against the core's FMA peak. They run
+// interleaved and are measured in the CPU time of one thread, so that a busy machine affects all
+// alike. Run by tune.py:
 //   tune forward|backward|both full|quick NAME=LIBRARY ...
 #include <dlfcn.h>
 
