@@ -11,13 +11,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from fresh_python import python
 
 import fastattn
 from fastattn import flash_attn, models, options
+from fastattn.backends import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parents[1] / "support/typed_program.py"
@@ -120,6 +121,11 @@ def test_the_overloads_begin_as_the_calls_do(call):
 
     found = get_overloads(call)
     assert len(found) == 3 and all(first(overload) == first(call) for overload in found)
+
+
+def test_the_backends_are_named_in_the_signatures():
+    assert get_args(options.BackendName) == registry.NAMES
+    assert all(f'"{name}"' in inspect.getdoc(fastattn.attention) for name in registry.NAMES)
 
 
 def test_explain_takes_what_the_calls_take():
