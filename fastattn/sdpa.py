@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,8 @@ def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
         attn_mask, is_causal, align_end = _causal_bias(attn_mask, is_causal, query, key)
     _check_kinds(query, key, value, attn_mask, dropout_p)
     if query.dtype not in checks.DTYPES:  # torch's math decides, and raises its own errors
-        return torch._C._nn.scaled_dot_product_attention(
+        torchs = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
+        return torchs.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     lead, heads, kv_heads = _broadcast(query, key, value, enable_gqa)
@@ -332,7 +334,8 @@ def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     if dtype is not None:
         query, key, value = (tensors.autocast_to(x, dtype) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, ragged, H, D]
-    cu_q, cu_k, cu_v = query.offsets(), key.offsets(), value.offsets()
+    nested: tuple[Any, ...] = (query, key, value)
+    cu_q, cu_k, cu_v = (x.offsets() for x in nested)
     if cu_k is not cu_v and not torch.equal(cu_k, cu_v):
         raise RuntimeError("Expected nested key and value to have the same lengths")
     longest = [int(cu.diff().max()) if cu.numel() > 1 else 0 for cu in (cu_q, cu_k)]

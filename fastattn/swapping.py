@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -140,7 +141,7 @@ def unswap(model: nn.Module) -> SwapReport:
 _ROOT = "(model)"
 
 
-def _parts(model) -> list[tuple[str, object]]:
+def _parts(model) -> list[tuple[str, Any]]:
     """The modules, and the objects with a __call__ of their own that they hold, each once."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; accepted is a torch.nn.Module")
@@ -164,7 +165,7 @@ def _report(swapped, left, done) -> SwapReport:
 # ---- which class -------------------------------------------------------------------------------
 
 
-def swapped_class(module: object, found: dict | None = None) -> tuple[type | None, str | None]:
+def swapped_class(module: Any, found: dict | None = None) -> tuple[type | None, str | None]:
     """(the class to change to, what it is), or (None, why not), or (None, None): no attention.
 
     found: what classes looked at before reach, to be added to.
@@ -243,15 +244,15 @@ def _class_of(cls: type, held: tuple[str, ...] = ()) -> type:
     return made
 
 
-def is_swapped(module: object) -> bool:
+def is_swapped(module: Any) -> bool:
     """Is it of a class that swap() made?"""
     return _original(_without_parametrization(module)) is not None
 
 
-def unswap_object(module: object) -> None:
+def unswap_object(module: Any) -> None:
     """Gives a swapped module, or an object that one holds, its own class back."""
-    original = _original(_without_parametrization(module))
-    module.__class__ = _with_parametrization(module, original)
+    if (original := _original(_without_parametrization(module))) is not None:
+        module.__class__ = _with_parametrization(module, original)
 
 
 def _original(cls: type) -> type | None:
@@ -286,7 +287,7 @@ def _reduce(self, protocol: int):
     """Pickled and copied as the original class, which can be imported, and swapped again."""
     cls = next(base for base in type(self).__mro__ if _ORIGINAL in vars(base))
     make, arguments, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
-    if make is copyreg.__newobj__ and arguments[0] is cls:
+    if make is vars(copyreg)["__newobj__"] and arguments[0] is cls:
         make, arguments = _revive, (_original(cls), vars(cls)[_HELD], *arguments[1:])
     return (make, arguments, *rest)
 
@@ -370,7 +371,7 @@ def _is_transformers_model(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
-def _enable(model: nn.Module, refused: dict) -> str:
+def _enable(model: Any, refused: dict) -> str:
     """Calls fastattn.hf.enable(); returns _ENABLED, or why not.
 
     refused: {id of a configuration: class of the refused model that reads it}. One configuration

@@ -64,7 +64,7 @@ def number(name, x) -> float:
     try:
         return float(x)
     except OverflowError:  # an int past every float
-        return math.inf if x > 0 else -math.inf
+        return -math.inf if x <= 0 else math.inf
 
 
 def flag(name, x) -> bool:
@@ -76,7 +76,9 @@ def flag(name, x) -> bool:
 def integer(name, x) -> int:
     if isinstance(x, bool) or not isinstance(x, (Integral, torch.SymInt)):
         raise TypeError(f"{name} is of type {type(x).__name__}; accepted is an int")
-    return x if isinstance(x, (int, torch.SymInt)) else int(x)  # numpy's
+    if isinstance(x, torch.SymInt):  # torch.compile's, which stands for an int
+        return x  # pyright: ignore[reportReturnType]
+    return x if isinstance(x, int) else int(x)  # numpy's
 
 
 def said(x) -> str:

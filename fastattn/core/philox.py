@@ -7,6 +7,7 @@ head dimension enters, so that every backend drops the same weights. csrc/philox
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ def keep_mask(seed, heads_total: int, q_len: int, kv_len: int, p: float, *, devi
 
     seed is the pair (seed, offset), two integers of 64 bits or an int64 tensor [2].
     """
-    lengths = (heads_total, q_len, kv_len)
-    return keep_block(seed, *(torch.arange(n, device=device) for n in lengths), p)
+    bh, i, j = (torch.arange(n, device=device) for n in (heads_total, q_len, kv_len))
+    return keep_block(seed, bh, i, j, p)
 
 
 def keep_block(seed, bh: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
@@ -83,7 +84,7 @@ def keep_rows(seed, rows: int, columns: int, p: float, *, device=None) -> Tensor
     return bits.flatten(1)[:, :columns] < keep_threshold(p)
 
 
-def philox4x32(counter, key):
+def philox4x32(counter, key) -> Any:
     """Ten rounds of Philox on four 32-bit words; ints, or int64 tensors that broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .call import Call, Result
+from .spec import Descales
 
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
 RANGES = {INT8: (-128.0, 127.0), E4M3: (-448.0, 448.0)}
@@ -25,7 +26,7 @@ def check(name: str, x: Tensor | None, entries: int | None, kv_heads: int, devic
     checks.on_device(name, x, device)
     if x.dtype != torch.float32:
         raise TypeError(f"{name} is {x.dtype}; accepted is torch.float32")
-    shapes = {"[kv_heads]": (kv_heads,)}
+    shapes: dict[str, tuple[int, ...]] = {"[kv_heads]": (kv_heads,)}
     if entries is not None:
         shapes["[B, kv_heads]"] = (entries, kv_heads)
     if tuple(x.shape) not in shapes.values():
@@ -53,7 +54,7 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
     8-bit k and v take q's dtype; an 8-bit q, and k and v with it, fp32, and out is bfloat16. Of a
     cache only the slots that some entry uses are read.
     """
-    descales, q = call.operands.descales, call.q
+    descales, q = call.operands.descales or Descales(), call.q
     call = _used(call.but(operands=replace(call.operands, descales=None)))
     dtype = torch.float32 if q.dtype == E4M3 else q.dtype
     out_dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
