@@ -62,8 +62,8 @@ def test_pyright(program):
     """The program in strict mode, and the package itself in basic mode, where pyproject.toml says
     so: one run for both, since each would read torch again, which is most of its time."""
     command = checker("pyright", "basedpyright")
-    own = re.search(r"^\[tool\.pyright\].*?^include = (\[.*?\])",
-                    (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL).group(1)  # fmt: skip
+    pattern, project = r"^\[tool\.pyright\].*?^include = (\[.*?\])", ROOT / "pyproject.toml"
+    own = re.search(pattern, project.read_text(), re.MULTILINE | re.DOTALL)[1]
     folders = [ROOT / path for path in ast.literal_eval(own)]
     files = [file for path in folders for file in (path.rglob("*.py") if path.is_dir() else [path])]
     settings = {
