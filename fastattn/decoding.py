@@ -289,7 +289,7 @@ def cached_form(given: dict) -> tuple[Call, Append | None]:
         moving = spec.left >= 0 or spec.right >= 0
         longest = max(new_len, q_len if moving else 1)
         rotary = check_rotary(rotary, given["rotary_interleaved"], q, cache_lens, longest)
-        q = rotary.turn(q, moving)
+        q = rotary.rotate(q, moving)
     shared = page_table is not None or cache_batch_idx is not None
     for name, x in (("k_descale", k_descale), ("v_descale", v_descale)):
         quantization.check(name, x, None if shared else batch, k_cache.shape[1], device)

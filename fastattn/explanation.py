@@ -197,7 +197,7 @@ class _Work:
         self.call = call
         self.q, self.k, self.v, self.spec, self.operands = q, k, call.v, call.spec, operands
         self.pieces = list(pieces(q, k, operands))
-        whole = len(self.pieces) == 1 and self.pieces[0].entry is None
+        whole = len(self.pieces) == 1 and self.pieces[0].sequence is None
         self.copies = q.shape[0] if whole else 1  # batch entries that each piece stands for
         table = operands.page_table
         self.slots = k.shape[2] * (1 if table is None else table.shape[1])
@@ -205,9 +205,9 @@ class _Work:
     def keys_of(self, piece: Piece) -> int:
         """Places for keys in the piece's entry, whether or not they are filled."""
         cu = self.operands.cu_seqlens_k
-        if cu is None or piece.entry is None:
+        if cu is None or piece.sequence is None:
             return self.slots
-        begin, end = cu[piece.entry : piece.entry + 2].tolist()
+        begin, end = cu[piece.sequence : piece.sequence + 2].tolist()
         return end - begin
 
     def heads_of(self, piece: Piece):

@@ -28,7 +28,7 @@ class Backend:
     backward: Callable[..., Gradients]
     refuses: Callable[[Call], str | None]  # why_not by the call alone, on any machine
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
-    weights_rounded: bool = False  # to halves, as matrix units want them (core/tolerance.py)
+    probs_rounded: bool = False  # to half precision, as matrix units want them (tolerance.py)
     # (q, k, v, *numbers of the spec) -> (out, lse): the forward kernel of CPU tensors without
     # operands, called past torch's dispatcher; None: there is no such way
     simple: Callable | None = None

@@ -172,7 +172,7 @@ ROW = Backend(
     forward,
     backward,
     refuses,
-    weights_rounded=True,
+    probs_rounded=True,
     held_back=held_back,
 )
 PROVEN = replace(ROW, backward=backward_proven)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.call import Call
 from ..core.reference import reference
 from ..core.spec import NO_OPERANDS, Descales, Operands, Spec
-from ..core.tolerance import Judge
+from ..core.tolerance import Tolerance
 from . import library
 from .proof import gpu_of
 from .proof_device import BF16, E4M3, FP16, Cuda, Failed, OnCpu
@@ -118,10 +118,12 @@ def check(device: Cuda | OnCpu, case: Case, gradients: bool = False) -> float:
     device.synchronize()
     want = truth(call, torch.float64, cotangents)
     plain = truth(call, torch.float32, cotangents)
-    judge = Judge(q, call.k, call.v, call.spec.scale, want[1], *cotangents, weights_rounded=True)
+    tolerance = Tolerance(
+        q, call.k, call.v, call.spec.scale, want[1], *cotangents, probs_rounded=True
+    )
     worst = 0.0
     for name, x, true, rough in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), got, want, plain):
-        found = judge.compare(name, x, true, rough if name == "lse" else rough.to(x.dtype))
+        found = tolerance.compare(name, x, true, rough if name == "lse" else rough.to(x.dtype))
         if not found.passed:
             raise Failed(f"{name} of {case}: {found}")
         worst = max(worst, found.ratio)
@@ -363,9 +365,9 @@ def pages(d: Cuda | OnCpu) -> str:
         d.synchronize()
         alone = Call(q, k, v, case.spec(), Operands(kv_lens=lens))
         want, plain = (truth(alone, dtype, ()) for dtype in (torch.float64, torch.float32))
-        judge = Judge(q, k, v, case.spec().scale, want[1], weights_rounded=True)
+        tolerance = Tolerance(q, k, v, case.spec().scale, want[1], probs_rounded=True)
         for name, x, true, rough in zip(("out", "lse"), (out, lse), want, plain):
-            found = judge.compare(name, x, true, rough.to(x.dtype))
+            found = tolerance.compare(name, x, true, rough.to(x.dtype))
             if not found.passed:
                 raise Failed(f"{name} of {case} in pages of {size}: {found}")
     return f"{cases} calls"

@@ -24,10 +24,10 @@ from .. import masks
 from ..backends import isa, proof, registry
 from ..core.call import Call
 from ..core.spec import NO_OPERANDS, Spec
-from ..core.tolerance import Comparison, Judge
+from ..core.tolerance import Comparison, Tolerance
 from ..functional import attention, varlen_attention
 
-__all__ = ["Comparison", "Judge", "run", "verify"]
+__all__ = ["Comparison", "Tolerance", "run", "verify"]
 
 # ---- what is verified --------------------------------------------------------------------------
 
@@ -164,13 +164,13 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
     want, plain = truth(feature, dtype, device)
     if backend == "reference":  # it is plain torch: its yardstick is the exact result, rounded
         plain = want
-    rounded = registry.BY_NAME[backend].weights_rounded
+    rounded = registry.BY_NAME[backend].probs_rounded
     scale = inputs[0].shape[-1] ** -0.5
-    judge = Judge(*inputs, scale, want["lse"], *cotangents, weights_rounded=rounded)
+    tolerance = Tolerance(*inputs, scale, want["lse"], *cotangents, probs_rounded=rounded)
     errors, torch_errors, failures = [0.0], [0.0], []
     for name, result in got.items():
         rounded = plain[name].to(result.dtype)
-        comparison = judge.compare(name, result, want[name], rounded)
+        comparison = tolerance.compare(name, result, want[name], rounded)
         if not comparison.passed:
             failures.append(f"{name}: {comparison}")
         finite = want[name].isfinite()

@@ -1,3 +1,3 @@
-"""What a call is, in plain torch: numbers, operands, checks, the reference, the rule for errors.
-Imports nothing else of fastattn.
+"""An attention call in plain torch: its numbers, operands and checks, the reference, the tolerance
+rule. Imports nothing else of fastattn.
 """

@@ -1,8 +1,9 @@
-"""What travels from the public functions to the kernels, and back: `Call` and `Result`.
+"""`Call` and `Result`: what every function between the public functions and the kernels takes and
+returns.
 
-The public functions make a Call of their arguments, checked and in normal form;
-backends/registry.py finds the row that runs it. Every function between takes a Call and returns a
-Result."""
+The public functions make a Call from their arguments, checked and in normal form, and
+backends/registry.py finds the backend that runs it.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +15,35 @@ from torch import Tensor
 from .spec import Operands, Spec
 
 
-# Not frozen, which would cost a call of setattr for each field; nobody changes one all the same.
+# Not frozen, because making a frozen dataclass costs a call of setattr for each field. Treat it as
+# frozen.
 @dataclass(slots=True, eq=False)
 class Call:
-    """One attention call in the operators' normal form: four dimensions, one dtype (8-bit k and v
-    aside)."""
+    """One attention call in the operators' normal form: four dimensions, and one dtype for q, k and
+    v (except that k and v may be 8-bit)."""
 
-    q: Tensor  # [B, heads, q_len, D]; of packed sequences [1, heads, rows, D]
-    k: Tensor  # [B, kv_heads, kv_len, D]; in pages [pages, kv_heads, page_size, D]
-    v: Tensor  # [B, kv_heads, kv_len, v_dim], likewise
+    q: Tensor  # [B, heads, q_len, D]; packed: [1, heads, rows, D]
+    k: Tensor  # [B, kv_heads, kv_len, D]; paged: [pages, kv_heads, page_size, D]
+    v: Tensor  # [B, kv_heads, kv_len, v_dim], packed and paged like k
     spec: Spec
-    operands: Operands  # NO_OPERANDS: a call without any
-    num_splits: int = 0  # of the keys; 0: the backend chooses
+    operands: Operands  # NO_OPERANDS for a call without any
+    num_splits: int = 0  # splits of the keys (split-KV decoding); 0: the backend chooses
 
     def but(self, **changes) -> Call:
-        """The same call with other tensors, operands or numbers."""
+        """A copy of the call with other tensors, operands or numbers."""
         return replace(self, **changes)
 
 
 class Result(NamedTuple):
-    """What a forward gives."""
+    """The results of a forward pass."""
 
     out: Tensor  # [B, heads, q_len, v_dim] in q's dtype
     lse: Tensor  # [B, heads, q_len], fp32 (fp64 for fp64)
 
 
 class Gradients(NamedTuple):
-    """What a backward gives; those of operands in fp32 (fp64), and empty where not needed."""
+    """The results of a backward pass. Gradients of operands are fp32 (fp64 for fp64), and empty
+    where they are not needed."""
 
     dq: Tensor
     dk: Tensor

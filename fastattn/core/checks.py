@@ -1,7 +1,7 @@
-"""Every check of a public call, each with one sentence: the argument, what came, what is accepted.
+"""The checks of public calls. An error is one sentence: the argument, what came, what is accepted.
 
-Two kinds. Checks of shapes, dtypes and devices run always, under torch.compile too. Checks of
-values (lengths, offsets, ids) run where reading them is free: on CPU tensors in eager mode.
+Shapes, dtypes and devices are always checked, under torch.compile too. Values (lengths, offsets,
+ids) are checked where reading them costs no synchronization: on CPU tensors in eager mode.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 from .spec import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_LENGTH = 1 << 30  # lengths and windows stay below, so that kernels add them in 32 bits
-# Past these, scale * x, x / softcap or softcap * x leaves float32, and gives NaN (csrc/spec.h).
+MAX_LENGTH = 1 << 30  # lengths and windows are smaller, so that sums of two fit in int32
+# Beyond these, scale * x, x / softcap or softcap * x overflows float32 and gives NaN (csrc/spec.h).
 MAX_SCALE = 1e30
 SOFTCAPS = 1e-30, 1e30
-MAX_SLOPE = 2.0**94  # past it, a slope times a distance does
-MAX_SPLITS = 1 << 20  # parts of a decode call's keys
-MAX_HEADS = 1 << 31  # batch * heads: one word of dropout's counter
-ALL_HEADS = ", or every head's with head_origin = (first, total), which says which are here"
+MAX_SLOPE = 2.0**94  # beyond it, a slope times a distance overflows
+MAX_SPLITS = 1 << 20  # of a decode call's keys
+MAX_HEADS = 1 << 31  # batch * heads, which is one 32-bit word of dropout's Philox counter
+ALL_HEADS = ", or the same for every head of the model with head_origin = (first, total)"
 
 
 # ---- numbers -----------------------------------------------------------------------------------
 
 
 def spec_of(head_dim, scale, causal, window, align, softcap, dropout_p) -> Spec:
-    """The call's numbers, checked."""
+    """The Spec of a public call's numbers, all checked."""
     scale = default_scale(head_dim) if scale is None else scale_of(scale)
     left, right = window_of(causal, window)
     if align not in ("end", "start"):
@@ -63,7 +63,7 @@ def number(name, x) -> float:
         raise TypeError(f"{name} is of type {type(x).__name__}; accepted is a number")
     try:
         return float(x)
-    except OverflowError:  # an int past every float
+    except OverflowError:  # an int beyond the largest float
         return -math.inf if x <= 0 else math.inf
 
 
@@ -78,11 +78,11 @@ def integer(name, x) -> int:
         raise TypeError(f"{name} is of type {type(x).__name__}; accepted is an int")
     if isinstance(x, torch.SymInt):  # torch.compile's, which stands for an int
         return x  # pyright: ignore[reportReturnType]
-    return x if isinstance(x, int) else int(x)  # numpy's
+    return x if isinstance(x, int) else int(x)  # numpy's integers
 
 
 def said(x) -> str:
-    """How an error message shows an argument of any kind: its repr, or its type if that is long."""
+    """Any argument as an error message shows it: its repr, or its type if that is long."""
     text = f"of type {type(x).__name__}" if isinstance(x, Tensor) else repr(x)
     return text if len(text) < 80 and "\n" not in text else f"of type {type(x).__name__}"
 
@@ -119,7 +119,7 @@ def tensor(name, x, accepted="a torch.Tensor") -> Tensor:
 
 
 def same_kind(accepted=DTYPES, **tensors) -> None:
-    """One accepted dtype and one device for q, k and v (named in messages as given)."""
+    """Checks that the tensors (q, k and v, by name) have one accepted dtype and one device."""
     for name, x in tensors.items():
         tensor(name, x)
         if x.is_nested:
@@ -168,7 +168,7 @@ def dense_shapes(q, k, v) -> int:
 
 
 def packed_shapes(q, k, v, paged) -> int:
-    """Checks [T, heads, D], or [pages, page_size, heads, D] of k and v; returns q's heads."""
+    """Checks [T, heads, D], and paged k and v [pages, page_size, heads, D]; returns q's heads."""
     for name, x, wanted in (
         ("q", q, "[Tq, heads, D]"),
         ("k", k, "[pages, page_size, kv_heads, D]" if paged else "[Tk, kv_heads, D]"),
@@ -194,7 +194,7 @@ def length(name, x, limit=MAX_LENGTH) -> int:
 
 
 def no_gradient(name, *tensors) -> None:
-    """Refuses inputs that want a gradient where there is none."""
+    """Raises for inputs that require grad in a call that has no gradient."""
     wanted = (isinstance(x, Tensor) and x.requires_grad for x in tensors)
     if torch.is_grad_enabled() and any(wanted):
         raise NotImplementedError(
@@ -231,8 +231,8 @@ def sizes(batch_heads, q_len, kv_len) -> None:
 
 
 def show(x: Tensor) -> str:
-    """How an error message shows a shape. To be called only where something is wrong: a size in a
-    text breaks torch.compile's graph, or makes it compile again for each value."""
+    """A shape as an error message shows it. Call it only where something is wrong: formatting a
+    size breaks torch.compile's graph, or specialises the graph to its value."""
     return "of sequences" if x.is_nested else str(list(x.shape))
 
 
@@ -249,8 +249,8 @@ def on_device(name, x, device) -> Tensor:
 def strided(name, x) -> None:
     if x.is_nested:
         raise TypeError(f"{name} is a NestedTensor; accepted is a strided one")
-    if type(x).__name__ == "DTensor":  # importing it would cost everyone
-        raise TypeError(f"{name} is a DTensor; accepted is what this process holds of it, "
+    if type(x).__name__ == "DTensor":  # by name: importing DTensor is slow
+        raise TypeError(f"{name} is a DTensor; accepted is this process's shard of it, "
                         f"{name}.to_local(), with head_origin where its heads are "
                         "sharded")  # fmt: skip
     if x.layout != torch.strided:
@@ -266,9 +266,9 @@ def no_grad(name, x) -> None:
 
 
 def broadcast(name, x, full, rank=4) -> Tensor:
-    """x as 4-D, each dimension 1 or as in full. Nothing is expanded."""
+    """x as a 4-D view, each dimension 1 or as in full."""
     wide = x
-    if rank == 3 and x.dim() == 3:  # one head, which the caller's tensors do not write
+    if rank == 3 and x.dim() == 3:  # 3-D calls have no dimension of heads
         wide = x.unsqueeze(1)
     while wide.dim() < 4:
         wide = wide.unsqueeze(0)
@@ -330,7 +330,7 @@ def sinks(x, heads, q) -> Tensor:
 
 
 def int_vector(name, x, shape, device, meaning) -> Tensor:
-    """An integer tensor of one exact shape, as int32."""
+    """An integer tensor that must have this shape, as int32; `meaning` names it in the error."""
     on_device(name, x, device)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {x.dtype}; accepted is torch.int32")
@@ -348,12 +348,12 @@ def int32(name, x) -> Tensor:
 
 
 def has_values(x) -> bool:
-    """May x's values be looked at? Not on a GPU (it would wait), nor while anything traces."""
+    """May x's values be read? Not on a GPU, which would synchronize, nor under tracing."""
     return x.is_cpu and has_memory(x)
 
 
 def has_memory(x) -> bool:
-    """Does x have an address of its own? Not while anything traces."""
+    """Does x have memory of its own? Not under tracing, functorch or a dispatch mode."""
     return (
         not (torch.compiler.is_compiling() or torch._C._is_tracing())
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -364,8 +364,8 @@ def has_memory(x) -> bool:
 
 
 def lengths(name, x, low, high, accepted) -> None:
-    """Every value of a vector lies in [low, high]; high may be a list, one bound an entry. accepted
-    is a text, or, where sizes are in it, a function that makes one (see show)."""
+    """Checks that every value of a vector is in [low, high]; high may be a list, a bound for each.
+    accepted is a text or, where it contains sizes, a function that returns one (see show)."""
     if not has_values(x):
         return
     values = x.tolist()
@@ -397,7 +397,7 @@ def documents(x, batch, q_len, kv_len, device) -> Tensor:
 
 
 def offsets(name, x, total, longest, device) -> Tensor:
-    """cu_seqlens: [N + 1] int32 that start at 0, never decrease and stay within the tensor."""
+    """cu_seqlens: int32 [N + 1] that starts at 0, never decreases and stays within the tensor."""
     on_device(name, x, device)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {x.dtype}; accepted is torch.int32")
@@ -412,7 +412,7 @@ def offsets(name, x, total, longest, device) -> Tensor:
         found = 0
         for n, (begin, end) in enumerate(pairwise(values)):
             if end < begin:
-                raise ValueError(f"{name} decreases from {begin} to {end} at entry {n + 1}; "
+                raise ValueError(f"{name} decreases from {begin} to {end} at index {n + 1}; "
                                  "accepted are offsets that never decrease")  # fmt: skip
             found = max(found, end - begin)
         if total is not None and values[-1] > total:
@@ -426,27 +426,27 @@ def offsets(name, x, total, longest, device) -> Tensor:
     return x.contiguous()
 
 
-def table(x, entries, device) -> Tensor:
-    """page_table [entries, max_pages], whatever it holds."""
+def table(x, sequences, device) -> Tensor:
+    """page_table [sequences, max_pages]; its values are not checked."""
     on_device("page_table", x, device)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"page_table is {x.dtype}; accepted is torch.int32")
-    if x.dim() != 2 or x.shape[0] != entries:
-        raise ValueError(f"page_table has shape {show(x)}; accepted is [entries, max_pages] with "
-                         f"entries = {entries}")  # fmt: skip
+    if x.dim() != 2 or x.shape[0] != sequences:
+        raise ValueError(f"page_table has shape {show(x)}; accepted is [sequences, max_pages] with "
+                         f"sequences = {sequences}")  # fmt: skip
     return x
 
 
-def pages(x, entries, lens, page_size, n_pages, device) -> Tensor:
-    """page_table [entries, max_pages]; lens [entries] says how many keys of each are used."""
-    table(x, entries, device)
+def pages(x, sequences, lens, page_size, n_pages, device) -> Tensor:
+    """page_table [sequences, max_pages] as int32; pages past lens[n] keys may be anything."""
+    table(x, sequences, device)
     if page_size < 1:
         raise ValueError("pages have size 0; at least 1 is needed")
     if has_values(x) and has_values(lens):
         used = (lens + page_size - 1) // page_size
         for n in (used > x.shape[1]).nonzero()[:1].flatten().tolist():
-            raise ValueError(f"page_table row {n} has {x.shape[1]} pages of {page_size} and its "
-                             f"entry {int(lens[n])} keys; it must cover them")  # fmt: skip
+            raise ValueError(f"page_table row {n} has {x.shape[1]} pages of {page_size} keys and "
+                             f"its sequence {int(lens[n])} keys; they must fit")  # fmt: skip
         in_use = torch.arange(x.shape[1]) < used.unsqueeze(1)
         wrong = in_use & ((x < 0) | (x >= n_pages))
         for n, i in wrong.nonzero()[:1].tolist():
@@ -456,8 +456,8 @@ def pages(x, entries, lens, page_size, n_pages, device) -> Tensor:
 
 
 def dropout(spec, seed, head_origin, device) -> Tensor | None:
-    """The operand dropout_seed: the key, and head_origin where it is not None; None without
-    dropout."""
+    """The operand dropout_seed: int64 (seed, offset), and head_origin after it where it is given;
+    None without dropout."""
     if not spec.dropout_p:
         return None
     key = dropout_key(seed, device)
@@ -466,8 +466,8 @@ def dropout(spec, seed, head_origin, device) -> Tensor | None:
     return torch.cat([key, *(key.new_full((1,), n) for n in head_origin)])
 
 
-def head_origin(x, entries, heads) -> tuple[int, int]:
-    """(first, total): a call's heads are heads first, first + 1, ... of total."""
+def head_origin(x, batch, heads) -> tuple[int, int]:
+    """(first, total), checked: the call's heads are heads first, first + 1, ... of total."""
     if not isinstance(x, (tuple, list)) or len(x) != 2:
         raise TypeError(f"head_origin is {said(x)}; accepted is a pair (first, total), or None")
     first, total = (integer(f"head_origin's {name}", n) for name, n in zip(("first", "total"), x))
@@ -476,16 +476,16 @@ def head_origin(x, entries, heads) -> tuple[int, int]:
             f"head_origin is {(first, total)} and q has {heads} heads; accepted is (first, total) "
             "with 0 <= first and first + heads <= total"
         )
-    if entries * total >= MAX_HEADS:
+    if batch * total >= MAX_HEADS:
         raise ValueError(
-            f"head_origin says {total} heads, {entries * total} over all {entries} entries of the "
-            "batch; they must be below 2**31"
+            f"head_origin says {total} heads, {batch * total} over the batch of {batch}; they must "
+            "be below 2**31"
         )
     return first, total
 
 
 def dropout_key(seed, device) -> Tensor:
-    """(seed, offset) as an int64 [2] tensor; drawn from the device's default generator for None."""
+    """(seed, offset) as an int64 [2] tensor; None draws it from the device's default generator."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):

@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all."""
+"""Atomic writing of files: a reader sees the old file or the whole new one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """write(temporary) and then one rename, so that `path` is the old file or the whole new one.
+    """Calls write(temporary) and then renames, so that `path` is the old file or the whole new one.
 
-    The temporary file is beside `path` under a name of its own that nothing had, so that threads
-    and processes never share one and no link is followed; write may replace it (safetensors does,
-    by a file that others cannot read), so it gets its permissions again. It is flushed to the disk
-    before the rename, and removed when anything fails.
+    The temporary file is beside `path` under a new random name, so that threads and processes never
+    share one and no link is followed. write may replace the file (safetensors does, with one that
+    other users cannot read), so its permissions are set again. It is flushed to disk before the
+    rename, and removed if anything fails.
     """
     temporary, mode = _new_file(path)
     try:
@@ -28,8 +28,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _new_file(beside: Path) -> tuple[Path, int]:
-    """An empty file that did not exist, and its permissions. tempfile's would be closed to others:
-    here the umask decides, as for any file."""
+    """A new empty file and its permissions, which the umask decides as for any file. (Those of the
+    module tempfile are readable by their owner only.)"""
     while True:
         path = beside.with_name(f".{beside.name}.{secrets.token_hex(8)}.tmp")
         try:

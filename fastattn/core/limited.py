@@ -1,5 +1,6 @@
-"""A command that may hang: it has a time limit, a process group of its own, and is never waited for
-longer than that. A process that waits for a GPU may not even be killable."""
+"""Runs a command that may hang, in its own process group and with a time limit. Nothing waits past
+that limit, because a process that waits for a GPU may survive SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-GRACE = 5.0  # seconds that a killed process has to be gone
-TAIL = 4000  # bytes of the output that are looked at
+GRACE = 5.0  # seconds until a killed process must have ended
+TAIL = 4000  # bytes at the end of the output that are kept
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: "ended" by itself, "crashed" by a signal, "hung" until it was killed, or
-    "stuck", which is hung and could not be killed."""
+    """How a command ended: it "ended" by itself, "crashed" by a signal, "hung" until the time limit
+    and was killed, or is "stuck": it hung and could not be killed."""
 
     state: str
-    code: int | None  # exit status; of a crash, the signal's number
+    code: int | None  # exit status, or after a crash the signal's number
     seconds: float
     tail: str  # the end of stdout and stderr together
 
@@ -42,7 +43,7 @@ def run(command: list[str], limit: float, log: Path | None = None, **environment
             state = "ended" if code >= 0 else "crashed"
         except subprocess.TimeoutExpired:
             state, code = _kill(process), None
-        except BaseException:  # Ctrl-C reaches this process alone, as the group is another
+        except BaseException:  # Ctrl-C does not reach the command's process group
             _kill(process)
             raise
         seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Where tensors lie: what may be written to, and what shares memory with what is written.
+"""Checks of memory before an in-place write: what may be written to, and what overlaps with it.
 Called by fused/kv_append.py.
 """
 
@@ -12,7 +12,7 @@ from .checks import has_memory, show
 
 
 def writable(name, x) -> None:
-    """Refuses a tensor that cannot be written to, or whose elements share memory."""
+    """Raises for a tensor that cannot be written to, or whose elements share memory."""
     if has_memory(x) and x.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} was made in torch.inference_mode() and is written to outside "
                          "of it; make it under torch.no_grad(), or call in inference "
@@ -30,7 +30,7 @@ def writable(name, x) -> None:
 
 
 def copied_if_overlapping(x: Tensor, *written: Tensor) -> Tensor:
-    """x, or a copy of it where it may share memory with what is about to be written."""
+    """x, or a copy of it where it may share memory with the tensors about to be written."""
     if not has_memory(x):
         return x
     place = span(x)
@@ -38,7 +38,7 @@ def copied_if_overlapping(x: Tensor, *written: Tensor) -> Tensor:
 
 
 def span(x) -> tuple[int, int]:
-    """[first, end): the addresses between which x lies."""
+    """The addresses [first, end) between which x lies, in bytes."""
     if not x.numel():
         return 0, 0
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
@@ -46,12 +46,13 @@ def span(x) -> tuple[int, int]:
 
 
 def overlap(a, b) -> bool:
-    """Have two spans an address in common?"""
+    """Do two spans have an address in common?"""
     return a[0] < b[1] and b[0] < a[1]
 
 
 def share_memory(x, y) -> bool:
-    """Do two tensors share an element? Interleaved ones, as two halves of one row, need not."""
+    """Do two tensors share an element? Spans may overlap without that: k and v may be the two
+    halves of each row of one tensor."""
     if not overlap(span(x), span(y)):
         return False
     first, second = _Addresses(x).array(), _Addresses(y).array()
@@ -60,8 +61,8 @@ def share_memory(x, y) -> bool:
 
 
 class _Addresses:
-    """A tensor's addresses as NumPy, which knows how to intersect them, takes them. Nothing is
-    read: a tensor on a GPU has addresses too."""
+    """A tensor's addresses in the form of NumPy's array interface, because NumPy can intersect
+    strided ranges. No element is read, so tensors on a GPU work too."""
 
     def __init__(self, x: Tensor) -> None:
         size = x.element_size()

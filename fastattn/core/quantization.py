@@ -1,6 +1,6 @@
-"""8-bit tensors and their scales (spec.Descales): what is meant is what is stored times the scale.
-Triton's kernels read them as they are, and the CUDA kernels float8 q, k and v; for the other
-backends they are widened here, and nowhere else. Next hop: back to backends/registry.py.
+"""FP8 and INT8 tensors and their scales (spec.Descales): value = stored number * scale. Triton's
+kernels read both, and the CUDA kernels read FP8 q, k and v; for the other backends the tensors are
+dequantized here, and nowhere else. Next hop: back to backends/registry.py.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ INT8, E4M3 = torch.int8, torch.float8_e4m3fn
 RANGES = {INT8: (-128.0, 127.0), E4M3: (-448.0, 448.0)}
 
 
-def check(name: str, x: Tensor | None, entries: int | None, kv_heads: int, device) -> None:
-    """Refuses a scale that is not fp32 [kv_heads], or [entries, kv_heads] if entries is given."""
+def check(name: str, x: Tensor | None, batch: int | None, kv_heads: int, device) -> None:
+    """Raises for a scale that is not fp32 [kv_heads] or, with batch, [batch, kv_heads]."""
     if x is None:
         return
     checks.on_device(name, x, device)
     if x.dtype != torch.float32:
         raise TypeError(f"{name} is {x.dtype}; accepted is torch.float32")
     shapes: dict[str, tuple[int, ...]] = {"[kv_heads]": (kv_heads,)}
-    if entries is not None:
-        shapes["[B, kv_heads]"] = (entries, kv_heads)
+    if batch is not None:
+        shapes["[B, kv_heads]"] = (batch, kv_heads)
     if tuple(x.shape) not in shapes.values():
         accepted = " and ".join(f"{meaning} = {list(shape)}" for meaning, shape in shapes.items())
         raise ValueError(f"{name} has shape {checks.show(x)}; accepted: {accepted}")
 
 
 def quantize(x: Tensor, descale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [B, kv_heads, S, *] / descale in 8 bits: to nearest, ties to even, clamped to the dtype's
-    range."""
+    """x [B, kv_heads, S, *] / descale [B or 1, kv_heads] as int8 or float8_e4m3fn: rounded to
+    nearest, ties to even, and clamped to the dtype's range."""
     x = (x.float() / descale[..., None, None]).clamp(*RANGES[dtype])
     return (x.round() if dtype == INT8 else x).to(dtype)
 
 
 def widen(x: Tensor, descale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [B, kv_heads, S, *] times its scale: an fp32 product, rounded once."""
+    """x [B, kv_heads, S, *] times its scale in `dtype`: an fp32 product, rounded once."""
     if descale is None:
         return x.to(dtype)
     return (x.float() * descale[..., None, None]).to(dtype)
 
 
 def widened(forward: Callable[[Call], Result], call: Call) -> Result:
-    """The result by `forward`, of a backend that reads no 8-bit tensors.
+    """The result of a call with 8-bit tensors by the `forward` of a backend that reads none.
 
-    8-bit k and v take q's dtype; an 8-bit q, and k and v with it, fp32, and out is bfloat16. Of a
-    cache only the slots that some entry uses are read.
+    8-bit k and v are dequantized to q's dtype. An FP8 q is dequantized to fp32, and so are its k
+    and v; out is then bfloat16. Of a cache, only the slots that some sequence uses are read.
     """
     descales, q = call.operands.descales or Descales(), call.q
     call = _used(call.but(operands=replace(call.operands, descales=None)))
@@ -61,7 +61,9 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
     if q.dtype == E4M3:
         own = descales.q
         if own is not None:
-            own = own.repeat_interleave(q.shape[1] // max(1, call.k.shape[1]), -1)  # of each q head
+            own = own.repeat_interleave(
+                q.shape[1] // max(1, call.k.shape[1]), -1
+            )  # one for each query head
         q = widen(q, own, dtype)
     k, v = widen(call.k, descales.k, dtype), widen(call.v, descales.v, dtype)
     out, lse = forward(call.but(q=q, k=k, v=v))
@@ -69,7 +71,7 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
 
 
 def _used(call: Call) -> Call:
-    """The call, in no pages, without the keys that no entry has."""
+    """The call without pages, and without the slots past every sequence's keys."""
     k, v, operands = call.k, call.v, call.operands
     if operands.kv_lens is None or operands.document_ids is not None:
         return call

@@ -1,5 +1,5 @@
-"""key_ranges in normal form: the keys that each row sees, as two numbers a row. ../masks.py makes
-them for users. Next hop: back to ../forms.py.
+"""key_ranges in normal form: two numbers for each row, the first key that it sees and one past the
+last. ../masks.py makes them for users. Next hop: back to ../forms.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def _end_of(name: str, x, full, device, rank: int) -> Tensor:
     checks.on_device(name, x, device)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {x.dtype}; accepted is torch.int32")
-    wide = x.unsqueeze(1) if rank == 3 and x.dim() == 2 else x  # one head, which nobody writes
+    wide = (
+        x.unsqueeze(1) if rank == 3 and x.dim() == 2 else x
+    )  # 3-D calls have no dimension of heads
     while wide.dim() < 3:
         wide = wide.unsqueeze(0)
     if wide.dim() > 3 or any(n != 1 and n != m for n, m in zip(wide.shape, full)):
@@ -41,8 +43,8 @@ def _end_of(name: str, x, full, device, rank: int) -> Tensor:
 
 
 def _never_decreasing(name: str, x: Tensor) -> Tensor:
-    """x [batch, heads, rows], refused where it decreases. On a GPU, where reading it would wait,
-    each row's number is instead the largest of the rows up to it, so that it cannot decrease."""
+    """x [batch, heads, rows] that never decreases along the rows, or an error. On a GPU, where
+    reading it would synchronize, each row instead takes the maximum of the rows up to it."""
     if x.shape[2] < 2:
         return x
     if not x.is_cpu:
@@ -52,8 +54,8 @@ def _never_decreasing(name: str, x: Tensor) -> Tensor:
         for n, head, row in wrong.nonzero()[:1].tolist() if bool(wrong.any()) else ():
             high, low = x[n, head, row : row + 2].tolist()
             raise ValueError(
-                f"{name} decreases along the rows, from {high} to {low} at row {row + 1} (entry "
-                f"{n}, head {head}); accepted are numbers that never decrease, and mask= takes "
-                "any others"
+                f"{name} decreases along the rows, from {high} to {low} at row {row + 1} "
+                f"(batch entry {n}, head {head}); accepted are numbers that never decrease, and "
+                "mask= takes any others"
             )
     return x

@@ -1,8 +1,8 @@
-"""The truth: attention in plain torch, every option, differentiable any number of times.
+"""The reference: attention in plain torch, with every option, differentiable any number of times.
 
 A call is cut into pieces: rows that share one set of existing keys. Each piece is an ordinary
 attention over exactly those rows and keys, so what does not exist (keys past kv_lens, other
-documents, other sequences) is never touched, and garbage there can reach nothing. O(S^2) memory.
+documents, other sequences) is never read, and NaN there reaches no result. Memory is O(S^2).
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ def reference(
 ) -> Result:
     """Attention of q [B, heads, q_len, D] over k, v [B, kv_heads, kv_len, D | v_dim].
 
-    Returns out [B, heads, q_len, v_dim] in q's dtype and memory order, and lse [B, heads, q_len].
-    Everything is computed in fp32 (fp64 for fp64 inputs); out is rounded once, at the end.
+    Args:
+        q: fp32, bf16, fp16 or fp64; k and v in the same dtype. heads is a multiple of kv_heads.
+            Packed sequences: B is 1, and the sequences lie one after the other. Pages: k and v are
+            [pages, kv_heads, page_size, D | v_dim].
+        spec: the numbers. operands: the optional tensors, in normal form (core/checks.py).
+
+    Returns:
+        out [B, heads, q_len, v_dim] in q's dtype and memory order, and lse [B, heads, q_len].
+        Everything is computed in fp32 (fp64 for fp64 inputs), and out is rounded once, at the end.
+        A row that sees no key is 0, and its lse is -inf.
     """
     if operands.packed and operands.document_ids is not None:
         raise ValueError("document_ids came with cu_seqlens: packed sequences take cu_seqlens only")
@@ -40,7 +48,7 @@ def reference(
             outs.append(out)
             lses.append(lse)
     if len(outs) != 1 or outs[0].shape[:3] != q.shape[:3]:
-        rest = batch * q_len - sum(out.shape[2] for out in outs)  # packed rows in no sequence
+        rest = batch * q_len - sum(out.shape[2] for out in outs)  # packed rows of no sequence
         outs.append(wide[0].new_zeros(1, heads, rest, v.shape[-1]))
         lses.append(wide[0].new_full((1, heads, rest), -torch.inf))
         out = torch.cat(outs, dim=2)[0].unflatten(1, (batch, q_len)).transpose(0, 1)
@@ -48,33 +56,33 @@ def reference(
     return Result(in_memory_order_of(q, out.to(q.dtype)), lse.contiguous())
 
 
-# Asked once: torch.compile of torch 2.10 cannot trace the question.
+# Queried once, at import: torch.compile of torch 2.10 cannot trace is_autocast_available().
 AUTOCAST = frozenset(x for x in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(x))
 
 
 def _no_autocast(device_type: str):
-    if device_type not in AUTOCAST:  # meta
+    if device_type not in AUTOCAST:  # e.g. meta
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 class Piece(NamedTuple):
-    """Rows that share one set of existing keys. Positions count from the entry's first."""
+    """Rows that share one set of existing keys. Positions count from the start of the sequence."""
 
-    entry: int | None  # batch entry or packed sequence; None: the whole batch at once
+    sequence: int | None  # number of the batch entry or packed sequence; None: the whole batch
     i: range  # positions of the rows
     j: range  # positions of the keys
-    row: int  # where in q's row the entry starts (packed)
-    key: int  # where in k's row the entry starts (packed, not paged)
-    q_len: int  # the entry's own lengths
+    row: int  # index in q of the sequence's first row (0 unless packed)
+    key: int  # index in k of the sequence's first key (0 unless packed, or if paged)
+    q_len: int  # lengths of the sequence, which place its diagonal
     kv_len: int
 
 
 def pieces(q: Tensor, k: Tensor, operands: Operands) -> Iterator[Piece]:
     """The pieces of a call, in the order of q's rows."""
     batch, _, q_len, _ = q.shape
-    per_entry = (operands.kv_lens, operands.kv_starts, operands.document_ids, operands.cu_seqlens_q)
-    if all(x is None for x in per_entry):
+    x = operands
+    if all(y is None for y in (x.kv_lens, x.kv_starts, x.document_ids, x.cu_seqlens_q)):
         table = operands.page_table
         kv_len = k.shape[2] * (1 if table is None else table.shape[1])
         yield Piece(None, range(q_len), range(kv_len), 0, 0, q_len, kv_len)
@@ -97,7 +105,7 @@ def pieces(q: Tensor, k: Tensor, operands: Operands) -> Iterator[Piece]:
 
 
 def _documents(document_ids: Tensor | None, n: int, q_len: int, kv_len: int):
-    """(rows, keys) of each document of entry n; without documents, all rows and all keys."""
+    """(rows, keys) of each document of sequence n; without documents, all rows and all keys."""
     if document_ids is None:
         yield range(q_len), range(kv_len)
         return
@@ -113,7 +121,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     q = q[_batch(operands, piece), :, _span(piece.i, piece.row)]  # [b, heads, m, D]
     k = _existing(k, operands, piece)  # [b, kv_heads, n, D]
     v = _existing(v, operands, piece)  # [b, kv_heads, n, v_dim]
-    groups = q.shape[1] // max(1, k.shape[1])  # no heads at all are a case too
+    groups = q.shape[1] // max(1, k.shape[1])  # a call may have no heads
     k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
     i = torch.arange(piece.i.start, piece.i.stop, device=q.device)[:, None]  # [m, 1]
     j = torch.arange(piece.j.start, piece.j.stop, device=q.device)  # [n]
@@ -126,7 +134,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
         scores = finite_sum(scores, part_of(operands.bias, piece))
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.to(scores.dtype)[..., None, None]
-        slopes = slopes[_entry(piece)] if slopes.dim() == 4 else slopes  # [b or none, heads, 1, 1]
+        slopes = slopes[_index(piece)] if slopes.dim() == 4 else slopes  # [b,] heads, 1, 1
         scores = finite_sum(scores, -slopes * (i + spec.offset(*lengths) - j).abs())
     visible = (j >= spec.lo(i, *lengths)) & (j < spec.hi(i, *lengths))  # [m, n]
     if operands.mask is not None:
@@ -136,27 +144,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
         visible = visible & (j >= begin) & (j < end)
     scores = torch.where(visible, scores, -torch.inf)
 
-    # A row that sees nothing computes with zeros and its results are replaced: no 0/0 is formed,
-    # so none reaches a derivative of any order.
+    # A row that sees no key is computed from scores of 0 and its results are then replaced, so that
+    # no 0/0 is formed that would reach a derivative of some order.
     dead = (scores == -torch.inf).all(-1, keepdim=True)  # [b, heads, m, 1]
     if operands.sinks is not None:
         sinks = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sinks], dim=-1)  # the last column is no key's
+        scores = torch.cat([scores, sinks], dim=-1)  # the last column belongs to no key
     scores = torch.where(dead, 0.0, scores)
     lse = torch.where(dead, -torch.inf, scores.logsumexp(-1, keepdim=True))
-    weights = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])
+    probs = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])  # [b, heads, m, n]
     if spec.dropout_p > 0:
-        first = piece.entry or 0
+        first = piece.sequence or 0
         if (seed := operands.dropout_seed) is None:
             raise ValueError("dropout_p came without dropout_seed, which says what is dropped")
         bh = heads_of(seed, range(first, first + q.shape[0]), q.shape[1])
         kept = keep_block(seed, bh, i[:, 0], j, spec.dropout_p)
-        weights = weights * kept.view_as(weights) / keep_probability(spec.dropout_p)
-    return weights @ v, lse.squeeze(-1)
+        probs = probs * kept.view_as(probs) / keep_probability(spec.dropout_p)
+    return probs @ v, lse.squeeze(-1)
 
 
 def finite_sum(scores: Tensor, term: Tensor) -> Tensor:
-    """scores + term in scores' dtype. Where both are finite so is the sum, since -inf masks."""
+    """scores + term in scores' dtype. The sum of finite values is clamped to stay finite, because
+    -inf would mask the key."""
     limit = torch.finfo(scores.dtype).max
     if term.dtype != scores.dtype:
         saturated = term.clamp(-limit, limit) if term.dtype == torch.float64 else term
@@ -166,14 +175,15 @@ def finite_sum(scores: Tensor, term: Tensor) -> Tensor:
     return torch.where(overflown, total.clamp(-limit, limit), total)
 
 
-def _entry(piece: Piece) -> slice:
-    """The piece's entry as an index that keeps the dimension."""
-    return slice(None) if piece.entry is None else slice(piece.entry, piece.entry + 1)
+def _index(piece: Piece) -> slice:
+    """The piece's sequence as an index that keeps the dimension."""
+    n = piece.sequence
+    return slice(None) if n is None else slice(n, n + 1)
 
 
 def _batch(operands: Operands, piece: Piece) -> slice:
-    """Where the entry lies along the batch dimension: packed sequences share one row."""
-    return slice(0, 1) if operands.packed else _entry(piece)
+    """Where the sequence lies along the batch dimension: packed sequences share index 0."""
+    return slice(0, 1) if operands.packed else _index(piece)
 
 
 def _span(positions: range, base: int) -> slice:
@@ -185,13 +195,13 @@ def _existing(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
     if operands.page_table is None:
         return x[_batch(operands, piece), :, _span(piece.j, piece.key)]
     page_size = x.shape[2]
-    used = operands.page_table[piece.entry, : -(-piece.j.stop // max(1, page_size))].long()
+    used = operands.page_table[piece.sequence, : -(-piece.j.stop // max(1, page_size))].long()
     return x[used].transpose(0, 1).flatten(1, 2)[None, :, _span(piece.j, 0)]
 
 
 def part_of(x: Tensor, piece: Piece) -> Tensor:
-    """The piece's part of an operand with four dimensions. Sizes of 1 stay, to be broadcast."""
-    wanted = (_entry(piece), slice(None), _span(piece.i, 0), _span(piece.j, 0))
+    """The piece's part of an operand with four dimensions. Sizes of 1 stay and broadcast."""
+    wanted = (_index(piece), slice(None), _span(piece.i, 0), _span(piece.j, 0))
     return x[tuple(slice(None) if n == 1 else s for n, s in zip(x.shape, wanted, strict=True))]
 
 

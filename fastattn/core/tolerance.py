@@ -1,9 +1,10 @@
-"""The rule for errors, of the tests, of `verify`, of the audit of models and of the benchmark.
+"""The tolerance rule of the tests, of `verify`, of the audit of models and of the benchmarks.
 
-An error against float64 may be twice the error of plain torch math in the same dtype (three times
-for gradients) plus a few roundings. Of one attention call it must hold for the largest error, for
-the largest error of each row and for the mean error (Judge); of a model, layer by layer
-(cli/verify_model.py)."""
+The error against float64 may be twice the error of plain torch math in the same dtype (three times
+for gradients), plus a few roundings. For one attention call the rule applies to the largest error,
+to the largest error of each row and to the mean error (Tolerance); for a model it applies layer by
+layer (cli/verify_model.py).
+"""
 
 from __future__ import annotations
 
@@ -12,33 +13,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# How much more than plain torch's error: a factor, and roundings of the sums' terms.
+# The allowed error is FACTOR times plain torch's error, plus ROUNDINGS times the dtype's epsilon
+# times the size of one term of the sum.
 FACTOR = {"result": 2.0, "gradient": 3.0}
 ROUNDINGS = {
     "result": {torch.float64: 16.0, torch.float32: 4.0, torch.bfloat16: 0.25, torch.float16: 0.25},
     "gradient": {torch.float64: 16.0, torch.float32: 8.0, torch.bfloat16: 3.0, torch.float16: 3.0},
 }
-LAYER_ROUNDINGS = 8.0  # of what a layer of a model gives: its own, and some of those before it
+LAYER_ROUNDINGS = 8.0  # for a layer of a model: its own roundings and some of the layers before
 
 
 def allowed_error(kind: str, plain_error, roundings):
-    """The rule itself. plain_error is plain torch math's, in the call's dtype; roundings is what a
-    few of them may amount to. Numbers or tensors."""
+    """The rule itself, for numbers or tensors.
+
+    Args:
+        kind: a key of FACTOR, "result" or "gradient".
+        plain_error: the error of plain torch math in the call's dtype.
+        roundings: the size of the roundings that are allowed on top.
+    """
     return FACTOR[kind] * plain_error + roundings
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of the checks of one tensor, the one nearest to its limit, or furthest beyond."""
+    """The check of one tensor that is nearest to its limit, or furthest beyond it."""
 
     what: str
     error: float  # against float64
-    torch_error: float  # plain torch math's, in the same dtype
+    torch_error: float  # of plain torch math in the same dtype, against float64
     allowed: float
 
     @property
     def ratio(self) -> float:
-        """error / allowed: passed up to 1."""
+        """error / allowed; the check has passed if it is at most 1."""
         return self.error / self.allowed if self.allowed else (torch.inf if self.error else 0.0)
 
     @property
@@ -52,18 +59,26 @@ class Comparison:
         )
 
 
-class Judge:
-    """The rule for the results of one call, `q`, `k`, ... being its inputs.
+class Tolerance:
+    """The tolerance rule for the results of one call with the inputs q, k, v, ....
 
-    Beside plain torch's error it allows a few roundings of one term of each sum: a gradient may be
-    a small difference of large terms, and a weight exp(score - lse) has its exponent's rounding.
-    Kernels for matrix units round weights (and dS) to halves before they meet v (k and q), a second
-    rounding of every term: `weights_rounded` allows twice as much, in half precision.
+    It allows a few roundings of one term of each sum beside plain torch's error, because a gradient
+    may be a small difference of large terms, and a probability exp(score - lse) carries the
+    rounding of its exponent. Kernels for matrix units round P to half precision before the product
+    with V (and dS before those with K and Q), which rounds every term a second time: probs_rounded
+    doubles the allowed error of half-precision calls.
+
+    Args:
+        q, k, v: the call's inputs, [B, H, S, D] or any shape whose last dimension is D.
+        scale: the call's scale.
+        lse: the true lse, float64.
+        dout, dlse: the cotangents, where gradients are compared.
+        probs_rounded: whether the backend rounds P and dS to the dtype of q.
     """
 
-    def __init__(self, q, k, v, scale, lse, dout=None, dlse=None, *, weights_rounded=False):
-        self.slack = 2 if weights_rounded and q.dtype.itemsize == 2 else 1
-        weight = v.shape[-1] ** 0.5 * _size(dout) * _size(v) + _size(dlse)  # d loss / d weight
+    def __init__(self, q, k, v, scale, lse, dout=None, dlse=None, *, probs_rounded=False):
+        self.slack = 2 if probs_rounded and q.dtype.itemsize == 2 else 1
+        dprob = v.shape[-1] ** 0.5 * _size(dout) * _size(v) + _size(dlse)  # size of d loss / d P
         self.dtype = q.dtype
         self.compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.rows = lse.numel()
@@ -72,17 +87,23 @@ class Judge:
             "out": _size(v),
             "lse": self.exponent,
             "dv": _size(dout),
-            "dq": abs(scale) * weight * _size(k),
-            "dk": abs(scale) * weight * _size(q),
-            "dbias": weight,
-            "dsinks": weight,
+            "dq": abs(scale) * dprob * _size(k),
+            "dk": abs(scale) * dprob * _size(q),
+            "dbias": dprob,
+            "dsinks": dprob,
         }
 
     def compare(self, name: str, got: Tensor, want: Tensor, torch_math: Tensor) -> Comparison:
-        """`got` against `want`, in float64; torch_math is plain torch's result in the call's dtype.
+        """Compares `got` with the truth `want`; torch_math is plain torch's result.
 
-        The last dimension is a row (of dsinks [heads], each head is). NaN and infinities must stand
-        where want has them.
+        Args:
+            name: "out", "lse", or "d" and an input's name.
+            got: the result, in the call's dtype.
+            want: the same in float64.
+            torch_math: the same by plain torch math in the call's dtype.
+
+        A row is the last dimension (for dsinks [heads], one head). NaN and infinities must be where
+        want has them.
         """
         if got.shape != want.shape:
             return _broken(f"shape {list(got.shape)}, not {list(want.shape)}")
@@ -103,10 +124,10 @@ class Judge:
         eps = max(torch.finfo(dtype).eps, torch.finfo(self.compute).eps * self.exponent)
         roundings = ROUNDINGS["result" if name == "dv" else kind][dtype] * eps
         term = self.terms[name]
-        if name in ("dbias", "dsinks"):  # each sums over the rows it is shared by
+        if name in ("dbias", "dsinks"):  # each element is a sum over the rows that share it
             term *= max(1.0, self.rows / size[..., 0].numel()) ** 0.5
-        typical = min(1.0, 1 / 16 + 2 * want.numel() ** -0.5)  # of a mean: few values have no mean
-        checks = {  # error, plain torch's error, what is rounded
+        typical = min(1.0, 1 / 16 + 2 * want.numel() ** -0.5)  # few values have no typical mean
+        checks = {  # error, plain torch's error, size of what is rounded
             "largest error": (error.max(), plain.max(), size.max() + term),
             "mean error": (error.mean(), plain.mean(), typical * (size.mean() + term)),
             "largest error of a row": (error.amax(-1), plain.amax(-1), size.amax(-1) + term),
@@ -129,6 +150,6 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _size(x: Tensor | None) -> float:
-    """Root mean square of the finite values."""
+    """Root mean square of the finite values; 0 for None."""
     x = _finite(x) if x is not None else torch.zeros(0)
     return float(x.square().mean().sqrt()) if x.numel() else 0.0

@@ -1,9 +1,8 @@
-"""What a call cannot avoid, counted exactly: visible pairs, FLOPs and bytes. The one count behind
-explain(), torch's FLOP counter and the benchmarks. Next hop: reference.pieces.
+"""The work that a call cannot avoid, counted exactly: visible pairs, FLOPs and bytes. explain(),
+torch's FLOP counter and the benchmarks all use this count. Next hop: reference.pieces.
 
-A pair is a row and a key that it sees: inside the causal or windowed band, the lengths of entries
-and packed sequences, one document and the row's key range. An arbitrary mask or bias is not looked
-into.
+A pair is a row (a query) and a key that it sees: inside the causal or windowed band, the length of
+its sequence, its document and its key range. The values of a mask or bias are not read.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .reference import Piece, part_of, pieces
 from .spec import Operands
 
 MODES = ("fwd", "bwd", "fwdbwd")
-FORMULAS = {  # FLOP, 2 per multiply-add, softmax not counted
+FORMULAS = {  # FLOPs, 2 per multiply-add, softmax not counted
     "fwd": "2 (D + Dv) per visible pair",
     "bwd": "2 (3 D + 2 Dv) per visible pair",
     "fwdbwd": "2 (4 D + 3 Dv) per visible pair",
@@ -31,7 +30,7 @@ _LENGTHS = (
 
 
 def _clamped_sum(first: int, rows: int, high: int) -> int:
-    """Sum over i in [0, rows) of first + i clipped to [0, high]."""
+    """The sum over i in [0, rows) of first + i, each clipped to [0, high]."""
     below = min(rows, max(0, -first))  # rows that clip to 0
     above = min(rows - below, max(0, first + rows - high))  # rows that clip to high
     n, start = rows - below - above, first + below
@@ -39,19 +38,19 @@ def _clamped_sum(first: int, rows: int, high: int) -> int:
 
 
 def pairs_of_band(q_len: int, kv_len: int, left: int = -1, right: int = -1, offset: int = 0) -> int:
-    """(row, key) pairs with 0 <= key < kv_len and -left <= key - row - offset <= right; a negative
-    side is unbounded."""
+    """The number of (row, key) pairs in [0, q_len) x [0, kv_len) with
+    -left <= key - row - offset <= right. A negative left or right is unbounded."""
     end = q_len * kv_len if right < 0 else _clamped_sum(offset + right + 1, q_len, kv_len)
     return end - (0 if left < 0 else _clamped_sum(offset - left, q_len, kv_len))
 
 
 def count_pairs(call: Call) -> int:
-    """Pairs of a call over all heads. Lengths whose values cannot be read (meta and fake tensors)
-    count as not given: the most that there can be."""
+    """Visible pairs of a call over all batch entries and query heads. Lengths whose values cannot
+    be read (meta and fake tensors) count as not given, which is an upper bound."""
     call, spec = call.but(operands=_without_unreadable(call.operands)), call.spec
     batch, heads, total = *call.q.shape[:2], 0
     for p in pieces(call.q, call.k, call.operands):
-        times = heads * (batch if p.entry is None else 1)
+        times = heads * (batch if p.sequence is None else 1)
         if call.operands.key_begin is None:
             offset = spec.offset(p.q_len, p.kv_len) + p.i.start - p.j.start
             pairs = pairs_of_band(len(p.i), len(p.j), spec.left, spec.right, offset)
@@ -63,8 +62,8 @@ def count_pairs(call: Call) -> int:
 
 
 def bounds(call: Call, piece: Piece) -> tuple[Tensor, Tensor]:
-    """lo and hi >= lo of each row of a piece, which sees keys [lo, hi): [b, heads or 1, rows]; b is
-    1, or counts the entries that the piece stands for."""
+    """(lo, hi): each row of a piece sees keys [lo, hi), with lo <= hi. Both are int [b, heads or 1,
+    rows]; b is 1, or the number of sequences for which the piece stands."""
     spec, x = call.spec, call.operands
     begin = 0 if x.key_begin is None else part_of(x.key_begin, piece)[..., 0]  # [b, h, rows or 1]
     end = piece.kv_len if x.key_end is None else part_of(x.key_end, piece)[..., 0]
@@ -83,7 +82,7 @@ def _without_unreadable(operands: Operands) -> Operands:
     unreadable = {
         n for n, x in given.items() if x is not None and (type(x) is not Tensor or x.is_meta)
     }
-    if unreadable & {"cu_seqlens_q", "cu_seqlens_k"}:  # the others are lengths of what they cut
+    if unreadable & {"cu_seqlens_q", "cu_seqlens_k"}:  # the others are per packed sequence
         unreadable = set(_LENGTHS)
     return replace(operands, **dict.fromkeys(unreadable)) if unreadable else operands
 
@@ -92,16 +91,19 @@ def _without_unreadable(operands: Operands) -> Operands:
 
 
 def flops(pairs: int, dim: int, v_dim: int, mode: str) -> int:
-    """Two for each multiplication and addition. Forward: QK^T and PV, 2 (D + Dv) a pair. Backward:
-    five products, QK^T again, dO V^T, dS K, dS^T Q and P^T dO, 2 (3 D + 2 Dv) a pair (2.5 forwards
-    at D = Dv). Softmax is not counted."""
+    """FLOPs of visible pairs, 2 for each multiply-add; softmax is not counted.
+
+    Forward: QK^T and PV, 2 (D + Dv) per pair. Backward: five products, QK^T again, dO V^T, dS K,
+    dS^T Q and P^T dO, 2 (3 D + 2 Dv) per pair, which is 2.5 forwards where D = Dv (the count of
+    FlashAttention-2, arXiv 2307.08691). mode is one of MODES.
+    """
     one = {"fwd": dim + v_dim, "bwd": 3 * dim + 2 * v_dim, "fwdbwd": 4 * dim + 3 * v_dim}
     return 2 * pairs * one[mode]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a call cannot avoid: arithmetic on the visible pairs, and compulsory traffic."""
+    """The arithmetic on a call's visible pairs, and its compulsory memory traffic in bytes."""
 
     pairs: int
     flops: int
@@ -110,7 +112,7 @@ class Work:
 
 def attention_work(
     *,
-    pairs: int,  # visible pairs over all batches and query heads
+    pairs: int,  # visible pairs over all batch entries and query heads
     batch: int,
     heads: int,
     kv_heads: int,
@@ -123,8 +125,8 @@ def attention_work(
     bias_bytes: int = 0,  # a learned bias: read once in each pass, its gradient written once
     mode: str = "fwd",
 ) -> Work:
-    """FLOPs as flops() counts them; bytes: each operand read once and each result written once, in
-    each pass."""
+    """The Work of a dense call. FLOPs are those of flops(); bytes count each operand read once and
+    each result written once, in each pass of `mode` (one of MODES)."""
     v_dim = dim if v_dim is None else v_dim
     q_bytes = batch * heads * q_len * dim * itemsize
     k_bytes = batch * kv_heads * kv_len * dim * itemsize

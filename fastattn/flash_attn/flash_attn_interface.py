@@ -270,7 +270,7 @@ def flash_attn_with_kvcache(
             [blocks, block_size, Hkv, D], blocks of any size.
         v_cache: the same with Dv.
         k: [B, Snew, Hkv, D], written to slots cache_seqlens[b] + i; v: [B, Snew, Hkv, Dv].
-        rotary_cos, rotary_sin: [positions, rotary_dim / 2]: turn the first rotary_dim channels of
+        rotary_cos, rotary_sin: [positions, rotary_dim / 2]: rotate the first rotary_dim channels of
             k, at position cache_seqlens[b] + i, and of q: there too with causal or a window, else
             all at cache_seqlens[b].
         cache_seqlens: [B] int32, or one int for all: keys in the cache before the call. None: it is

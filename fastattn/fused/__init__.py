@@ -1,3 +1,3 @@
-"""The operators around attention, each with its reference, its checks and its derivatives: norm,
-rope, gate, activation, linear cross entropy, and the writing of a key-value cache.
+"""The operators around attention, each with its reference, checks and derivatives: norm, rope,
+gate, activation, linear cross entropy, and appending to a KV cache.
 """

@@ -1,11 +1,10 @@
-"""Bias, activation and dropout in one pass: dropout(activation(x + bias)). Kernels:
-csrc/cpu/activate.inl, and for GPUs kernels/activate.py. norm.py says when they run, and what runs
-elsewhere.
+"""activate(): bias, activation and dropout in one pass, dropout(activation(x + bias)). Kernels:
+csrc/cpu/activate.inl and kernels/activate.py. Next hop: operator.py, which says when they run.
 
-The dropout is Philox's, 16 bits an element, keyed by a (seed, offset) from torch's generator: the
-backward pass makes the mask again instead of keeping it, every thread makes its own part, and the
-same seed drops the same elements, under checkpoint recomputation too. torch's bernoulli_ draws on
-one thread. ReLU keeps its result, which says where the gradient goes, the others their input.
+Dropout takes 16 Philox bits per element, keyed by a (seed, offset) from torch's generator. So the
+backward pass computes the mask again instead of storing it, all threads draw in parallel (torch's
+bernoulli_ draws on one), and recomputation under checkpointing drops the same elements. ReLU saves
+its result, whose sign gives the gradient; the other activations save their input.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ACTIVATIONS = {"identity": lambda x: x, "relu": F.relu, **gate.GATES}
 
 
 def activate_reference(x, bias, seed, dropout_p, activation):
-    """dropout(activation(x + bias)), rounded once."""
+    """dropout(activation(x + bias)), computed in fp32 (fp64 for fp64) and rounded once."""
     y = x.to(accumulate_dtype(x.dtype))
     y = y if bias is None else y + bias.to(y.dtype)
     return drop_reference(ACTIVATIONS[activation](y), seed, dropout_p).to(x.dtype)
@@ -39,11 +38,22 @@ def activate(
     activation: str = "identity",
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """dropout(activation(x + bias)), x [..., n] and bias [n] or None, in x's dtype.
+    """dropout(activation(x + bias)) in one pass.
 
-    dropout_p, in [0, 1), is the probability that an element becomes 0; the others are divided by
-    the probability with which they are kept, a multiple of 1/65536. activation is one of
-    ACTIVATIONS. dropout_seed: int64 [2], the key; None: drawn from the device's generator.
+    Args:
+        x: [..., n], a floating dtype.
+        bias: [n], or None.
+        dropout_p: the probability in [0, 1) that an element becomes 0. The others are divided by
+            the probability with which they are kept, a multiple of 1/65536.
+        activation: a key of ACTIVATIONS.
+        dropout_seed: int64 [2], (seed, offset); None draws it from the device's generator.
+
+    Returns:
+        x's shape and dtype.
+
+    Raises:
+        TypeError: x is not of a floating dtype. ValueError: shapes do not fit, or activation or
+        dropout_p is not accepted.
     """
     n = operator.floating("x", x).shape[-1:]
     if bias is not None and checks.tensor("bias", bias).shape != n:
@@ -106,7 +116,7 @@ def _grads(dout, saved, bias, seed, dropout_p, activation, need_dbias):
 
     def gradients(dout, saved, bias):
         dtype = accumulate_dtype(dout.dtype)
-        if activation == "relu":  # saved is its result after dropout
+        if activation == "relu":  # saved is the result after dropout
             dx = torch.where(saved > 0, dout.to(dtype) / keep_probability(dropout_p), 0.0)
         elif activation == "identity":
             dx = drop_reference(dout.to(dtype), seed, dropout_p)

@@ -1,5 +1,6 @@
-"""gate(): activation(gate) * up, a gated feed-forward block's middle. Kernels:
-csrc/cpu/ops_fused.cpp and kernels/gate.py. Next hop: operator.py."""
+"""gate(): activation(gate) * up, the middle of a gated feed-forward block (GLU variants, arXiv
+2002.05202). Kernels: csrc/cpu/ops_fused.cpp and kernels/gate.py. Next hop: operator.py.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +30,15 @@ GATES = {
 
 
 def gate_reference(gate, up, activation):
-    """activation(gate) * up, rounded once."""
+    """activation(gate) * up, computed in fp32 (fp64 for fp64) and rounded once."""
     dtype = torch.promote_types(gate.dtype, up.dtype)
     gate, up = (x.to(accumulate_dtype(dtype)) for x in (gate, up))
     return (GATES[activation](gate) * up).to(dtype)
 
 
 def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up, both [..., hidden] of one shape; activation is one of GATES."""
+    """activation(gate) * up, of two tensors [..., hidden] of one shape, in their promoted dtype.
+    activation is a key of GATES."""
     if floating("gate", gate).shape != floating("up", up).shape:
         raise ValueError(f"up has shape {checks.show(up)} and gate {checks.show(gate)}; they must "
                          "be equal")  # fmt: skip

@@ -1,6 +1,7 @@
-"""New keys and values go into a cache: rotated, quantised, written. Called by decoding.py.
+"""Appends new keys and values to a KV cache: rotated, quantized, written. Called by decoding.py.
 
-On GPUs one kernel does all of it, kernels/kv_append.py; write() is the same in plain torch.
+On GPUs one kernel does all of it (kernels/kv_append.py); Append.in_torch() is the same in plain
+torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LIBRARY.define(
     "Tensor? v_descale) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
+for _key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter, for tests
     LIBRARY.impl("cache_append", launcher("kv_append", "append"), _key)
 
 
@@ -36,15 +37,16 @@ def _append_fake(k, v, k_cache, v_cache, cache_lens, *rest):
 
 
 class Rotary(NamedTuple):
-    """Where new tokens stand and what turns them."""
+    """The rotary tables of a call, and the positions at which its new tokens are rotated."""
 
-    cos: Tensor  # [positions, pairs]
+    cos: Tensor  # [positions, rotary_dim / 2]
     sin: Tensor
     interleaved: bool
-    cache_lens: Tensor  # int32 [B]: the position of each entry's first new token
+    cache_lens: Tensor  # int32 [B]: the position of each sequence's first new token
 
-    def turn(self, x: Tensor, moving: bool) -> Tensor:
-        """x [B, H, S, D] rotated at positions cache_lens[b] (+ i when moving)."""
+    def rotate(self, x: Tensor, moving: bool) -> Tensor:
+        """x [B, H, S, D] rotated: token s of sequence b at position cache_lens[b] + s if moving,
+        else every token at cache_lens[b]."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         position = self.cache_lens.long().unsqueeze(1)  # [B, 1] or [B, S]
         if moving:
@@ -57,20 +59,20 @@ class Rotary(NamedTuple):
 
 
 class Append(NamedTuple):
-    """Checked, and not yet done."""
+    """One append to a cache, with its arguments; by_kernel() or in_torch() performs it."""
 
     k: Tensor  # [B, kv_heads, Snew, D]
     v: Tensor
-    k_cache: Tensor
+    k_cache: Tensor  # [B, kv_heads, slots, D]; paged: [pages, kv_heads, page_size, D]
     v_cache: Tensor
     cache_lens: Tensor  # int32 [B]: where the new keys start
-    table: Tensor | None  # int32 [B, max_pages]
+    table: Tensor | None  # int32 [B, max_pages]; None: the caches are not paged
     rotary: Rotary | None
     descales: tuple[Tensor | None, Tensor | None]
 
     def checked(self) -> Append:
-        """Self, with copies of k and v where they lie in the caches' memory; refuses what cannot be
-        written right."""
+        """Self, with copies of k and v where they overlap with the caches. Raises for writes whose
+        result would not be defined."""
         caches = self.k_cache, self.v_cache
         for name, cache in zip(("k_cache", "v_cache"), caches):
             memory.writable(name, cache)
@@ -88,15 +90,17 @@ class Append(NamedTuple):
         return new
 
     def by_kernel(self) -> None:
-        turn = (None, None, True) if self.rotary is None else self.rotary[:3]
-        torch.ops.fastattn.cache_append.default(*self[:6], *turn, *self.descales)
+        """Writes the caches with one kernel."""
+        rotary = (None, None, True) if self.rotary is None else self.rotary[:3]
+        torch.ops.fastattn.cache_append.default(*self[:6], *rotary, *self.descales)
 
     def in_torch(self) -> None:
+        """Writes the caches with plain torch operators."""
         caches = self.k_cache, self.v_cache
-        if self.descales[0] is not None:  # written as bytes, which every device can
+        if self.descales[0] is not None:  # as bytes, because not every device can index FP8
             caches = (cache.view(torch.int8) for cache in caches)
         new_len = self.k.shape[2]
-        first = None  # where all entries start at one slot: a plain slice, no index tensors
+        first = None  # if all sequences start at one slot, a slice replaces index tensors
         if self.table is None and checks.has_values(self.cache_lens):
             lens = set(self.cache_lens.tolist())
             first = lens.pop() if len(lens) == 1 else None
@@ -108,8 +112,8 @@ class Append(NamedTuple):
                 cache[:, :, first : first + new_len] = new
 
     def _stored(self) -> list[Tensor]:
-        """k and v as they are stored: rotated, 8-bit ones as bytes."""
-        k = self.k if self.rotary is None else self.rotary.turn(self.k, True)
+        """k and v as they are stored: rotated, and 8-bit ones as bytes."""
+        k = self.k if self.rotary is None else self.rotary.rotate(self.k, True)
         if self.descales[0] is None:
             return [k, self.v]
         dtype = self.k_cache.dtype
@@ -119,7 +123,7 @@ class Append(NamedTuple):
         ]
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        """Row of the cache (or page) and slot in it of each new key, [B, Snew] or broadcastable."""
+        """(row of the cache, or page; slot in it) of each new key: [B, Snew] or broadcastable."""
         device = self.cache_lens.device
         slot = self.cache_lens.long().unsqueeze(1) + torch.arange(self.k.shape[2], device=device)
         if self.table is None:
@@ -136,13 +140,13 @@ class Append(NamedTuple):
             at = order[n], order[n + 1]
             a, b = (int(i) // slot.shape[1] for i in at)
             raise ValueError(
-                f"page_table puts new keys of entries {a} and {b} into one place, slot "
-                f"{int(slot.flatten()[at[0]])} of page {int(page.flatten()[at[0]])}; pages that "
-                "are written to must be an entry's own"
+                f"page_table puts new keys of batch entries {a} and {b} into the same slot, "
+                f"{int(slot.flatten()[at[0]])} of page {int(page.flatten()[at[0]])}; a page that "
+                "is written to must belong to one sequence only"
             )
 
     def _check_numbers(self) -> None:
-        k = self.k if self.rotary is None else self.rotary.turn(self.k, True)
+        k = self.k if self.rotary is None else self.rotary.rotate(self.k, True)
         for name, x, scale in zip("kv", (k, self.v), self.descales):
             if bool((x.float() / scale[..., None, None]).isnan().any()):
                 raise ValueError(f"{name} holds NaN once divided by {name}_descale, and int8 has "
@@ -150,7 +154,8 @@ class Append(NamedTuple):
 
 
 def check_rotary(rotary, interleaved, q, cache_lens, longest) -> Rotary:
-    """decode_attention()'s rotary, checked; each entry turns at most `longest` tokens."""
+    """decode_attention()'s rotary=(cos, sin), checked: the tables must reach position
+    cache_lens[b] + longest - 1 of every sequence b."""
     checks.flag("rotary_interleaved", interleaved)
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise TypeError(f"rotary is of type {type(rotary).__name__}; accepted is a pair (cos, sin)")

@@ -1,12 +1,12 @@
-"""Linear cross entropy: a language model's loss without its logits in memory.
+"""Linear cross entropy: a language model's loss without all its logits in memory.
 Next hop: cross_entropy_ in csrc/cpu/ops_fused.cpp, for the rows of one chunk, and for GPUs
 kernels/linear_cross_entropy.py.
 
-Rows are taken a chunk at a time. A chunk's logits are made by a matrix product, become their own
-gradients in place, and enter the gradients of hidden and weight by two more. For a scalar loss that
-happens in the forward pass, so that the logits are made once. Ignored rows are left out before
-anything else, so padding costs nothing; on a GPU, where counting them would wait for the device,
-they are computed as rows of zeros.
+Rows (tokens) are processed in chunks. A matrix product gives a chunk's logits, which are replaced
+in place by their gradients, and two more products add these to the gradients of hidden and weight.
+For a scalar loss all of that happens in the forward pass, so that the logits are computed once.
+Ignored rows are dropped first, so padding costs nothing; on a GPU, where counting them would
+synchronize, they are computed as rows of zeros.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from .operator import (  # fmt: skip
     through,
 )
 
-# 32 MiB in fp32. The matrix products want rows: forward and backward of 1024 rows of 32000 logits
-# took 1011 ms by 64 rows, 811 by 128, 712 by 256, and torch with all the logits 864.
+# Logits of a chunk, 32 MiB in fp32. The matrix products are faster with more rows: forward and
+# backward of 1024 rows of 32000 logits took 1011 ms in chunks of 64 rows, 811 ms of 128 and 712 ms
+# of 256; torch with all the logits took 864 ms.
 CHUNK_LOGITS = 1 << 23
-CHUNK_LOGITS_GPU = 1 << 27  # 1024 rows of 128k, 256 MiB in bf16: products large enough for a GPU
+CHUNK_LOGITS_GPU = 1 << 27  # 256 MiB in bf16: 1024 rows of a 128k vocabulary
 
 
 def reference(hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, softcap):
-    """The loss of each row [N], from all the logits."""
+    """The loss of each row [N], by plain torch from all the logits at once."""
     logits = F.linear(hidden, weight, bias).to(accumulate_dtype(hidden.dtype))
     loss, _, _ = _losses(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
     return loss
 
 
 def _losses(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
-    """(loss [N], capped logits, lse [N])."""
+    """(loss [N], capped logits [N, V], lse [N]); z_loss adds z_loss * lse^2 (PaLM's z-loss)."""
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     kept = labels != ignore_index
@@ -71,7 +72,15 @@ def linear_cross_entropy(
     reduction: str = "mean",
     chunk: int | None = None,
 ) -> Tensor:
-    """fastattn.nn.LinearCrossEntropy as a function; its docstring says what all of this is."""
+    """fastattn.nn.LinearCrossEntropy as a function; its docstring documents the arguments.
+
+    Args:
+        hidden: [..., D]; weight: [V, D]; bias: [V] or None; labels: int64 [...].
+        chunk: rows at a time; None chooses by CHUNK_LOGITS.
+
+    Returns:
+        fp32 (fp64 for fp64): a scalar, or labels' shape with reduction="none".
+    """
     hidden, weight, bias, rows = _checked(hidden, weight, bias, labels, ignore_index)
     if chunk is None:
         logits = CHUNK_LOGITS_GPU if hidden.is_cuda else CHUNK_LOGITS
@@ -92,7 +101,8 @@ def linear_cross_entropy(
 
 
 def _scale(rows, ignore_index, reduction, hidden):
-    """What each row's loss counts in the total, a scalar: 1, or 1 / rows that are not ignored."""
+    """The factor of each row's loss in the total, a scalar: 1 for a sum, 1 / (rows that are not
+    ignored) for a mean."""
     one = torch.ones((), dtype=accumulate_dtype(hidden.dtype), device=hidden.device)
     return one / (rows != ignore_index).sum() if reduction == "mean" else one
 
@@ -129,16 +139,16 @@ def _checked(hidden, weight, bias, labels, ignore_index):
         wrong = rows[(rows != ignore_index) & ((rows < 0) | (rows >= vocab))]
         if wrong.numel():
             raise ValueError(f"labels holds {int(wrong[0])}; accepted is [0, {vocab - 1}], or "
-                             f"{ignore_index} for a row that does not count")  # fmt: skip
+                             f"{ignore_index} for a row to ignore")  # fmt: skip
     return hidden.reshape(-1, weight.shape[1]), weight, bias, rows
 
 
-# ---- a chunk at a time --------------------------------------------------------------------------
+# ---- one chunk after another --------------------------------------------------------------------
 
 
 def _chunked(hidden, weight, bias, labels, numbers, scale, chunk, needs):
-    """(loss [N], dhidden, dweight, dbias): the gradients of sum(scale * loss), those in `needs`,
-    the others empty. scale None: no gradients."""
+    """(loss [N], dhidden, dweight, dbias), the latter the gradients of sum(scale * loss). `needs`
+    says which are needed; the others are empty. Without a scale there are none."""
     ignored = labels == numbers[0]
     all_rows = not _can_count(hidden)
     if not all_rows and ignored.any():
@@ -169,7 +179,7 @@ def _chunked(hidden, weight, bias, labels, numbers, scale, chunk, needs):
             torch.mm(logits, weight, out=dhidden[rows])
         if need_dweight and weight.dtype == dtype:
             dweight.addmm_(logits.t(), x)
-        elif need_dweight:  # summed in fp32, not in the weight's own half precision
+        elif need_dweight:  # summed in fp32, not in half precision
             dweight += logits.t() @ x
         if need_dbias:
             dbias += logits.sum(0, dtype=dtype)
@@ -177,12 +187,12 @@ def _chunked(hidden, weight, bias, labels, numbers, scale, chunk, needs):
 
 
 def _can_count(x) -> bool:
-    """Whether x's values may be looked at: on a GPU that waits, and ends a graph's capture."""
+    """May x's values be read? On a GPU that synchronizes, and fails in CUDA graph capture."""
     return not x.is_cuda
 
 
 def _loss_rows_(logits, labels, numbers, scale):
-    """Each row's loss; with a scale, logits become the gradients of sum(scale * loss)."""
+    """Each row's loss. With a scale, the gradients of sum(scale * loss) overwrite logits."""
     missing = gpu_missing(logits.get_device()) if logits.is_cuda else NATIVE_MISSING
     if missing is None and (logits.is_cpu or logits.is_cuda):
         loss, _ = torch.ops.fastattn.cross_entropy_(logits, labels, scale, *numbers)
@@ -204,7 +214,7 @@ def _loss_rows_(logits, labels, numbers, scale):
 
 
 # ---- operators ----------------------------------------------------------------------------------
-# They run the loop above on any device; torch.compile sees one node each.
+# They run the loop above on any device, and each is one node of torch.compile's graph.
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _NUMBERS = "int ignore_index, float label_smoothing, float z_loss, float softcap"
@@ -311,7 +321,9 @@ def _total_gradient(ctx, dtotal, *_):
     if dtotal is None:
         return nothing
     hidden, weight, bias, labels, scale, *grads = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph: a function of everything, not of dtotal alone
+    if (
+        torch.is_grad_enabled()
+    ):  # create_graph: the gradients depend on all inputs, not on dtotal only
 
         def total(*x):
             return (reference(*x, labels, *ctx.numbers).sum() * scale,)

@@ -1,4 +1,4 @@
-"""norm(): RMSNorm or LayerNorm, with dropout and a residual in the same pass. Kernels:
+"""norm(): RMSNorm or LayerNorm, with dropout and the residual addition in the same pass. Kernels:
 csrc/cpu/ops_fused.cpp and kernels/norm.py. Next hop: operator.py.
 """
 
@@ -25,7 +25,8 @@ from .operator import (
 
 
 def norm_reference(x, residual, weight, bias, eps, center):
-    """(y, summed): summed = x + residual, or x; y = its RMSNorm, or LayerNorm with center."""
+    """(y, summed): summed is x + residual, or x, and y is its norm, LayerNorm with center (which
+    subtracts the mean), else RMSNorm. Computed in fp32 (fp64 for fp64), rounded once."""
     summed = x if residual is None else x + residual
     y = summed.to(accumulate_dtype(summed.dtype))
     if center:
@@ -39,7 +40,8 @@ def norm_reference(x, residual, weight, bias, eps, center):
 
 
 def drop_reference(x, seed, dropout_p):
-    """x [..., n] after dropout keyed by seed, as the kernels drop: rows count in logical order."""
+    """x [..., n] after the kernels' dropout with key `seed`. Rows are numbered in logical order,
+    not in memory order."""
     if not dropout_p:
         return x
     kept = keep_rows(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p, device=x.device)
@@ -55,9 +57,22 @@ def norm(
     center: bool,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(y, summed) as norm_reference says. Rows are the last dimension; strides are free.
+    """norm(dropout(x) + residual), and the sum itself.
 
-    With dropout_p, in [0, 1), x is dropped before the residual, which must be there, is added.
+    Args:
+        x: [..., n], a floating dtype and any strides.
+        residual: x's shape, or None; required with dropout_p.
+        weight, bias: [n] each, or None.
+        eps: added to the variance (LayerNorm) or the mean square (RMSNorm).
+        center: True is LayerNorm, False is RMSNorm.
+        dropout_p: the probability in [0, 1) of dropping an element of x before the addition.
+
+    Returns:
+        (y, summed), both in x's shape and in the promoted dtype of x and residual.
+
+    Raises:
+        TypeError: a dtype is not a floating one. ValueError: shapes do not fit, or dropout_p came
+        without a residual.
     """
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and checks.tensor("x", x).shape[-1:] != vector.shape:
@@ -73,7 +88,8 @@ def norm(
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
     elif dropout_p:
-        raise ValueError(f"dropout_p is {dropout_p} and residual None; accepted is 0 without one")
+        raise ValueError(f"dropout_p is {dropout_p} and residual is None; accepted is 0 without a "
+                         "residual")  # fmt: skip
     small = center and not dropout_p and x.numel() < SMALL_LAYER_NORM
     if small or not has_kernel(x, residual, weight, bias):
         return _norm_in_torch(F.dropout(x, dropout_p), residual, weight, bias, eps, center)
@@ -82,13 +98,15 @@ def norm(
     return y, (x if residual is None else summed)
 
 
-# Below, what our operator costs more than aten's (8 us, and 40 us with gradients) is more than
-# its kernel saves: 64 x 256 takes 18 us and aten's 10, 2048 x 768 takes 321 and aten's 497.
+# Below this many elements, the operator's higher cost per call (8 us more than aten's, 40 us with
+# gradients) exceeds what its kernel saves: 64 x 256 takes 18 us, aten 10; 2048 x 768 takes 321 us,
+# aten 497.
 SMALL_LAYER_NORM = 1 << 17
 
 
 def _norm_in_torch(x, residual, weight, bias, eps, center):
-    """torch's own norms, which GPUs have kernels for; what they do not take, by the reference."""
+    """torch's own norms, which are fast on every device, and the reference for what they do not
+    accept: mixed dtypes, and RMSNorm with a bias."""
     mixed = any(vector is not None and vector.dtype != x.dtype for vector in (weight, bias))
     if mixed or (bias is not None and not center):
         return norm_reference(x, residual, weight, bias, eps, center)
@@ -163,7 +181,8 @@ def _norm_gradient(ctx, dy, dsummed, dmean, drstd):
 def _norm_grads(
     dy, dsummed, x, weight, mean, rstd, eps, center, need_dweight, need_dbias, seed, dropout_p
 ):
-    """(dy, dsummed, x, weight) -> norm_bwd's results, by the reference. mean and rstd are x's."""
+    """norm_bwd's results as a function of (dy, dsummed, x, weight) by the reference, for second
+    derivatives. mean and rstd follow from x."""
 
     def gradients(dy, dsummed, x, weight):
         dtype = accumulate_dtype(x.dtype)

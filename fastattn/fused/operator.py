@@ -1,11 +1,10 @@
-"""What the operators around attention share: when a kernel runs, and how one is differentiated.
+"""What the operators around attention share: when a kernel runs, and how it is differentiated.
 
-The kernels run where they pay: in eager mode on CPU tensors, and on GPUs that Triton has code for.
-Plain torch runs on other devices, under torch.func and forward-mode derivatives, and under
-torch.compile: what inductor makes of it takes 0.8 to 1.6 times the CPU kernels' time alone (rotate
-forward the least, RMSNorm with residual and gradients the most; 2048 x 768, two cores with AVX-512)
-and is joined to its neighbours' loops. Second derivatives are the references'. All keep their
-input's dtype under autocast.
+The kernels run in eager mode, on CPU tensors and on GPUs that Triton supports. Plain torch runs on
+other devices, under torch.func and forward-mode derivatives, and under torch.compile: inductor's
+code alone takes 0.8 (rotate, forward) to 1.6 times (RMSNorm with residual and gradients) the CPU
+kernels' time at 2048 x 768 on two AVX-512 cores, but it is fused with its neighbours. Second
+derivatives differentiate the references. All operators keep their input's dtype under autocast.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from ..core import checks
 
 
 def floating(name, x) -> Tensor:
+    """x, or an error where it is not a tensor of a floating dtype."""
     if checks.tensor(name, x).dtype not in checks.DTYPES:
         raise TypeError(f"{name} is {x.dtype}; accepted are float32, bfloat16, float16, float64")
     return x
@@ -41,17 +41,19 @@ class _Arrive(torch.autograd.Function):
 
 
 def arrived(x: Tensor | None) -> Tensor | None:
-    """x itself, or, where x is the result of a collective that may still be under way (a sum over
-    tensor parallelism's ranks), a plain tensor once that has ended. Kernels take plain tensors
-    alone, and so dropout draws what it draws in one process."""
+    """x itself or, where x is the result of a collective that may still be running (the sum over
+    the ranks of tensor parallelism), a plain tensor once it has ended. Kernels take plain tensors
+    only; with them, dropout also drops what it drops in one process."""
     if type(x) in _PLAIN or torch.compiler.is_compiling() or not hasattr(x, "trigger_wait"):
         return x
     return _Arrive.apply(x)
 
 
 def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
-    """Do kernels take these tensors, here and now?"""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():  # first: nothing below is traced
+    """Do the kernels take these tensors in the present mode?"""
+    if (
+        torch.compiler.is_compiling() or torch._C._is_tracing()
+    ):  # tested first, so that nothing below is traced
         return False
     on_cpu = first.is_cpu
     return (
@@ -67,7 +69,7 @@ def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def on_gpu(module: str, *names: str) -> None:
-    """Gives operators their kernels on GPUs, functions of kernels/<module>.py."""
+    """Registers the functions of kernels/<module>.py as the operators' CUDA kernels."""
     for name in names:
         LIBRARY.impl(name, launcher(module, name), "CUDA")
 
@@ -76,11 +78,12 @@ def on_gpu(module: str, *names: str) -> None:
 
 
 def differentiable(name, setup, gradient):
-    """torch.ops.fastattn.<name> as a function, and its derivative registered for every other use.
+    """torch.ops.fastattn.<name> as a differentiable function; the derivative is registered with
+    torch.library too.
 
-    The function is an autograd.Function around the operator, or, where no gradient is wanted, the
-    operator's kernel itself: half the cost of torch.library's own way (backends/autograd.py has the
-    numbers).
+    The function is an autograd.Function around the operator or, where no gradient is needed, the
+    operator's kernel itself. That costs half as much per call as torch.library's autograd
+    (backends/autograd.py has the numbers).
     """
     operator = getattr(torch.ops.fastattn, name).default
     torch.library.register_autograd(f"fastattn::{name}", gradient, setup_context=setup, lib=LIBRARY)
@@ -107,7 +110,7 @@ def differentiable(name, setup, gradient):
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """setup_context of an operator whose derivative needs its inputs alone."""
+    """setup_context of an operator whose derivative needs its inputs only."""
     ctx.tensors = [n for n, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.save_for_backward(*(inputs[n] for n in ctx.tensors))
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
@@ -115,7 +118,7 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def saved_inputs(ctx) -> list:
-    """What save_inputs saved."""
+    """The inputs that save_inputs saved, in order."""
     inputs = list(ctx.others)
     for n, x in zip(ctx.tensors, ctx.saved_tensors):
         inputs[n] = x
@@ -123,8 +126,8 @@ def saved_inputs(ctx) -> list:
 
 
 def through(function, primals):
-    """A gradient for an operator's backward: function(*inputs) gives the reference's function of
-    the first `primals` inputs, which is differentiated."""
+    """The gradient of a backward operator. function(*inputs) returns the reference as a function of
+    the first `primals` inputs, and that is differentiated."""
 
     def gradient(ctx, *cotangents):
         inputs = saved_inputs(ctx)

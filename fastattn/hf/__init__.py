@@ -2,7 +2,7 @@
 
 import fastattn.hf
 model = AutoModel.from_pretrained(name, attn_implementation="fastattn")
-model = fastattn.hf.enable(model)  # one that is built already
+model = fastattn.hf.enable(model)  # a model that is already built
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 try:
     from transformers.utils.versions import require_version
 
-    # Before 5.4 mask functions got other arguments, and the flash loader gave other results.
+    # Before 5.4, mask functions had other arguments and the flash loader other results.
     require_version("transformers>=5.4")
 except ImportError as error:
     raise ImportError(f'fastattn.hf: pip install "fastattn[hf]" first, because {error}') from error
@@ -29,8 +29,9 @@ from .masks import CompactMask, attention_mask
 from .models import check_names, refusal
 
 NAME = "fastattn"
-# "flash" in it opens the packed branches of vision models, "/" and "flash-attn" accelerate's
-# sequence parallelism, the 2 continuous batching's fast path. T5 and its kin accept only NAME.
+# "flash" in the name enables the packed branches of vision models, "/" and "flash-attn" the
+# sequence parallelism of accelerate, and "2" the fast path of continuous batching. T5 and models
+# derived from it accept only NAME.
 FLASH_NAME = "fastattn/flash-attn2"
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -47,10 +48,10 @@ __all__ = [
 
 
 def register() -> None:
-    """Registers both names with transformers; importing fastattn.hf has done it.
+    """Registers both names with transformers. Importing fastattn.hf does this.
 
-    The attention and the mask function go together: transformers takes a name without a mask
-    function to want no mask at all, and padding is then attended to without a word.
+    The attention function and the mask function must be registered together: for a name without a
+    mask function, transformers makes no mask at all, and padding would be attended to silently.
     """
     flash.serve_loader("fastattn/")
     check_names(frozenset((NAME, FLASH_NAME)))
@@ -69,19 +70,20 @@ def enable(model: M, implementation: str = NAME) -> M:
     """Switches a built model to fastattn, with every model inside it; returns the model.
 
     Args:
-        model: any transformers model, or a module around some, as peft's PeftModel; its weights and
-            hooks stay. What is saved does not name fastattn, so a reloaded model is switched again.
-        implementation: "fastattn", or "fastattn/flash-attn2" where the name counts: packed vision
-            branches, sentence-transformers' unpadding, sequence parallelism.
+        model: any transformers model, or a module that holds some, such as peft's PeftModel; its
+            weights and hooks stay. Saved configurations do not name fastattn, so call enable()
+            again after reloading.
+        implementation: "fastattn", or "fastattn/flash-attn2" where code goes by the name: packed
+            vision branches, sentence-transformers' unpadding, sequence parallelism.
 
-    model.set_attn_implementation("sdpa") switches back, a PeftModel too.
+    model.set_attn_implementation("sdpa") switches back, for a PeftModel too.
 
     Raises:
-        TypeError: neither a transformers model nor a module that holds one.
-        NotImplementedError: a class, which is named, does not go through transformers' attention
-            interface, or not all of it. Nothing is changed then. Construction with
-            attn_implementation="fastattn" raises the same.
-        ValueError: an implementation of another name.
+        TypeError: model is neither a transformers model nor a module that holds one.
+        NotImplementedError: a class, which is named, does not compute all of its attention through
+            transformers' attention interface; then nothing is changed. Construction with
+            attn_implementation="fastattn" raises the same error.
+        ValueError: implementation is another name.
     """
     models = _models_in(model) if isinstance(model, torch.nn.Module) else []
     if not models:

@@ -1,11 +1,11 @@
-"""What transformers' FlashAttention loader gets for the flash-named alias.
+"""The functions that transformers' FlashAttention loader returns for the alias with "flash" in it.
 
-Models and libraries ask by the name: one with "flash" in it gets the packed branches of vision and
-omni models, unpadded batches in sentence-transformers and continuous batching. transformers then
-loads that implementation's functions from a package or from the hub. The loader's one entry,
-transformers.modeling_flash_attention_utils._lazy_imports, is wrapped: for names of ours it returns
-the functions below, for every other name it does what it did. It reads which options there are from
-the names of their parameters, which are FlashAttention's.
+Models and libraries go by the name of the implementation: one with "flash" in it gets the packed
+branches of vision and omni models, unpadded batches in sentence-transformers and continuous
+batching. transformers then loads that implementation's functions from a package or from the hub,
+through transformers.modeling_flash_attention_utils._lazy_imports. That function is wrapped here:
+for our names it returns the functions below, and every other name goes to the original. The loader
+finds the supported options by parameter name, so the parameters have FlashAttention's names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def flash_attn_func(
     deterministic: bool = False,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """q [B, Sq, Hq, D], k and v [B, Skv, Hkv, D] -> [B, Sq, Hq, D]. Diagonals meet at the end."""
+    """q [B, Sq, Hq, D], k and v [B, Skv, Hkv, D] -> [B, Sq, Hq, D]. Causal masks and windows are
+    aligned to the end: the last row sees the last key."""
     options = _options(softmax_scale, causal, window_size, softcap, deterministic, s_aux)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return attention(q, k, v, dropout_p=dropout_p, **options).transpose(1, 2)
@@ -105,7 +106,8 @@ def _options(softmax_scale, causal, window_size, softcap, deterministic, s_aux) 
 
 
 def serve_loader(prefix: str) -> None:
-    """Names that start with `prefix` get the functions above. Called again, nothing changes."""
+    """Makes the loader return the functions above for names that start with `prefix`. A second call
+    has no effect."""
     theirs = loader._lazy_imports
     if getattr(theirs, "fastattn", None) == prefix:
         return

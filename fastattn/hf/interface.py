@@ -1,8 +1,8 @@
 """The attention functions that transformers' models call. Next hop: attention() and its siblings.
 
-A model hands over what it likes as keyword arguments. Each is in one of two tables: those served
-are parameters of attention_forward, those without attention semantics are HARMLESS. Any other that
-is not None raises, because an argument ignored is a wrong result that nobody sees.
+Models pass arbitrary keyword arguments. Those that are served are parameters of attention_forward,
+and those that do not change the result are in HARMLESS. Any other that is not None raises, because
+ignoring it could silently give a wrong result.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from .masks import CompactMask
 
 HARMLESS = frozenset(
     (
-        "cache",  # already updated: key and value hold all there is to see
+        "cache",  # already updated: key and value hold all the keys to see
         "cache_position",
         "is_first_iteration",
         "logits_indices",
-        "logits_processor_args",  # continuous batching's, as logits_indices
+        "logits_processor_args",  # continuous batching, like logits_indices
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "past_key_value",
         "past_key_values",
-        "position_embeddings",  # rotary: already in query and key
+        "position_embeddings",  # rotary: already applied to query and key
         "position_ids",
-        "read_index",  # a paged cache's, already read
+        "read_index",  # of a paged cache, already read
         "return_dict",
-        "seq_idx",  # the documents of cu_seq_lens once more, for state-space layers
+        "seq_idx",  # the documents of cu_seq_lens again, for state-space layers
         "token_type_ids",
         "use_cache",
         "write_index",
@@ -63,31 +63,32 @@ def attention_forward(
     deterministic: bool | None = None,
     **others,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention contract, served by fastattn.
+    """An attention function of transformers' AttentionInterface.
 
     Args:
-        module: whose is_causal counts where the call's is None.
+        module: the attention module; its is_causal applies where the call's is None.
         query: [B, Hq, Sq, D]; key: [B, Hkv, Skv, D]; value: [B, Hkv, Skv, Dv]; any strides.
         attention_mask: None (causal or full), a CompactMask, a bool mask (True = attend) or a float
             mask (added) that broadcasts to [B, Hq, Sq, Skv], or a padding mask [B, at most Skv],
-            True or 1 where there is a key, beside which is_causal and sliding_window hold.
-        dropout: probability of dropping a weight.
+            True or 1 where a key exists, on top of which is_causal and sliding_window apply.
+        dropout: probability in [0, 1) of dropping an attention weight.
         scaling: None is 1 / sqrt(D).
-        is_causal: counts with attention_mask None or [B, S]. Causal attention of Sq > 1 rows over
-            Skv > Sq keys without a mask starts at the first key (a static cache's prefill).
-        sliding_window: keys a row sees, itself included; on each side if not causal.
+        is_causal: applies with an attention_mask of None or [B, S]. Without a mask, causal
+            attention of Sq > 1 rows over Skv > Sq keys is aligned to the first key (the prefill of
+            a static cache).
+        sliding_window: how many keys a row sees, its own included; on each side if not causal.
         softcap: score -> softcap * tanh(score / softcap). None is off.
         s_aux, sinks: [Hq], two names of attention()'s sinks.
         position_bias: added to the scores, broadcasts to [B, Hq, Sq, Skv]; differentiable.
-        output_attentions: also return the weights.
+        output_attentions: also return the attention weights.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, all four.
-        deterministic: accepted: the kernels always are.
+        deterministic: either value; the kernels are always deterministic.
 
     Returns:
-        out [B, Sq, Hq, Dv], contiguous, and the weights [B, Hq, Sq, Skv] or None.
+        (out [B, Sq, Hq, Dv], contiguous; the attention weights [B, Hq, Sq, Skv], or None).
 
     Raises:
-        TypeError: a keyword argument that neither is served nor is HARMLESS; it is named.
+        TypeError: a keyword argument, which is named, is neither served nor in HARMLESS.
         TypeError, ValueError, NotImplementedError: as attention().
     """
     _refuse_unknown(others)
@@ -136,10 +137,9 @@ def attention_forward_flash(
     position_ids: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, Tensor | None]:
-    """attention_forward for the flash-named alias: packed documents are also told by position_ids.
-
-    As under transformers' own FlashAttention: with no padding and no cu_seq_lens, one row of
-    position_ids [1, S] that does not count up by one throughout is a row of packed documents.
+    """attention_forward for the alias with "flash" in it, which also finds packed documents by
+    position_ids, as transformers' FlashAttention does: without padding and cu_seq_lens, a document
+    of position_ids [1, S] begins wherever they do not count up by one.
     """
     if options.get("cu_seq_lens_q") is None and _may_be_packed(
         attention_mask, position_ids, query, key
@@ -151,7 +151,7 @@ def attention_forward_flash(
 
 
 def _may_be_packed(mask, position_ids, query, key) -> bool:
-    """Is this one whole row of tokens, of which no mask says more than causal and a window?"""
+    """Is this self-attention of one sequence whose mask is at most causal and a window?"""
     return (
         position_ids is not None
         and not torch.compiler.is_compiling()
@@ -194,7 +194,8 @@ def _one_of(s_aux, sinks):
 
 
 def _captured() -> bool:
-    """Does transformers collect attentions? It need not tell the module so: GPT-2's never hear."""
+    """Does transformers collect attention weights now? Some modules get no output_attentions then,
+    as GPT-2's."""
     # Dynamo cannot trace a ContextVar; transformers keeps a plain attribute for it.
     compiling = torch.compiler.is_compiling()
     collected = _active_collector.global_var if compiling else _active_collector.get()
@@ -202,7 +203,7 @@ def _captured() -> bool:
 
 
 def _zero_bias(module) -> bool:
-    """T5's cross-attention makes a bias of zeros: nothing to add, and no gradient to compute."""
+    """Is this T5's cross-attention, whose bias is all zeros and needs no gradient?"""
     return (
         getattr(module, "is_decoder", False)
         and getattr(module, "has_relative_attention_bias", True) is False
@@ -210,17 +211,17 @@ def _zero_bias(module) -> bool:
     )
 
 
-# ---- what the mask says, in attention()'s words --------------------------------------------------
+# ---- from transformers' masks to attention()'s options -------------------------------------------
 
 
 def _window(sliding_window, causal) -> tuple[int | None, int | None]:
-    """attention()'s window. sliding_window counts the row's own key."""
+    """attention()'s window; sliding_window includes the row's own key."""
     reach = None if sliding_window is None else sliding_window - 1
     return (reach, 0 if causal else reach)
 
 
 def _visible(mask, query, key, causal, sliding_window) -> tuple[int, dict]:
-    """(how many keys can be seen, options of attention() over those)."""
+    """(the number of leading keys that any row may see, attention()'s options over those)."""
     q_len, kv_len = query.shape[2], key.shape[2]
     if mask is None:
         seen = {"window": _window(sliding_window, causal)}
@@ -245,12 +246,12 @@ def _visible(mask, query, key, causal, sliding_window) -> tuple[int, dict]:
 
 def _compact(mask, query, key) -> tuple[int, dict]:
     batch, _, q_len, kv_len = mask.shape
-    if mask.hides_nothing:  # BERT with a cache makes it as long as the new rows
+    if mask.hides_nothing:  # with a cache, BERT makes it only as long as the new rows
         return key.shape[2], {"window": (None, None)}
     if (q_len, kv_len) != (query.shape[2], key.shape[2]) or batch not in (1, query.shape[0]):
         raise ValueError(
-            f"attention_mask has shape {list(mask.shape)} and the call {query.shape[0]} rows in "
-            f"the batch, {query.shape[2]} queries and {key.shape[2]} keys; they must be equal"
+            f"attention_mask has shape {list(mask.shape)} and the call batch size "
+            f"{query.shape[0]}, {query.shape[2]} queries and {key.shape[2]} keys; they must match"
         )
     left, right = (None if side < 0 else side for side in (mask.left, mask.right))
     seen = {"window": (left, right)}
@@ -264,7 +265,7 @@ def _compact(mask, query, key) -> tuple[int, dict]:
 
 
 def _padding(mask, query, key, window) -> tuple[int, dict]:
-    """A mask [B, S]. A static cache has more keys than S; those do not exist yet."""
+    """A padding mask [B, S]. A static cache has more than S keys; the others do not exist yet."""
     if mask.shape[0] not in (1, query.shape[0]) or not 1 <= mask.shape[1] <= key.shape[2]:
         raise ValueError(
             f"attention_mask has shape {checks.show(mask)}; accepted is [B, S] = "
@@ -274,7 +275,7 @@ def _padding(mask, query, key, window) -> tuple[int, dict]:
 
 
 def _cut(x, used, name, query, key) -> Tensor:
-    """A mask or bias over the keys used: 4-D, each size 1 or full."""
+    """A mask or bias over the first `used` keys, checked: 4-D, each size 1 or full."""
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if x.dim() != 4 or any(n not in (1, m) for n, m in zip(x.shape, full)):
         raise ValueError(
@@ -285,7 +286,7 @@ def _cut(x, used, name, query, key) -> Tensor:
 
 
 def _one_batch(query, key, value):
-    """Learned queries may come once for a whole batch of keys."""
+    """Expands batch sizes of 1: learned queries may come once for a whole batch of keys."""
     batch = max(query.shape[0], key.shape[0])
     return [
         x.expand(batch, -1, -1, -1) if x.shape[0] == 1 < batch else x for x in (query, key, value)
@@ -304,21 +305,25 @@ def _refuse_with_lengths(lengths, mask, position_bias, wants_weights) -> None:
     padded = mask is not None
     if isinstance(mask, CompactMask):
         padded = mask.keys is not None or mask.given is not None
-    if padded and not torch.compiler.is_compiling():  # traced, transformers always makes one
+    if (
+        padded and not torch.compiler.is_compiling()
+    ):  # under tracing, transformers always makes a mask
         raise ValueError(
             "attention_mask came with cu_seq_lens_q; packed sequences have no padding, and "
-            "cu_seq_lens keep them apart: pass one of the two"
+            "cu_seq_lens separate them: pass one of the two"
         )
     for name, given in (("position_bias", position_bias is not None),
                         ("output_attentions=True", wants_weights)):  # fmt: skip
         if given:
             raise NotImplementedError(
-                f"{name} came with cu_seq_lens_q; packed sequences have none: pad the batch instead"
+                f"{name} came with cu_seq_lens_q, and packed sequences do not support it; pad the "
+                "batch instead"
             )
 
 
 def _packed(query, key, value, cu_q, cu_k, max_q, max_k, options) -> Tensor:
-    """out [B, Sq, Hq, Dv]: the batch, [1, H, T, D] as a rule, is one row of sequences."""
+    """out [B, Sq, Hq, Dv] of packed sequences; the batch size is usually 1, and else its rows are
+    joined into one."""
     batch, _, q_len, _ = query.shape
     rows = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = varlen_attention(*rows, cu_q, cu_k, int(max_q), int(max_k), **options)

@@ -1,9 +1,9 @@
 """Masks for transformers without a tensor of B x S x S. Next hop: interface.py, which reads them.
 
-transformers says what a mask is by a function of (batch, head, row, key) and a padding mask [B, S].
-Where that function is made of known parts (causal, window, packed documents, chunks, blocks that
-see all of themselves), attention() has an option for each part, and no mask need exist. Everything
-else is materialised by transformers.
+transformers defines a mask by a function of (batch, head, row, key) and a padding mask [B, S].
+Where that function combines known functions (causal, window, packed documents, chunks, blocks that
+see all of themselves), attention() has an option for each, and no mask is materialised. Any other
+mask is materialised by transformers.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from transformers.masking_utils import (
 
 from ..masks import chunked
 
-# ---- a mask that is computed only when somebody else reads it ------------------------------------
+# ---- a mask that is materialised only when an operator reads it ----------------------------------
 
 
 class CompactMask(Tensor):
     """A bool mask [B, 1, q_len, kv_len], True = attend, that occupies no memory.
 
-    attention() takes its parts; any operator of torch applied to it (models crop, combine and
-    invert their masks) gets the tensor that it stands for. Arithmetic raises: a model that adds
-    its mask to scores, or lengthens it with zeros, takes it for the float mask that eager has, and
-    a bool one would hide nothing, or the opposite.
+    attention() reads its attributes. torch's operators (models crop, combine and invert masks) run
+    on the dense tensor instead. Arithmetic raises: a model that adds its mask to scores, or pads it
+    with zeros, expects eager's float mask, and a bool mask would hide nothing, or the opposite.
 
     Row i sees keys i + offset - left <= j <= i + offset + right (-1: unbounded) of its own
     document, below offset + q_len, where keys [B, offset + q_len] is True, and within ranges, which
-    are attention()'s key_ranges. A mask that an operator made of another is in `given`, and has no
-    other parts.
+    are attention()'s key_ranges. The result of an operator is dense, in `given`, and the other
+    attributes are then not set.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -51,13 +50,13 @@ class CompactMask(Tensor):
 
     @classmethod
     def of(cls, given: Tensor) -> CompactMask:
-        """A bool mask that is there already, guarded against arithmetic like the others."""
+        """A CompactMask of a bool mask in memory, which raises for arithmetic like the others."""
         return cls(given.shape, -1, -1, 0, None, None, given.device, given)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0].copy()  # gradient checkpointing detaches what it is given
+            return args[0].copy()  # gradient checkpointing detaches its inputs
         kwargs = kwargs or {}
         _refuse_arithmetic(func, args, kwargs)
         args, kwargs = tree_map_only(CompactMask, CompactMask.dense, (args, kwargs))
@@ -74,7 +73,7 @@ class CompactMask(Tensor):
 
     @property
     def plain(self) -> bool:
-        """A square band: no padding, documents or ranges, nothing before the first row."""
+        """Is it a band over as many keys as rows, without padding, documents or ranges?"""
         parts = (self.keys, self.documents, self.given, self.ranges)
         return all(x is None for x in parts) and self.shape[2] == self.shape[3]
 
@@ -90,7 +89,7 @@ class CompactMask(Tensor):
         )  # fmt: skip
 
     def dense(self) -> Tensor:
-        """The tensor that this stands for."""
+        """The bool tensor [B, 1, q_len, kv_len] that this represents."""
         if self.given is not None:
             return self.given
         batch, _, q_len, kv_len = self.shape
@@ -116,19 +115,19 @@ def _named(*names: str) -> frozenset:
 
 _JOINS = _named("cat", "stack", "constant_pad_nd")
 _COMPARES = _named("eq", "ne", "lt", "le", "gt", "ge")
-_CHOOSES = _named(  # a bool operand says which of the other tensors' elements are meant
+_CHOOSES = _named(  # a bool operand selects elements of the other tensors
     "where", "masked_fill", "masked_fill_", "masked_select", "index", "index_put", "index_put_"
 )
-_ARITHMETIC = _named(  # with numbers, with one another, or alone
+_ARITHMETIC = _named(  # with numbers, of two masks, or of one
     "add", "sub", "rsub", "mul", "div", "cumsum", "minimum", "maximum", "clamp"
 )
 
 
 def _refuse_arithmetic(func, args, kwargs) -> None:
-    """Raises for operators that take a mask for one of floats.
+    """Raises for operators that treat the mask as a float mask.
 
-    -inf and 0 written into a bool mask are True and False, the opposite of what they mean in a
-    float one; and of a mask that is not in memory, a write would be lost.
+    -inf and 0 written into a bool mask become True and False, the opposite of their meaning in a
+    float mask. A write into a mask that is not in memory would be lost.
     """
     packet, first = func.overloadpacket, args[0]
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -153,13 +152,13 @@ def _refuse_arithmetic(func, args, kwargs) -> None:
     if wrong:
         raise NotImplementedError(
             f"the model applies {packet} to its attention mask, as if it were the float mask that "
-            "eager attention adds, and fastattn's is bool (True = attend); use "
+            "eager attention adds, but fastattn's is bool (True = attend); use "
             'attn_implementation="eager" for this model'
         )
 
 
 def band(q_len: int, kv_len: int, left: int, right: int, offset: int, device) -> Tensor:
-    """bool [q_len, kv_len]: -left <= key - row - offset <= right, -1 being unbounded."""
+    """bool [q_len, kv_len]: -left <= key - row - offset <= right, where -1 is unbounded."""
     i = torch.arange(q_len, device=device).unsqueeze(1) + offset
     j = torch.arange(kv_len, device=device)
     visible = (j < offset + q_len).expand(q_len, kv_len)
@@ -169,7 +168,7 @@ def band(q_len: int, kv_len: int, left: int, right: int, offset: int, device) ->
 
 
 def same_document(documents: Tensor) -> Tensor:
-    """bool [B, 1, S, S] of document ids [B, S]."""
+    """bool [B, 1, S, S]: whether row and key are in one document; documents are ids [B, S]."""
     return documents[:, None, :, None] == documents[:, None, None, :]
 
 
@@ -177,18 +176,18 @@ def same_document(documents: Tensor) -> Tensor:
 
 
 class Pattern(NamedTuple):
-    """What a mask function says, in attention()'s words."""
+    """What a mask function means, in terms of attention()'s options."""
 
     left: int = -1
     right: int = -1
     documents: Tensor | None = None  # [B, S], non-decreasing
     remapped: bool = False  # rows and keys are positions that restart with each document
-    chunks: tuple[int, Tensor] | None = None  # (size, the position [B] at which they begin)
-    blocks: Tensor | None = None  # ids [B, positions]: rows see all of their block too; < 0 is none
+    chunks: tuple[int, Tensor] | None = None  # (size, the position [B] where chunks begin)
+    blocks: Tensor | None = None  # ids [B, positions]: rows also see all of their block; < 0: none
 
 
 def recognise(function) -> Pattern | None:
-    """The pattern of one of transformers' mask functions, or None for one made of other parts."""
+    """The pattern of one of transformers' mask functions; None if it is not made of known ones."""
     if function is causal_mask_function:
         return Pattern(right=0)
     if function is bidirectional_mask_function:
@@ -220,7 +219,7 @@ def _all_of(variables) -> Pattern | None:
 
 
 def _either(variables) -> Pattern | None:
-    """A causal band, windowed or not, or one's own block (PaliGemma's prefix, Gemma 3's images)."""
+    """A causal band, windowed or not, or the row's own block (PaliGemma prefix, Gemma 3 images)."""
     parts = [recognise(function) for function in variables["mask_functions"]]
     if len(parts) != 2 or None in parts:
         return None
@@ -235,12 +234,12 @@ def _narrower(a: int, b: int) -> int:
 
 
 def _remapped(variables) -> Pattern | None:
-    """Within a document positions count up by one, so their differences are those of rows."""
+    """Positions within a document count up by one, so their differences equal those of rows."""
     inner = recognise(variables["mask_function"])
     return inner and inner._replace(remapped=True)
 
 
-_RULES = {  # by the function of transformers.masking_utils that made it; its variables are given
+_RULES = {  # function of transformers.masking_utils: pattern of what it made, from its variables
     "and_masks": _all_of,
     "or_masks": _either,
     "sliding_window_overlay": lambda x: Pattern(left=x["sliding_window"] - 1),
@@ -254,8 +253,8 @@ _RULES = {  # by the function of transformers.masking_utils that made it; its va
 
 # ---- the mask function registered with transformers ----------------------------------------------
 
-# Types of configurations whose models must get a tensor also where None says it (models.py fills
-# it in). Only tracing asks: what is not traced always gets one.
+# Types of configurations whose models must get a mask even where None would do (models.py fills it
+# in). It is read only under tracing; eager calls always get a mask.
 WANT_EVERY_MASK: set[type] = set()
 
 
@@ -274,16 +273,18 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **others,
 ) -> Tensor | None:
-    """The mask that transformers hands to attention_forward, in the smallest form that says it.
+    """The mask that transformers passes to attention_forward, in the smallest form.
 
     Arguments are transformers' (transformers.masking_utils.sdpa_mask documents them).
 
     Returns:
-        A CompactMask: causal, full, windowed, packed, in chunks or with blocks, with or without
-            padding. Never None, which a module would read by its own is_causal, and not every
-            decoder's is True.
-        A bool [B, 1, q, kv]: anything else, and whatever is traced, where values cannot be read.
-        None: traced only, causal or full by the module's is_causal, nothing padded.
+        A CompactMask for causal, full, windowed, packed, chunked and block masks, with or without
+            padding. Not None, because the module's is_causal would then decide, and some decoders
+            do not set it.
+        A bool mask [B, 1, q, kv] for any other mask, and under tracing, where values cannot be
+            read.
+        None only under tracing, for a causal or full mask that agrees with the module's is_causal,
+            without padding.
     """
     traced = not _readable(attention_mask, q_offset)
     if not use_vmap and not traced:
@@ -307,7 +308,7 @@ def attention_mask(
 
 
 def _readable(*tensors) -> bool:
-    """Is nothing being traced, so that values decide?"""
+    """May values be read, that is, is nothing being traced?"""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -316,19 +317,19 @@ def _readable(*tensors) -> bool:
 
 
 def _compact(pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, device):
-    """A CompactMask, or NotImplemented where none says it."""
+    """A CompactMask, or NotImplemented where none can represent the pattern."""
     if pattern is None or (pattern.remapped and pattern.documents is None):
         return NotImplemented
     left, right, documents, _, chunks, blocks = pattern
     if chunks is not None and (documents is not None or pattern.remapped):
-        return NotImplemented  # chunks of each document's own
+        return NotImplemented  # chunks that restart with each document
     if (documents is not None and q_len != kv_len) or (padding is not None and padding.dim() != 2):
         return NotImplemented
     if blocks is not None and right != 0:
-        return NotImplemented  # blocks alone
+        return NotImplemented  # blocks without a causal band
     full = left < 0 and right < 0 and documents is None and chunks is None
     offset = kv_len - q_len if full else q_offset - kv_offset  # the key on row 0's diagonal
-    used = offset + q_len if right == 0 else kv_len  # no row of a causal mask sees further
+    used = offset + q_len if right == 0 else kv_len  # no row of a causal mask sees a later key
     if (offset < 0 and not full) or used != offset + q_len or used > kv_len:
         return NotImplemented
     ranges = None
@@ -339,14 +340,14 @@ def _compact(pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, device
         ranges = _around_blocks(blocks, left, q_offset, q_len, kv_offset)
         if ranges is None or bool((ranges[1] > used).any()):
             return NotImplemented
-        left = right = -1  # the ranges say it
+        left = right = -1  # the ranges include the band
     if chunks is not None and bool((ranges[0] <= 0).all() & (ranges[1] >= used).all()):
-        ranges = None  # a text of one chunk
+        ranges = None  # everything is in one chunk
     keys = None if padding is None else _visible_keys(padding, kv_len, kv_offset)
     if keys is not None:
         keys = keys[:, :used].contiguous()
         keys = None if bool(keys.all()) else keys
-    left = -1 if left >= used - 1 else left  # wider than the farthest pair
+    left = -1 if left >= used - 1 else left  # as wide as the farthest pair: unbounded
     right = -1 if right >= used - 1 and right > 0 else right
     shape = (batch, 1, q_len, kv_len)
     return CompactMask(
@@ -355,8 +356,8 @@ def _compact(pattern, batch, q_len, kv_len, q_offset, kv_offset, padding, device
 
 
 def _around_blocks(blocks, left, q_offset, q_len, kv_offset) -> tuple[Tensor, Tensor] | None:
-    """key_ranges of a causal band joined with each row's own block, ids [B, positions]; None where
-    some block is in several pieces, between which keys are hidden."""
+    """key_ranges of a causal band and each row's own block, given as ids [B, positions]; None if a
+    block is not contiguous, so that keys between its pieces are hidden."""
     at = torch.arange(blocks.shape[1], device=blocks.device)
     changes = blocks[:, 1:] != blocks[:, :-1]
     starts = torch.nn.functional.pad(changes, (1, 0), value=True)
@@ -373,7 +374,7 @@ def _around_blocks(blocks, left, q_offset, q_len, kv_offset) -> tuple[Tensor, Te
 
 
 def _visible_keys(padding: Tensor, kv_len: int, kv_offset: int) -> Tensor | None:
-    """bool [B, kv_len] of the keys that are there; None if all are."""
+    """bool [B, kv_len]: which keys exist; None if all do."""
     padding = padding[:, kv_offset : kv_offset + kv_len]
     keys = torch.nn.functional.pad(padding.bool(), (0, kv_len - padding.shape[1]))
     return None if bool(keys.all()) else keys

@@ -1,9 +1,9 @@
-"""Which of transformers' model classes fastattn serves: refusal() says why not. Next hop: masks.py.
+"""Which of transformers' model classes fastattn can serve: refusal(). Next hop: masks.py.
 
-transformers takes a registered name from every model, also from one whose attention never asks the
-interface. Such a model would get masks that it cannot read: it adds a bool mask as if it were a
-float one, and sees the future or the padding. So the name is checked where transformers itself
-checks names, before any layer is made, and by what the source of the model's classes does.
+transformers accepts a registered name for every model, even for one whose attention does not go
+through the attention interface. Such a model would misread our masks: it would add a bool mask as
+if it were a float mask, and see the future or the padding. So a model's source is checked, where
+transformers itself checks names, before any layer is made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .masks import WANT_EVERY_MASK
 
 
 def refusal(cls: type[PreTrainedModel]) -> str | None:
-    """Why fastattn cannot serve this class, in one sentence; None: it can."""
+    """Why fastattn cannot serve this class, in one sentence; None if it can."""
     if cls.__module__ not in sys.modules or not cls._can_set_attn_implementation():
         return _sentence(cls, "does not go through transformers' attention interface")
     for part in _parts(cls):
@@ -45,9 +45,9 @@ def _sentence(cls: type, why: str) -> str:
 
 @functools.cache
 def _parts(cls: type) -> tuple[type, ...]:
-    """The modules that the class is made of, itself among them, as far as source names them.
+    """The module classes that the class uses, itself included, as far as its source names them.
 
-    Models of another class that it holds are not followed: they are checked when they are made.
+    PreTrainedModels that it holds are left out; they are checked when they are constructed.
     """
     found, todo = {}, [cls]
     while todo:
@@ -58,7 +58,7 @@ def _parts(cls: type) -> tuple[type, ...]:
         known = vars(sys.modules.get(part.__module__, ModuleType("")))
         named = {x.id for x in ast.walk(_tree(part)) if isinstance(x, ast.Name)}
         values = [known.get(name) for name in sorted(named)]
-        for value in values:  # a table of classes names its values
+        for value in values:  # the values of a dict of classes are used too
             values.extend(value.values() if type(value) is dict else ())
         todo += part.__bases__
         todo += [x for x in values if _is_a_module(x) and x.__module__ == part.__module__]
@@ -80,7 +80,7 @@ def _is_a_library_class(cls: type) -> bool:
 
 @functools.cache
 def _tree(cls: type) -> ast.AST:
-    """The class's syntax tree; one of nothing where there is no source."""
+    """The class's syntax tree; an empty one where there is no source."""
     found = _classes_in(cls.__module__).get(cls.__qualname__)
     return ast.Module([], []) if found is None else found
 
@@ -98,7 +98,7 @@ def _classes_in(module: str) -> dict[str, ast.ClassDef]:
 
 
 def _own_table(part: type) -> str | None:
-    """It looks the implementation's name up in a table of its own, in which ours is not."""
+    """Refuses a class that looks the implementation up in its own table, which lacks our names."""
     known = vars(sys.modules.get(part.__module__, ModuleType("")))
     for x in ast.walk(_tree(part)):
         if (
@@ -116,7 +116,7 @@ def _own_table(part: type) -> str | None:
 
 
 def _own_attention(part: type) -> str | None:
-    """It adds its mask to scores that it computes itself, so the mask must be a float one."""
+    """Refuses a class that adds its mask to scores of its own, which needs a float mask."""
     names = _names(part)
     attends = "softmax" in names and any("value" in name for name in names)  # value_layer, too
     if not attends or {"get_interface", "bool"} & names:
@@ -136,8 +136,8 @@ def _own_attention(part: type) -> str | None:
 
 
 def _changes_mask(part: type) -> str | None:
-    """It lengthens its mask with zeros before it calls the interface: 0 means visible in a float
-    mask, and hidden in a bool one."""
+    """Refuses a class that pads its mask with zeros before it calls the interface: 0 is visible in
+    a float mask and hidden in a bool mask."""
     if "get_interface" not in _names(part):
         return None
     for method, masks in _masks(part):
@@ -152,15 +152,15 @@ def _changes_mask(part: type) -> str | None:
                 and getattr(filled, "value", None) is not False
             ):
                 return (
-                    f"hands over masks that {part.__name__} has lengthened as if they were floats "
-                    "to add"
+                    f"passes masks that {part.__name__} has padded as if they were float masks to "
+                    "add"
                 )
     return None
 
 
 def _reads_mask_as_bool(part: type) -> str | None:
-    """It takes the attention's mask, besides one of padding, for bool: a float mask's 0, which is
-    visible, is False there, and True is visible in ours."""
+    """Refuses a class that casts the 4-D attention mask to bool: a float mask's 0, which is
+    visible, becomes False there, and ours has True for visible."""
     for method, masks in _masks(part):
         four = cast = None
         for x in ast.walk(method):
@@ -169,13 +169,13 @@ def _reads_mask_as_bool(part: type) -> str | None:
             if isinstance(x, ast.Call) and isinstance(x.func, ast.Attribute):
                 cast = cast or (x.func.attr == "bool" and _is_one(x.func.value, masks))
         if four and cast:
-            return f"hands its attention's mask to {part.__name__}, which takes 0 for visible in it"
+            return f"passes its attention mask to {part.__name__}, which reads 0 in it as visible"
     return None
 
 
 def _leaves_selection(part: type) -> str | None:
-    """It puts the keys that it selects for each row into the mask of eager and sdpa alone; every
-    other implementation is handed their indices, which attention() has no option for."""
+    """Refuses a class that puts the keys selected for each row into the mask only for eager and
+    sdpa. It passes their indices to other implementations, and attention() has no such option."""
     if "get_interface" not in _names(part):
         return None
     for x in ast.walk(_tree(part)):
@@ -204,10 +204,10 @@ def _of_rank(x: ast.AST) -> ast.AST | None:
 
 
 def wants_every_mask(cls: type[PreTrainedModel]) -> bool:
-    """Has its author only tried it with explicit masks?
+    """May this class's attention misread a mask of None?
 
-    Where sdpa is declared, a mask of None means what the module's is_causal says, as sdpa reads it.
-    Where it is not, and is_causal is a constructor's argument or not there, None may mean anything.
+    A class that declares support for sdpa reads None by the module's is_causal, as sdpa does. In
+    any other class, where is_causal is a constructor's argument or missing, None may mean anything.
     """
     if cls._supports_sdpa:
         return False
@@ -223,7 +223,7 @@ def wants_every_mask(cls: type[PreTrainedModel]) -> bool:
 
 
 def _masks(part: type):
-    """Each method, with those of its parameters that are masks."""
+    """(method, names of its mask parameters) for each method that has any."""
     for method in getattr(_tree(part), "body", ()):
         if isinstance(method, ast.FunctionDef):
             every = (*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs)
@@ -248,10 +248,10 @@ def _names(part: type) -> frozenset[str]:
 
 
 def check_names(names: frozenset[str]) -> None:
-    """From now on a model that is given one of these names is checked; a second call has no effect.
+    """Makes models that are given one of these names be checked; a second call has no effect.
 
-    transformers asks one of two methods what a name becomes, in every model's __init__ and in
-    set_attn_implementation(); they raise for names of ours that the class cannot serve.
+    transformers resolves a name by one of two methods, in every model's __init__ and in
+    set_attn_implementation(). They are wrapped to raise if the class cannot serve one of our names.
     """
     for method in ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation"):
         theirs = getattr(PreTrainedModel, method)
@@ -266,7 +266,7 @@ def _checked(theirs, names):
             why = refusal(type(self))
             if why is not None:
                 raise NotImplementedError(why)
-            for inner in self.modules():  # those inside often share the configuration
+            for inner in self.modules():  # inner models often share the configuration
                 if isinstance(inner, PreTrainedModel) and wants_every_mask(type(inner)):
                     WANT_EVERY_MASK.add(type(inner.config))
         return theirs(self, implementation, *arguments, **options)

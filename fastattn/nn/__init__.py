@@ -1,7 +1,7 @@
-"""Modules: drop-ins for torch.nn's attention classes, and blocks for new models.
+"""Modules: drop-in replacements for torch.nn's six attention classes, and blocks for new models.
 
-Drop-ins for torch's six: multihead.py, transformer.py. Blocks: attention.py, kv_cache.py, norm.py,
-rotary.py, gated.py, positional.py, block.py, loss.py. sharded.py: tensor parallelism.
+Replacements: multihead.py, transformer.py. Blocks: attention.py, kv_cache.py, norm.py, rotary.py,
+gated.py, positional.py, block.py, loss.py. Tensor parallelism: sharded.py.
 """
 
 from .. import habits

@@ -1,5 +1,5 @@
-"""Attention: projections around fastattn.attention, with everything that modern models put there.
-Next hop: attention.py, or cache.KVCache when decoding.
+"""Attention: projections around fastattn.attention, with the options of modern models.
+Next hop: ../functional.py, or kv_cache.KVCache when decoding.
 """
 
 from __future__ import annotations
@@ -24,27 +24,33 @@ class Attention(nn.Module):
     Args:
         dim: size of the last dimension of input and output.
         heads: query heads.
-        kv_heads: heads of keys and values; heads is a multiple. None: as many (1 is MQA).
-        head_dim: None: dim // heads, which must then have no rest.
-        context_dim: makes this cross-attention: keys and values come from a context of that size.
+        kv_heads: heads of keys and values, of which heads must be a multiple (GQA; 1 is MQA). None:
+            heads.
+        head_dim: channels of each head. None: dim / heads, of which dim must then be a multiple.
+        context_dim: makes this cross-attention: keys and values are projected from a context whose
+            last dimension is context_dim.
         causal: row i sees keys up to its own position. Self-attention only.
         window: (left, right) as fastattn.attention takes it. Self-attention only.
         dropout: probability that an attention weight is dropped in training, default 0.
         head_origin: (first, total) where this process has heads first, first + 1, ... of total
-            (tensor parallelism), so that dropout drops what one process would; an attribute too,
-            for whoever shards the projections of a built module. None: all heads are here.
+            (tensor parallelism), so that dropout drops what a single process would. It is also an
+            attribute, to be set when the projections of a built module are sharded. None: this
+            process has all heads.
         bias: whether q_proj, k_proj and v_proj have biases, default False.
         out_bias: whether o_proj has one; None: as bias.
         rotary: a RotaryEmbedding (it may be shared), or True for RotaryEmbedding(head_dim).
             Self-attention only.
         qk_norm: RMSNorm(head_dim) of queries and keys, before rotary (Qwen3's order).
-        sinks: a learned logit for each head in the softmax's denominator (gpt-oss), 0 at first.
+        sinks: a learned logit for each head in the softmax's denominator (gpt-oss), initially 0.
         softcap: caps scores, s -> softcap * tanh(s / softcap); 0 is off.
         scale: multiplies q.k; None: 1 / sqrt(head_dim).
         eps: of the norms of qk_norm, default 1e-6.
+
+    Raises:
+        ValueError or TypeError: an argument, which is named, is not accepted.
     """
 
-    attend = staticmethod(attention)  # an instance may have another, with the same arguments
+    attend = staticmethod(attention)  # an instance may replace it by one with the same arguments
 
     def __init__(
         self,
@@ -73,10 +79,11 @@ class Attention(nn.Module):
         positive("dim", dim), positive("heads", heads)
         kv_heads = heads if kv_heads is None else positive("kv_heads", kv_heads)
         if heads % kv_heads:
-            raise ValueError(f"heads is {heads} and kv_heads {kv_heads}; heads must be a multiple")
+            raise ValueError(f"heads is {heads} and kv_heads {kv_heads}; heads must be a multiple "
+                             "of kv_heads")  # fmt: skip
         if head_dim is None and dim % heads:
-            raise ValueError(f"dim is {dim} and heads {heads}; dim must be a multiple, or head_dim "
-                             "be given")  # fmt: skip
+            raise ValueError(f"dim is {dim} and heads {heads}; dim must be a multiple of heads, or "
+                             "head_dim must be given")  # fmt: skip
         head_dim = dim // heads if head_dim is None else positive("head_dim", head_dim)
         if context_dim is not None:
             positive("context_dim", context_dim)
@@ -87,7 +94,7 @@ class Attention(nn.Module):
         if rotary is True:
             rotary = RotaryEmbedding(head_dim)
         if rotary and rotary.dim > head_dim:
-            raise ValueError(f"rotary turns {rotary.dim} channels and head_dim is {head_dim}; "
+            raise ValueError(f"rotary rotates {rotary.dim} channels and head_dim is {head_dim}; "
                              "accepted are at most that many")  # fmt: skip
         checks.spec_of(head_dim, scale, causal, window, "start", softcap, dropout)
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
@@ -110,7 +117,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(heads, **place)) if sinks else None
 
     def reset_parameters(self) -> None:
-        """Projections as torch.nn.Linear does it, norms 1, sinks 0."""
+        """Projections as torch.nn.Linear initialises them, norms 1, sinks 0."""
         for child in self.children():
             if hasattr(child, "reset_parameters"):
                 child.reset_parameters()
@@ -133,31 +140,34 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x's shape out.
+        """Attention of the rows of x to x or, in cross-attention, to context.
 
         Args:
             x: [B, S, dim]; packed, with cu_seqlens: [T, dim].
             context: [B, Sk, context_dim] (packed: [Tk, context_dim]), for cross-attention only.
-                May be None where the cache holds it already.
-            mask: bool, True = attend: [B, Sk] says which keys there are (padding); or four
-                dimensions that broadcast to [B, heads, S, Sk].
+                May be None once the cache holds its keys and values.
+            mask: bool, True = attend: [B, Sk] says which keys exist (padding), or four dimensions
+                that broadcast to [B, heads, S, Sk].
             bias: float, broadcastable to [B, heads, S, Sk], added to the scores; differentiable.
             kv_lens: integers [B]: keys at or past kv_lens[b] do not exist (padding on the right).
-                Cheaper than a mask. With a cache: how many of x's rows entry b really has.
+                Cheaper than a mask. With a cache: how many of x's rows batch entry b has.
             document_ids: [S] or [B, S], non-decreasing: tokens see their own document only.
             cu_seqlens: int32 [N + 1]: x is N sequences one after the other, without padding.
             max_seqlen: at least the longest of them; None: read from cu_seqlens.
             context_cu_seqlens, context_max_seqlen: the context's; None: x's.
             positions: integers [S] or [B, S], for rotary only. None: 0, 1, ..., or from the
-                cache's lengths on. Packed sequences and documents need none: only differences of
-                positions count, and within each they are the same.
-            cache: for decoding, without gradients. Self-attention must be causal: x's keys are
-                appended and all are attended to; mask is then [B, n] over the n first slots, or
-                broadcasts to [B, heads, S, max_len]. Cross-attention fills an empty cache from
-                context, and afterwards attends to what it holds and looks at context no more.
+                cache's lengths on. Packed sequences and documents need none, because rotary
+                attention depends only on differences of positions within a sequence.
+            cache: for decoding, without gradients. Self-attention must be causal: x's keys and
+                values are appended, and x attends to all that the cache holds; mask is then [B, n]
+                over the first n slots, or broadcasts to [B, heads, S, max_len]. Cross-attention
+                fills an empty cache from context, and later calls ignore context.
 
         Returns:
             [B, S, dim], or packed [T, dim].
+
+        Raises:
+            ValueError or TypeError: an argument, which is named, is not accepted.
         """
         last_size("x", x, self.dim)
         self._check(x, context, cu_seqlens, document_ids, positions, cache)
@@ -207,8 +217,9 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
         kind: type[KVCache] = KVCache,
     ) -> KVCache:
-        """An empty cache for this layer, on the device and in the dtype of its weights; of the
-        heads that are here, where the weights are sharded."""
+        """An empty KVCache for this layer of `batch` sequences of at most max_len keys, by default
+        on the device and in the dtype of its weights. Where the weights are sharded it has this
+        process's heads."""
         weight = self.k_proj.weight
         place = {"device": device or weight.device, "dtype": dtype or weight.dtype}
         here = sharded.is_sharded(weight) or self.head_origin is not None
@@ -220,24 +231,25 @@ class Attention(nn.Module):
         if y.shape[-1] % self.head_dim:
             raise ValueError(
                 f"{name} gives {y.shape[-1]} channels and head_dim is {self.head_dim}: a process "
-                f"has whole heads only; accepted is a number of processes that divides kv_heads = "
+                f"must have whole heads; accepted is a number of processes that divides kv_heads = "
                 f"{self.kv_heads}"
             )
         return y.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
 
     def _keys(self, source, q_heads, mesh):
-        """k and v of as many heads as q's need."""
+        """k and v, checked to have the key-value heads of q's q_heads heads."""
         k, v = self._heads("k_proj", source), self._heads("v_proj", source)
         if k.shape[-3] * self.heads != q_heads * self.kv_heads:
             raise ValueError(
                 f"q_proj gives {q_heads} of {self.heads} heads and k_proj {k.shape[-3]} of "
-                f"{self.kv_heads}; accepted is as large a part of both, so that each process has "
-                "the keys of its own heads"
+                f"{self.kv_heads}; accepted is the same fraction of both, so that each process "
+                "has the keys of its own heads"
             )
         return self._normed(self.k_norm, k, mesh), v
 
     def _normed(self, norm, x, mesh):
-        """norm(x); with a mesh, whose processes have other heads each, so that all learn alike."""
+        """norm(x). With a mesh, whose processes have different heads, the gradients of norm's
+        parameters are summed over the processes, so that their copies stay equal."""
         if norm is None:
             return x
         if mesh is None:
@@ -246,18 +258,18 @@ class Attention(nn.Module):
         return y.to_local() if sharded.is_sharded(y) else y
 
     def _check_part(self, heads, options):
-        """The mesh whose processes have `heads` of all heads each, or None where it is unknown;
-        options' sinks become theirs."""
+        """The mesh whose processes have `heads` heads each, or None where it is unknown. Sets sinks
+        and head_origin in options to those of this process."""
         if self.head_origin is None and options["dropout_p"]:
             raise ValueError(
                 f"q_proj gives {heads} of {self.heads} heads and dropout is {self.dropout}: "
                 "where the projections are sharded, head_origin = (first, total) says which heads "
-                "are here, so that each process drops weights of its own"
+                "are here, so that no two processes drop the same attention weights"
             )
         mesh = sharded.mesh_of(self.q_proj)
         if mesh is not None and self.sinks is not None:
             options["sinks"] = sharded.own_part(self.sinks, mesh)
-        if mesh is not None and self.head_origin is None:  # masks and biases may have every head
+        if mesh is not None and self.head_origin is None:  # masks and biases may have all heads
             options["head_origin"] = (mesh.get_local_rank() * heads, self.heads)
         return mesh
 
@@ -273,12 +285,12 @@ class Attention(nn.Module):
             if kv_lens is None:
                 return cache.attend(q, k, v, **options)
             cache.reserve(k.shape[1])
-            cache.check(q, cache_lens=kv_lens, **options)  # before the other call writes
-            cache.attend(q[:, :, :0], k, v, new_lens=kv_lens)  # those past kv_lens drop out
+            cache.check(q, cache_lens=kv_lens, **options)  # before the next call writes
+            cache.attend(q[:, :, :0], k, v, new_lens=kv_lens)  # keys past kv_lens are forgotten
         return cache.attend(q, **options)
 
     def _key_mask(self, mask, x, cache):
-        """[B, n], with a cache made as long as that is."""
+        """The mask [B, n]; with a cache it is padded to [B, max_len]."""
         if cache is None:
             return mask
         missing = cache.max_len - mask.shape[1]
@@ -305,23 +317,22 @@ class Attention(nn.Module):
         elif cross and cache is None:
             raise ValueError("context is None; cross-attention needs it, or a cache that holds it")
         if positions is not None and self.rotary is None:
-            raise ValueError("positions came to an Attention without rotary, which has no use for "
+            raise ValueError("positions came to an Attention without rotary; only rotary uses "
                              "them")  # fmt: skip
         if cu_seqlens is not None and document_ids is not None:
-            raise ValueError(
-                "document_ids came with cu_seqlens, which keep documents apart already"
-            )
+            raise ValueError("document_ids came with cu_seqlens, which separate documents already")
         if cache is None:
             return
         for name, given in (("cu_seqlens", cu_seqlens), ("document_ids", document_ids)):
             if given is not None:
-                raise ValueError(f"{name} came with a cache; a cache's entry is one document")
+                raise ValueError(f"{name} came with a cache, whose batch entries are one document "
+                                 "each; accepted is None")  # fmt: skip
         if not cross and not self.causal:
             raise ValueError("a cache came to self-attention with causal=False; accepted is "
                              "causal self-attention, or cross-attention")  # fmt: skip
         if cache.batch != x.shape[0]:
-            raise ValueError(f"the cache has {cache.batch} entries and x {x.shape[0]}; they must "
-                             "be equal")  # fmt: skip
+            raise ValueError(f"the cache has batch size {cache.batch} and x {x.shape[0]}; they "
+                             "must be equal")  # fmt: skip
 
     def _check_packing(self, cu_seqlens, others):
         for name in (name for name, x in others.items() if x is not None):
@@ -341,7 +352,7 @@ class Attention(nn.Module):
 
 
 def _longest(cu_seqlens: Tensor, given: int | None) -> int:
-    """The longest sequence's length; a wait for the device where it is not given."""
+    """The length of the longest sequence; reading it synchronizes where it is not given."""
     if given is not None:
         return given
     lens = checks.tensor("cu_seqlens", cu_seqlens).diff()

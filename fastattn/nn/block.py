@@ -33,20 +33,23 @@ FEED_FORWARDS = {
 class TransformerBlock(nn.Module):
     """x += attn(attn_norm(x)); x += cross(cross_norm(x), context); x += mlp(mlp_norm(x)).
 
-    The middle line is there with context_dim. Each addition is fused with the norm that follows it.
+    The middle step exists with context_dim. Each addition is fused with the norm that follows it.
 
     Args:
         dim, heads, kv_heads, head_dim, causal, window, rotary, qk_norm, sinks, softcap: those of
             Attention.
-        context_dim: adds cross-attention to a context of that size.
-        hidden: the feed-forward block's; None: its own default.
+        context_dim: adds cross-attention to a context whose last dimension is context_dim.
+        hidden: width of the feed-forward block; None: that block's default.
         mlp: "swiglu" (default), "geglu", "geglu_tanh", or a plain MLP's activation: "gelu",
             "gelu_tanh", "relu", "relu2", "silu".
         norm: "rms" (default) or "layer".
         eps: of the norms; None: RMSNorm's 1e-6 or LayerNorm's 1e-5.
         bias: of every projection, default False.
-        dropout: of what each of the sublayers adds, in training.
-        attention_dropout: of the attention weights; None: as dropout.
+        dropout: probability in [0, 1) of dropping an element of a sublayer's output, in training.
+        attention_dropout: that of dropping an attention weight; None: the same as dropout.
+
+    Raises:
+        ValueError or TypeError: an argument, which is named, is not accepted.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class TransformerBlock(nn.Module):
         self.mlp = feed_forward(dim, hidden, bias=bias, **place)
 
     def reset_parameters(self) -> None:
-        """Each part as it does it."""
+        """Initialises each submodule by its own reset_parameters()."""
         for child in self.children():
             child.reset_parameters()
 
@@ -116,14 +119,14 @@ class TransformerBlock(nn.Module):
         cache: KVCache | None = None,
         context_cache: KVCache | None = None,
     ) -> Tensor:
-        """x's shape out.
+        """One block of the residual stream: [B, S, dim] -> [B, S, dim].
 
         Args:
-            x: [B, S, dim], or packed [T, dim] with cu_seqlens.
+            x: [B, S, dim], or packed [T, dim] with cu_seqlens; the result has its shape.
             context, context_mask, context_lens, context_cu_seqlens, context_max_seqlen,
                 context_cache: the cross-attention's context, mask, kv_lens, cu_seqlens, max_seqlen
                 and cache.
-            the rest: the self-attention's, see Attention.
+            The other arguments are the self-attention's; see Attention.forward.
         """
         if self.cross is None:
             given = {"context": context, "context_mask": context_mask, "context_lens": context_lens,
@@ -149,13 +152,13 @@ class TransformerBlock(nn.Module):
         return _add(self.mlp_norm, self.mlp(normed), x, p)
 
     def make_cache(self, batch: int, max_len: int, **place) -> KVCache:
-        """An empty cache of the self-attention; Attention.make_cache's arguments."""
+        """An empty cache for the self-attention, from the arguments of Attention.make_cache."""
         return self.attn.make_cache(batch, max_len, **place)
 
 
 def _join(norm: nn.Module, added: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """(norm(y), y) of y = x + dropout(added): one pass where the norm is ours and nothing is
-    attached to it. Hooks, a plan's among them, and other norms see one tensor and give one."""
+    """(norm(y), y) of y = x + dropout(added): in one pass where the norm is fastattn.nn's without
+    hooks. Hooks (of tensor-parallel plans too) and other norms take one tensor and return one."""
     if type(norm) in NORMS.values() and plain(norm, type(norm)):
         return norm(added, x, p)
     x = _add(norm, added, x, p)
@@ -163,7 +166,8 @@ def _join(norm: nn.Module, added: Tensor, x: Tensor, p: float) -> tuple[Tensor, 
 
 
 def _add(norm: nn.Module, added: Tensor, x: Tensor, p: float) -> Tensor:
-    """x + dropout(added). A plan that shards the norm's weight cuts the sequence into parts."""
+    """x + dropout(added). Where sequence parallelism shards the norm, each process has other rows
+    and needs its own dropout key."""
     added = sharded.alike(added, x)
     if p:
         mesh = None if sharded.is_sharded(added) else sharded.mesh_of(norm)

@@ -1,9 +1,9 @@
 """The steps of torch's layers, x + dropout(block(x)) and its norm, in few passes over memory.
-Next hops: ../fused.py (dropout, addition and norm), ../fused_activate.py (bias, activation,
-dropout).
+Next hops: ../fused/norm.py (dropout, addition and norm), ../fused/activation.py (bias, activation
+and dropout).
 
-In eager mode on the CPU a module whose class is exactly torch's, with nothing attached, is computed
-as part of a fused operator; any other is called. So hooks run and replacements take effect.
+Where kernels run, a submodule of exactly torch's class without hooks is computed as part of a fused
+operator. Any other submodule is called, so that hooks run and replacements take effect.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from .linear import call_linear, linear, plain
 
 
 class Steps:
-    """forward's parts of TransformerEncoderLayer and TransformerDecoderLayer."""
+    """The steps that the forwards of the encoder layer and the decoder layer have in common."""
 
     def _step(self, name: str, dropout: nn.Module, norm: nn.Module, *args, **kwargs):
-        """(block, dropout, norm) of torch's method `name`, whose dropout is then not the block's.
-        A subclass's own method does its own dropout, as torch's forward expects."""
+        """(block, dropout, norm) for torch's method `name`. The block leaves its dropout to the
+        caller, which fuses it. A method that a subclass overrides drops out by itself, as torch's
+        forward expects, and dropout is then None."""
         method = getattr(self, name)
         own = all(getattr(method, "__func__", None) is not theirs for theirs in _TORCHS[name])
         block = method if own else partial(_BLOCKS[name], self)
@@ -44,7 +45,7 @@ class Steps:
 
 
 def join(x: Tensor, branch: Tensor, dropout: nn.Module | None, norm: nn.Module | None):
-    """(norm(summed), summed) of summed = x + dropout(branch); None does nothing."""
+    """(norm(summed), summed) of summed = x + dropout(branch); a None leaves out its step."""
     eager = _fusable(x, branch)
     p = _probability(dropout) if eager else None
     if p is None:
@@ -94,7 +95,7 @@ def _fusable(*tensors: Tensor | None) -> bool:
 
 
 def _probability(dropout: nn.Module | None) -> float | None:
-    """The p of a plain nn.Dropout that a kernel can do, now; None: call the module."""
+    """The present p of a plain nn.Dropout, if kernels accept it; None: call the module."""
     if not plain(dropout, nn.Dropout):
         return None
     p = dropout.p if dropout.training else 0.0
@@ -105,7 +106,7 @@ _FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu,
 
 
 def _name_of(activation) -> str | None:
-    """activate()'s name for a layer's activation."""
+    """activate()'s name for a layer's activation, or None if it has none."""
     if plain(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     for cls, name in ((nn.ReLU, "relu"), (nn.SiLU, "silu")):

@@ -1,4 +1,4 @@
-"""Feed-forward blocks: SwiGLU, GeGLU and the plain MLP. Next hop: fused.gate."""
+"""Feed-forward blocks: SwiGLU, GeGLU and the plain MLP. Next hop: ../fused/gate.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACTIVATIONS = {**gate.GATES, "relu": F.relu, "relu2": lambda x: F.relu(x).square
 
 class _FeedForward(nn.Module):
     def reset_parameters(self) -> None:
-        """Each projection as torch.nn.Linear does it."""
+        """Initialises each projection as torch.nn.Linear does."""
         for child in self.children():
             child.reset_parameters()
 
@@ -27,12 +27,12 @@ class _FeedForward(nn.Module):
 class _Gated(_FeedForward):
     """down_proj(activation(gate_proj(x)) * up_proj(x))."""
 
-    activation: str  # one of fused.GATES
+    activation: str  # a key of fused.gate.GATES
 
     def __init__(self, dim, hidden, bias, device, dtype) -> None:
         super().__init__()
         positive("dim", dim)
-        if hidden is None:  # two thirds of 4 * dim, for as many weights as a plain MLP's
+        if hidden is None:  # 2/3 of 4 * dim: as many parameters as a plain MLP
             hidden = 64 * math.ceil(dim * 8 / 3 / 64)
         positive("hidden", hidden)
         place = {"bias": bias, "device": device, "dtype": dtype}
@@ -47,11 +47,11 @@ class _Gated(_FeedForward):
 
 
 class SwiGLU(_Gated):
-    """down_proj(silu(gate_proj(x)) * up_proj(x)); the names are Llama's.
+    """down_proj(silu(gate_proj(x)) * up_proj(x)); parameter names are Llama's.
 
     Args:
         dim: size of the last dimension of input and output.
-        hidden: size between; None: 8/3 * dim rounded up to a multiple of 64.
+        hidden: hidden size; None: 8/3 * dim rounded up to a multiple of 64.
         bias: whether the three projections have biases, default False.
 
     Source: Shazeer, arXiv:2002.05202.
@@ -76,9 +76,9 @@ class GeGLU(_Gated):
 
     Args:
         dim: size of the last dimension of input and output.
-        hidden: size between; None: 8/3 * dim rounded up to a multiple of 64.
+        hidden: hidden size; None: 8/3 * dim rounded up to a multiple of 64.
         bias: whether the three projections have biases, default False.
-        approximate: "none" (erf, torch's default) or "tanh" (Gemma's and T5's).
+        approximate: "none" (erf, the default as in torch) or "tanh" (as in Gemma and T5).
 
     Source: Shazeer, arXiv:2002.05202.
     """
@@ -103,7 +103,7 @@ class MLP(_FeedForward):
 
     Args:
         dim: size of the last dimension of input and output.
-        hidden: size between, default 4 * dim.
+        hidden: hidden size; None: 4 * dim.
         activation: "gelu" (erf), "gelu_tanh", "relu", "relu2" (squared) or "silu".
         bias: whether the two projections have biases, default True.
     """

@@ -1,5 +1,5 @@
-"""KVCache: the keys and values of one attention layer while it decodes.
-Next hop: cache.decode_attention.
+"""KVCache: the keys and values of one attention layer during decoding.
+Next hop: ../decoding.py.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from ._arguments import positive
 
 
 class KVCache:
-    """Preallocated keys and values of one layer, and how many of them each batch entry has.
+    """Preallocated keys and values of one layer, and the number that each sequence has.
 
     Args:
-        batch: B, entries.
-        kv_heads: Hkv. None: as many as the first keys have, whose call takes the memory (a sharded
-            model's processes have some heads each).
-        max_len: slots of each entry; a call that would overrun them raises and writes nothing.
-        head_dim: D of the keys, and of the values unless v_dim says otherwise.
+        batch: B, sequences in the batch.
+        kv_heads: Hkv. None: as many as the keys of the first call have, which then allocates the
+            memory (with tensor parallelism a process has some of the heads).
+        max_len: slots of each sequence; a call that would overrun them raises and writes nothing.
+        head_dim: D, channels of the keys.
+        v_dim: Dv, channels of the values; None: head_dim.
+        device, dtype: of k and v; None: torch's defaults.
 
     Attributes:
         k, v: [B, Hkv, max_len, D] and [B, Hkv, max_len, Dv].
-        lens: int32 [B]: entry b's keys are in slots 0 to lens[b] - 1. Slots past them hold anything
-            and are never read.
+        lens: int32 [B]: the keys of sequence b are in slots 0 to lens[b] - 1. Slots past them may
+            hold anything and are never read.
+        filled: whether anything was appended since construction or reset().
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class KVCache:
         self.k = torch.zeros(batch, kv_heads, max_len, head_dim, **place)
         self.v = torch.zeros(batch, kv_heads, max_len, v_dim, **place)
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.filled = False  # has anything been written since it was made or reset?
+        self.filled = False
 
     @property
     def batch(self) -> int:
@@ -70,18 +73,23 @@ class KVCache:
         new_lens: Tensor | None = None,
         **options,
     ) -> Tensor:
-        """Appends k and v, then attends to all that is held; no gradient.
+        """Appends k and v, then attends to all keys in the cache; without gradients.
 
         Args:
-            q: [B, Hq, Sq, D]; k: [B, Hkv, Snew, D]; v: [B, Hkv, Snew, Dv]. k and v None: nothing is
+            q: [B, Hq, Sq, D].
+            k, v: [B, Hkv, Snew, D] and [B, Hkv, Snew, Dv], in the cache's dtype; None: nothing is
                 appended.
-            new_lens: integers [B] in [0, Snew]: how many of the new keys entry b has (its prompt is
-                padded on the right); None: Snew. Keys past them are forgotten by the next call; in
-                this one only causal=True keeps the rows before them from seeing them.
-            options: decode_attention's: causal, window, mask, bias, softcap, sinks, scale, ...
+            new_lens: integers [B] in [0, Snew]: how many of the new keys sequence b has (prompts
+                padded on the right); None: Snew. Later calls never read the keys past them; in
+                this call only causal=True hides them from earlier rows.
+            options: those of decode_attention: causal, window, mask, bias, softcap, sinks, scale...
 
         Returns:
-            [B, Hq, Sq, Dv].
+            [B, Hq, Sq, Dv] in q's dtype.
+
+        Raises:
+            ValueError or TypeError: an argument is not accepted, or the new keys do not fit; then
+            nothing is written.
         """
         added = 0 if k is None else _new_keys(k)
         if added:
@@ -95,33 +103,34 @@ class KVCache:
         return out
 
     def reserve(self, kv_heads: int) -> None:
-        """Takes the memory for so many heads, where their number was not known yet."""
+        """Allocates the memory for kv_heads heads, if the cache was made with kv_heads=None."""
         if self.k.shape[1] == 0:
             shapes = ((self.batch, kv_heads, self.max_len, x.shape[3]) for x in (self.k, self.v))
             self.k, self.v = (self.k.new_zeros(shape) for shape in shapes)
 
     def check(self, q: Tensor, **options) -> None:
-        """Raises what attend(q, **options) would, and does nothing else; cache_lens= stands in for
-        the lengths held."""
+        """Raises what attend(q, **options) would raise, and does nothing else. cache_lens= replaces
+        the present lengths."""
         check_decode(q, self.k, self.v, **{"cache_lens": self.lens} | options)
 
     def positions(self, rows: int) -> Tensor:
-        """[B, rows] int64: the positions that the next `rows` keys of each entry will have."""
+        """[B, rows] int64: the positions of the next `rows` keys of each sequence."""
         return self.lens.long().unsqueeze(1) + torch.arange(rows, device=self.lens.device)
 
     def reorder(self, index: Tensor) -> None:
-        """Entry b becomes what entry index[b] was: int [B'], in [0, B). For beam search; B' may
-        differ from B, so that index = arange(B).repeat_interleave(beams) makes room for beams."""
+        """Makes sequence b a copy of what sequence index[b] was, for beam search. index is int32 or
+        int64 [B'] with values in [0, B). B' may differ from B: arange(B).repeat_interleave(beams)
+        makes `beams` copies of each sequence."""
         if checks.on_device("index", index, self.k.device).dtype not in (torch.int32, torch.int64):
             raise TypeError(f"index is {index.dtype}; accepted are int32 and int64")
         if index.dim() != 1:
             raise ValueError(f"index has shape {checks.show(index)}; accepted is [B']")
-        checks.lengths("index", index, 0, self.batch - 1, "an entry in")
+        checks.lengths("index", index, 0, self.batch - 1, "the index of a batch entry in")
         self.k, self.v, self.lens = (x.index_select(0, index) for x in (self.k, self.v, self.lens))
 
     def truncate(self, lens: Tensor | int) -> None:
-        """Forgets keys past lens, an int or integers [B] (rejected drafts of speculative
-        decoding). An entry that has fewer keys keeps those."""
+        """Removes the keys past the first `lens`, an int or integers [B] (the rejected drafts of
+        speculative decoding). A sequence with fewer keys keeps them all."""
         if isinstance(lens, Integral) and not isinstance(lens, bool):
             self.lens = self.lens.clamp(max=checks.length("lens", lens))
             return
@@ -130,7 +139,7 @@ class KVCache:
         self.lens = self.lens.minimum(lens)
 
     def reset(self) -> None:
-        """Empties every entry; the memory is kept."""
+        """Empties every sequence; the memory is kept."""
         self.lens, self.filled = torch.zeros_like(self.lens), False
 
     def __repr__(self) -> str:
@@ -139,7 +148,7 @@ class KVCache:
 
 
 def _new_keys(k) -> int:
-    """How many keys come; what else k must be decode_attention says."""
+    """The number of new keys; decode_attention checks the rest."""
     if checks.tensor("k", k).dim() != 4:
         raise ValueError(f"k has shape {checks.show(k)}; accepted is [B, kv_heads, Snew, head_dim]")
     return k.shape[2]

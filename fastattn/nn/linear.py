@@ -1,9 +1,10 @@
-"""F.linear in float32 past MKL, on AMD's CPUs, where MKL leaves speed behind: the product and the
-input's gradient by oneDNN, which torch has too, the others by csrc/cpu/ops_linear.cpp.
+"""F.linear in float32 without MKL on AMD CPUs, where MKL is slower: oneDNN, which torch includes,
+computes the product and the input's gradient, and csrc/cpu/ops_linear.cpp the gradients of weight
+and bias.
 
-A training step of two encoder layers of 768 channels and 8 heads, 1024 rows, on two Zen 4 cores
-takes 419 ms with MKL's products, 402 with oneDNN's and MKL's gradients of weights, 392 like this.
-oneDNN's gradients of weights lost to MKL's. On Intel's CPUs nothing was measured, and MKL stays.
+A training step of two encoder layers (768 channels, 8 heads, 1024 rows) on two Zen 4 cores takes
+419 ms with MKL, 402 ms with oneDNN and MKL's weight gradients, and 392 ms like this. oneDNN's
+weight gradients were slower than MKL's. Intel CPUs were not measured and keep MKL.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def _on_amd() -> bool:
 
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _on_amd() else None
-SMALL_PRODUCT = 1 << 26  # multiplications: below, the difference is less than a call's own cost
+SMALL_PRODUCT = 1 << 26  # multiply-adds; below this a call's overhead exceeds the difference
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] weight [out, in]' + bias [out], with all derivatives: F.linear. A bias of another
-    dtype than weight is added to the product, as torch does it in nn.MultiheadAttention."""
+    """F.linear: x [..., in] @ weight [out, in]^T + bias [out], with all derivatives. A bias of a
+    dtype other than weight's is added to the product, as nn.MultiheadAttention does it."""
     if bias is not None and bias.dtype != weight.dtype:
         out = linear(x, weight, None)
         return (out + bias).to(out.dtype)
@@ -44,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias))
         or torch.is_autocast_enabled("cpu")
         or not torch._C._get_mkldnn_enabled()
-        or x.shape[-1] != weight.shape[-1]  # torch's own says so
+        or x.shape[-1] != weight.shape[-1]  # F.linear raises the error
     ):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
@@ -87,7 +88,7 @@ def _weight_fake(dout, x, need_dbias):
 
 
 def _weight_reference(dout, x, need_dbias):
-    """(dweight [out, in], dbias [out], or [0] if not needed) of dout [rows, out], x [rows, in]."""
+    """(dweight [out, in], dbias [out] or [0] if not needed) from dout [rows, out], x [rows, in]."""
     return dout.t() @ x, dout.sum(0) if need_dbias else dout.new_empty(0)
 
 
@@ -99,14 +100,14 @@ _weight_gradients = operator.differentiable(
 
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x): torch's Linear, if there is nothing attached, by linear()."""
+    """module(x), by linear() where module is torch's Linear without hooks."""
     if any(plain(module, cls) for cls in (nn.Linear, NonDynamicallyQuantizableLinear)):
         return linear(x, module.weight, module.bias)
     return module(x)
 
 
 def plain(module, cls: type) -> bool:
-    """Is it exactly a cls, and would calling it run nothing but its forward?"""
+    """Is the module exactly of class cls, and does calling it run only the forward of cls?"""
     return (
         type(module) is cls
         and "forward" not in vars(module)

@@ -1,5 +1,5 @@
-"""LinearCrossEntropy: the loss of a language model's head without its logits.
-Next hop: fused_loss.linear_cross_entropy.
+"""LinearCrossEntropy: the loss of a language model's head without all its logits in memory.
+Next hop: ../fused/linear_cross_entropy.py.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ REDUCTIONS = ("mean", "sum", "none")
 class LinearCrossEntropy(nn.Module):
     """F.cross_entropy(hidden @ weight.T + bias, labels) without the logits [N, V] in memory.
 
-    Rows are taken a chunk at a time, at most a quarter of them; a chunk's logits become its
-    gradients in place, in the forward pass (in the backward pass for reduction="none").
+    Rows (tokens) are processed in chunks of at most a quarter of them. A chunk's logits are
+    overwritten by their gradients, in the forward pass (for reduction="none", in the backward).
 
     Args:
-        ignore_index: rows with this label count for nothing, default -100.
+        ignore_index: rows with this label have no loss and no gradient, default -100.
         label_smoothing: in [0, 1]: the target is (1 - label_smoothing) one-hot plus
             label_smoothing / V everywhere.
         z_loss: adds z_loss * logsumexp(logits)^2 to each row's loss (PaLM, arXiv:2204.02311).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); 0 is off.
-        reduction: "mean" over the rows that are not ignored (NaN when there is none, as torch
-            gives), "sum", or "none".
-        chunk: rows at a time; None: as many as make about 8 million logits, at most N / 4.
+        reduction: "mean" over the rows that are not ignored (NaN if all are, as in torch), "sum",
+            or "none".
+        chunk: rows of a chunk; None: about 8 million logits on the CPU and 134 million on a GPU, at
+            most N / 4 rows.
+
+    Raises:
+        ValueError or TypeError: an argument, which is named, is not accepted.
     """
 
     def __init__(
@@ -60,8 +64,8 @@ class LinearCrossEntropy(nn.Module):
         """The loss: a scalar, or labels' shape for reduction="none".
 
         Args:
-            hidden: [..., D], float32, bfloat16, float16 or float64. A language model shifts it
-                against the labels itself: hidden[:, :-1] with labels[:, 1:].
+            hidden: [..., D], float32, bfloat16, float16 or float64. The caller shifts it against
+                the labels of a language model: hidden[:, :-1] with labels[:, 1:].
             weight: [V, D] in hidden's dtype, a head's or a tied embedding's. Under torch.autocast
                 hidden, weight and bias are cast to its dtype.
             labels: [...] int64 (or int32), in [0, V) or ignore_index.
@@ -70,7 +74,7 @@ class LinearCrossEntropy(nn.Module):
         Returns:
             float32 (float64 for float64). Differentiable in hidden, weight and bias; the gradients
             of weight and bias are summed over chunks in float32 and rounded once. Second
-            derivatives go through plain torch and do have the logits in memory.
+            derivatives are plain torch's and need all the logits in memory.
         """
         return linear_cross_entropy(
             hidden, weight, labels, bias, self.ignore_index, self.label_smoothing, self.z_loss,

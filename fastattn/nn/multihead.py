@@ -1,7 +1,8 @@
-"""MultiheadAttention: torch's module, computed by fastattn. Next hop: ../attention.py.
+"""MultiheadAttention: torch's module, computed by fastattn. Next hop: ../functional.py.
 
-torch_masks.py says how its masks are given to attention(), ../weights.py where the weights come
-from."""
+torch_masks.py converts its masks to options of attention(), and ../weights.py computes the
+attention weights that it returns.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +25,34 @@ class MultiheadAttention(nn.MultiheadAttention):
     forward(query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
             average_attn_weights=True, is_causal=False) -> (attn_output, attn_output_weights | None)
 
-        query: [B, L, E] if batch_first, else [L, B, E]; unbatched [L, E]; nested (jagged or
-            strided) with B sequences of any lengths, then key and value are nested too.
+        query: [B, L, E] if batch_first, else [L, B, E]; unbatched [L, E]; or nested (jagged or
+            strided) with B sequences of any lengths, if key and value are nested too.
         key: [B, S, kdim], [S, B, kdim] or [S, kdim].
         value: the same with vdim.
         key_padding_mask: [B, S], unbatched [S]. bool: True hides the key. float: added to scores.
-        need_weights: return the weights after dropout too, as torch does. They are computed from
-            the fused kernel's lse, a few rows at a time: [B, L, S] is the memory they take.
-        attn_mask: [L, S] or [B * num_heads, L, S], bool (True hides) or float (added).
+        need_weights: also return the attention weights, after dropout as in torch. They are
+            computed from the fused kernel's lse, a few rows at a time, so that only the result
+            takes O(L S) memory.
+        attn_mask: [L, S] or [B * num_heads, L, S], bool (True hides) or float (added to scores).
         average_attn_weights: weights are the mean over heads, [B, L, S]; False: [B, heads, L, S].
-        is_causal: row i sees keys 0 to i, besides what the masks hide. No attn_mask is needed.
+        is_causal: row i sees keys 0 to i, on top of the masks. It needs no attn_mask.
 
-    Any mixture of mask kinds works. With nested inputs only is_causal does.
+    bool and float masks may be combined. Nested inputs accept is_causal, and no mask.
 
-    Differs from torch on purpose:
+    Intended differences from torch:
     - a row whose keys are all hidden attends to nothing: its output is out_proj.bias and its
       weights are 0, where torch gives NaN or 0 depending on the path it takes;
-    - is_causal never discards a mask: both apply;
-    - out_proj is called as a module: its hooks, pruning and replacements take effect;
-    - nested inputs work in training too, and jagged ones at all.
+    - is_causal together with a mask applies both, where torch may discard the mask;
+    - out_proj is called as a module, so that its hooks, pruning and replacements take effect;
+    - nested inputs work in training too, and jagged ones are accepted.
 
     Raises what torch raises: AssertionError for ranks and mask dtypes, RuntimeError for shapes.
     """
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """torch's: do query, key and value have one width? Only the fast path of torch's encoder
-        layer reads False, as it would compute attention past this module's forward."""
+        """torch's flag: do query, key and value have one width? The fast path of torch's encoder
+        layer reads False instead, because it would compute attention without calling forward."""
         return self.__dict__["_qkv_same_embed_dim"] and not _fast_path_asks()
 
     @_qkv_same_embed_dim.setter
@@ -87,7 +89,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return call_linear(self.out_proj, out), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """q, k and v, heads still side by side: as many matrix products as different inputs."""
+        """q, k and v [..., E], their heads still concatenated, by one product for each different
+        input."""
         weight, bias, dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         biases = [None] * 3 if bias is None else bias.split(dim)
         if weight is None:
@@ -103,7 +106,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return [linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
 
     def _attend(self, q, k, v, padding, attn_mask, is_causal, need_weights, average):
-        """out [B, L, E], not yet projected, and weights or None, of q [B, L, E], k, v [B, S, E]."""
+        """(out [B, L, E] before out_proj, weights or None) from q [B, L, E] and k, v [B, S, E]."""
         batch, q_len, _ = q.shape
         heads, kv_len = self.num_heads, k.shape[1]
         visible = self._visible_keys(batch, k, v)
@@ -111,7 +114,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         operands = torch_masks.operands(
             padding, attn_mask, is_causal, batch, heads, q_len, kv_len, extra, q.dtype
         )
-        if extra:  # before the keys, where they move neither the diagonal nor the padding
+        if extra:  # in front of the keys, where they shift neither the diagonal nor the padding
             k, v = (torch.cat([*rows, x], 1) for rows, x in zip(zip(*visible), (k, v)))
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout_p, everything = self._dropout()
@@ -131,12 +134,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         return out.transpose(1, 2).flatten(2), weights
 
     def _dropout(self) -> tuple[float, bool]:
-        """attention()'s dropout_p, and whether all weights are dropped, which it does not take."""
+        """(dropout_p for attention(), whether p is 1, which attention() does not accept)."""
         p = self.dropout if self.training else 0.0
         return (0.0, True) if p == 1 else (p, False)
 
     def _visible_keys(self, batch: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(key, value) pairs [B, 1, E] that every row sees: add_bias_kv's, add_zero_attn's."""
+        """(key, value) pairs [B, 1, E] of add_bias_kv and add_zero_attn, which every row sees."""
         pairs = []
         if self.bias_k is not None:
             pairs.append(
@@ -150,17 +153,17 @@ class MultiheadAttention(nn.MultiheadAttention):
     # ---- nested tensors ------------------------------------------------------------------------
 
     def _nested(self, query, key, value, padding, attn_mask, is_causal, need_weights, average):
-        """Sequences of any lengths: the packed kernels; padded only where weights are wanted."""
+        """forward for nested tensors, by varlen_attention(); padded only for need_weights."""
         tensors = {"query": query, "key": key, "value": value}
         for name, x in tensors.items():
             if not x.is_nested or x.layout != query.layout or x.dim() != 3:
                 raise ValueError(
                     f"{name} is not a nested tensor of {query.layout} layout and 3 dimensions; "
-                    "query, key and value must all be, or none"
+                    "either all of query, key and value must be, or none"
                 )
         for name, x in (("key_padding_mask", padding), ("attn_mask", attn_mask)):
             if x is not None:
-                raise ValueError(f"{name} came with nested tensors, whose lengths say what exists; "
+                raise ValueError(f"{name} came with nested tensors, which have no padding; "
                                  "accepted is None")  # fmt: skip
         if self.bias_k is not None or self.add_zero_attn:
             raise NotImplementedError(
@@ -202,8 +205,8 @@ class _Packed:
         if x.layout == torch.jagged:
             if x._ragged_idx != 1 or x.lengths() is not None:
                 raise ValueError(
-                    "a jagged tensor has its ragged dimension elsewhere than at 1, or holes "
-                    "between its sequences; call contiguous() on it"
+                    "a jagged tensor has holes between its sequences, or its ragged dimension is "
+                    "not dimension 1; call contiguous() on it"
                 )
             self.values, self.offsets = x.values(), x.offsets().int()
             self.lengths = self.offsets.diff().tolist()
@@ -216,26 +219,26 @@ class _Packed:
         self.longest = max(self.lengths, default=0)
 
     def like(self, values: Tensor) -> Tensor:
-        """values [tokens, *] nested as this tensor is."""
+        """values [tokens, *] as a nested tensor with this tensor's lengths and layout."""
         if self.nested.layout == torch.jagged:
             return torch.nested.nested_tensor_from_jagged(values, self.nested.offsets())
         return torch.nested.as_nested_tensor(list(values.split(self.lengths)))
 
     def exists(self) -> Tensor:
-        """bool [B, longest]."""
+        """bool [B, longest]: True where the padded tensor has a token."""
         places = torch.arange(self.longest, device=self.values.device)
         return places < self.offsets.diff()[:, None]
 
     def padded(self, values: Tensor) -> Tensor:
-        """values [tokens, C] as [B, longest, C], 0 where nothing exists."""
+        """values [tokens, C] as [B, longest, C], padded with 0."""
         exists = self.exists()
         out = values.new_zeros(*exists.shape, values.shape[-1])
         return out.masked_scatter(exists[..., None], values)
 
 
 def _fast_path_asks() -> bool:
-    """Does a function that calls torch's fused encoder layer read the property, itself or through a
-    wrapper's property? While torch.compile traces, nobody knows who asks, and it may be one."""
+    """Is the property read by a function that calls torch's fused encoder layer, directly or
+    through a wrapper's property? Under torch.compile the reader is unknown, and the answer yes."""
     if torch.compiler.is_compiling():
         return True
     reader = sys._getframe(2)
@@ -245,7 +248,7 @@ def _fast_path_asks() -> bool:
 
 
 def _check_lengths(query, key, value, batched: bool, batch_first: bool) -> None:
-    """Batch sizes and numbers of keys; widths are the projections' to check."""
+    """Checks batch sizes and numbers of keys; the projections check the widths."""
     if key.shape[:-1] != value.shape[:-1]:
         raise AssertionError(f"value has shape {list(value.shape)} and key {list(key.shape)}; all "
                              "sizes but the last must be equal")  # fmt: skip

@@ -1,5 +1,5 @@
 """RMSNorm and LayerNorm over the last dimension, with an optional fused residual addition.
-Next hop: fused.norm.
+Next hop: ../fused/norm.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from ._arguments import positive, probability
 
 
 class _Norm(nn.Module):
-    """What both norms share: the weight, the optional bias and the two forms of the call."""
+    """The base of both norms: weight, optional bias, and the call with or without a residual."""
 
-    center: bool  # subtract the mean
+    center: bool  # True subtracts the mean
 
     def __init__(self, dim: int, eps: float, affine: bool, bias: bool, device, dtype) -> None:
         super().__init__()
@@ -42,13 +42,17 @@ class _Norm(nn.Module):
 
         Args:
             x: [..., dim], float32, bfloat16, float16 or float64; any strides.
-            residual: x's shape. Another dtype than x's is promoted with it, as x + residual is.
-            dropout_p: probability in [0, 1) that an element of x is dropped before the residual,
-                which must be there, is added. It is applied in every mode.
+            residual: x's shape. Different dtypes are promoted as in x + residual.
+            dropout_p: probability in [0, 1) that an element of x is dropped before the residual is
+                added; it needs a residual. It applies in training and evaluation alike.
 
         Returns:
-            The normed values in x's dtype (the sum's, with a residual). Arithmetic is in float32
-            (float64 for float64) and rounded once.
+            The normed values in x's dtype (with a residual, the dtype of the sum). Computed in
+            float32 (float64 for float64) and rounded once.
+
+        Raises:
+            ValueError or TypeError: shapes or dtypes do not fit, or dropout_p came without a
+            residual.
         """
         p = probability("dropout_p", dropout_p)
         normed, summed = norm.norm(x, residual, self.weight, self.bias, self.eps, self.center, p)
@@ -65,9 +69,9 @@ class RMSNorm(_Norm):
     Args:
         dim: the size of the last dimension.
         eps: added to the mean square, default 1e-6 (Llama's and T5's).
-        elementwise_affine: whether there is a weight [dim], 1 at first.
+        elementwise_affine: whether there is a weight [dim], initially 1.
 
-    Unlike Llama's own module, which rounds to x's dtype before the weight, this one rounds once.
+    Llama's own module rounds to x's dtype before it multiplies by the weight; this one rounds once.
 
     Source: Zhang and Sennrich, arXiv:1910.07467.
     """
@@ -92,10 +96,10 @@ class LayerNorm(_Norm):
     Args:
         dim: the size of the last dimension.
         eps: added to the (biased) variance, default 1e-5 (torch's).
-        elementwise_affine: whether there are a weight [dim], 1 at first, and a bias [dim], 0.
-        bias: False leaves the bias out.
+        elementwise_affine: whether there are a weight [dim], initially 1, and a bias [dim], 0.
+        bias: False omits the bias.
 
-    State dicts are those of torch.nn.LayerNorm(dim).
+    State dicts are interchangeable with those of torch.nn.LayerNorm(dim).
 
     Source: Ba, Kiros and Hinton, arXiv:1607.06450.
     """

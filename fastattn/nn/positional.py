@@ -11,19 +11,22 @@ from .rotary import AngleTable, frequencies
 
 
 class _Positional(nn.Module):
-    """What both share: dim and max_len, and which positions the rows of a call have."""
+    """The base of both encodings: dim, max_len, and the positions of a call's rows."""
 
     def __init__(self, dim: int, max_len: int) -> None:
         super().__init__()
         self.dim, self.max_len = positive("dim", dim), positive("max_len", max_len)
 
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """x with positions added, in x's dtype.
+        """x plus the encoding of its positions, in x's shape and dtype.
 
         Args:
             x: [B, S, dim], or [S, dim].
-            offset: the first row's position: an int, or an integer tensor [B], one for each entry
-                (the lengths of a cache, when decoding). offset + S is at most max_len.
+            offset: the position of row 0: an int, or an integer tensor [B] with one for each
+                sequence (the lengths of a cache, in decoding). offset + S is at most max_len.
+
+        Raises:
+            ValueError or TypeError: x or offset is not accepted.
         """
         if checks.tensor("x", x).dim() not in (2, 3) or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {checks.show(x)}; accepted are [B, S, {self.dim}] and "
@@ -32,8 +35,8 @@ class _Positional(nn.Module):
         if rows > self.max_len:
             raise ValueError(f"x has {rows} rows; accepted are at most max_len = {self.max_len}")
 
-        def accepted():  # not yet a text: see checks.show
-            return f"a first position that leaves room for {rows} rows in"
+        def accepted():  # formatted only on error, see checks.show
+            return f"a first position that leaves room for {rows} rows, in"
 
         if isinstance(offset, Tensor):
             if x.dim() != 3:
@@ -54,14 +57,14 @@ class _Positional(nn.Module):
 
 
 class SinusoidalPositionalEncoding(_Positional):
-    """x[.., p, 2i] + sin(p / base^(2i / dim)), x[.., p, 2i + 1] + cos(the same).
+    """Adds sin(p / base^(2i / dim)) to x[.., p, 2i] and the cosine of it to x[.., p, 2i + 1].
 
     Args:
         dim: the size of the last dimension.
-        max_len: one past the last position that may be asked for.
+        max_len: the number of positions.
         base: default 10000.
 
-    Has no parameters and no buffers. The encoding is computed in float64 and added in x's dtype.
+    It has no parameters and no buffers. The encoding is computed in float64 and added in x's dtype.
 
     Source: Vaswani et al., arXiv:1706.03762, section 3.5.
     """
@@ -84,12 +87,13 @@ class SinusoidalPositionalEncoding(_Positional):
 
 
 class LearnedPositionalEncoding(_Positional):
-    """x[.., p, :] + weight[p], with a learned weight [max_len, dim].
+    """Adds weight[p] to x[.., p, :], with a learned weight [max_len, dim].
 
     Args:
         dim: the size of the last dimension.
-        max_len: how many positions there are.
-        std: of the normal distribution that the weight starts with, default 0.02 (GPT-2, BERT).
+        max_len: the number of positions.
+        std: standard deviation of the weight's initial normal distribution, default 0.02 (GPT-2,
+            BERT).
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class LearnedPositionalEncoding(_Positional):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with standard deviation std."""
+        """Initialises the weight from a normal distribution with standard deviation std."""
         nn.init.normal_(self.weight, std=self.std)
 
     def _rows(self, start, end, x):

@@ -1,5 +1,5 @@
-"""RotaryEmbedding, and the table of angles it shares with sinusoidal positions.
-Next hop: fused.rotate.
+"""RotaryEmbedding, and the table of angles that it shares with sinusoidal positions.
+Next hop: ../fused/rope.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ._arguments import positive
 class AngleTable:
     """cos and sin of position * frequency, [positions, frequencies].
 
-    Computed in float64 and rounded once to float32 (float64 when asked), and kept for the next call
-    on the same device. It is no buffer: model.to(bfloat16) must not round it, and a module made on
-    the meta device, copied or unpickled makes it again by itself.
+    Computed in float64, rounded once to float32 (or kept in float64), and cached for each device
+    and dtype. The table is not a buffer: model.to(bfloat16) must not round it, and a module that
+    was made on the meta device, copied or unpickled computes it again.
     """
 
     def __init__(self, frequencies: Sequence[float]) -> None:
@@ -31,7 +31,7 @@ class AngleTable:
         return {"frequencies": self.frequencies, "_kept": {}}
 
     def rows(self, start: int, end: int, device, dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of positions start to end."""
+        """(cos, sin) of positions [start, end): each [end - start, frequencies]."""
         if torch.compiler.is_compiling():
             return self.at(torch.arange(start, end, device=device), dtype)
         device = torch.device(device)
@@ -45,7 +45,7 @@ class AngleTable:
         return cos[start:end], sin[start:end]
 
     def at(self, positions: Tensor, dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of any positions [...], [..., frequencies]."""
+        """(cos, sin) of any positions [...]: each [..., frequencies]."""
         device = positions.device
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=device)
         angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
@@ -53,27 +53,30 @@ class AngleTable:
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding: turns pairs of channels by position * frequency.
+    """Rotary position embedding: rotates pairs of channels by position * frequency.
 
     Args:
-        dim: channels that are turned, even; the first `dim` of each head's. Smaller than the head
-            dimension: a partial embedding (GPT-NeoX), the rest passes.
+        dim: how many channels are rotated, an even number: the first `dim` of each head. Where it
+            is less than the head dimension (partial rotary, GPT-NeoX), the rest pass unchanged.
         base: frequency i is base^(-2i / dim), default 10000.
-        interleaved: pairs are channels (2i, 2i + 1), as in RoFormer and GPT-J. False, the default:
-            (i, i + dim / 2), as in GPT-NeoX, Llama and transformers.
+        interleaved: True pairs channels (2i, 2i + 1), as in RoFormer and GPT-J; False, the default,
+            pairs (i, i + dim / 2), as in GPT-NeoX, Llama and transformers.
         scaling: None, or a dict with "rope_type" (transformers' names and keys):
             "linear", "factor": positions are divided by factor.
-            "ntk", "factor": the base is multiplied by factor^(dim / (dim - 2)), fixed.
+            "ntk", "factor": the base is multiplied by factor^(dim / (dim - 2)).
             "llama3", "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings": long wavelengths are divided by factor, short ones
-            kept, those between interpolated.
+            "original_max_position_embeddings": low frequencies are divided by factor, high ones
+            kept, and those between interpolated.
 
-    Holds no parameters and no buffers; one may be shared by all layers. Angles are computed in
+    It has no parameters and no buffers, and all layers may share one. Angles are computed in
     float64 and kept in float32, whatever the model's dtype.
 
     Sources: RoFormer (Su et al., arXiv:2104.09864); linear scaling (Chen et al.,
     arXiv:2306.15595); NTK-aware scaling as in YaRN, section 3.1 (Peng et al., arXiv:2309.00071);
-    Llama 3.1's as described in transformers' documentation.
+    Llama 3.1's scaling as described in transformers' documentation.
+
+    Raises:
+        ValueError or TypeError: an argument, which is named, is not accepted.
     """
 
     def __init__(
@@ -95,9 +98,9 @@ class RotaryEmbedding(nn.Module):
         self.table = AngleTable(_scaled_frequencies(dim, self.base, self.scaling))
 
     def twin(self) -> RotaryEmbedding:
-        """Another module with the same angles, which both keep in one table. A model that is cut
-        into pipeline stages needs one in each of its layers: torch traces no module under two
-        names."""
+        """Another module with the same angles, which shares this one's table. A model that is split
+        into pipeline stages needs a module for each layer, because torch cannot trace one module
+        under two names."""
         twin = RotaryEmbedding(
             self.dim, self.base, interleaved=self.interleaved, scaling=self.scaling
         )
@@ -112,15 +115,18 @@ class RotaryEmbedding(nn.Module):
         positions: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """q, or (q, k), turned. New tensors in the memory order of the old; nothing is copied.
+        """q, or (q, k), rotated: new tensors in the shape, dtype and memory order of the inputs.
 
         Args:
             q: [B, heads, S, head_dim] (as fastattn.attention takes it), or any [..., S, head_dim]
                 with head_dim >= dim; any strides.
-            k: the same with its own number of heads; None: q alone is turned and returned.
+            k: the same with its own number of heads; None: only q is rotated and returned.
             positions: integers >= 0, [S] or [B, S] (then q has 4 dimensions); None: offset,
                 offset + 1, ...
-            offset: the first row's position where positions is None.
+            offset: the position of row 0 where positions is None.
+
+        Raises:
+            ValueError or TypeError: shapes, dtypes or positions are not accepted.
         """
         tensors = {"q": q} if k is None else {"q": q, "k": k}
         for name, x in tensors.items():
@@ -135,11 +141,12 @@ class RotaryEmbedding(nn.Module):
             cos, sin = self.table.rows(offset, offset + q.shape[-2], q.device, dtype)
         else:
             cos, sin, positions = self._given(positions, q, dtype)
-        turned = [rope.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
-        return turned[0] if k is None else tuple(turned)
+        rotated = [rope.rotate(x, cos, sin, positions, self.interleaved) for x in tensors.values()]
+        return rotated[0] if k is None else tuple(rotated)
 
     def _given(self, positions, q, dtype):
-        """(cos, sin, positions) where the tables' rows are at positions; None: they are rows."""
+        """(cos, sin, positions). cos and sin are the rows of all positions up to the largest, to be
+        indexed by positions; or, with positions None, one row for each of q's rows."""
         shapes = [(q.shape[-2],)] + ([(q.shape[0], q.shape[-2])] if q.dim() == 4 else [])
         checks.on_device("positions", positions, q.device)
         if tuple(positions.shape) not in shapes:
@@ -183,16 +190,16 @@ def _llama3(dim, base, factor, low_freq_factor, high_freq_factor, original_max_p
                          f"{high_freq_factor}; accepted is 0 < low < high")  # fmt: skip
 
     def scaled(f):
-        turns = original_max_position_embeddings * f / (2 * math.pi)
-        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        kept = min(1.0, max(0.0, kept))  # 1: short wavelength, as it is; 0: long, divided
+        periods = original_max_position_embeddings * f / (2 * math.pi)
+        kept = (periods - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        kept = min(1.0, max(0.0, kept))  # 1: high frequency, kept; 0: low, divided by factor
         return kept * f + (1 - kept) * f / factor
 
     return [scaled(f) for f in frequencies(dim, base)]
 
 
 _LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SCALINGS = {  # rope_type: (function, its keys)
+SCALINGS = {  # rope_type: (function, its keys in `scaling`)
     "default": (frequencies, ()),
     "linear": (_linear, ("factor",)),
     "ntk": (_ntk, ("factor",)),

@@ -1,8 +1,8 @@
-"""Tensor parallelism by torch's plans (ColwiseParallel, RowwiseParallel, SequenceParallel): their
-weights are DTensors, of which each process holds a part, and what they give may be one too. Kernels
-take what this process holds. docs/pipelines.md has the plan.
+"""Tensor parallelism by torch's plans (ColwiseParallel, RowwiseParallel, SequenceParallel). They
+make weights DTensors, of which each process holds a shard, and outputs may be DTensors too. Kernels
+run on the local shard. docs/pipelines.md has an example of a plan.
 
-torch.distributed is imported only where a DTensor has come, so that nobody else waits for it.
+torch.distributed is imported only where a DTensor occurs, because importing it is slow.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ def is_sharded(x) -> bool:
 
 
 def mesh_of(module: nn.Module):
-    """The DeviceMesh that holds the module's weight; None where the weight is a plain tensor.
-
-    Within forward() alone: outside, the weights of FSDP2 are DTensors too."""
+    """The DeviceMesh of the module's weight; None where the weight is a plain tensor. Call it only
+    within forward(): outside, the weights of FSDP2 are DTensors too."""
     weight = getattr(module, "weight", None)
     return weight.device_mesh if is_sharded(weight) else None
 
 
 def local(name: str, x: Tensor) -> Tensor:
-    """What this process holds of the output x [..., heads * head_dim] of projection `name`."""
+    """This process's shard of the output x [..., heads * head_dim] of the projection `name`."""
     if not is_sharded(x):
         return x
     from torch.distributed.tensor import Replicate, Shard
@@ -41,20 +40,21 @@ def local(name: str, x: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a weight, on every process."""
+    """The whole weight, on every process."""
     return x.full_tensor() if is_sharded(x) else x
 
 
 def own_part(x: Tensor, mesh) -> Tensor:
-    """This process's part of x [n, ...], which every process has; x gets the whole gradient."""
+    """This process's part along dimension 0 of x [n, ...], of which every process has a copy. The
+    gradient of x has the parts of all processes."""
     from torch.distributed.tensor import Shard
 
     return _replicated(x, mesh).redistribute(placements=[Shard(0)] * mesh.ndim).to_local()
 
 
 def call_shared(module: nn.Module, x: Tensor, mesh) -> Tensor:
-    """module(x) of each process's own x: parameters that every process has get the gradients of
-    all, where each would otherwise keep its own and go its own way."""
+    """module(x), where x differs between processes. Parameters that every process has a copy of get
+    the gradients summed over all processes; otherwise the copies would drift apart."""
     from torch.distributed.tensor import Partial
 
     shared = {
@@ -74,8 +74,8 @@ def _replicated(x: Tensor, mesh) -> Tensor:
 
 
 def alike(added: Tensor, x: Tensor) -> Tensor:
-    """added as a DTensor where x is one, and plain where x is: what a plan gives beside what
-    another kept."""
+    """`added` as a DTensor where x is one, and as a plain tensor where x is one. A plan may make
+    only one of the two a DTensor."""
     if is_sharded(added) == is_sharded(x):
         return added
     from torch.distributed.tensor import DTensor, Replicate
@@ -87,7 +87,7 @@ def alike(added: Tensor, x: Tensor) -> Tensor:
 
 
 def own_key(mesh, device: torch.device) -> Tensor:
-    """A key of dropout for each process: rows of a sharded sequence are other rows on each. All
-    draw as many numbers, so that their generators stay alike."""
+    """A dropout key that differs between processes, because each has other rows of a sharded
+    sequence. All processes draw all keys, so that their generators stay in step."""
     keys = torch.randint(0, 2**63 - 1, (mesh.size(), 2), dtype=torch.int64, device=device)
     return checks.dropout_key(keys[mesh.get_local_rank()], device)

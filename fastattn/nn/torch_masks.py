@@ -1,4 +1,4 @@
-"""The masks of torch's modules (True = hidden) in the form that costs attention() least."""
+"""Converts the masks of torch's modules (True = hidden) to the cheapest options of attention()."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from ..core import checks
 
 
 def operands(padding, attn, is_causal, batch, heads, q_len, kv_len, extra, dtype) -> dict:
-    """attention()'s window, mask, bias and kv_lens.
+    """The options window, mask, bias and kv_lens of attention(), as a dict.
 
-    padding [batch, kv_len] and attn [q_len, kv_len] or [batch * heads, q_len, kv_len] are
-    nn.MultiheadAttention's masks, bool or float; is_causal is one more, top-left. All apply. Before
-    the kv_len keys come `extra` ones that every row sees.
+    Args:
+        padding: nn.MultiheadAttention's key_padding_mask, [batch, kv_len], bool or float.
+        attn: its attn_mask, [q_len, kv_len] or [batch * heads, q_len, kv_len], bool or float.
+        is_causal: a top-left causal mask on top of both.
+        extra: keys in front of the kv_len keys, which every row sees.
+        dtype: that of q.
 
-    A causal attn_mask becomes a window (half the work), padding at the end becomes kv_lens (never
-    read), any other padding a mask or bias that is never expanded over rows and heads. Only the sum
-    of two float masks is written out, because there is one bias.
+    A causal attn_mask becomes a window (half the work), and padding at the end becomes kv_lens
+    (padded keys are not read). Any other padding becomes a mask or bias that broadcasts over rows
+    and heads. Only two float masks are added up in memory, because attention() takes one bias.
     """
     padding = _checked("key_padding_mask", padding, {2: (batch, kv_len)})
     shapes = {2: (q_len, kv_len), 3: (batch * heads, q_len, kv_len)}
@@ -60,7 +63,8 @@ def _checked(name: str, mask: Tensor | None, shapes: dict[int, tuple]) -> Tensor
 
 
 def _is_triangle(mask: Tensor | None) -> bool:
-    """Does this mask hide exactly the keys after each row's own? Two corners answer most calls."""
+    """Does this mask hide exactly the keys after each row's own? Reading two corners first settles
+    most masks."""
     if mask is None or mask.dim() != 2 or not checks.has_values(mask) or mask.requires_grad:
         return False
     hide = True if mask.dtype == torch.bool else -torch.inf
@@ -70,7 +74,7 @@ def _is_triangle(mask: Tensor | None) -> bool:
 
 
 def _lengths(padding: Tensor | None) -> Tensor | None:
-    """int32 [batch]: where the padding of each entry begins, if it then goes to the end."""
+    """int32 [batch]: where each sequence's padding begins; None if it is not all at the end."""
     if padding is None or padding.dtype != torch.bool or not checks.has_values(padding):
         return None
     lens = padding.shape[1] - padding.sum(1, dtype=torch.int32)

@@ -1,5 +1,5 @@
-"""torch's Transformer classes around fastattn's attention: multihead.py. Only what would bypass it,
-or cost for nothing, is replaced; the rest is torch's, inherited.
+"""torch's Transformer classes with fastattn's attention. Only the methods that would bypass it or
+are slower than need be are replaced; the rest is inherited from torch. Next hop: multihead.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def _as(theirs: Init) -> Callable[[Callable[..., None]], Init]:
-    """wraps(theirs), which type checkers read as theirs too."""
+    """functools.wraps(theirs), typed so that type checkers see the signature of theirs."""
     return cast("Callable[[Callable[..., None]], Init]", wraps(theirs))
 
 
@@ -26,9 +26,9 @@ class TransformerEncoderLayer(Steps, nn.TransformerEncoderLayer):
 
     forward(src, src_mask=None, src_key_padding_mask=None, is_causal=False) -> like src
 
-    src and masks are those of MultiheadAttention, whose rules hold (a row that sees nothing,
-    is_causal together with a mask). Nested src works in training too. There is no fast path apart:
-    evaluation and training run the same code.
+    src and masks are as in MultiheadAttention, with its differences from torch (a row that sees no
+    key, is_causal together with a mask). Nested src works in training too. There is no separate
+    fast path: evaluation and training run the same code.
     """
 
     @_as(nn.TransformerEncoderLayer.__init__)
@@ -57,7 +57,7 @@ class TransformerDecoderLayer(Steps, nn.TransformerDecoderLayer):
     forward(tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None,
             memory_key_padding_mask=None, tgt_is_causal=False, memory_is_causal=False) -> like tgt
 
-    Masks are those of MultiheadAttention, whose rules hold.
+    Masks are as in MultiheadAttention, with its differences from torch.
     """
 
     @_as(nn.TransformerDecoderLayer.__init__)
@@ -94,9 +94,10 @@ class TransformerEncoder(nn.TransformerEncoder):
     The copies of a torch.nn.TransformerEncoderLayer become fastattn.nn's. A causal mask is
     recognised where its values can be read, is_causal or not.
 
-    enable_nested_tensor and mask_check have nothing to switch: padding costs no attention in any
-    mode, and outputs at padded places are what the layers compute there, in evaluation as in
-    training. (torch's evaluation may pass through nested tensors and then gives 0 there.)
+    enable_nested_tensor and mask_check are accepted for compatibility and change nothing: padding
+    costs no attention in any mode, and the outputs at padded positions are what the layers compute
+    there, in evaluation as in training. (In evaluation torch may convert to nested tensors, and
+    these outputs are then 0.)
     """
 
     @_as(nn.TransformerEncoder.__init__)
@@ -116,7 +117,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     ) -> Tensor:
         is_causal = bool(is_causal)
         if any(type(x).forward is not TransformerEncoderLayer.forward for x in self.layers):
-            # Layers of other classes get what torch's encoder gives: float masks.
+            # Layers of other classes get float masks, as from torch's encoder.
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         for layer in self.layers:
             src = layer(src, mask, src_key_padding_mask, is_causal)
@@ -151,7 +152,7 @@ class TransformerDecoder(nn.TransformerDecoder):
     ) -> Tensor:
         return super().forward(
             tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-            bool(tgt_is_causal),  # None: torch would compare the mask with a causal one here
+            bool(tgt_is_causal),  # for None torch would compare the mask with a causal one
             memory_is_causal,
         )  # fmt: skip
 
@@ -163,8 +164,8 @@ class Transformer(nn.Transformer):
             tgt_key_padding_mask=None, memory_key_padding_mask=None, src_is_causal=None,
             tgt_is_causal=None, memory_is_causal=False) -> like tgt
 
-    Masks are those of MultiheadAttention, whose rules hold. custom_encoder and custom_decoder stay
-    what they are.
+    Masks are as in MultiheadAttention, with its differences from torch. custom_encoder and
+    custom_decoder are not changed.
     """
 
     @_as(nn.Transformer.__init__)
@@ -176,8 +177,8 @@ class Transformer(nn.Transformer):
                 adopt(part)
 
 
-# torch's classes and what they become. Instances change class: parameters, hooks and whoever holds
-# the module stay, and so does every number drawn at construction.
+# torch's classes and their replacements. An instance changes its class in place, so that it keeps
+# its parameters as initialised, its hooks, and every reference to it.
 OURS = {
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
@@ -189,7 +190,7 @@ OURS = {
 
 
 def adopt(module: nn.Module) -> None:
-    """Every module here of exactly one of torch's classes becomes ours."""
+    """Changes the class of every submodule that is exactly of one of torch's classes to ours."""
     for x in module.modules():
         if type(x) in OURS:
             x.__class__ = OURS[type(x)]

@@ -18,7 +18,7 @@ import fastattn
 from fastattn.cli import info, verify
 from fastattn.core.reference import reference
 from fastattn.core.spec import NUMBERS, OPERANDS, Operands, Spec
-from fastattn.core.tolerance import Judge
+from fastattn.core.tolerance import Tolerance
 
 SMALL = {  # what is too long in the list of options
     "window": {"window": (9, 4)},
@@ -74,9 +74,9 @@ def test_an_option(name, backend, monkeypatch):
     derivable = case.function != "decode_attention"
     cotangents = cotangents_of(case, problem, with_dlse=False) if derivable else None
     want, plain = (run_reference(problem.to(d), cotangents) for d in (torch.float64, torch.float32))
-    judge = Judge(*problem[:3], problem.spec.scale, want["lse"], *(cotangents or ()))
+    tolerance = Tolerance(*problem[:3], problem.spec.scale, want["lse"], *(cotangents or ()))
     for what, got in run(case, problem, backend, cotangents).items():
-        comparison = judge.compare(what, got, want[what], plain[what])
+        comparison = tolerance.compare(what, got, want[what], plain[what])
         assert comparison.passed, f"{what}: {comparison}"
 
 

@@ -190,7 +190,7 @@ def test_two_new_keys_of_one_place_are_refused(table):
         call["k"], call["v"] = (torch.cat([call[n]] * 4, 2)[:, :, :8] for n in ("k", "v"))
         call["q"], call["mask"] = torch.randn(B, HQ, 8, D), None
         call["bias"] = None
-    refused("page_table puts new keys of entries 0 and [01] into one place, slot", call)
+    refused("page_table puts new keys of batch entries 0 and [01] into the same slot,", call)
 
 
 def test_pages_may_be_shared_where_nothing_is_written():
@@ -303,4 +303,6 @@ def test_the_drop_in_refuses_by_its_own_names():
     call = {n: x.transpose(1, 2) for n, x in good("paged").items()
             if n in ("q", "k_cache", "v_cache", "k", "v")}  # fmt: skip
     call |= {"cache_seqlens": ints(3, 3, 0), "block_table": ints(0, 1, 0, 2, 3, 4).view(3, 2)}
-    refused("block_table puts new keys of entries 0 and 1", call, function=flash_attn_with_kvcache)
+    refused(
+        "block_table puts new keys of batch entries 0 and 1", call, function=flash_attn_with_kvcache
+    )

@@ -1,6 +1,6 @@
 """Every case on the C++ kernels, forward and every gradient, against float64.
 
-The operators are called directly, in their normal form. The rule for errors is verify.Judge's.
+The operators are called directly, in their normal form. The rule for errors is verify.Tolerance's.
 """
 
 from __future__ import annotations

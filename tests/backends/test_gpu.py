@@ -7,7 +7,7 @@ import torch
 
 import fastattn
 from fastattn.backends import library
-from fastattn.cli.verify import Judge
+from fastattn.cli.verify import Tolerance
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ("cuda", "triton")
@@ -53,10 +53,10 @@ def test_real_sizes(backend, dtype, dim, length, options):
     got = run(q, k, v, dout, backend, **options)
     want = run(*(x.double() for x in (q, k, v, dout)), "reference", **options)
     plain = run(*(x.float() for x in (q, k, v, dout)), "reference", **options)
-    judge = Judge(q, k, v, dim**-0.5, want["lse"], dout, weights_rounded=True)
+    tolerance = Tolerance(q, k, v, dim**-0.5, want["lse"], dout, probs_rounded=True)
     for name, result in got.items():
         rounded = plain[name] if name == "lse" else plain[name].to(dtype)
-        comparison = judge.compare(name, result, want[name], rounded)
+        comparison = tolerance.compare(name, result, want[name], rounded)
         assert comparison.passed, f"{name}: {comparison}"
 
 

@@ -116,8 +116,8 @@ def check(case, backend):
         at = ints(*LENS).long()[:, None] + torch.arange(NEW, device=DEVICE)
         from fastattn.fused.rope import rotate_reference
 
-        turn = (cos, sin, at, case.call["rotary_interleaved"])
-        q = rotate_reference(q.float(), *turn).to(case.dtype)
+        rotary = (cos, sin, at, case.call["rotary_interleaved"])
+        q = rotate_reference(q.float(), *rotary).to(case.dtype)
     for b in range(B):
         k, v = case.entry(caches, b)
         want, want_lse = fastattn.attention(

@@ -105,4 +105,4 @@ def test_where_there_is_no_gpu_it_says_so(tmp_path):
 
 def test_the_stages_tests_are_there():
     root = gpu_session.ROOT
-    assert [path for path in gpu_session.TESTS.values() if not (root / path).exists()] == []
+    assert [path for path in gpu_session.TESTS if not (root / path).exists()] == []

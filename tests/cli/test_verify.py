@@ -11,7 +11,7 @@ import torch
 from fastattn import attention
 from fastattn.backends import registry
 from fastattn.cli import verify
-from fastattn.cli.verify import Judge
+from fastattn.cli.verify import Tolerance
 from fastattn.core.reference import reference
 from fastattn.core.spec import Spec
 
@@ -21,16 +21,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWa
 # ---- the rule for errors, and `python -m fastattn verify` ---------------------------------------
 
 
-def judged(**changed):
-    """A judge of random tensors, and the worst comparison of results changed by each function."""
+def compared(**changed):
+    """The worst comparison of a result of random tensors, after one function has changed it."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 40, 16, generator=draw) for _ in range(3))
     spec = Spec(0.25)
     want = dict(zip(("out", "lse"), reference(*(x.double() for x in (q, k, v)), spec), strict=True))
     plain = dict(zip(("out", "lse"), reference(q, k, v, spec), strict=True))
-    judge = Judge(q, k, v, spec.scale, want["lse"])
+    tolerance = Tolerance(q, k, v, spec.scale, want["lse"])
     ((name, change),) = changed.items()
-    return judge.compare(name, change(want[name].clone()), want[name], plain[name])
+    return tolerance.compare(name, change(want[name].clone()), want[name], plain[name])
 
 
 def put(x: torch.Tensor, index: tuple, value: float) -> torch.Tensor:
@@ -38,11 +38,11 @@ def put(x: torch.Tensor, index: tuple, value: float) -> torch.Tensor:
     return x
 
 
-def test_judge_lets_roundings_pass():
+def test_tolerance_lets_roundings_pass():
     for name in ("out", "lse"):
-        assert judged(**{name: lambda x: x}).passed
-        assert judged(**{name: lambda x: x.float()}).passed
-        assert judged(**{name: lambda x: x * (1 + 1e-7)}).passed
+        assert compared(**{name: lambda x: x}).passed
+        assert compared(**{name: lambda x: x.float()}).passed
+        assert compared(**{name: lambda x: x * (1 + 1e-7)}).passed
 
 
 @pytest.mark.parametrize(
@@ -58,20 +58,22 @@ def test_judge_lets_roundings_pass():
     ],
     ids=["scaled", "half", "one", "nan", "inf", "shape", "zeros"],
 )
-def test_judge_sees_errors(change):
-    comparison = judged(out=change)
+def test_tolerance_sees_errors(change):
+    comparison = compared(out=change)
     assert not comparison.passed, comparison
     assert comparison.ratio > 1 and "error" in str(comparison)
 
 
-def test_judge_sees_a_small_error_in_a_small_row():
+def test_tolerance_sees_a_small_error_in_a_small_row():
     """One part in a thousand, of a row a thousand times smaller than the rest."""
     want = torch.ones(1, 1, 50, 8, dtype=torch.float64)
     want[0, 0, 7] = 1e-3
     got = want.clone()
     got[0, 0, 7] *= 1.01
     q = torch.randn(1, 1, 50, 8)
-    comparison = Judge(q, q, q, 1.0, torch.zeros(1, 1, 50)).compare("out", got, want, want.float())
+    comparison = Tolerance(q, q, q, 1.0, torch.zeros(1, 1, 50)).compare(
+        "out", got, want, want.float()
+    )
     assert not comparison.passed
 
 

@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache: what it writes, where, how it turns, and what it attends to."""
+"""flash_attn_with_kvcache: what it writes, where, how it rotates, and what it attends to."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_appends_and_attends(home):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (4, 1)}], ids=str)
 @pytest.mark.parametrize("rotary_dim", [DIM, 4])
 def test_rotary(home, interleaved, options, rotary_dim):
-    """Keys turn at their slots; queries too with causal or a window, else all at the first."""
+    """Keys are rotated at their slots; queries too if causal or windowed, else all at the first."""
     angle = torch.arange(20)[:, None] * torch.rand(rotary_dim // 2, dtype=F64)
     cos, sin = angle.cos(), angle.sin()
     cache = Cache(home)

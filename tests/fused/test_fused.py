@@ -193,8 +193,8 @@ def test_nan_and_inf_stay_in_their_row():
         y, summed = norm.norm(x, torch.ones(4, 33), torch.ones(33), None, 1e-5, True)
         assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
         assert not summed[1, 20].isfinite() and summed.isfinite().sum() == 131
-        turned = rope.rotate(x, *table(x), None, False)
-        assert not turned[1].isfinite().all() and turned[[0, 2, 3]].isfinite().all()
+        rotated = rope.rotate(x, *table(x), None, False)
+        assert not rotated[1].isfinite().all() and rotated[[0, 2, 3]].isfinite().all()
         for activation, function in gate.GATES.items():
             out = gate.gate(x, x.abs(), activation)
             right = function(x.double()) * x.abs()  # in float32 torch's gelu(inf) is NaN
@@ -279,10 +279,10 @@ def derivative_cases():
     q = double(2, 2, 3, 6)
     for positions in (None, torch.tensor([[2, 0, 1], [1, 1, 0]])):
 
-        def turn(q, p=positions):
+        def rotated(q, p=positions):
             return rope.rotate(q, *table(q), p, p is None)
 
-        yield f"rotate {positions is None}", turn, (q,)
+        yield f"rotate {positions is None}", rotated, (q,)
     labels = torch.tensor([1, 0, -100, 5, 2, 2])
     for name in ("all", "none"):
         options = {**LOSSES[name], "ignore_index": -100, "chunk": 2}

@@ -271,10 +271,10 @@ def test_offsets_have_64_bits(calls):
     def results(x):
         y, _, mean, rstd = OPS.norm_fwd(x, None, weight, None, 1e-5, True)
         back = OPS.norm_bwd(near, x, x, weight, mean, rstd, 1e-5, True, True, False)
-        turned = fused_rope.rotate(x.view(3, 1, 1, 64), *table(x[:1]), None, False)
-        turned = (turned, fused_rope.rotate(x, *table(x), None, True))
+        rotated = fused_rope.rotate(x.view(3, 1, 1, 64), *table(x[:1]), None, False)
+        rotated = (rotated, fused_rope.rotate(x, *table(x), None, True))
         gates = (fused_gate.gate(x, x, "silu"), *OPS.gate_bwd(near, x, x, "silu"))
-        return [y, *back[:2], *turned, *gates, OPS.activate_fwd(x, None, D.SEED, 0.5, "gelu")]
+        return [y, *back[:2], *rotated, *gates, OPS.activate_fwd(x, None, D.SEED, 0.5, "gelu")]
 
     for far, close in zip(results(x), results(near)):
         assert torch.equal(far, close)

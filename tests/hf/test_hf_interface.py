@@ -376,7 +376,7 @@ WRONG = {
     "padding of another batch": (ValueError, r"attention_mask has shape \[3, 7\]",
                                  {"attention_mask": torch.ones(3, 7)}),
     "compact mask of another call": (ValueError, r"attention_mask has shape \[2, 1, 4, 7\] and the "
-                                                 "call 2 rows in the batch, 5 queries and 7 keys",
+                                                 "call batch size 2, 5 queries and 7 keys",
                                      {"attention_mask": COMPACT}),
     "int mask": (TypeError, r"attention_mask is torch.int64 with shape \[2, 1, 5, 7\]; accepted",
                  {"attention_mask": torch.ones(2, 1, 5, 7, dtype=torch.long)}),

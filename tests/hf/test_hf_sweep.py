@@ -119,7 +119,7 @@ def test_set_attn_implementation_refuses_what_only_goes_through_in_part():
         pytest.skip("this version of transformers has no DeepSeek V4")
     model = build("deepseek_v4")
     why = sentence_of(lambda: model.set_attn_implementation("fastattn"))
-    assert "masks that DeepseekV4Attention has lengthened" in why
+    assert "masks that DeepseekV4Attention has padded" in why
     assert model.config._attn_implementation == "eager"
 
 

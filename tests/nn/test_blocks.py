@@ -160,9 +160,9 @@ def test_rotary(interleaved):
     close(torch.cat(rotary(q, k), 1), torch.cat(right, 1))
     close(rotary(q[:, :, 5:], offset=5), right[0][:, :, 5:])
     positions = torch.stack((torch.arange(70), torch.arange(70).flip(0)))
-    turned = rotary(q, positions=positions)
-    close(turned[0], right[0][0])
-    close(turned[1], plain_rotary(q[1].flip(1), rotary).flip(1))
+    rotated = rotary(q, positions=positions)
+    close(rotated[0], right[0][0])
+    close(rotated[1], plain_rotary(q[1].flip(1), rotary).flip(1))
     close(rotary(q, positions=positions[1]), plain_rotary(q.flip(2), rotary).flip(2))
     assert rotary(q.half()).dtype == torch.float16 and rotary(q.double()).dtype == torch.float64
     assert list(rotary.state_dict()) == []
@@ -387,7 +387,7 @@ ERRORS = {
     "dim": (lambda: fnn.Attention(10, 4), "dim is 10 and heads 4; dim must be a multiple"),
     "kv_heads": (lambda: fnn.Attention(8, 4, 3), "heads is 4 and kv_heads 3"),
     "heads": (lambda: fnn.Attention(8, 0), "heads is 0; accepted is an int of at least 1"),
-    "rotary": (lambda: fnn.Attention(8, 2, rotary=fnn.RotaryEmbedding(6)), "rotary turns 6"),
+    "rotary": (lambda: fnn.Attention(8, 2, rotary=fnn.RotaryEmbedding(6)), "rotary rotates 6"),
     "cross causal": (lambda: fnn.Attention(8, 2, context_dim=8, causal=True), "causal came with"),
     "dropout": (lambda: fnn.Attention(8, 2, dropout=1.0), "dropout_p is 1.0; accepted is"),
     "x": (lambda: _SELF(_X[..., :7]), r"x has shape \[2, 3, 7\]; accepted is \[..., 8\]"),
@@ -397,7 +397,7 @@ ERRORS = {
     "context size": (lambda: _CROSS(_X, _X), r"context has shape \[2, 3, 8\]"),
     "positions": (lambda: _SELF(_X, positions=torch.arange(3)), "positions came to an Attention"),
     "not causal": (lambda: _SELF(_X, cache=_SELF.make_cache(2, 4)), "causal=False"),
-    "batch": (lambda: _CAUSAL(_X, cache=_CAUSAL.make_cache(1, 4)), "the cache has 1 entries"),
+    "batch": (lambda: _CAUSAL(_X, cache=_CAUSAL.make_cache(1, 4)), "has batch size 1 and x 2"),
     "mask": (lambda: _SELF(_X, mask=torch.ones(2, 4, dtype=torch.bool)), "mask has shape"),
     "rotary dim": (lambda: fnn.RotaryEmbedding(7), "dim is 7; accepted is an even number"),
     "rope_type": (lambda: fnn.RotaryEmbedding(8, scaling={"rope_type": "yarn"}), "'yarn'"),

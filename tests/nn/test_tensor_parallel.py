@@ -204,7 +204,7 @@ def test_no_origin_is_the_whole_and_draws_the_same_key():
         ((-1, 8), ValueError, r"head_origin is \(-1, 8\) and q has 4 heads"),
         ((5, 8), ValueError, r"first \+ heads <= total"),
         ((0, 3), ValueError, r"first \+ heads <= total"),
-        ((0, 2**30), ValueError, r"2147483648 over all 2 entries.*below 2\*\*31"),
+        ((0, 2**30), ValueError, r"2147483648 over the batch of 2; .*below 2\*\*31"),
         ((2**70, 2**71), ValueError, "below"),
     ],
 )

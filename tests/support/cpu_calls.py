@@ -6,7 +6,7 @@ import torch
 from cases import Case, Problem
 from operator_calls import cotangents_of, numbers, run_reference
 
-from fastattn.cli.verify import Judge
+from fastattn.cli.verify import Tolerance
 
 
 def forward(problem: Problem, num_splits: int = 0):
@@ -51,9 +51,9 @@ def check(case: Case, dtype: torch.dtype, num_splits: int = 0, truth: Case | Non
     plain = run_reference(same.to(compute), cotangents)
     plain = {name: x if name == "lse" else x.to(dtype) for name, x in plain.items()}
 
-    judge = Judge(*problem[:3], problem.spec.scale, want["lse"], *(cotangents or ()))
+    tolerance = Tolerance(*problem[:3], problem.spec.scale, want["lse"], *(cotangents or ()))
     for name, result in got.items():
-        comparison = judge.compare(name, result, want[name], plain[name])
+        comparison = tolerance.compare(name, result, want[name], plain[name])
         assert comparison.passed, f"{name}: {comparison}"
         expected = dtype if name in ("out", "dq", "dk", "dv") else compute
         assert result.dtype == expected, f"{name} is {result.dtype}, not {expected}"

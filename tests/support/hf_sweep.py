@@ -317,7 +317,7 @@ def _reason(verdict: Verdict) -> str:
     if verdict.word == "equal":
         return "through fastattn" if verdict.calls else "no attention of transformers' interface"
     why = verdict.why
-    for short in ("does not go through transformers' attention interface", "hands over masks"):
+    for short in ("does not go through transformers' attention interface", "passes masks"):
         if short in why:
             rest = why[why.index(short) :].partition(", so fastattn")[0]
             return rest

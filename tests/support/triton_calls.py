@@ -6,7 +6,7 @@ import torch
 from cases import Case
 from operator_calls import cotangents_of, numbers, run_reference
 
-from fastattn.cli.verify import Judge
+from fastattn.cli.verify import Tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,10 +48,10 @@ def check(
     plain = run_reference(host.to(torch.promote_types(dtype, torch.float32)), cotangents)
     plain = {name: x if name == "lse" else x.to(dtype) for name, x in plain.items()}
     scale, given = host.spec.scale, cotangents or ()
-    judge = Judge(*host[:3], scale, want["lse"], *given, weights_rounded=True)
+    tolerance = Tolerance(*host[:3], scale, want["lse"], *given, probs_rounded=True)
     for name, result in got.items():
         result = result.cpu()
-        comparison = judge.compare(name, result, want[name], plain[name])
+        comparison = tolerance.compare(name, result, want[name], plain[name])
         assert comparison.passed, f"{name}: {comparison}"
         expected = dtype if name in ("out", "dq", "dk", "dv") else torch.float32
         assert result.dtype == expected, f"{name} is {result.dtype}, not {expected}"
