@@ -76,9 +76,7 @@ def flag(name, x) -> bool:
 def integer(name, x) -> int:
     if isinstance(x, bool) or not isinstance(x, (Integral, torch.SymInt)):
         raise TypeError(f"{name} is of type {type(x).__name__}; accepted is an int")
-    if isinstance(x, torch.SymInt):  # torch.compile's, which stands for an int
-        return x  # pyright: ignore[reportReturnType]
-    return x if isinstance(x, int) else int(x)  # numpy's integers
+    return x if isinstance(x, (int, torch.SymInt)) else int(x)  # pyright: ignore[reportReturnType]
 
 
 def said(x) -> str:
