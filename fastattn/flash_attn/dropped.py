@@ -72,7 +72,7 @@ def _round(n: int) -> int:
 
 
 def _unit_vectors(places: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-    """[T] -> [T, W]: row t is 1 at places[t]. W is at least ROUND, since head dimensions are not 0."""
+    """[T] -> [T, W]: row t is 1 at places[t]. W is at least ROUND, since no head dimension is 0."""
     columns = torch.arange(max(_round(longest), ROUND), device=places.device)
     return (places.unsqueeze(1) == columns).to(dtype)
 
@@ -85,7 +85,7 @@ def _places(cu: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 def _gather(k: Tensor, page_table: Tensor, longest: int) -> Tensor:
-    """k [pages, page_size, heads, D] -> [N * longest, heads, D]; slots past a length are arbitrary."""
+    """k [pages, page_size, heads, D] -> [N * longest, heads, D]; padding slots hold anything."""
     j = torch.arange(longest, device=k.device)
     page = page_table[:, (j // k.shape[1]).clamp(max=page_table.shape[1] - 1)].long()
     return k[page.clamp(0, k.shape[0] - 1), j % k.shape[1]].flatten(0, 1)
