@@ -1,4 +1,4 @@
-"""fastattn.audit: a model held to float64, layer by layer. Public name of cli/verify_model.py."""
+"""fastattn.audit: a model against float64, layer by layer. Public name of cli/verify_model.py."""
 
 from .cli.verify_model import Audit, Layer, audit, load_inputs, load_model
 

@@ -1,7 +1,8 @@
-"""`python -m fastattn verify`: every backend that runs on this machine, against float64.
+"""`python -m fastattn verify`: checks every backend that runs on this machine against float64.
 
-The rule for errors is core/tolerance.py's, which is the tests' too. `verify --model` audits a
-user's model instead: verify_model.py."""
+The tolerance rule is that of the tests, core/tolerance.py. `verify --model` audits a user's model
+instead: verify_model.py.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ __all__ = ["Comparison", "Tolerance", "run", "verify"]
 
 
 class Draw:
-    """Random tensors of one call, the same for every backend: drawn on the CPU in fp64."""
+    """Random tensors for one call, drawn on the CPU in fp64 so that every backend gets the same."""
 
     def __init__(self, dtype: torch.dtype, device: str):
         self.dtype, self.device = dtype, device
@@ -51,7 +52,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Feature:
-    """One call, of q [2, heads, q_len, head_dim], or of sequences one after the other."""
+    """One call with q [2, heads, q_len, head_dim], or with packed sequences."""
 
     name: str
     options: Callable[[Draw], dict] = lambda draw: {}
@@ -118,7 +119,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Measurement:
-    """Errors relative to the largest value, the worst over the output, lse and all gradients."""
+    """The largest error relative to the largest value, over output, lse and all gradients."""
 
     error: float
     torch_error: float
@@ -126,7 +127,7 @@ class Measurement:
 
 
 def results_of(feature: Feature, dtype: torch.dtype, device: str, backend: str, given=None) -> dict:
-    """Output, lse and gradients, computed in dtype from inputs that were rounded to `given`."""
+    """Output, lse and gradients in dtype, from inputs that were first rounded to `given`."""
     function, q, k, v, options = feature.call(given or dtype, device)
     tensors = {"q": q, "k": k, "v": v} | {n: options[n] for n in ("bias", "sinks") if n in options}
     leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
@@ -144,9 +145,9 @@ def results_of(feature: Feature, dtype: torch.dtype, device: str, backend: str, 
 
 @cache
 def truth(feature: Feature, dtype: torch.dtype, device: str) -> tuple[dict, dict]:
-    """The results in float64, and those of plain torch in dtype, of inputs rounded to dtype."""
+    """(results in float64, results of plain torch in dtype), both from inputs rounded to dtype."""
     want = results_of(feature, torch.float64, device, "reference", given=dtype)
-    compute = torch.promote_types(dtype, torch.float32)  # halves: in fp32, rounded once
+    compute = torch.promote_types(dtype, torch.float32)  # half precision: fp32, rounded once
     return want, results_of(feature, compute, device, "reference", given=dtype)
 
 
@@ -154,7 +155,7 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
     got = results_of(feature, dtype, device, backend)
     inputs, cotangents = got.pop("inputs"), got.pop("cotangents")
     want, plain = truth(feature, dtype, device)
-    if backend == "reference":  # it is plain torch: its yardstick is the exact result, rounded
+    if backend == "reference":  # it is plain torch, so it is compared with the rounded truth
         plain = want
     rounded = registry.BY_NAME[backend].weights_rounded
     scale = inputs[0].shape[-1] ** -0.5
@@ -175,19 +176,19 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
 # ---- the command -------------------------------------------------------------------------------
 
 
-# What proof.FEATURES calls the kinds of calls that are among FEATURES above.
+# The names in proof.FEATURES of the kinds of calls in FEATURES above.
 PROVEN = ("call", "lengths", "gradient", "gradient of lengths")
 
 
 def backends_here(gpu: bool = True) -> Iterator[tuple[str, str, str | None]]:
-    """(backend, device, why it does not run there) for each backend on its best device. gpu: or
-    else no GPU is touched. One that has not passed its self-tests might never come back."""
+    """(backend, device, why it does not run there or None) for each backend on its best device.
+    With gpu=False no GPU is used: a kernel that has not passed its self-tests may hang."""
     devices = ["cuda", "cpu"] if gpu and torch.cuda.is_available() else ["cpu"]
     for row in registry.BACKENDS:
         reasons = {}
         for device in devices:
             x = torch.zeros(1, 1, 1, 64, device=device)
-            if row.refuses(Call(x, x, x, Spec(0.125), NO_OPERANDS)):  # it has no fp32
+            if row.refuses(Call(x, x, x, Spec(0.125), NO_OPERANDS)):  # a backend without fp32
                 x = x.bfloat16()
             reasons[device] = row.why_not(Call(x, x, x, Spec(0.125), NO_OPERANDS))
         able = [device for device in devices if reasons[device] is None]
@@ -200,7 +201,7 @@ def backends_here(gpu: bool = True) -> Iterator[tuple[str, str, str | None]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One call on one backend: its errors, or why it was refused."""
+    """One call on one backend: its errors, or why the backend does not support it."""
 
     backend: str
     device: str
@@ -222,7 +223,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Verified:
-    """What run() found. str() of a cell is what the table shows."""
+    """The result of run(). The table shows str() of each cell."""
 
     cells: tuple[Cell, ...]
     not_run: dict[str, str]  # backend: why not
@@ -232,7 +233,7 @@ class Verified:
         return [f"{c.backend}, {c.feature}, {c.dtype}: {f}" for c in self.cells for f in c.failures]
 
     def worst(self) -> dict[str, dict[str, tuple[float, str]]]:
-        """backend -> dtype -> (its largest error, the feature that has it)."""
+        """backend -> dtype -> (largest error, the feature with that error)."""
         found: dict[str, dict[str, tuple[float, str]]] = {}
         for cell in self.cells:
             if cell.error is not None:
@@ -243,7 +244,7 @@ class Verified:
         return found
 
     def as_dict(self) -> dict:
-        """JSON-ready."""
+        """The result as JSON-serializable data."""
         return {
             "passed": not self.failures,
             "torch": torch.__version__,
@@ -255,7 +256,7 @@ class Verified:
 
 
 def run(quick: bool = False, console: Console | None = None, gpu: bool = True) -> Verified:
-    """Measures every backend on this machine, behind a progress bar on a terminal."""
+    """Measures every backend on this machine, with a progress bar if console is a terminal."""
     features = [f for f in FEATURES if not quick or f.name in QUICK]
     dtypes = DTYPES[:2] if quick else DTYPES
     here = list(backends_here(gpu))
@@ -265,7 +266,7 @@ def run(quick: bool = False, console: Console | None = None, gpu: bool = True) -
         if reason is None
         for feature in features
         for dtype in dtypes
-        if (backend, dtype) != ("reference", torch.float64)  # that is the truth
+        if (backend, dtype) != ("reference", torch.float64)  # it is the truth itself
     ]
     cells = []
     hidden = console is None or not console.is_terminal
@@ -282,15 +283,15 @@ def _cell(backend: str, device: str, feature: Feature, dtype: torch.dtype) -> Ce
     names = (backend, device, feature.name, str(dtype).removeprefix("torch."))
     try:
         found = measure(feature, dtype, device, backend)
-    except NotImplementedError as refusal:  # a backend may decline a call, with its sentence
+    except NotImplementedError as refusal:  # the backend does not support the call
         return Cell(*names, refused=str(refusal))
-    except Exception as error:  # anything else is a failure of that call, not of the command
+    except Exception as error:  # any other error fails this call, and the command goes on
         return Cell(*names, failures=(f"{type(error).__name__}: {error}",))
     return Cell(*names, found.error, found.torch_error, found.failures)
 
 
 def verify(stream=None, quick: bool = False) -> bool:
-    """Measures every backend on this machine, prints tables, returns whether all passed."""
+    """Measures every backend on this machine, prints tables, and returns whether all passed."""
     console = Console(file=stream)
     if not console.is_terminal:
         console = Console(file=stream, width=120)
@@ -300,7 +301,7 @@ def verify(stream=None, quick: bool = False) -> bool:
 
 
 def show(found: Verified, console: Console) -> None:
-    """The tables, one a backend, what was not run, and what failed."""
+    """Prints a table for each backend, then what was not run and what failed."""
     for backend in dict.fromkeys(cell.backend for cell in found.cells):
         console.print(_table([cell for cell in found.cells if cell.backend == backend]))
     for name, reason in found.not_run.items():
@@ -317,12 +318,12 @@ def show(found: Verified, console: Console) -> None:
 
 
 def _table(cells: list[Cell]) -> Table:
-    """Features by dtypes, of one backend."""
+    """The table of one backend: features by dtypes."""
     backend, device = cells[0].backend, cells[0].device
     runs = f", {isa.selected()}" if backend == "cpu" else ""
     table = Table(title=f"{backend} on {device}{runs}", title_justify="left")
-    yardstick = "the exact result's, rounded" if backend == "reference" else "plain torch's"
-    table.caption = f"largest error against float64, relative to the largest value ({yardstick})"
+    compared = "the exact result's, rounded" if backend == "reference" else "plain torch's"
+    table.caption = f"largest error against float64, relative to the largest value ({compared})"
     table.caption_justify = "left"
     dtypes = list(dict.fromkeys(cell.dtype for cell in cells))
     table.add_column("feature")
@@ -341,12 +342,12 @@ def _table(cells: list[Cell]) -> Table:
 
 
 def prove(console: Console, sanitize: bool) -> proof.Found:
-    """The self-tests of the CUDA kernels on this machine's GPUs, told as they end."""
+    """Runs the self-tests of the CUDA kernels on this machine's GPUs, and prints each result."""
     machine = proof.Machine()
     if sanitize:
         if (tool := proof.sanitizer()) is None:
             raise ValueError(
-                "--sanitize needs compute-sanitizer, which CUDA's toolkit has, on PATH"
+                "--sanitize needs compute-sanitizer, which is in CUDA's toolkit, on PATH"
             )
         machine = proof.Sanitized(tool)
 
@@ -360,20 +361,20 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fastattn verify",
         description="Check every backend that runs on this machine against float64, or with\n"
-        "--model a model of yours, swapped, layer by layer. On a machine with a GPU it\n"
+        "--model your own model after swap(), layer by layer. On a machine with a GPU it\n"
         "begins with the self-tests of the CUDA kernels, each in a process with a time\n"
-        "limit; those that pass open the CUDA backend to calls that name none.",
-        epilog="exit codes:\n  0  all passed\n  1  something differs more than rounding allows\n"
-        "  2  the model or its inputs cannot be had",
+        "limit. The CUDA backend is selected automatically only for what they prove.",
+        epilog="exit codes:\n  0  all passed\n  1  an error is larger than the tolerance\n"
+        "  2  the model or its inputs cannot be loaded",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--quick", action="store_true", help="fewer options, float32 and bfloat16")
-    p.add_argument("--json", metavar="FILE", type=Path, help="write everything found there too")
-    p.add_argument("--sanitize", action="store_true", help="the CUDA kernels' self-tests run under "
-                   "compute-sanitizer, 20 times as slowly")  # fmt: skip
-    model = p.add_argument_group("a model of yours")
-    model.add_argument("--model", metavar="MODEL", help="package.module:name, file.py:name (a "
-                       "module, or a function that makes one), a file of torch.save, or a "
+    p.add_argument("--json", metavar="FILE", type=Path, help="also write all results to FILE")
+    p.add_argument("--sanitize", action="store_true", help="run the CUDA kernels' self-tests under "
+                   "compute-sanitizer, which takes 20 times as long")  # fmt: skip
+    model = p.add_argument_group("your own model")
+    model.add_argument("--model", metavar="MODEL", help="package.module:name or file.py:name (a "
+                       "module, or a function that returns one), a file of torch.save, or a "
                        "transformers hub id")  # fmt: skip
     model.add_argument("--inputs", metavar="INPUT", nargs="+", help="a file of torch.save, or "
                        "NAME=SHAPE such as x=2x50x64, or NAME=SHAPE<LIMIT for integers, "

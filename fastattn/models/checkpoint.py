@@ -25,7 +25,7 @@ SHOWN = 4  # names in an error message
 
 
 class CheckpointError(ValueError):
-    """A folder does not contain the expected model: it is missing, corrupted or of another model."""
+    """A folder does not contain the expected model: missing, corrupted, or another model."""
 
 
 def save(

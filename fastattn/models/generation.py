@@ -82,8 +82,8 @@ class Generates:
                 "a streamer"
             )
         if num_beams == 1 and (length_penalty != 1.0 or early_stopping):
-            raise ValueError("length_penalty or early_stopping came with num_beams=1; they need "
-                             "num_beams above 1")  # fmt: skip
+            raise ValueError("length_penalty or early_stopping came without beams; pass num_beams "
+                             "above 1")  # fmt: skip
         with evaluating(self):
             run = self.start(input_ids, attention_mask, max_new_tokens)
             if num_beams > 1:

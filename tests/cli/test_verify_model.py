@@ -199,7 +199,7 @@ def test_bad_models_and_inputs_are_sentences(model, inputs, says, folder, capsys
 
 def test_hub_ids_need_transformers(monkeypatch):
     monkeypatch.setattr(verify_model, "_importable", lambda name: False)
-    with pytest.raises(ValueError, match="for a hub id the package transformers is needed"):
+    with pytest.raises(ValueError, match="for a hub id, install the package transformers"):
         verify_model.load_model("some/model")
 
 
