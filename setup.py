@@ -185,8 +185,10 @@ class Plan:
         return [ROOT / "csrc/manylinux.cpp"] if self.old_glibc else []
 
     def _cpu(self, why_not: str | None) -> Library:
-        sources = [*sorted(ROOT.glob("csrc/*_cpu.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
-        why_not = why_not or (None if sources else "csrc/ops_cpu.cpp is not in this source tree")
+        sources = sorted(ROOT.glob("csrc/cpu/*.cpp"))
+        why_not = why_not or (
+            None if sources else "csrc/cpu/ops_attention.cpp is not in this source tree"
+        )
         if not why_not and self.mode in INSTRUMENTED and compiler_of(self.cxx)[0] != "GCC":
             why_not = f"make {self.mode} uses GCC's runtime or gcov; set CXX=g++"
         if why_not:

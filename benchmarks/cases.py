@@ -1,5 +1,6 @@
-"""A cell of the benchmark: a row as data, and as tensors with the work they are. Next hop:
-suites.py for the lists of rows, competitors.py for who computes them."""
+"""A benchmark case: AttentionCase describes it as data, Problem holds its tensors and counts its
+work. Next hop: suites.py for the lists of cases, competitors.py for the implementations that run
+them."""
 
 from __future__ import annotations
 
@@ -16,15 +17,15 @@ from torch import Tensor
 import fastattn
 from fastattn.core.work import MODES, Work, attention_work, pairs_of_band
 
-SEED = 20  # of the inputs
+SEED = 20  # for the inputs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LABELS = {"fwd": "fwd", "bwd": "bwd", "fwdbwd": "fwd+bwd"}  # of the modes, in a row's name
+LABELS = {"fwd": "fwd", "bwd": "bwd", "fwdbwd": "fwd+bwd"}  # of the modes, in a case's name
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table. `floor` is the ratio to SDPA that the project asks of a two-core AVX2
-    machine (SDPA's time / fastattn's), 0 where it asks for none: information, never a test."""
+class AttentionCase:
+    """One attention call to measure. `floor` is the project's target on a two-core AVX2 machine,
+    SDPA's time / fastattn's, or 0 for none. Reports show it; no test depends on it."""
 
     group: str
     floor: float = 0.0
@@ -35,12 +36,13 @@ class Row:
     q_len: int = 512
     kv_len: int = 0  # 0: q_len
     dim: int = 64
-    causal: bool = False  # from the top left, as SDPA's
-    window: int = 0  # that many keys, the newest one included; who lacks windows gets a bool mask
+    causal: bool = False  # top-left aligned, as in SDPA
+    window: int = 0  # keys per query, its own included; a bool mask where windows are missing
     padding: bool = False  # a bool mask [B, 1, 1, S] hides the second half of the keys
     bias: bool = False  # a learned bias [1, H, S, S]
-    alibi: bool = False  # slopes by head; who lacks them gets them as a bias
-    documents: int = 0  # that many of equal length in a row
+    alibi: bool = False  # slopes per head; a bias where ALiBi is missing
+    documents: int = 0  # number of equally long documents packed into the sequence
+    chunk: int = 0  # tokens per chunk of chunked attention: a token sees its own chunk only
     softcap: float = 0.0
     dropout: float = 0.0
     mode: str = "fwd"
@@ -62,9 +64,10 @@ class Row:
 
     @property
     def options(self) -> list[str]:
-        """What is more than plain attention, in words."""
+        """The options beyond plain attention, as they appear in the name."""
         flags = ("causal", "padding", "bias", "alibi")
-        numbers = {"window": "window", "documents": "documents", "softcap": "softcap"}
+        numbers = {"window": "window", "documents": "documents", "chunk": "chunk",
+                   "softcap": "softcap"}  # fmt: skip
         return [
             *(flag for flag in flags if getattr(self, flag)),
             *(f"{word} {getattr(self, name):g}" for name, word in numbers.items()
@@ -81,22 +84,22 @@ class Row:
         return " ".join([*parts, *self.options])
 
 
-class Case:
-    """The tensors of a row on a device, made once, outside every timing."""
+class Problem:
+    """The tensors of a case on a device. They are made once, outside every timing."""
 
-    def __init__(self, row: Row, device: str = "cpu") -> None:
-        self.row, self.device, self.dtype = row, device, DTYPES[row.dtype]
+    def __init__(self, case: AttentionCase, device: str = "cpu") -> None:
+        self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
         generator = torch.Generator().manual_seed(SEED)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.dtype).to(device)
 
-        self.q = normal(row.batch, row.heads, row.q_len, row.dim)
-        self.k = normal(row.batch, row.kv_heads, row.keys, row.dim)
-        self.v = normal(row.batch, row.kv_heads, row.keys, row.dim)
-        self.dout = normal(row.batch, row.heads, row.q_len, row.dim) if row.backward else None
-        self.bias = normal(1, row.heads, row.q_len, row.keys) if row.bias else None
-        if row.backward:
+        self.q = normal(case.batch, case.heads, case.q_len, case.dim)
+        self.k = normal(case.batch, case.kv_heads, case.keys, case.dim)
+        self.v = normal(case.batch, case.kv_heads, case.keys, case.dim)
+        self.dout = normal(case.batch, case.heads, case.q_len, case.dim) if case.backward else None
+        self.bias = normal(1, case.heads, case.q_len, case.keys) if case.bias else None
+        if case.backward:
             for tensor in self.inputs:
                 tensor.requires_grad_()
 
@@ -106,70 +109,74 @@ class Case:
 
     @property
     def gqa(self) -> bool:
-        return self.row.heads != self.row.kv_heads
+        return self.case.heads != self.case.kv_heads
 
     @cached_property
     def slopes(self) -> Tensor | None:
         """fp32 [heads], ALiBi's powers of two."""
-        heads = torch.arange(1, self.row.heads + 1, device=self.device)
-        return torch.exp2(-8.0 * heads / self.row.heads) if self.row.alibi else None
+        heads = torch.arange(1, self.case.heads + 1, device=self.device)
+        return torch.exp2(-8.0 * heads / self.case.heads) if self.case.alibi else None
 
     @cached_property
     def document_ids(self) -> Tensor | None:
         """int32 [q_len]."""
-        row = self.row
-        if not row.documents:
+        case = self.case
+        if not case.documents:
             return None
-        return (torch.arange(row.q_len, device=self.device) * row.documents // row.q_len).int()
+        return (torch.arange(case.q_len, device=self.device) * case.documents // case.q_len).int()
 
     @cached_property
     def padding(self) -> Tensor | None:
         """bool [B, 1, 1, keys]."""
-        if not self.row.padding:
+        if not self.case.padding:
             return None
-        seen = torch.arange(self.row.keys, device=self.device) < self.row.keys // 2
-        return seen.expand(self.row.batch, 1, 1, -1).contiguous()
+        seen = torch.arange(self.case.keys, device=self.device) < self.case.keys // 2
+        return seen.expand(self.case.batch, 1, 1, -1).contiguous()
 
     @cached_property
     def shape_mask(self) -> Tensor | None:
-        """What window and documents show, for those who have neither: bool [q_len, keys]; causal is
-        in it where there is one of them."""
-        row = self.row
-        if not (row.window or row.documents):
+        """bool [q_len, keys]: windows, documents and chunks as a mask, for implementations that
+        lack these options. It includes causality if the case has one of them."""
+        case = self.case
+        if not (case.window or case.documents or case.chunk):
             return None
-        age = torch.arange(row.q_len, device=self.device)[:, None] - torch.arange(
-            row.keys, device=self.device
+        age = torch.arange(case.q_len, device=self.device)[:, None] - torch.arange(
+            case.keys, device=self.device
         )
         seen = torch.ones_like(age, dtype=torch.bool)
-        if row.causal or row.window:
+        if case.causal or case.window:
             seen &= age >= 0
-        if row.window:
-            seen &= age < row.window
-        if row.documents:
+        if case.window:
+            seen &= age < case.window
+        if case.documents:
             seen &= self.document_ids[:, None] == self.document_ids
+        if case.chunk:
+            chunk = torch.arange(case.q_len, device=self.device) // case.chunk
+            seen &= chunk[:, None] == chunk
         return seen
 
     @cached_property
     def alibi_bias(self) -> Tensor | None:
-        """-slope |i - j| as a bias [1, heads, q_len, keys], for those who have no slopes."""
+        """-slope |i - j| as a bias [1, heads, q_len, keys], for implementations without ALiBi."""
         if self.slopes is None:
             return None
-        row = self.row
-        rows, keys = (torch.arange(n, device=self.device) for n in (row.q_len, row.keys))
+        case = self.case
+        rows, keys = (torch.arange(n, device=self.device) for n in (case.q_len, case.keys))
         return (-self.slopes[:, None, None] * (rows[:, None] - keys).abs())[None].to(self.dtype)
 
     @cached_property
     def causal_mask(self) -> Tensor:
         """bool [q_len, keys]."""
-        row = self.row
-        return torch.ones(row.q_len, row.keys, dtype=torch.bool, device=self.device).tril()
+        case = self.case
+        return torch.ones(case.q_len, case.keys, dtype=torch.bool, device=self.device).tril()
 
     def step(
         self, forward: Callable[[], Tensor], mode: str = ""
     ) -> Callable[[], tuple[Tensor, ...]]:
-        """What is timed, in the row's mode unless another is named: (out,), or (out, dq, dk, dv,
-        dbias). In mode bwd one forward pass is run here and every call goes back through it."""
-        mode = mode or self.row.mode
+        """The function to time, in the case's mode unless another is given. It returns (out,), or
+        (out, dq, dk, dv, dbias). In mode bwd the forward pass runs once, here, and every call
+        repeats its backward pass."""
+        mode = mode or self.case.mode
         if mode == "fwd":
             return lambda: (forward(),)
         inputs, dout = self.inputs, self.dout
@@ -183,8 +190,8 @@ class Case:
 
         return step
 
-    def double(self) -> Case:
-        """The same case in float64."""
+    def double(self) -> Problem:
+        """The same problem in float64."""
         twin = copy(self)
         twin.__dict__.pop("alibi_bias", None)
         twin.dtype = torch.float64
@@ -198,66 +205,74 @@ class Case:
     # ---- fastattn ----
 
     def fastattn(self) -> Callable[[], Tensor]:
-        """The forward call: the drop-in where torch's signature can say it, else attention()."""
-        row = self.row
-        if row.window or row.alibi or row.documents or row.softcap:
+        """The forward call: the SDPA drop-in if torch's signature has the options, else
+        attention()."""
+        case = self.case
+        if case.window or case.alibi or case.documents or case.chunk or case.softcap:
             options = self.call_options()
             return lambda: fastattn.attention(self.q, self.k, self.v, **options)
-        mask = self.bias if row.bias else self.padding
+        mask = self.bias if case.bias else self.padding
         return lambda: fastattn.scaled_dot_product_attention(
-            *(self.q, self.k, self.v, mask, row.dropout, row.causal), enable_gqa=self.gqa
+            *(self.q, self.k, self.v, mask, case.dropout, case.causal), enable_gqa=self.gqa
         )
 
     def call_options(self) -> dict:
-        """attention()'s keyword arguments for this row."""
-        row = self.row
+        """attention()'s keyword arguments for this case."""
+        case, ranges = self.case, None
+        if case.chunk:
+            ranges = fastattn.masks.chunked(case.chunk, case.q_len, device=self.device)
         return {
-            "causal": row.causal,
-            "window": (row.window - 1, 0) if row.window else None,
+            "causal": case.causal,
+            "window": (case.window - 1, 0) if case.window else None,
             "align": "start",
             "mask": self.padding,
             "bias": self.bias,
             "alibi_slopes": self.slopes,
             "document_ids": self.document_ids,
-            "softcap": row.softcap,
-            "dropout_p": row.dropout,
+            "key_ranges": ranges,
+            "softcap": case.softcap,
+            "dropout_p": case.dropout,
         }
 
     def fastattn_backend(self) -> str:
-        """What fastattn runs for these operands, from its own explain()."""
+        """The backend that fastattn selects for these operands, as explain() reports it."""
         found = fastattn.explain(self.q, self.k, self.v, **self.call_options())
         return f"{found.backend}, {found.isa}" if found.isa else str(found.backend)
 
     # ---- work ----
 
     def work(self) -> Work:
-        row = self.row
-        keys = row.keys // 2 if row.padding else row.keys  # hidden keys need not be read
-        left, right = (row.window - 1, 0) if row.window else (-1, 0 if row.causal else -1)
-        if row.documents:
-            lengths = torch.bincount(self.document_ids).tolist()
+        case = self.case
+        keys = case.keys // 2 if case.padding else case.keys  # hidden keys need not be read
+        left, right = (case.window - 1, 0) if case.window else (-1, 0 if case.causal else -1)
+        if case.documents or case.chunk:
+            ids = self.document_ids
+            if ids is None:
+                ids = torch.arange(case.q_len) // case.chunk
+            lengths = torch.bincount(ids).tolist()
             pairs = sum(pairs_of_band(n, n, left=left, right=right) for n in lengths)
         else:
-            pairs = pairs_of_band(row.q_len, keys, left=left, right=right)
+            pairs = pairs_of_band(case.q_len, keys, left=left, right=right)
         return attention_work(
-            pairs=pairs * row.batch * row.heads,
-            batch=row.batch,
-            heads=row.heads,
-            kv_heads=row.kv_heads,
-            q_len=row.q_len,
+            pairs=pairs * case.batch * case.heads,
+            batch=case.batch,
+            heads=case.heads,
+            kv_heads=case.kv_heads,
+            q_len=case.q_len,
             kv_len=keys,
-            dim=row.dim,
-            itemsize=DTYPES[row.dtype].itemsize,
-            mask_bytes=self.padding.numel() if row.padding else 0,
-            bias_bytes=self.bias.numel() * self.bias.itemsize if row.bias else 0,
-            mode=row.mode,
+            dim=case.dim,
+            itemsize=DTYPES[case.dtype].itemsize,
+            mask_bytes=self.padding.numel() if case.padding else 0,
+            bias_bytes=self.bias.numel() * self.bias.itemsize if case.bias else 0,
+            mode=case.mode,
         )
 
     def dense_bytes(self) -> int:
-        """What keeping the weights takes at least: scores and weights, and their gradients."""
-        row = self.row
-        pairs = row.batch * row.heads * row.q_len * row.keys
-        return pairs * self.q.itemsize * (4 if row.backward else 2)
+        """The least memory of an implementation that materialises scores and probabilities: both
+        matrices, and in the backward pass their gradients."""
+        case = self.case
+        pairs = case.batch * case.heads * case.q_len * case.keys
+        return pairs * self.q.itemsize * (4 if case.backward else 2)
 
 
 def eager(
@@ -270,8 +285,8 @@ def eager(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention as it is written down, in the dtype of its inputs: the truth in float64, and what
-    an "eager" implementation runs. Masks and biases broadcast to [B, H, q_len, keys]."""
+    """The attention formula in plain torch, in the dtype of its inputs. In float64 it is the
+    reference for the other results. Masks and biases broadcast to [B, H, q_len, keys]."""
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
@@ -284,5 +299,5 @@ def eager(
     for mask in masks:
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
-    weights = scores.softmax(-1)
-    return (F.dropout(weights, dropout) if dropout else weights) @ v
+    probs = scores.softmax(-1)
+    return (F.dropout(probs, dropout) if dropout else probs) @ v

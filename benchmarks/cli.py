@@ -1,8 +1,8 @@
-"""`python -m fastattn bench`: fastattn beside what you use today, checked first, then timed.
+"""`python -m fastattn bench`: fastattn compared with other implementations, checked and then timed.
 
-parse() reads the command line, main() runs it. Next hop: suites.py (which cells),
-measure/runner.py (the loop), measure/protocol.py (one cell), report/record.py (the data),
-report/table.py and report/page.py (the reports).
+parse() reads the command line, main() runs it. Next hop: suites.py (the benchmark cases),
+measure/runner.py (the loop over them), measure/protocol.py (one case), report/record.py (the
+result as data), report/table.py and report/page.py (the reports).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .measure.protocol import Plan
 from .measure.runner import Run, run
 from .report import history, record, table
 
-# Of cells; the rest of --quick's 90 s and --full's 15 minutes is starting and reporting.
+# For the cases; the rest of --quick's 90 s and --full's 15 minutes goes to start-up and reports.
 SECONDS = {"quick": 74.0, "default": None, "full": 14 * 60.0}
 FILES = {"json": "bench.json", "csv": "bench.csv", "md": "bench.md", "html": "bench.html"}
 OUT = Path("out")
@@ -37,46 +37,55 @@ INTERRUPTED, USAGE, FAILED = 130, 2, 1
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fastattn bench",
-        description="fastattn beside what you use today: checked against float64, then timed.",
-        epilog="exit codes:\n  0  done\n  1  a row is RED, or --fail-if fired\n"
-        "  2  nothing could be done, or the base does not build\n"
-        "  130  stopped by Ctrl-C, what was measured is kept",
+        description="fastattn and other implementations: checked against float64, then timed.",
+        epilog="exit codes:\n  0  done\n  1  a case is RED, or --fail-if found a regression\n"
+        "  2  wrong arguments, or the base does not build\n"
+        "  130  stopped by Ctrl-C; what has been measured is kept",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = ", ".join(dict.fromkeys([*suites.SUITES, *suites.groups()]))
-    p.add_argument("suite", nargs="?", metavar="SUITE", help=f"a suite or kind of row: {known}")
-    which = p.add_argument_group("which cells")
+    p.add_argument(
+        "suite", nargs="?", metavar="SUITE", help=f"a suite or a group of cases: {known}"
+    )
+    which = p.add_argument_group("which cases")
     which.add_argument("--model", choices=suites.MODELS, help="the attention shapes of a model")
-    which.add_argument("--sweep", choices=suites.SWEEPS, help="vary one thing, of --model's first "
-                       "row or a default one")  # fmt: skip
+    which.add_argument("--sweep", choices=suites.SWEEPS, help="vary one property of --model's "
+                       "first case, or of a default case")  # fmt: skip
     which.add_argument("--modes", metavar="LIST", default="", help=f"of {','.join(MODES)}; "
-                       "default: the rows' own")  # fmt: skip
-    which.add_argument("--rows", metavar="REGEX", default="", help="only rows whose name matches")
-    which.add_argument("--list", action="store_true", help="name the rows and stop")
+                       "default: each case's own")  # fmt: skip
+    which.add_argument("--cases", "--rows", metavar="REGEX", default="", dest="pattern",
+                       help="only cases whose name matches")  # fmt: skip
+    which.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     how = p.add_argument_group("how")
     names = ",".join(competitors.BY_NAME)
-    how.add_argument("--vs", metavar="LIST", help=f"competitors, of {names}; default sdpa")
-    how.add_argument("--device", choices=devices.DEVICES, help="default: cuda where there is one")
-    how.add_argument("--backend", metavar="NAME", help="forces fastattn's backend")
+    how.add_argument("--vs", metavar="LIST", help=f"competitors, of {names}; default: sdpa")
+    how.add_argument("--device", choices=devices.DEVICES, help="default: cuda if there is one")
+    how.add_argument("--backend", metavar="NAME", help="force fastattn's backend")
     how.add_argument("--threads", metavar="N", type=int, help="torch threads (default: torch's)")
     how.add_argument(
-        "--minutes", metavar="M", type=float, help="the most informative cells that fit"
+        "--minutes", metavar="M", type=float, help="measure the most informative cases that fit"
     )
     level = how.add_mutually_exclusive_group()
     level.add_argument("--quick", action="store_true", help="few rounds, 90 seconds in all")
     level.add_argument("--full", action="store_true", help="narrow intervals, 15 minutes in all")
     how.add_argument("--aa", action="store_true", help="A/A: the first competitor against itself")
-    how.add_argument("--graphs", action="store_true", help="CUDA: replay graphs, no launches")
+    how.add_argument(
+        "--graphs", action="store_true", help="CUDA: replay graphs instead of launching"
+    )
     how.add_argument("--cold", action="store_true", help="CUDA: flush the L2 cache before a call")
     past = p.add_argument_group("before and after")
-    past.add_argument("--base", metavar="REF", help="a git commit, measured in the same rounds")
-    past.add_argument("--compare", metavar="ID", help="an earlier run: last, a number or a commit")
+    past.add_argument(
+        "--base", metavar="REF", help="also measure this git commit, in the same rounds"
+    )
+    past.add_argument(
+        "--compare", metavar="ID", help="an earlier run: `last`, a number or a commit"
+    )
     past.add_argument("--fail-if", metavar="SHARE", help="exit with 1 on a significant regression "
-                      "larger than this, 5%% say")  # fmt: skip
+                      "larger than this, such as 5%%")  # fmt: skip
     past.add_argument("--history", metavar="DIR", type=Path, default=history.FOLDER,
-                      help=f"where runs are kept, default {history.FOLDER}")  # fmt: skip
+                      help=f"where runs are kept, default: {history.FOLDER}")  # fmt: skip
     past.add_argument("--no-save", action="store_true", help="do not keep this run there")
-    out = p.add_argument_group("reports", "each takes a file name, or writes to out/")
+    out = p.add_argument_group("reports", "each takes a file name, default: in out/")
     for name, default in FILES.items():
         out.add_argument(f"--{name}", metavar="FILE", type=Path, nargs="?", const=OUT / default)
     out.add_argument("--png", metavar="DIR", type=Path, nargs="?", const=OUT, help="every figure")
@@ -84,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The checked command line; one sentence and exit code 2 where it asks for what cannot be."""
+    """The checked command line. Impossible requests end with one sentence and exit code 2."""
     p = parser()
     args = p.parse_args(argv)
     args.level = "quick" if args.quick else "full" if args.full else "default"
@@ -100,9 +109,10 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and not value >= least:
             raise ValueError(f"--{name}: got {value}, needs at least {least}")
     try:
-        args.rows = re.compile(args.rows)
+        args.pattern = re.compile(args.pattern)
     except re.error as error:
-        raise ValueError(f"--rows: {args.rows!r} is not a regular expression ({error})") from None
+        sentence = f"--cases: {args.pattern!r} is not a regular expression ({error})"
+        raise ValueError(sentence) from None
     for name in FILES:
         path = getattr(args, name)
         if path is not None and path.suffix != f".{name}":
@@ -125,21 +135,21 @@ def _check(args: argparse.Namespace) -> None:
         args.fail_if = history.threshold(args.fail_if)
         if not (args.base or args.compare):
             raise ValueError("--fail-if needs something to compare with: --base or --compare")
-    args.cells = suites.select(
+    args.cases = suites.select(
         args.suite or _default_suite(args), model=args.model, sweep=args.sweep, modes=args.modes,
-        pattern=args.rows,
+        pattern=args.pattern,
     )  # fmt: skip
-    if not args.cells:
-        raise ValueError(f"no row matches {args.rows.pattern!r} here; see --list")
+    if not args.cases:
+        raise ValueError(f"no case matches {args.pattern.pattern!r} here; see --list")
 
 
 def _default_suite(args: argparse.Namespace) -> str | None:
-    """--quick leaves whole models out: each takes a dozen seconds."""
+    """--quick leaves out whole models, each of which takes a dozen seconds."""
     return "attention" if args.quick and not (args.model or args.sweep) else None
 
 
 def chosen_by(args: argparse.Namespace) -> list[str]:
-    """The options that decide what a row is and how it is measured, to repeat it by."""
+    """The options that decide which case is measured and how, for the command that repeats it."""
     words = [args.suite] if args.suite else []
     for name in ("model", "sweep", "vs", "device", "backend", "threads", "base"):
         value = getattr(args, name)
@@ -157,11 +167,11 @@ def chosen_by(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.list:
-        print("\n".join(cell.name for cell in args.cells))
+        print("\n".join(case.name for case in args.cases))
         return 0
     console = Console()
     if not console.is_terminal:
-        console = Console(width=230)  # a file has no width; do not fold
+        console = Console(width=230)  # a file has no width: do not wrap lines
     if args.backend:
         os.environ["FASTATTN_BACKEND"] = args.backend
     if args.device == "cuda":
@@ -213,13 +223,13 @@ def _measured(args, device, console: Console) -> int:
 
 
 def _run(args, device, machine: Machine, tree: Path | None, past: list) -> Run:
-    """One run of the cells, or with a base, one for each pair of fresh processes."""
+    """One run of the cases or, with a base, one run for each pair of fresh processes."""
     seconds = args.minutes * 60 if args.minutes else SECONDS[args.level]
     plan = Plan(device, args.competitors, args.level, args.aa)
     weak = history.weak(past[-1][1]) if past and args.minutes else ()
     if tree is None:
-        return run(args.cells, plan, machine, seconds=seconds, weak=weak)
-    total, cells = Run(), args.cells
+        return run(args.cases, plan, machine, seconds=seconds, weak=weak)
+    total, cases = Run(), args.cases
     for index in range(other_commit.PASSES):
         with ExitStack() as stack:
             pair = other_commit.Pair(tree, device)
@@ -229,16 +239,16 @@ def _run(args, device, machine: Machine, tree: Path | None, past: list) -> Run:
                          memory=first, noise=first, rounds=other_commit.ROUNDS,
                          turns=other_commit.TURNS)  # fmt: skip
             share = None if seconds is None else seconds / other_commit.PASSES
-            one = run(cells, again, machine, seconds=share, weak=weak)
+            one = run(cases, again, machine, seconds=share, weak=weak)
         total = other_commit.merged(total, one) if index else one
-        cells = [result.cell for result in total.results]
+        cases = [result.case for result in total.results]
         if one.interrupted:
             break
     return total
 
 
 def _report(args, console: Console, data: dict, changes: list, store, past: list) -> None:
-    """The table, what changed, and every file that was asked for; the run is kept first."""
+    """Stores the run, then prints the table and the changes, then writes the requested files."""
     if not args.no_save and data["rows"]:
         try:
             console.print(f"kept as {store.save(data)}", highlight=False)
@@ -250,12 +260,14 @@ def _report(args, console: Console, data: dict, changes: list, store, past: list
     for sentence in store.warnings:
         console.print(f"[yellow]{sentence}[/]", highlight=False)
     if data["skipped"]:
-        console.print(f"{len(data['skipped'])} cells did not fit the time: see --minutes, --full")
+        console.print(
+            f"{len(data['skipped'])} cases did not fit into the time: see --minutes, --full"
+        )
     if data["interrupted"]:
-        console.print("[yellow]stopped; what was measured until then is above[/]")
+        console.print("[yellow]interrupted; the table has what was measured until then[/]")
     if any(s.get("percent_of_peak", 0) > 105 for e in data["rows"] for s in e["sides"].values()):
         console.print(
-            "[yellow]Some rows beat the measured peak: the machine was busy while the peak was "
+            "[yellow]Some cases exceed the measured peak: the machine was busy while the peak was "
             "measured, so % of peak means little in this run.[/]"
         )
     runs = [*past, ("this run", data)]

@@ -1,5 +1,6 @@
-"""Who fastattn is measured against: a table. Each says in one sentence why it cannot run, here or a
-row, how it is called, and names the code it really ran."""
+"""The table of implementations that fastattn is measured against. Each one says in a sentence why
+it cannot run on this machine or for this case, makes the call, and names the kernel that really
+ran."""
 
 from __future__ import annotations
 
@@ -13,28 +14,29 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cases import Case, eager
+from .cases import Problem, eager
 
 Forward = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Competitor:
-    """One way to compute attention. dense: it may keep every weight, so it may not fit."""
+    """One way to compute attention. `dense` ones materialise the probabilities, so they may run out
+    of memory."""
 
     name: str
     about: str
-    forward: Callable[[Case], Forward]
-    missing: Callable[[str], str | None] = lambda device: None  # why it is not on this machine
-    why_not: Callable[[Case], str | None] = lambda case: None  # why it cannot run this row
-    backend: Callable[[Case, Forward], str] | None = None  # None: watched, see ran()
+    forward: Callable[[Problem], Forward]
+    missing: Callable[[str], str | None] = lambda device: None  # why it cannot run here
+    why_not: Callable[[Problem], str | None] = lambda problem: None  # or for this case
+    backend: Callable[[Problem, Forward], str] | None = None  # None: observed by ran()
     dense: bool = False
     checks_dropout: bool = True  # its dropout draws can be repeated in float64
 
 
-# ---- what ran -----------------------------------------------------------------------------------
+# ---- which kernel ran ---------------------------------------------------------------------------
 
-SIGNS = {  # in an operator's name: what it is called in the tables
+SIGNS = {  # part of an operator's name: the kernel's name in the tables
     "_flash_attention": "flash",
     "_efficient_attention": "efficient",
     "_cudnn_attention": "cudnn",
@@ -45,7 +47,7 @@ SIGNS = {  # in an operator's name: what it is called in the tables
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the name of every operator that runs."""
+    """Records the name of every operator that runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class _Watch(TorchDispatchMode):
 
 
 def ran(forward: Forward) -> str:
-    """The code that a call of torch's operators really runs, from watching one."""
+    """The kernel that a call really runs, found by recording the operators of one call."""
     with _Watch() as watch:
         forward()
     for sign, name in SIGNS.items():
@@ -67,7 +69,7 @@ def ran(forward: Forward) -> str:
 
 
 def torch_backend(q, k, v, mask=None, dropout=0.0, causal=False, enable_gqa=False) -> str:
-    """What torch's own scaled_dot_product_attention would choose for these operands."""
+    """The backend that torch's scaled_dot_product_attention would choose for these operands."""
     choice = torch._fused_sdp_choice(
         q, k, v, mask, dropout, causal, scale=None, enable_gqa=enable_gqa
     )
@@ -75,40 +77,43 @@ def torch_backend(q, k, v, mask=None, dropout=0.0, causal=False, enable_gqa=Fals
     return names.get(int(choice), f"unknown ({choice})").removesuffix("_ATTENTION").lower()
 
 
-# ---- torch's SDPA, as a user of it would write each row -----------------------------------------
+# ---- torch's SDPA, as a user would call it for each case ----------------------------------------
 
 
-def _sdpa_arguments(case: Case) -> dict:
-    row = case.row
-    mask, causal = case.padding if case.padding is not None else case.shape_mask, row.causal
-    if case.shape_mask is not None:
-        causal = False  # it is in the mask
-    if row.bias or row.alibi:
-        bias = case.bias if case.bias is not None else case.alibi_bias
-        if causal:  # torch refuses a mask beside is_causal on some devices, so it goes in
-            mask, causal = case.causal_mask, False
+def _sdpa_arguments(problem: Problem) -> dict:
+    case = problem.case
+    mask, causal = (
+        problem.padding if problem.padding is not None else problem.shape_mask,
+        case.causal,
+    )
+    if problem.shape_mask is not None:
+        causal = False  # the mask includes it
+    if case.bias or case.alibi:
+        bias = problem.bias if problem.bias is not None else problem.alibi_bias
+        if causal:  # some devices refuse a mask with is_causal, so it joins the mask
+            mask, causal = problem.causal_mask, False
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-    return {"attn_mask": mask, "dropout_p": row.dropout, "is_causal": causal}
+    return {"attn_mask": mask, "dropout_p": case.dropout, "is_causal": causal}
 
 
-def _sdpa(case: Case) -> Forward:
-    arguments = _sdpa_arguments(case)
+def _sdpa(problem: Problem) -> Forward:
+    arguments = _sdpa_arguments(problem)
     return lambda: F.scaled_dot_product_attention(
-        case.q, case.k, case.v, **arguments, enable_gqa=case.gqa
+        problem.q, problem.k, problem.v, **arguments, enable_gqa=problem.gqa
     )
 
 
-def _by(backend: SDPBackend) -> Callable[[Case], Forward]:
-    """SDPA held to one of its kernels."""
+def _by(backend: SDPBackend) -> Callable[[Problem], Forward]:
+    """SDPA restricted to one of its kernels."""
 
-    def build(case: Case) -> Forward:
-        forward = _sdpa(case)
+    def build(problem: Problem) -> Forward:
+        forward = _sdpa(problem)
 
-        def held() -> Tensor:
+        def restricted() -> Tensor:
             with sdpa_kernel(backend):
                 return forward()
 
-        return held
+        return restricted
 
     return build
 
@@ -117,14 +122,14 @@ def _cuda_only(device: str) -> str | None:
     return None if device == "cuda" else "this kernel of SDPA runs on CUDA devices only"
 
 
-def _maskless_why_not(case: Case) -> str | None:
-    if _sdpa_arguments(case)["attn_mask"] is not None:
+def _maskless_why_not(problem: Problem) -> str | None:
+    if _sdpa_arguments(problem)["attn_mask"] is not None:
         return "SDPA's flash kernel takes no mask and no bias"
-    return _sdpa_why_not(case)
+    return _sdpa_why_not(problem)
 
 
-def _sdpa_why_not(case: Case) -> str | None:
-    if case.row.softcap:
+def _sdpa_why_not(problem: Problem) -> str | None:
+    if problem.case.softcap:
         return "scaled_dot_product_attention has no softcap"
     return None
 
@@ -132,17 +137,17 @@ def _sdpa_why_not(case: Case) -> str | None:
 # ---- plain operators ----------------------------------------------------------------------------
 
 
-def visible(case: Case) -> list[Tensor | None]:
-    """The masks that hide what a row does not see."""
-    causal = case.causal_mask if case.row.causal and case.shape_mask is None else None
-    return [case.padding, case.shape_mask, causal]
+def visible(problem: Problem) -> list[Tensor | None]:
+    """The masks that together hide every key that a query may not see."""
+    causal = problem.causal_mask if problem.case.causal and problem.shape_mask is None else None
+    return [problem.padding, problem.shape_mask, causal]
 
 
-def _eager(case: Case) -> Forward:
-    masks, row = visible(case), case.row
-    biases = (case.bias, case.alibi_bias)
-    options = {"masks": masks, "biases": biases, "softcap": row.softcap, "dropout": row.dropout}
-    return lambda: eager(case.q, case.k, case.v, **options)
+def _eager(problem: Problem) -> Forward:
+    masks, case = visible(problem), problem.case
+    biases = (problem.bias, problem.alibi_bias)
+    options = {"masks": masks, "biases": biases, "softcap": case.softcap, "dropout": case.dropout}
+    return lambda: eager(problem.q, problem.k, problem.v, **options)
 
 
 # ---- torch's flex_attention, compiled ------------------------------------------------------------
@@ -154,29 +159,31 @@ def _flex_missing(device: str) -> str | None:
     return None
 
 
-def _flex_why_not(case: Case) -> str | None:
-    row = case.row
-    if row.dropout:
+def _flex_why_not(problem: Problem) -> str | None:
+    case = problem.case
+    if case.dropout:
         return "flex_attention has no dropout"
-    if row.backward and case.device == "cpu":
+    if case.backward and problem.device == "cpu":
         return "flex_attention has no backward on a CPU"
     return None
 
 
-def _flex(case: Case) -> Forward:
+def _flex(problem: Problem) -> Forward:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    row, slopes, bias, cap = case.row, case.slopes, case.bias, case.row.softcap
-    ids, padding = case.document_ids, case.padding
+    case, slopes, bias, cap = problem.case, problem.slopes, problem.bias, problem.case.softcap
+    ids, padding = problem.document_ids, problem.padding
 
     def seen(b, h, i, j):
         found = i == i
-        if row.causal or row.window:
+        if case.causal or case.window:
             found = found & (i >= j)
-        if row.window:
-            found = found & (i - j < row.window)
+        if case.window:
+            found = found & (i - j < case.window)
         if ids is not None:
             found = found & (ids[i] == ids[j])
+        if case.chunk:
+            found = found & (i // case.chunk == j // case.chunk)
         return found if padding is None else found & padding[b, 0, 0, j]
 
     def score(s, b, h, i, j):
@@ -186,14 +193,18 @@ def _flex(case: Case) -> Forward:
             s = s + bias[0, h, i, j]
         return s if slopes is None else s - slopes[h] * (i - j).abs()
 
-    masked = any(mask is not None for mask in visible(case))
-    place = (row.q_len, row.keys, case.device)
-    blocks = create_block_mask(seen, row.batch, None, *place) if masked else None
+    masked = any(mask is not None for mask in visible(problem))
+    place = (case.q_len, case.keys, problem.device)
+    blocks = create_block_mask(seen, case.batch, None, *place) if masked else None
     scored = cap or bias is not None or slopes is not None
-    torch._dynamo.reset()  # else the eighth row is refused: too many recompilations
+    torch._dynamo.reset()  # else the eighth case exceeds the recompilation limit
     compiled = torch.compile(flex_attention, dynamic=False)
-    options = {"score_mod": score if scored else None, "block_mask": blocks, "enable_gqa": case.gqa}
-    return lambda: compiled(case.q, case.k, case.v, **options)
+    options = {
+        "score_mod": score if scored else None,
+        "block_mask": blocks,
+        "enable_gqa": problem.gqa,
+    }
+    return lambda: compiled(problem.q, problem.k, problem.v, **options)
 
 
 # ---- packages -----------------------------------------------------------------------------------
@@ -210,30 +221,30 @@ def _package(module: str, package: str) -> Callable[[str], str | None]:
     return missing
 
 
-def _halves_only(case: Case, *lacks: str) -> str | None:
-    if case.row.dtype == "fp32":
+def _half_precision_only(problem: Problem, *lacks: str) -> str | None:
+    if problem.case.dtype == "fp32":
         return "its kernels take fp16 and bf16 only"
-    had = [name for name in lacks if getattr(case.row, name)]
+    had = [name for name in lacks if getattr(problem.case, name)]
     return f"it has no argument for {', '.join(had)}" if had else None
 
 
-def _flash_attn(case: Case) -> Forward:
+def _flash_attn(problem: Problem) -> Forward:
     from flash_attn import flash_attn_func
 
-    row = case.row
-    q, k, v = (x.transpose(1, 2) for x in (case.q, case.k, case.v))
-    options = {"causal": row.causal or bool(row.window), "softcap": row.softcap}
-    options |= {"window_size": (row.window - 1, 0) if row.window else (-1, -1)}
-    options |= {"alibi_slopes": case.slopes}
-    return lambda: flash_attn_func(q, k, v, row.dropout, **options).transpose(1, 2)
+    case = problem.case
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    options = {"causal": case.causal or bool(case.window), "softcap": case.softcap}
+    options |= {"window_size": (case.window - 1, 0) if case.window else (-1, -1)}
+    options |= {"alibi_slopes": problem.slopes}
+    return lambda: flash_attn_func(q, k, v, case.dropout, **options).transpose(1, 2)
 
 
-def _xformers(case: Case) -> Forward:
+def _xformers(problem: Problem) -> Forward:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-    q, k, v = (x.transpose(1, 2) for x in (case.q, case.k, case.v))
-    bias = LowerTriangularMask() if case.row.causal else case.bias
-    p = case.row.dropout
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    bias = LowerTriangularMask() if problem.case.causal else problem.bias
+    p = problem.case.dropout
     return lambda: memory_efficient_attention(q, k, v, attn_bias=bias, p=p).transpose(1, 2)
 
 
@@ -241,30 +252,31 @@ COMPETITORS = [
     Competitor("sdpa", "torch's scaled_dot_product_attention", _sdpa, why_not=_sdpa_why_not),
     Competitor("math", "its math path", _by(SDPBackend.MATH), why_not=_sdpa_why_not,
                dense=True),
-    Competitor("sdpa-flash", "SDPA held to FlashAttention 2", _by(SDPBackend.FLASH_ATTENTION),
+    Competitor("sdpa-flash", "SDPA restricted to FlashAttention 2", _by(SDPBackend.FLASH_ATTENTION),
                _cuda_only, _maskless_why_not),
-    Competitor("sdpa-efficient", "SDPA held to its memory-efficient kernel",
+    Competitor("sdpa-efficient", "SDPA restricted to its memory-efficient kernel",
                _by(SDPBackend.EFFICIENT_ATTENTION), _cuda_only, _sdpa_why_not),
-    Competitor("sdpa-cudnn", "SDPA held to cuDNN", _by(SDPBackend.CUDNN_ATTENTION), _cuda_only,
-               _sdpa_why_not),
+    Competitor("sdpa-cudnn", "SDPA restricted to cuDNN", _by(SDPBackend.CUDNN_ATTENTION),
+               _cuda_only, _sdpa_why_not),
     Competitor("flex", "torch's flex_attention, compiled", _flex, _flex_missing, _flex_why_not,
-               backend=lambda case, forward: "inductor"),
+               backend=lambda problem, forward: "inductor"),
     Competitor("flash_attn", "the package flash-attn", _flash_attn,
                _package("flash_attn", "flash-attn"),
-               lambda case: _halves_only(case, "bias", "padding", "documents"),
+               lambda problem: _half_precision_only(
+                   problem, "bias", "padding", "documents", "chunk"),
                checks_dropout=False),
     Competitor("xformers", "xformers' memory_efficient_attention", _xformers,
                _package("xformers", "xformers"),
-               lambda case: _halves_only(
-                   case, "padding", "documents", "alibi", "window", "softcap"),
+               lambda problem: _half_precision_only(
+                   problem, "padding", "documents", "chunk", "alibi", "window", "softcap"),
                checks_dropout=False),
     Competitor("eager", "the formula in plain torch operators", _eager, dense=True),
 ]  # fmt: skip
-BY_NAME = {row.name: row for row in COMPETITORS}
+BY_NAME = {competitor.name: competitor for competitor in COMPETITORS}
 
 
 def named(names: str) -> list[Competitor]:
-    """The competitors of a list with commas, each of which must be known, once."""
+    """The competitors in a comma-separated list. Unknown and repeated names are refused."""
     asked = [name.strip() for name in names.split(",") if name.strip()]
     for name in asked:
         if name not in BY_NAME:

@@ -1,4 +1,4 @@
-"""`pytest benchmarks`: the number of threads, and where tests/support/cases.py is."""
+"""Options of `pytest benchmarks`, and the path to tests/support/cases.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest):
-    """A pinned number of threads for the whole test."""
+    """Fixes the number of threads for the whole test."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.config.getoption("--threads") or before)
     yield

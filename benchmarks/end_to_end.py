@@ -1,8 +1,8 @@
-"""End-to-end cells: whole models' steps, torch beside fastattn. Tokens a second, memory, gradients.
+"""End-to-end cases: steps of whole models, with torch and with fastattn.
 
-A workload's two sides are one model under two scopes (fastattn.override_sdpa() is the whole
-change), or a model and its counterpart with the same weights. Before it is timed, its outputs, or
-in training its gradients without dropout, are held to the same model in float64.
+The two sides of a workload are one model in two scopes, where fastattn.override_sdpa() is the only
+difference, or a model and its counterpart with the same weights. Before a workload is timed, its
+outputs, or in training its gradients without dropout, are compared with the same model in float64.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastattn.core.tolerance import allowed_error
 from . import torch_models
 from .measure.check import Errors
 
-ROUNDING = 1e-6  # fp32's floor
+ROUNDING = 1e-6  # floor of the allowed error, for fp32
 SIDES = ("torch", "fastattn")
 
 
 @dataclass
 class Built:
-    """A workload ready to run. run(model) gives a loss when training, else an output."""
+    """A workload ready to run. run(model) returns the loss in training, else the output."""
 
     models: dict[str, nn.Module]
     run: Callable[[nn.Module], Tensor]
@@ -39,17 +39,17 @@ class Built:
 
 @dataclass(frozen=True)
 class Workload:
-    """One line of the table."""
+    """A whole model's step as a benchmark case."""
 
     title: str
     build: Callable[[], Built]
-    note: str = ""  # what was made smaller
+    note: str = ""  # how it differs from the full model
     mode: str = "fwd"  # fwdbwd: a training step, optimizer included
-    needs: tuple[str, ...] = ()  # modules
+    needs: tuple[str, ...] = ()  # importable modules
     group: str = "endtoend"
     dtype: str = "fp32"
     floor: float = 0.0
-    seconds: float = 10.0  # about, to build and check it on two cores
+    seconds: float = 10.0  # rough time to build and check it on two cores
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class Workload:
 
     def why_not(self, device: str) -> str | None:
         if device != "cpu":
-            return "the end-to-end rows run on a CPU only, for now"
+            return "the end-to-end cases run on a CPU only"
         lacking = [name for name in self.needs if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(lacking)} (pip install 'fastattn[demo]')" if lacking \
             else None  # fmt: skip
@@ -97,7 +97,7 @@ class Running:
         return train
 
     def _result(self, model: nn.Module, side: str) -> Tensor:
-        """One float64 vector: the output, or every gradient, without dropout."""
+        """The output, or all gradients, as one float64 vector, without dropout."""
         model.eval()
         with self.built.scopes[side]():
             if not self.workload.training:
@@ -128,7 +128,7 @@ class Running:
 
 
 def _under_override(model: nn.Module, run: Callable[[nn.Module], Tensor], tokens: int) -> Built:
-    """One model, its attention torch's or, under the override, fastattn's."""
+    """One model whose attention is torch's or, under the override, fastattn's."""
     scopes = {"fastattn": fastattn.override_sdpa}
     return Built(dict.fromkeys(SIDES, model), run, tokens, scopes=scopes)
 

@@ -1,13 +1,13 @@
-"""`make gpu`: all that a machine with a GPU can show, in stages, and a report of what was reached.
+"""`make gpu`: everything that needs a GPU, in stages, with a report that survives a crash.
 
     python -m fastattn.benchmarks.gpu_session [--out out/gpu] [--skip STAGE ...]
 
-Begins with the self-tests of the CUDA kernels (`verify`), which open them; then the tests of the
-GPU backends, and speed beside torch's kernels. Each stage is a process of its own with a limit:
-one that hangs is killed, and the next begins. report.json and report.md in --out are written anew
-before and after every stage, so whatever happens they say what was reached; each stage's output is
-in a file beside them. Exits with 1 where a stage did not pass.
-"""
+The session begins with the self-tests of the CUDA kernels (`verify`), because a call may select
+those kernels only after they have passed. Then come the tests of the GPU backends, and the
+benchmark against torch's kernels. Each stage runs in a process of its own with a time limit: a
+stage that hangs is killed, and the next one starts. report.json and report.md in --out are
+rewritten before and after every stage, so they are up to date whatever happens; the output of each
+stage is in a file beside them. Exits with 1 if a stage did not pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of this Python and its seconds; after a `vital` one that fails, none is run."""
+    """Arguments for the Python interpreter and a limit in seconds. If a `vital` stage fails, the
+    stages after it are not run."""
 
     name: str
     arguments: tuple[str, ...]
@@ -36,7 +37,7 @@ class Stage:
     vital: bool = False
 
 
-# Fails where torch sees no GPU: then no other stage is run. What it prints is for the report.
+# Fails where torch sees no GPU, and then no other stage runs. Its output goes into the report.
 GPU_HERE = """
 import torch
 assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device here"
@@ -44,7 +45,13 @@ for i in range(torch.cuda.device_count()):
     print(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
 print(f"torch {torch.__version__}, {torch.cuda.device_count()} GPUs")
 """
-TESTS = ("test_gpu", "test_triton", "test_triton_fused", "test_triton_decode")
+TESTS = (
+    "tests/backends/test_gpu.py",
+    "tests/backends/test_triton.py",
+    "tests/backends/test_triton_key_ranges.py",
+    "tests/backends/test_triton_decode.py",
+    "tests/fused/test_triton_fused.py",
+)
 
 
 def stages(out: Path) -> tuple[Stage, ...]:
@@ -55,8 +62,8 @@ def stages(out: Path) -> tuple[Stage, ...]:
         ), 2400),
         Stage("info", ("-m", "fastattn", "info"), 120),
         # The name of a test is printed before it runs, so a log ends with the one that hung.
-        *(Stage(name, ("-u", "-m", "pytest", "-v", "--color=no", f"tests/{name}.py"), 900)
-          for name in TESTS),
+        *(Stage(Path(file).stem, ("-u", "-m", "pytest", "-v", "--color=no", file), 900)
+          for file in TESTS),
         Stage("bench", (
             "-m", "fastattn", "bench", "gpu", "--device", "cuda", "--minutes", "4",
             "--vs", "sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,flex",
@@ -67,8 +74,8 @@ def stages(out: Path) -> tuple[Stage, ...]:
 
 @dataclass(frozen=True)
 class Reached:
-    """What came of a stage: passed, failed, crashed, hung, stuck, running (the session was cut off)
-    or not run."""
+    """The outcome of a stage: passed, failed, crashed, hung, stuck (it could not be killed),
+    running (the session was cut off during it) or not run."""
 
     stage: str
     state: str
@@ -86,8 +93,8 @@ def outcome_of(stage: Stage, outcome: limited.Outcome) -> Reached:
 
 
 def run(stages, out: Path, tell: Callable[[str], None] = print) -> list[Reached]:
-    """The stages in their order. After one that cannot be killed, or a vital one that does not
-    pass, none of the others is run."""
+    """Runs the stages in order. After a stage that cannot be killed, or a vital one that does not
+    pass, the remaining stages are reported as not run."""
     out.mkdir(parents=True, exist_ok=True)
     reached: list[Reached] = []
     over = None
@@ -111,10 +118,10 @@ def run(stages, out: Path, tell: Callable[[str], None] = print) -> list[Reached]
 
 
 def write(out: Path, reached: list[Reached]) -> None:
-    """Both reports, each whole or not at all."""
+    """Writes both reports. Each file is replaced atomically, so it is never half written."""
     stored = {"when": time.strftime("%Y-%m-%d %H:%M:%S"), "stages": [asdict(x) for x in reached]}
     lines = [
-        "# What this machine's GPU has shown",
+        "# Results of the GPU session",
         "",
         "| stage | state | seconds |",
         "|---|---|--:|",

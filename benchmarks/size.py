@@ -1,8 +1,7 @@
-"""`make size`: line budgets. Long files and wide lines are where readers stop reading.
+"""`make size`: line budgets, so that files stay readable.
 
-A source file has at most 500 lines (about 400 is meant) and 100 columns. Prints the lines of each
-folder and its longest file; exits with 1, naming every file over its budget, when there is one.
-"""
+A source file has at most 500 lines (the target is 400) and 100 columns. Prints the number of lines
+and the longest file of each folder. Exits with 1 and names the files if any is over the budget."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def over_budget(root: Path = ROOT) -> list[str]:
 
 
 def main() -> int:
-    """Prints the table, then what is over budget."""
+    """Prints the table, then the files over budget."""
     counts = {path: len((ROOT / path).read_text().splitlines()) for path in sources()}
     print(f"{'folder':<12}{'files':>6}{'lines':>8}   longest file")
     for folder in sorted({path.parts[0] for path in counts}):

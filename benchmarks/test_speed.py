@@ -1,11 +1,10 @@
 """The suite for pytest-benchmark: pytest benchmarks --benchmark-autosave, --benchmark-compare, ...
 
-Model shapes (suites.py): each row for fastattn and for torch, one group a row. The two are
-measured interleaved first, by this package's own protocol; extra_info has that ratio with its
-interval, the errors, rates and what really ran. Cases (tests/support/cases.py): one option
-each, on small tensors; what they show is the cost of a call. Whatever is wrong fails and has no
-number.
-"""
+test_model_shape times each case of suites.MODELS with fastattn and with torch, one group per case.
+The two are first measured interleaved, by this package's own protocol: extra_info has that ratio
+with its interval, the errors, the rates and the kernel that ran. test_option times the tests' cases
+(tests/support/cases.py), one option each, on small tensors: it shows the overhead of a call. A
+wrong result fails and is not timed."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 from fastattn.benchmarks import competitors, suites
-from fastattn.benchmarks.cases import Case, Row
+from fastattn.benchmarks.cases import AttentionCase, Problem
 from fastattn.benchmarks.measure import devices, protocol
 from fastattn.benchmarks.measure.machine import MEMORY, Machine, machine_facts, working_set
 from fastattn.benchmarks.report import record
@@ -30,7 +29,7 @@ except ModuleNotFoundError:  # an installed package has no tests beside it
 
 pytest.importorskip("pytest_benchmark")
 ROUNDS = 7
-SHAPES = [row for rows in suites.MODELS.values() for row in rows]
+SHAPES = [case for cases in suites.MODELS.values() for case in cases]
 DEVICE = devices.default_device()
 
 
@@ -42,35 +41,35 @@ def machine() -> Machine:
 
 
 @cache
-def interleaved(row: Row) -> dict:
-    """The row as `bench` measures it, as data."""
+def interleaved(attention_case: AttentionCase) -> dict:
+    """The case's entry in a run, as `bench` measures it."""
     device = devices.DEVICES[DEVICE]()
     with device:
         plan = protocol.Plan(device, competitors.named("sdpa"), "quick")
-        result = protocol.measure(row, plan)
+        result = protocol.measure(attention_case, plan)
     if result.work:
         machine().measure_peaks({"fp32"}, {working_set(result.work)}, seconds=0.03)
-    return record.row_json(result, machine(), [])
+    return record.entry_json(result, machine(), [])
 
 
 @pytest.mark.parametrize("side", [protocol.OURS, "sdpa"])
-@pytest.mark.parametrize("row", SHAPES, ids=lambda row: row.name.replace(" ", "-"))
-def test_model_shape(row: Row, side: str, benchmark) -> None:
-    found = interleaved(row)
+@pytest.mark.parametrize("attention_case", SHAPES, ids=lambda case: case.name.replace(" ", "-"))
+def test_model_shape(attention_case: AttentionCase, side: str, benchmark) -> None:
+    found = interleaved(attention_case)
     if found["red"]:
-        pytest.fail(f"{row.name}: {found['red']}")
+        pytest.fail(f"{attention_case.name}: {found['red']}")
     mine = found["sides"][side]
     if mine["why_not"]:
         pytest.skip(f"{side}: {mine['why_not']}")
-    benchmark.group = row.name
+    benchmark.group = attention_case.name
     benchmark.extra_info.update({key: value for key, value in mine.items() if key != "errors"})
     benchmark.extra_info["error"] = mine["errors"]["largest"]
     benchmark.extra_info["formula"] = found["formula"]
     benchmark.extra_info["ratio"] = found["versus"]["sdpa"]
     benchmark.extra_info["interleaved_rounds"] = found["comparison"]["rounds"]
-    case = Case(row, DEVICE)
-    maker = Case.fastattn if side == protocol.OURS else competitors.BY_NAME[side].forward
-    step, device = case.step(maker(case)), devices.DEVICES[DEVICE]()
+    problem = Problem(attention_case, DEVICE)
+    maker = Problem.fastattn if side == protocol.OURS else competitors.BY_NAME[side].forward
+    step, device = problem.step(maker(problem)), devices.DEVICES[DEVICE]()
     repeats = found["comparison"]["repeats"][side]
 
     def whole() -> None:
@@ -82,7 +81,7 @@ def test_model_shape(row: Row, side: str, benchmark) -> None:
 
 @pytest.mark.skipif(select is None, reason="tests/support/cases.py is not beside this folder")
 @pytest.mark.parametrize("case", select("alone") if select else [], ids=lambda case: case.name)
-def test_case(case, benchmark) -> None:
+def test_option(case, benchmark) -> None:
     if case.function is None:
         pytest.skip("no public function takes this case")
     problem = case.make(torch.float32)
@@ -95,7 +94,7 @@ def test_case(case, benchmark) -> None:
         lse = lse[0].T
     tolerance = verify.Tolerance(*(x.nan_to_num() for x in problem[:3]), problem.spec.scale, lse)
     compared = tolerance.compare("out", out, want, plain)
-    assert compared.passed, f"wrong, so without a number: {compared}"
+    assert compared.passed, f"wrong, so not timed: {compared}"
     benchmark.group = "one option each"
     benchmark.extra_info.update({"error": compared.error, "backend": _backend(tensors, options)})
     benchmark.pedantic(function, tensors, options, rounds=ROUNDS, iterations=5, warmup_rounds=1)

@@ -1,6 +1,4 @@
-"""fastattn.benchmarks.timing: interleaved timing for programs of your own. The public name of
-measure/timing.py.
-"""
+"""Interleaved timing for your own programs: the public name of measure/timing.py."""
 
 from .measure.timing import (
     Comparison,

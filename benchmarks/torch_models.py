@@ -1,4 +1,4 @@
-"""The models of the end-to-end rows in plain torch, as a user has them today."""
+"""Models for the end-to-end cases in plain torch, as users write them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ class GPT(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """BERT's loss over the masked tokens, on an encoder of fastattn.benchmarks.demo.minilm, in
-    plain torch."""
+    """BERT's loss over the masked tokens, with the encoder of fastattn.benchmarks.demo.minilm."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -63,11 +62,11 @@ class MaskedLM(nn.Module):
         return F.cross_entropy(x[masked] @ self.encoder.words.weight.T, ids[masked])
 
 
-Kept = tuple[Tensor, Tensor, int]  # keys and values [B, Hkv, room, D], and how many there are
+Kept = tuple[Tensor, Tensor, int]  # keys, values [B, Hkv, capacity, D] and their number
 
 
 class _Attention(nn.Module):
-    """Llama's: grouped heads, rotary positions; names as in fastattn.nn.Attention."""
+    """Llama's attention: grouped heads and rotary positions. Names are fastattn.nn.Attention's."""
 
     def __init__(self, dim: int, heads: int, kv_heads: int) -> None:
         super().__init__()
@@ -101,12 +100,12 @@ MAX_LEN = 8192
 def angles(half: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin) of rotary angles, [MAX_LEN, half]."""
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    turned = torch.arange(MAX_LEN, dtype=torch.float64)[:, None] * frequencies
-    return turned.cos().to(dtype), turned.sin().to(dtype)
+    phases = torch.arange(MAX_LEN, dtype=torch.float64)[:, None] * frequencies
+    return phases.cos().to(dtype), phases.sin().to(dtype)
 
 
 def rotate(x: Tensor, start: int) -> Tensor:
-    """Rotary positions from `start`, halves paired: x is [B, H, S, D]."""
+    """Rotary embedding in the half-split layout, at positions from `start`; x is [B, H, S, D]."""
     end = start + x.shape[2]
     cos, sin = (table[start:end] for table in angles(x.shape[-1] // 2, x.dtype))
     a, b = x.chunk(2, -1)

@@ -20,7 +20,7 @@ is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 PLANS: dict = {}  # (spec, rank, backend) of calls alike in everything but values and strides
-PLAIN_PLANS: dict = {}  # (spec, backend) of those of four dimensions, without operands or dropout
+SIMPLE_PLANS: dict = {}  # SimplePlans, of those of four dimensions without operands or dropout
 _MAX_PLANS = 4096
 
 # In eager mode alone: torch.compile does not know all of these.
@@ -217,8 +217,8 @@ def autocast(*tensors):
     return [autocast_to(checks.tensor("q, k or v", x), dtype) for x in tensors]
 
 
-def plain_plan(q, k, v, asked: tuple) -> tuple[tuple | None, tuple | None]:
-    """(key, plan) in PLAIN_PLANS of a call without operands; asked has its numbers, flags and
+def simple_plan(q, k, v, asked: tuple) -> tuple[tuple | None, tuple | None]:
+    """(key, plan) in SIMPLE_PLANS of a call without operands; asked has its numbers, flags and
     backend. Looking a plan up costs less than checking the arguments, and it takes no dict of them.
     (None, None): the call is to be checked."""
     if (
@@ -237,7 +237,7 @@ def plain_plan(q, k, v, asked: tuple) -> tuple[tuple | None, tuple | None]:
             asked, registry.forced(), *map(type, asked),  # 1 == 1.0 == True
             None if window is None else tuple(map(type, window)),
         )  # fmt: skip
-        return key, PLAIN_PLANS.get(key)
+        return key, SIMPLE_PLANS.get(key)
     except (TypeError, ValueError, RuntimeError):  # the checks say what is wrong
         return None, None
 

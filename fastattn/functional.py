@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import habits
 from .backends import backend, registry
-from .backends.autograd import attend
+from .backends.autograd import SimplePlan, attend, attend_simple
 from .context_parallel import refuse_context_parallel
 from .core import checks
 from .core.call import Call, Result
 from .core.reference import in_memory_order_of
 from .core.spec import NO_OPERANDS
-from .forms import PLAIN_PLANS, PLANS, dense_form, packed_form, plain_plan, remember
+from .forms import PLANS, SIMPLE_PLANS, dense_form, packed_form, remember, simple_plan
 from .options import Align, BackendName, DenseOptions, PackedOptions
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def attention(
     """
     if unknown:
         habits.refuse_unknown(attention, unknown)
-    plain = None
+    simple = None
     if (
         mask is None
         and bias is None
@@ -177,9 +177,9 @@ def attention(
             deterministic,
             backend,
         )
-        plain, plan = plain_plan(q, k, v, asked)
+        simple, plan = simple_plan(q, k, v, asked)
         if plan is not None:
-            out, lse = run(Call(q, k, v, plan[0], NO_OPERANDS), plan[1])
+            out, lse = _run_simple(q, k, v, plan)
             return (out, lse) if return_lse else out
     call, rank, row, key = dense_form({
         "q": q, "k": k, "v": v, "scale": scale, "causal": causal, "window": window, "align": align,
@@ -194,8 +194,8 @@ def attention(
         row = registry.pick(backend, call)
         if key is not None:
             remember(PLANS, key, (call.spec, rank, row))
-    if plain is not None and rank == 4 and call.operands is NO_OPERANDS:
-        remember(PLAIN_PLANS, plain, (call.spec, row))
+    if simple is not None and rank == 4 and call.operands is NO_OPERANDS:
+        remember(SIMPLE_PLANS, simple, SimplePlan.of(call, row))
     out, lse = run(call, row)
     if rank != 4:
         out, lse = (x.squeeze(1) if rank == 3 else x[0, 0] for x in (out, lse))
@@ -321,13 +321,25 @@ def varlen_attention(
 def run(call: Call, row: backend.Backend) -> Result:
     """The result of a checked call, whatever its strides; out in q's memory order."""
     refuse_context_parallel()
-    q = call.q
     try:
-        result = attend(call, row)
-        if q.is_contiguous() or q.stride(3) == 1:
-            return result
-        return Result(in_memory_order_of(q, result.out), result.lse)
+        return _in_order(call.q, attend(call, row))
     except RuntimeError:  # a layout, say, where a call alike but for it was remembered
         if call.operands.descales is None:
-            checks.same_kind(q=q, k=call.k, v=call.v)
+            checks.same_kind(q=call.q, k=call.k, v=call.v)
         raise
+
+
+def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
+    """run() of a call that `plan` was made for. What the kernel does not take as it is (a sparse
+    layout, say) goes through torch's dispatcher, and gets an answer or a sentence there."""
+    refuse_context_parallel()
+    try:
+        return _in_order(q, attend_simple(q, k, v, plan))
+    except RuntimeError:
+        return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.row)
+
+
+def _in_order(q: Tensor, result: Result) -> Result:
+    if q.is_contiguous() or q.stride(3) == 1:
+        return result
+    return Result(in_memory_order_of(q, result[0]), result[1])

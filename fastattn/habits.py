@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 
-import torch
+from .backends.gpu import constant
 
 _MASK = "mask= is bool, True where a row sees a key, and bias= is added to the scores"
 _PADDING = (
@@ -76,7 +76,7 @@ def refuse_unknown(function: Callable, unknown) -> None:
         raise TypeError(sentence)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace difflib
+@constant  # Dynamo cannot trace difflib
 def _why_unknown(function: Callable, unknown: tuple[str, ...]) -> str | None:
     known = inspect.signature(function).parameters
     name = next((x for x in unknown if x not in known), None)

@@ -8,10 +8,11 @@ registers the replacements, and nothing ever takes them away: another thread may
 any time, and a kernel that is freed under a running call ends the process. The switch is a flag
 that they read; while it is off they call torch's own kernels, which they keep.
 
-Maskless calls that torch's own rules would give to its CPU flash operator go to another operator of
-aten's, which has a derivative in C++ and, but for ours, no kernel for the CPU (csrc/ops_cpu.cpp):
-torch's C++ autograd is several times faster than a Python one. The other calls go to fastattn's own
-operator, and so do those that are traced, whose programs may run where this operator has no kernel.
+Calls without a mask that torch's own rules would give to its CPU flash operator go to another
+operator of aten's, which has a derivative in C++ and no kernel for the CPU but ours
+(csrc/cpu/ops_aten.cpp): torch's C++ autograd is several times faster than a Python one. The other
+calls go to fastattn's own operator, and so do those that are traced, whose programs may run where
+this operator has no kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _NAME = "scaled_dot_product_attention"
 _COMPOSITE = "CompositeImplicitAutograd"
 _FUNCTORCH = "FuncTorchDynamicLayerFrontMode"  # where torch.func's transforms enter an operator
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
-_BORROWED = {  # the operators of aten that ops_cpu.cpp has kernels for, as it knows them
+_BORROWED = {  # the operators of aten that ops_aten.cpp has kernels for, as it knows them
     "_scaled_dot_product_efficient_attention": "(Tensor query, Tensor key, Tensor value, "
     "Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., bool is_causal=False, *, "
     "float? scale=None) -> (Tensor output, Tensor log_sumexp, Tensor philox_seed, "

@@ -154,6 +154,8 @@ def _variants():
     yield "bf16 128 softcap sinks", {"spec": (30.0, -1, 0), "sinks": _empty(16)}
     yield "bf16 128 grouped kv_lens", {"heads": (16, 4), "spec": CAUSAL, "kv_lens": _int32(2)}
     yield "bf16 128 documents", {"spec": CAUSAL, "document_ids": _int32(2, 4096)}
+    ends = {"key_begin": _int32(2, 1, 4096, 1), "key_end": _int32(2, 1, 4096, 1)}
+    yield "bf16 128 key ranges", {"spec": CAUSAL, **ends}
     cu = _int32(9)
     yield "bf16 128 packed", {"spec": CAUSAL, "batch": 1, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
     yield "bf16 128 paged decoding", PAGED

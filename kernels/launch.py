@@ -17,7 +17,8 @@ from ..core.quantization import E4M3
 from ..core.spec import Descales, Operands, Spec, split_arguments
 from ..core.tensors import is_dense, unit_stride
 from . import config, tune
-from .backward import Gradients, bias_kernel, delta_kernel, keys_kernel, rows_kernel
+from .backward import Gradients, delta_kernel, keys_kernel, rows_kernel
+from .backward_bias import bias_kernel
 from .combine import combine_kernel
 from .forward import forward_kernel
 from .mask_tiles import tile_lists

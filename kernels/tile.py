@@ -32,7 +32,8 @@ def within(begin, end, s, head, at, ok, low, high):
     if begin.ptr is not None:
         first = tl.load(position_at(begin, s, head, at), mask=ok, other=0)
         last = tl.load(position_at(end, s, head, at), mask=ok, other=0)
-        low, high = tl.maximum(low, first), tl.minimum(high, last)
+        # An end far past the keys would overflow once it is rounded up to a tile.
+        low, high = tl.maximum(low, tl.minimum(first, high)), tl.minimum(high, last)
     return low, high
 
 

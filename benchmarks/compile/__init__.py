@@ -1,1 +1,1 @@
-"""What compilers make of the GPU kernels, on a machine without a GPU."""
+"""Audits of the GPU kernels' machine code. They need the compilers, but no GPU."""

@@ -376,7 +376,9 @@ def show(rows: list[dict], changed: dict) -> None:
 
 def main(arguments=None) -> int:
     """The command; its exit status is 1 where a row has a problem or, asked for, is stale."""
-    parser = argparse.ArgumentParser(prog="gpu_audit", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastattn.benchmarks.compile.triton", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--arch", choices=[arch.name for arch in ARCHES], help="this one alone")
     parser.add_argument("--only", default="", help="subjects whose name holds this")
     parser.add_argument("--all", action="store_true", help="compile what did not change too")

@@ -1,1 +1,1 @@
-"""How a cell is opened, checked against float64 and timed."""
+"""How a benchmark case is opened, checked against float64 and timed."""

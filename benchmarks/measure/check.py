@@ -1,4 +1,5 @@
-"""Correct before fast: what every contender computed, against float64, by the tests' own rule."""
+"""Compares what every contender computed with float64, by the tolerance rule that the tests use.
+Only results that pass are timed."""
 
 from __future__ import annotations
 
@@ -11,36 +12,36 @@ from torch import Tensor
 import fastattn
 from fastattn.cli import verify
 
-from ..cases import Case, Row, eager
+from ..cases import AttentionCase, Problem, eager
 from ..competitors import Forward, visible
 
 DROPOUT_SEED = 3
-RESULTS = ("out", "dq", "dk", "dv", "dbias")  # what a step returns, in this order
-CHECKED_PAIRS = 1 << 24  # scores per row compared with float64; more heads than fit are sampled
-# A competitor's error from which on it computes another function, not with another rounding.
-# torch's own gradients in half precision are off by several percent.
+RESULTS = ("out", "dq", "dk", "dv", "dbias")  # of a step, in this order
+CHECKED_PAIRS = 1 << 24  # scores per case compared with float64; of more, some heads are sampled
+# A competitor with a larger error computes a different function, not the same one with other
+# rounding. The limits are loose: torch's half-precision gradients are off by several percent.
 GROSS = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 
-Makers = Mapping[str, Callable[[Case], Forward]]
+Makers = Mapping[str, Callable[[Problem], Forward]]
 
 
 @dataclass(slots=True)
 class Errors:
-    """Against float64, relative to the largest true value; the worst of out and gradients."""
+    """Errors against float64 relative to the largest true value, the worst of out and gradients."""
 
     largest: float = 0.0
     mean: float = 0.0
-    excess: float = 0.0  # the worst error / what the rule allows; above 1 fastattn's row is RED
-    reason: str = ""  # that worst one in words
+    excess: float = 0.0  # worst error / allowed error; above 1, fastattn's result is RED
+    reason: str = ""  # the worst error, in words
     heads: list[int] = field(default_factory=list)  # the kv heads compared
 
-    def keep(self, name: str, found: verify.Comparison) -> None:
-        """Keep the comparison nearest to its limit."""
+    def keep_worst(self, name: str, found: verify.Comparison) -> None:
+        """Keeps the comparison that is nearest to its limit."""
         if found.ratio >= self.excess:
             self.excess, self.reason = found.ratio, f"{name}: {found}"
 
     def measure(self, result: Tensor, truth: Tensor) -> None:
-        """Keep the largest errors; NaN, which compares as small, counts as infinite."""
+        """Keeps the largest errors. NaN counts as infinite, since it would compare as small."""
         truth = truth.detach()
         error = (result.detach().double() - truth).abs() / truth.abs().max().clamp_min(1e-30)
         largest, mean = (x.nan_to_num(nan=torch.inf).item() for x in (error.max(), error.mean()))
@@ -48,51 +49,54 @@ class Errors:
 
 
 def check(
-    case: Case, forwards: Mapping[str, Forward], makers: Makers, pairs: int = CHECKED_PAIRS
+    problem: Problem, forwards: Mapping[str, Forward], makers: Makers, pairs: int = CHECKED_PAIRS
 ) -> dict[str, Errors | Exception]:
-    """Every contender's results against float64, one kv head and its group at a time. What a
-    contender raises stands in its place.
+    """Compares every contender's results with float64, one kv head and its query heads at a time.
+    If a contender raises, its exception is returned in place of its errors.
 
     forwards  by name, the calls that will be timed
-    makers    by name, who makes such a call of a case: of a twin in float64, where there is dropout
-    pairs     scores compared at most, but those of two heads
+    makers    by name, functions that make such a call from a problem; cases with dropout use them
+              to make the same call in float64
+    pairs     scores to compare at most, though at least those of two kv heads
     """
     names = list(forwards)
-    if case.row.dropout:
-        return {n: _tried(lambda n=n: _with_dropout(case, forwards[n], makers[n])) for n in names}
-    results = {n: _tried(case.step(forwards[n], _whole(case))) for n in names}
-    heads = checked_heads(case.row, pairs)
+    if problem.case.dropout:
+        return {
+            n: _tried(lambda n=n: _with_dropout(problem, forwards[n], makers[n])) for n in names
+        }
+    results = {n: _tried(problem.step(forwards[n], _whole(problem))) for n in names}
+    heads = checked_heads(problem.case, pairs)
     found = {n: r if isinstance(r, Exception) else Errors(heads=heads) for n, r in results.items()}
     for head in heads:
-        tolerance = _tolerance(case, slice(head, head + 1))
-        truths, rounded = _plain(case, head, torch.float64), _plain(case, head, torch.float32)
+        tolerance = _tolerance(problem, slice(head, head + 1))
+        truths, rounded = _plain(problem, head, torch.float64), _plain(problem, head, torch.float32)
         for name, errors in found.items():
             if isinstance(errors, Exception):
                 continue
             for index, (what, truth) in enumerate(zip(RESULTS, truths)):
-                one = _heads_of(case.row, results[name][index], head, index)
-                errors.keep(
-                    what, tolerance.compare(what, one, truth, rounded[index].to(case.dtype))
+                one = _heads_of(problem.case, results[name][index], head, index)
+                errors.keep_worst(
+                    what, tolerance.compare(what, one, truth, rounded[index].to(problem.dtype))
                 )
                 errors.measure(one, truth)
     return found
 
 
-def _whole(case: Case) -> str:
-    """The mode to check in: a backward pass with its own forward pass."""
-    return "fwdbwd" if case.row.backward else "fwd"
+def _whole(problem: Problem) -> str:
+    """The mode to check in: gradients are checked together with their forward pass."""
+    return "fwdbwd" if problem.case.backward else "fwd"
 
 
 def _tried(call):
     try:
         return call()
-    except Exception as error:  # one contender's trouble is not the others'
+    except Exception as error:  # the other contenders are still measured
         return error
 
 
 def verdict(name: str, found: Errors | Exception, dtype: torch.dtype) -> str | None:
-    """Why a contender gets no number, or None: fastattn by the tests' rule, the others where they
-    compute something else."""
+    """Why a contender is not timed, or None. fastattn must pass the tests' tolerance rule; the
+    others only must not compute a different function."""
     if isinstance(found, Exception):
         return f"{type(found).__name__}: {found}".split("\n")[0]
     if name == "fastattn" and not found.excess <= 1.0:
@@ -102,69 +106,71 @@ def verdict(name: str, found: Errors | Exception, dtype: torch.dtype) -> str | N
     return None
 
 
-def _tolerance(case: Case, kv_heads: slice) -> verify.Tolerance:
-    """The tolerance rule for these kv heads; lse only sets the size of an exponent's rounding."""
-    row, scale = case.row, case.row.dim**-0.5
-    q, dout = (t if t is None else t.unflatten(1, (row.kv_heads, -1)) for t in (case.q, case.dout))
-    q, k, v = (t[:, kv_heads].detach() for t in (q, case.k, case.v))
+def _tolerance(problem: Problem, kv_heads: slice) -> verify.Tolerance:
+    """The tolerance rule for these kv heads. lse determines only the rounding of the exponent."""
+    case, scale = problem.case, problem.case.dim**-0.5
+    q, dout = (
+        t if t is None else t.unflatten(1, (case.kv_heads, -1)) for t in (problem.q, problem.dout)
+    )
+    q, k, v = (t[:, kv_heads].detach() for t in (q, problem.k, problem.v))
     scores = scale * q.float() @ k.float().mT.unsqueeze(2)  # [B, kv heads, group, q_len, keys]
     dout = None if dout is None else dout[:, kv_heads]
-    lse, on_gpu = scores.logsumexp(-1), case.device == "cuda"
+    lse, on_gpu = scores.logsumexp(-1), problem.device == "cuda"
     return verify.Tolerance(q, k, v, scale, lse, dout, probs_rounded=on_gpu)
 
 
-def checked_heads(row: Row, pairs: int = CHECKED_PAIRS) -> list[int]:
-    """Evenly spread kv heads, the first and the last included, as many as fit."""
-    per_head = row.batch * (row.heads // row.kv_heads) * row.q_len * row.keys
-    count = min(row.kv_heads, max(2, pairs // per_head))
-    return sorted({round(i * (row.kv_heads - 1) / max(count - 1, 1)) for i in range(count)})
+def checked_heads(case: AttentionCase, pairs: int = CHECKED_PAIRS) -> list[int]:
+    """As many kv heads as fit, evenly spaced, the first and the last included."""
+    per_head = case.batch * (case.heads // case.kv_heads) * case.q_len * case.keys
+    count = min(case.kv_heads, max(2, pairs // per_head))
+    return sorted({round(i * (case.kv_heads - 1) / max(count - 1, 1)) for i in range(count)})
 
 
-def _heads_of(row: Row, tensor: Tensor, kv_head: int, index: int) -> Tensor:
+def _heads_of(case: AttentionCase, tensor: Tensor, kv_head: int, index: int) -> Tensor:
     """The part of result `index` (out, dq, dk, dv, dbias) that belongs to one kv head."""
-    group = 1 if index in (2, 3) else row.heads // row.kv_heads
+    group = 1 if index in (2, 3) else case.heads // case.kv_heads
     return tensor[:, kv_head * group : (kv_head + 1) * group]
 
 
-def _plain(case: Case, kv_head: int, dtype: torch.dtype) -> list[Tensor]:
-    """(out, gradients...) of one kv head and its group, as the formula is written, in `dtype`."""
-    row = case.row
-    parts = (_heads_of(row, t, kv_head, i + 1) for i, t in enumerate(case.inputs))
-    inputs = [p.detach().to(dtype).requires_grad_(row.backward) for p in parts]
-    alibi = case.alibi_bias
-    if alibi is not None:  # from the exact slopes, not as rounded for those who lack them
-        twin = case.double()
-        alibi = _heads_of(row, twin.alibi_bias, kv_head, 0).to(dtype)
-    biases = (inputs[3] if row.bias else None, alibi)
-    out = eager(*inputs[:3], masks=visible(case), biases=biases, softcap=row.softcap)
-    if not row.backward:
+def _plain(problem: Problem, kv_head: int, dtype: torch.dtype) -> list[Tensor]:
+    """(out, gradients...) of one kv head and its query heads, by the formula, in `dtype`."""
+    case = problem.case
+    parts = (_heads_of(case, t, kv_head, i + 1) for i, t in enumerate(problem.inputs))
+    inputs = [p.detach().to(dtype).requires_grad_(case.backward) for p in parts]
+    alibi = problem.alibi_bias
+    if alibi is not None:  # from the exact slopes, not from the rounded bias
+        twin = problem.double()
+        alibi = _heads_of(case, twin.alibi_bias, kv_head, 0).to(dtype)
+    biases = (inputs[3] if case.bias else None, alibi)
+    out = eager(*inputs[:3], masks=visible(problem), biases=biases, softcap=case.softcap)
+    if not case.backward:
         return [out]
-    dout = _heads_of(row, case.dout, kv_head, 0).to(dtype)
+    dout = _heads_of(case, problem.dout, kv_head, 0).to(dtype)
     return [out, *torch.autograd.grad(out, inputs, dout)]
 
 
-# ---- dropout: draws differ by design -------------------------------------------------------------
+# ---- dropout: each contender draws its own -------------------------------------------------------
 
 
-def _with_dropout(case: Case, forward: Forward, make: Callable[[Case], Forward]) -> Errors:
-    """A side is held to float64 with its own draws, from one seed: fastattn by its reference
-    backend, plain torch code by running itself in float64."""
-    exact = case.double()
-    pairs = [(case, forward), (exact, make(exact)), (case, forward)]
-    if make is Case.fastattn:
-        pairs[1:] = [(exact, _reference(exact)), (case, _reference(case))]
+def _with_dropout(problem: Problem, forward: Forward, make: Callable[[Problem], Forward]) -> Errors:
+    """Compares a contender with float64 under its own dropout mask, from one seed: fastattn with
+    its reference backend, plain torch code with itself in float64."""
+    exact = problem.double()
+    pairs = [(problem, forward), (exact, make(exact)), (problem, forward)]
+    if make is Problem.fastattn:
+        pairs[1:] = [(exact, _reference(exact)), (problem, _reference(problem))]
     results = []
     for owner, call in pairs:
         torch.manual_seed(DROPOUT_SEED)
-        results.append(owner.step(call, _whole(case))())
-    errors = Errors(heads=list(range(case.row.kv_heads)))
-    tolerance = _tolerance(case, slice(None))
+        results.append(owner.step(call, _whole(problem))())
+    errors = Errors(heads=list(range(problem.case.kv_heads)))
+    tolerance = _tolerance(problem, slice(None))
     for what, one, true, plain in zip(RESULTS, *results):
-        errors.keep(what, tolerance.compare(what, one, true, plain))
+        errors.keep_worst(what, tolerance.compare(what, one, true, plain))
         errors.measure(one, true)
     return errors
 
 
-def _reference(case: Case) -> Forward:
-    options = case.call_options() | {"backend": "reference"}
-    return lambda: fastattn.attention(case.q, case.k, case.v, **options)
+def _reference(problem: Problem) -> Forward:
+    options = problem.call_options() | {"backend": "reference"}
+    return lambda: fastattn.attention(problem.q, problem.k, problem.v, **options)

@@ -1,10 +1,10 @@
-"""Measuring on a device: how a sample is taken, its clocks, its memory, its peaks. CPU and CUDA.
+"""How a device is measured, CPU or CUDA: samples, clocks, memory, and the machine's peaks.
 
-CPU    torch's threads are pinned to a number for the whole run; the host's clock; memory is what
-       the process asked of the system (VmHWM), so that no library's workspace is missed.
-CUDA   events around the calls; optionally a CUDA graph, which takes the launches out of the time;
-       optionally a flushed second-level cache before each call; a pause after each long sample, as
-       a GPU that works for more than a few milliseconds on end lowers its clock.
+CPU    Torch's number of threads is fixed for the whole run. Samples use the host's clock. Memory is
+       what the process got from the system (VmHWM), so that no library's workspace is missed.
+CUDA   Samples use events around the calls, optionally of a CUDA graph, which removes the launches
+       from the time, and optionally with the L2 cache flushed before each call. A pause follows
+       each long sample, because a GPU lowers its clock after some milliseconds of continuous work.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ class Cpu:
         pass
 
     def free_memory(self) -> int | None:
-        """Bytes that can be had without swapping; None where the system does not say."""
+        """Bytes available without swapping, or None if the system does not tell."""
         try:
             return _field(self.meminfo, "MemAvailable:")
         except (OSError, ValueError):
             return None
 
     def peak_memory(self, fn: Callable[[], object]) -> int | None:
-        """Bytes beyond those held before the call, at its highest, results included; to about
-        0.5 MB. None where the system does not tell."""
+        """Peak bytes of a call beyond those held before it, results included, to about 0.5 MB; None
+        if the system does not tell."""
         status, fn_result = Path("/proc/self/status"), fn()
         del fn_result
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # else memory that the heap keeps would count as free
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+            ctypes.CDLL(None).malloc_trim(0)  # memory that the heap keeps would hide use
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             before = _field(status, "VmRSS:")
             fn_result = fn()
             del fn_result
@@ -70,8 +70,8 @@ class Cpu:
             return None
 
     def clocks(self) -> dict:
-        """MHz as the system shows it (a virtual machine's may stand still), and the seconds of a
-        fixed piece of work on one core, which cannot lie."""
+        """MHz as the system reports it, which may be constant in a virtual machine, and the seconds
+        of a fixed amount of work on one core, which shows the real speed."""
         start = time.perf_counter()
         total = 0
         for i in range(300_000):
@@ -85,10 +85,10 @@ class Cpu:
         return {"mhz": max(mhz, default=None), "fixed_work_s": seconds}
 
     def throttled(self, before: dict, after: dict) -> str | None:
-        """Why the run's second half may have been slower than its first, or None."""
+        """Why the machine seems slower after the run than before, or None."""
         slower = after["fixed_work_s"] / before["fixed_work_s"]
         if slower > 1.1:
-            return f"a fixed piece of work took {slower - 1:.0%} longer after the run than before"
+            return f"a fixed amount of work took {slower - 1:.0%} longer after the run than before"
         return None
 
 
@@ -102,18 +102,18 @@ def _field(path: Path, name: str) -> int:
 
 # ---- CUDA ---------------------------------------------------------------------------------------
 
-SUSTAINED = 5e-3  # seconds of work on end after which clocks were seen to fall
-COOLDOWN = 1.0  # seconds of pause for each second of work, at most MAX_COOLDOWN
+SUSTAINED = 5e-3  # seconds of continuous work after which a GPU may lower its clock
+COOLDOWN = 1.0  # seconds of pause per second of work, at most MAX_COOLDOWN
 MAX_COOLDOWN = 1.0
-FLUSH = 2  # times the second-level cache
+FLUSH = 2  # bytes to overwrite, in sizes of the L2 cache
 
 
 class Cuda:
-    """One CUDA device. `api` is torch.cuda, or a stand-in with its names.
+    """One CUDA device. `api` is torch.cuda, or a stand-in with the same names.
 
-    graphs   replay a captured graph instead of launching; a call that cannot be captured is run
-             eagerly, and `eager` says why
-    cold     overwrite twice the second-level cache before each call, outside the events
+    graphs   replay a captured graph instead of launching. A call that cannot be captured runs
+             eagerly, and `eager` has the reason
+    cold     flush the L2 cache before each call, outside the events
     """
 
     name = "cuda"
@@ -200,7 +200,7 @@ class Cuda:
         return max(0, self.api.max_memory_allocated() - before)
 
     def clocks(self) -> dict:
-        """What nvidia-smi says of the first GPU; {} where it cannot be asked."""
+        """nvidia-smi's clocks of the first GPU; {} if it cannot run."""
         fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "clocks_throttle_reasons.active")
         fields = (*fields, "driver_version")
         command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
@@ -212,13 +212,13 @@ class Cuda:
         return dict(zip(fields, values))
 
     def throttled(self, before: dict, after: dict) -> str | None:
-        """nvidia-smi's reasons other than idleness (bit 0) and application clocks (bit 1)."""
+        """nvidia-smi's throttle reasons, except idleness (bit 0) and application clocks (bit 1)."""
         active = after.get("clocks_throttle_reasons.active", "0")
         try:
             reasons = int(active, 0) & ~0b11
         except ValueError:
             return None
-        return f"the GPU names throttle reasons {reasons:#x}" if reasons else None
+        return f"the GPU reports throttle reasons {reasons:#x}" if reasons else None
 
 
 DEVICES = {"cpu": Cpu, "cuda": Cuda}
@@ -234,9 +234,9 @@ def default_device() -> str:
 def peak_flops(
     dtype: torch.dtype = torch.float32, seconds: float = 0.5, device: str = "cpu"
 ) -> float:
-    """Multiply-add peak in FLOP/s with torch's current threads: the best matrix product seen within
-    `seconds`. In half precision compare it with fp32's and take the better: without dot-product
-    instructions the best plan is to convert and use fp32, and a slow library product is no peak."""
+    """The peak in FLOP/s with torch's current threads: the fastest matrix product within `seconds`.
+    In half precision, take the better of this and fp32's: on a CPU without half-precision
+    instructions a kernel can always convert to fp32, however slow the library's product is."""
     small = device == "cpu" and dtype != torch.float32
     size = 256 if small else 1024 if device == "cpu" else 8192  # a CPU may take 1 s for 512 in fp16
     a, b = torch.rand(2, size, size, device=device).to(dtype).unbind()
@@ -245,9 +245,9 @@ def peak_flops(
 
 
 def peak_bandwidth(nbytes: int = 1 << 28, seconds: float = 0.4, device: str = "cpu") -> float:
-    """Bytes a second through a working set of `nbytes`: the better of reading it (sum) and copying
-    one half onto the other. Past the last-level cache that is the memory's bandwidth; below, the
-    cache's, which is the honest roof for work that stays there."""
+    """Bytes per second through a working set of `nbytes`: the better of reading it (sum) and
+    copying one half onto the other. Beyond the last-level cache this is the memory's bandwidth;
+    below, the cache's, which is the roof for work of that size."""
     data = torch.ones(max(nbytes // 8, 1024) * 2, device=device)  # fp32, an even number of elements
     source, target = data.chunk(2)
     moved = data.numel() * 4
@@ -257,7 +257,7 @@ def peak_bandwidth(nbytes: int = 1 << 28, seconds: float = 0.4, device: str = "c
 
 
 def _fastest(fn: Callable[[], object], seconds: float, device: str) -> float:
-    """The shortest of the calls that fit into `seconds`, at least three."""
+    """The shortest time of the calls that fit into `seconds`, of at least three."""
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     fn()
     wait()
@@ -272,7 +272,7 @@ def _fastest(fn: Callable[[], object], seconds: float, device: str) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's GPU allocator has a class for it, its CPU allocator only a message."""
+    """Whether the error is torch's: a class from the GPU allocator, a message from the CPU's."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""What the numbers were taken on: names, versions, clocks, load, and the most that it can do."""
+"""The measured machine: names, versions, clocks, load, and its peak FLOP/s and bandwidth."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastattn.core.work import Work
 from ..cases import DTYPES, SEED
 from . import devices
 
-MEMORY = 1 << 28  # bytes: a working set past the caches
+MEMORY = 1 << 28  # bytes: a working set larger than the caches
 ROOT = Path(fastattn.__file__).resolve().parents[1]
 
 
 def machine_facts(device: str = "cpu") -> dict:
-    """The machine by name: enough to know later what a number was taken on."""
+    """Hardware, versions and commit: enough to know later what a number was measured on."""
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -37,7 +37,7 @@ def machine_facts(device: str = "cpu") -> dict:
         "threads": torch.get_num_threads(),
         "isa": None if isa.problem() else isa.selected(),  # None: the reference ran
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "backends": [row.name for row in registry.BACKENDS],
+        "backends": [backend.name for backend in registry.BACKENDS],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": version("triton"),
@@ -59,7 +59,7 @@ def version(package: str) -> str | None:
 
 
 def git(*arguments: str, root: Path = ROOT) -> str | None:
-    """What git prints, or None where it is not there, fails, or root is no checkout's top."""
+    """Git's output, or None if git is missing or fails."""
     try:
         run = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=60
@@ -70,13 +70,13 @@ def git(*arguments: str, root: Path = ROOT) -> str | None:
 
 
 def is_checkout(root: Path = ROOT) -> bool:
-    """Whether the package is imported from the top of a git checkout of its own."""
+    """Whether the package is imported from the top folder of its own git checkout."""
     top = git("rev-parse", "--show-toplevel", root=root)
     return top is not None and Path(top).resolve() == root.resolve()
 
 
 def revision() -> dict:
-    """{"commit", "dirty"}; None where fastattn does not run from a git checkout."""
+    """{"commit", "dirty"}, both None unless fastattn runs from a git checkout."""
     if not is_checkout():
         return {"commit": None, "dirty": None}
     changes = git("status", "--porcelain", "--untracked-files=no")
@@ -84,7 +84,7 @@ def revision() -> dict:
 
 
 def machine_id(facts: dict) -> str:
-    """One word for machines that are alike: their results may be compared."""
+    """A name shared by machines that are alike, whose results may be compared."""
     what = facts["gpu"] or facts["cpu"]
     exact = [facts["cpu"], facts["gpu"], facts["cores"], facts["threads"], facts["isa"]]
     word = re.sub(r"[^a-z0-9]+", "-", what.lower()).strip("-")
@@ -101,8 +101,8 @@ class Machine:
     clocks: dict = field(default_factory=dict)  # before, after, throttled
 
     def measure_peaks(self, dtypes: set[str], sizes: set[int], seconds: float = 0.4) -> None:
-        """A peak is the most ever seen, so it is asked for again and again between the rows: one
-        busy moment of the machine must not lower it."""
+        """Keeps the highest peaks. They are measured repeatedly, between the cases, so that one
+        busy moment of the machine does not lower them."""
         device = self.facts.get("device", "cpu")
         for name in dtypes:
             seen = devices.peak_flops(DTYPES[name], seconds, device)
@@ -112,14 +112,14 @@ class Machine:
             self.bandwidths[size] = max(seen, self.bandwidths.get(size, 0.0))
 
     def peak_flops(self, dtype: str) -> float:
-        """In half precision the better of its own product and fp32's."""
+        """The dtype's own peak, or fp32's if that is higher."""
         return max(self.flops[dtype], self.flops["fp32"])
 
     def peak_bytes(self, work: Work) -> float:
         return self.bandwidths[working_set(work)]
 
     def roof(self, dtype: str, work: Work) -> tuple[str, float]:
-        """(what bounds the work, the least seconds it can take here)."""
+        """(what bounds the work, "compute" or "memory"; the least seconds it can take here)."""
         compute = work.flops / self.peak_flops(dtype)
         memory = work.bytes / self.peak_bytes(work)
         return ("compute", compute) if compute >= memory else ("memory", memory)
@@ -134,5 +134,5 @@ class Machine:
 
 
 def working_set(work: Work) -> int:
-    """The power of two that the work's bytes fit in."""
+    """The work's bytes, rounded up to a power of two."""
     return min(MEMORY, 1 << max(20, (work.bytes - 1).bit_length()))

@@ -1,7 +1,8 @@
-"""`bench --base REF`: another commit, built in a git worktree of its own, in the same interleaved
-rounds. Each side is a process (worker.py) that computes with its own tree; the parent asks them in
-turn for samples. Fresh processes are started PASSES times, because where a process happens to lie
-in memory is worth some percent too, and rounds of one pair cannot see it."""
+"""`bench --base REF`: measures another commit, built in its own git worktree, in the same
+interleaved rounds. Each side is a process (worker.py) that imports fastattn from its own tree; the
+parent alternates between them for samples. The processes are restarted PASSES times, because the
+memory layout of a process alone changes its speed by some percent, which the rounds of one pair of
+processes cannot show."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..cases import Row
+from ..cases import AttentionCase
 from ..report.history import BASE
 from .check import Errors
 from .machine import ROOT, git, is_checkout
@@ -22,20 +23,22 @@ from .protocol import OURS, Side
 from .runner import Run
 
 PASSES = 3
-TURNS = 5  # of each side in a round, the best of which counts
-ROUNDS = 401  # a pass at most; the level's seconds are the real limit: a regression of some percent
-# on a busy machine needs all the rounds that the time holds
-# Each thread on a core of its own, the same ones in both processes. Left to the system on a busy
-# machine, one process's threads were seen to share a core for all its life: 2.6 times the time.
+TURNS = 5  # samples of each side in a round, of which the fastest counts
+# Rounds of a pass at most. The level's seconds are the real limit: to see a regression of some
+# percent on a busy machine takes as many rounds as fit into the time.
+ROUNDS = 401
+# Pins each thread to its own core, the same cores in both processes. Without this, on a busy
+# machine, the threads of one process sometimes shared a core for its whole life and took 2.6 times
+# as long.
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-NATIVE = ("*.so", "_build.json")  # of a built fastattn/
+NATIVE = ("*.so", "_build.json")  # the built files in fastattn/
 
 
 def prepare(
     ref: str, folder: Path, root: Path = ROOT, say: Callable[[str], object] = print
 ) -> Path:
-    """The built worktree of `ref`, made where it is not there yet. ValueError, one sentence, where
-    there is no such commit or it does not build."""
+    """The built worktree of `ref`, which is made if it does not exist. Raises ValueError with one
+    sentence if there is no such commit or if it does not build."""
     if not is_checkout(root):
         raise ValueError("--base needs fastattn to run from a git checkout, and this one does not")
     commit = git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", root=root)
@@ -44,13 +47,13 @@ def prepare(
     tree = (folder / "base" / commit[:12]).resolve()
     if (tree / "built").exists():
         return tree
-    if tree.exists():  # from a run that was stopped
+    if tree.exists():  # left by an interrupted run
         git("worktree", "remove", "--force", str(tree), root=root)
         shutil.rmtree(tree, ignore_errors=True)
     tree.parent.mkdir(parents=True, exist_ok=True)
     git("worktree", "prune", root=root)
     if git("worktree", "add", "--detach", str(tree), commit, root=root) is None:
-        raise ValueError(f"--base: git makes no worktree of {ref!r} at {tree}")
+        raise ValueError(f"--base: git could not make a worktree of {ref!r} at {tree}")
     _build(ref, commit, tree, root, say)
     (tree / "built").touch()
     return tree
@@ -63,7 +66,7 @@ def _build(ref: str, commit: str, tree: Path, root: Path, say) -> None:
         for path in built:
             shutil.copy2(path, tree / "fastattn" / path.name)
         return
-    say(f"building {ref} ({commit[:10]}): minutes, once")
+    say(f"building {ref} ({commit[:10]}), once; this takes minutes")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     if run.returncode != 0:
@@ -82,12 +85,12 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # only the parent handles Ctrl-C
             env={**PINNED, **os.environ},
         )
 
     def ask(self, op: str, **arguments) -> dict:
-        """The answer to one request; RuntimeError, one sentence, when there is none."""
+        """The answer to one request. Raises RuntimeError with one sentence if there is none."""
         try:
             self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
             self.process.stdin.flush()
@@ -97,15 +100,21 @@ class Worker:
         if not line:
             self.close()
             said = self.process.stderr.read().strip().splitlines()
-            raise RuntimeError(f"its process ended: {said[-1] if said else 'without a word'}")
+            raise RuntimeError(
+                f"its process ended: {said[-1] if said else 'it printed no message'}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
 
-    def side(self, name: str, cell, device, label: str = "") -> Side:
-        """The cell opened and checked in the process, as a side that samples there."""
-        what = {"row": asdict(cell)} if isinstance(cell, Row) else {"workload": cell.name}
+    def side(self, name: str, case, device, label: str = "") -> Side:
+        """Opens and checks the case in the process, and returns a side that samples there."""
+        what = (
+            {"attention": asdict(case)}
+            if isinstance(case, AttentionCase)
+            else {"workload": case.name}
+        )
         side = Side(name)
         try:
             answer = self.ask("open", device=device.name, threads=device.threads, **what)
@@ -141,9 +150,9 @@ class Pair:
         self.device, self.label = device, f"{tree.name[:10]} "
         self.workers = {OURS: Worker(ROOT), BASE: Worker(tree)}
 
-    def sides(self, cell) -> list[Side]:
+    def sides(self, case) -> list[Side]:
         labels = {OURS: "", BASE: self.label}
-        return [w.side(n, cell, self.device, labels[n]) for n, w in self.workers.items()]
+        return [w.side(n, case, self.device, labels[n]) for n, w in self.workers.items()]
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -151,11 +160,11 @@ class Pair:
 
 
 def merged(first: Run, second: Run) -> Run:
-    """Both passes' rounds, cell by cell. What is wrong in one pass is wrong."""
-    by_name = {result.cell.name: result for result in second.results}
+    """The rounds of both passes, case by case. A case that is wrong in either pass is RED."""
+    by_name = {result.case.name: result for result in second.results}
     for result in first.results:
-        other = by_name.get(result.cell.name)
-        if other is None:  # the second pass was stopped, or had no time for it
+        other = by_name.get(result.case.name)
+        if other is None:  # the second pass was interrupted or had no time left
             continue
         result.red = result.red or other.red
         for name, side in other.sides.items():

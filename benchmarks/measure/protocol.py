@@ -1,5 +1,5 @@
-"""One cell, measured: opened, checked against float64, its memory taken, then timed. Nothing that
-is wrong gets a number; what cannot run says why and the others go on."""
+"""Measures one case: opens it, checks it against float64, takes its memory, then times it. A wrong
+result is not timed. A contender that cannot run says why, and the others are still measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import fastattn
 from fastattn.core.work import Work
 
-from ..cases import DTYPES, Case, Row
+from ..cases import DTYPES, AttentionCase, Problem
 from ..competitors import Competitor, ran
 from ..end_to_end import Running, Workload
 from . import timing
@@ -19,12 +19,12 @@ from .check import CHECKED_PAIRS, Errors, check, verdict
 from .devices import is_out_of_memory
 from .timing import Comparison, Contender
 
-LEVELS = {  # rounds at most, seconds of rounds a cell at most
+LEVELS = {  # at most this many rounds, and seconds of rounds, for each case
     "quick": (11, 0.8),
     "default": (21, 3.0),
     "full": (41, 8.0),
 }
-CHECKED = {"quick": 1 << 21}  # scores compared with float64, where fewer than check.py's
+CHECKED = {"quick": 1 << 21}  # overrides check.CHECKED_PAIRS
 OURS = "fastattn"
 AGAIN = " again"  # A/A: the second of two equal contenders
 OUT_OF_MEMORY = "out of memory"
@@ -32,7 +32,7 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(slots=True)
 class Side:
-    """One contender on one cell: how it runs, or why it does not."""
+    """One contender on one case: how it runs, or why it does not."""
 
     name: str
     step: Callable[[], object] | None = None
@@ -40,8 +40,8 @@ class Side:
     backend: str = "unknown"
     why_not: str | None = None
     errors: Errors | None = None
-    memory: int | None = None  # bytes beyond what was held, at the highest
-    sample: Callable[[int], float] | None = None  # measured elsewhere (other_commit.py)
+    memory: int | None = None  # peak bytes beyond those held before
+    sample: Callable[[int], float] | None = None  # samples of another process (other_commit.py)
     close: Callable[[], None] = lambda: None
 
     @property
@@ -51,48 +51,49 @@ class Side:
 
 @dataclass(slots=True)
 class Result:
-    """A cell of the report. RED: fastattn is wrong or cannot run it; no number of speed then."""
+    """The result of one case. `red` says why fastattn is wrong or cannot run; then nothing is
+    timed."""
 
-    cell: object  # Row or Workload
+    case: object  # AttentionCase or Workload
     sides: dict[str, Side] = field(default_factory=dict)
     work: Work | None = None
     tokens: int | None = None
     red: str | None = None
     comparison: Comparison | None = None
-    seconds: float = 0.0  # that measuring it took
+    seconds: float = 0.0  # that the measurement took
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to measure a cell."""
+    """How to measure a case."""
 
-    device: object  # of devices.py
+    device: object  # devices.Cpu or devices.Cuda
     competitors: Sequence[Competitor]
     level: str = "default"
     aa: bool = False  # the first competitor against itself, and nothing else
-    extra: Callable[[object], list[Side]] = lambda cell: []  # sides measured elsewhere
+    extra: Callable[[object], list[Side]] = lambda case: []  # sides in other processes
     memory: bool = True
-    noise: bool = True  # whether A/A cells are measured too
+    noise: bool = True  # whether to measure the A/A cases too
     rounds: int = 0  # at most; 0: the level's
-    turns: int = 1  # of each side in a round, the best of which counts
+    turns: int = 1  # samples of each side in a round, of which the fastest counts
 
 
-def measure(cell: Row | Workload, plan: Plan) -> Result:
-    """Check a cell, and time it when it is right."""
-    result = Result(cell)
+def measure(case: AttentionCase | Workload, plan: Plan) -> Result:
+    """Checks a case, and times it if fastattn's result is right."""
+    result = Result(case)
     try:
-        open_cell(result, plan)
+        open_case(result, plan)
         if result.red is None:
             _elsewhere(result, plan)
         if result.red is None:
             _memory(result, plan)
             _time(result, plan)
-    except Exception as error:  # a cell that cannot run must not take the others with it
+    except Exception as error:  # the other cases are still measured
         result.red = OUT_OF_MEMORY if is_out_of_memory(error) else _sentence(error)
         result.comparison = None
     finally:
         for side in result.sides.values():
-            side.step, side.sample = None, None  # their tensors go with them
+            side.step, side.sample = None, None  # frees their tensors
             side.close()
         gc.collect()
     return result
@@ -105,63 +106,65 @@ def _sentence(error: Exception) -> str:
 # ---- opening ------------------------------------------------------------------------------------
 
 
-def open_cell(result: Result, plan: Plan) -> None:
-    """Fills the result's sides: able and right, or with a sentence."""
-    (_open_row if isinstance(result.cell, Row) else _open_workload)(result, plan)
+def open_case(result: Result, plan: Plan) -> None:
+    """Fills in the result's sides: each is ready and right, or has a sentence in why_not."""
+    (_open_attention if isinstance(result.case, AttentionCase) else _open_workload)(result, plan)
 
 
-def _open_row(result: Result, plan: Plan) -> None:
-    row, device = result.cell, plan.device
-    case = Case(row, device.name)
-    result.work = case.work()
-    makers = {OURS: Case.fastattn} | {c.name: c.forward for c in plan.competitors}
+def _open_attention(result: Result, plan: Plan) -> None:
+    case, device = result.case, plan.device
+    problem = Problem(case, device.name)
+    result.work = problem.work()
+    makers = {OURS: Problem.fastattn} | {c.name: c.forward for c in plan.competitors}
     forwards = {}
     ours = result.sides[OURS] = Side(OURS)
     for competitor in plan.competitors:
         side = result.sides[competitor.name] = Side(competitor.name)
-        side.why_not = _why_not(competitor, case, device)
+        side.why_not = _why_not(competitor, problem, device)
     try:
-        ours.backend = case.fastattn_backend()
+        ours.backend = problem.fastattn_backend()
     except Exception as error:
         result.red = _sentence(error)
         return
     for name, make in makers.items():
         side = result.sides[name]
         if side.able:
-            _prepare(side, case, make, next((c for c in plan.competitors if c.name == name), None))
+            _prepare(
+                side, problem, make, next((c for c in plan.competitors if c.name == name), None)
+            )
             forwards[name] = side.step
     forwards = {name: f for name, f in forwards.items() if result.sides[name].able}
     pairs = CHECKED.get(plan.level, CHECKED_PAIRS)
-    for name, found in check(case, forwards, makers, pairs).items():
-        _record(result, result.sides[name], found, case.dtype)
+    for name, found in check(problem, forwards, makers, pairs).items():
+        _record(result, result.sides[name], found, problem.dtype)
     for name, forward in forwards.items():
         side = result.sides[name]
-        side.step = case.step(forward) if side.able else None
+        side.step = problem.step(forward) if side.able else None
     if plan.aa:
-        _against_itself(result, case, plan.competitors[0])
+        _against_itself(result, problem, plan.competitors[0])
 
 
-def _why_not(competitor: Competitor, case: Case, device) -> str | None:
-    why = competitor.missing(device.name) or competitor.why_not(case)
-    if why is None and case.row.dropout and not competitor.checks_dropout:
+def _why_not(competitor: Competitor, problem: Problem, device) -> str | None:
+    why = competitor.missing(device.name) or competitor.why_not(problem)
+    if why is None and problem.case.dropout and not competitor.checks_dropout:
         why = "its dropout cannot be checked against float64, so it gets no number"
-    dense = competitor.dense or case.row.dropout or case.row.bias
+    dense = competitor.dense or problem.case.dropout or problem.case.bias
     free = device.free_memory()
-    if why is None and dense and free is not None and case.dense_bytes() > 0.8 * free:
+    if why is None and dense and free is not None and problem.dense_bytes() > 0.8 * free:
         why = (
-            f"{OUT_OF_MEMORY}: it keeps {case.dense_bytes() / 2**30:.1f} GiB of weights, "
+            f"{OUT_OF_MEMORY}: it keeps {problem.dense_bytes() / 2**30:.1f} GiB of probabilities, "
             f"{free / 2**30:.1f} GiB are free"
         )
     return why
 
 
-def _prepare(side: Side, case: Case, make: Callable, competitor: Competitor | None) -> None:
-    """The side's forward call, left in `step`, and the name of what it runs."""
+def _prepare(side: Side, problem: Problem, make: Callable, competitor: Competitor | None) -> None:
+    """Puts the side's forward call into `step`, and the name of its kernel into `backend`."""
     try:
-        side.step = make(case)
+        side.step = make(problem)
         if competitor is not None:
             named = competitor.backend
-            side.backend = named(case, side.step) if named else ran(side.step)
+            side.backend = named(problem, side.step) if named else ran(side.step)
     except Exception as error:
         side.why_not = OUT_OF_MEMORY if is_out_of_memory(error) else _sentence(error)
 
@@ -174,24 +177,24 @@ def _record(result: Result, side: Side, found: Errors | Exception, dtype) -> Non
         result.red = side.why_not
 
 
-def _against_itself(result: Result, case: Case, competitor: Competitor) -> None:
-    """A/A: one competitor twice, as two calls made alike."""
+def _against_itself(result: Result, problem: Problem, competitor: Competitor) -> None:
+    """A/A: the same competitor twice, as two separately made calls."""
     first = result.sides[competitor.name]
     twin = Side(competitor.name + AGAIN, backend=first.backend, why_not=first.why_not)
     if first.able:
-        twin.step = case.step(competitor.forward(case))
+        twin.step = problem.step(competitor.forward(problem))
     result.sides = {competitor.name: first, twin.name: twin}
 
 
 def _open_workload(result: Result, plan: Plan) -> None:
-    workload = result.cell
+    workload = result.case
     why = workload.why_not(plan.device.name)
     if why is not None or plan.aa:
-        result.red = why or "A/A runs take rows of attention only"
+        result.red = why or "A/A runs take attention cases only"
         return
     running = Running(workload)
     result.tokens = running.built.tokens
-    errors = running.check()  # before any step: a training step changes the weights
+    errors = running.check()  # before any training step, which changes the weights
     backends = {"torch": lambda: ran(running.steps["torch"]), OURS: _default_backend}
     for name in (OURS, "torch"):
         scope = running.built.scopes[name]
@@ -208,9 +211,9 @@ def _default_backend() -> str:
 
 
 def _elsewhere(result: Result, plan: Plan) -> None:
-    """Sides in other processes, checked there. One with a local side's name takes its place in the
-    timing; that it is right must hold for both."""
-    for side in plan.extra(result.cell):
+    """Adds the sides of other processes, which check them there. A side with the name of a local
+    one replaces it in the timing, and both must be right."""
+    for side in plan.extra(result.case):
         local = result.sides.setdefault(side.name, side)
         if local is not side:
             local.sample, local.close = side.sample, side.close

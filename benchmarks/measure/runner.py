@@ -1,5 +1,6 @@
-"""Many cells: in the most informative order when time is short, with the time left on a bar; what
-was measured before Ctrl-C is kept. The A/A cells that give the noise floor come last."""
+"""Measures many cases, the most informative first when time is short, and shows the remaining time
+on a progress bar. Ctrl-C keeps what has been measured. The A/A cases for the noise floor come last.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +12,20 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..cases import DTYPES, Row
+from ..cases import DTYPES, AttentionCase
 from ..competitors import BY_NAME
-from ..suites import Cell, by_information
+from ..suites import Case, by_information
 from .machine import MEMORY, Machine, working_set
 from .protocol import CHECKED, CHECKED_PAIRS, LEVELS, Plan, Result, measure
 from .timing import MIN_ROUNDS
 
-AA_CELLS = 3  # that say how far a thing seems to differ from itself
-OPENING = 0.1  # seconds for tensors and the like
+AA_CASES = 3  # cases that are compared with themselves, for the noise floor
+OPENING = 0.1  # seconds to make the tensors
 
 
 @dataclass
 class Run:
-    """What a run gave."""
+    """The results of a run."""
 
     results: list[Result] = field(default_factory=list)
     aa: list[Result] = field(default_factory=list)
@@ -33,21 +34,24 @@ class Run:
 
 
 class Forecast:
-    """Seconds that cells will take: from their work and the machine's peak, corrected by what the
-    cells so far took."""
+    """Predicts how many seconds a case takes, from its work and the machine's peak, corrected by
+    the time that earlier cases took."""
 
     def __init__(self, machine: Machine, plan: Plan) -> None:
         self.flops, self.plan = machine.flops.get("fp32", 1e11), plan
-        self.seen = [1.0, 1.0]  # the first cell's first calls are slow: it alone must not decide
+        self.seen = [
+            1.0,
+            1.0,
+        ]  # so that the first case, whose first calls are slow, does not decide alone
 
-    def raw(self, cell: Cell) -> float:
+    def raw(self, case: Case) -> float:
         rounds, most = LEVELS[self.plan.level]
-        if not isinstance(cell, Row):
-            return cell.seconds + min(most, MIN_ROUNDS * cell.seconds / 8)
-        pairs = cell.batch * cell.heads * cell.q_len * cell.keys
-        work = 4 * cell.dim * pairs * (3.5 if cell.backward else 1)
+        if not isinstance(case, AttentionCase):
+            return case.seconds + min(most, MIN_ROUNDS * case.seconds / 8)
+        pairs = case.batch * case.heads * case.q_len * case.keys
+        work = 4 * case.dim * pairs * (3.5 if case.backward else 1)
         once = max(2e-3, work / (0.5 * self.flops))
-        slow = 4 if cell.dropout or cell.bias or cell.dtype != "fp32" else 1.5
+        slow = 4 if case.dropout or case.bias or case.dtype != "fp32" else 1.5
         contenders = 1 + slow * max(1, len(self.plan.competitors))
         timing = min(max(most, MIN_ROUNDS * contenders * once), rounds * contenders * once)
         memory = 2 * contenders * once
@@ -56,24 +60,24 @@ class Forecast:
         )
         return OPENING + timing + 2 * contenders * once + memory + checking
 
-    def __call__(self, cell: Cell) -> float:
-        return self.raw(cell) * median(self.seen)
+    def __call__(self, case: Case) -> float:
+        return self.raw(case) * median(self.seen)
 
-    def learn(self, cell: Cell, seconds: float) -> None:
-        self.seen.append(seconds / self.raw(cell))
+    def learn(self, case: Case, seconds: float) -> None:
+        self.seen.append(seconds / self.raw(case))
 
 
 class Bar:
-    """The progress bar on stderr: cells done, and the seconds that the forecast says are left."""
+    """The progress bar on stderr: the number of finished cases, and the predicted time left."""
 
-    def __init__(self, cells: int) -> None:
+    def __init__(self, cases: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                    TimeElapsedColumn(), TextColumn("{task.fields[left]}"))  # fmt: skip
         console = Console(stderr=True)
         self.progress = Progress(
             *columns, console=console, transient=True, disable=not console.is_terminal
         )
-        self.task = self.progress.add_task("", total=cells, left="")
+        self.task = self.progress.add_task("", total=cases, left="")
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -93,7 +97,7 @@ class Bar:
 
 
 def run(
-    cells: Sequence[Cell],
+    cases: Sequence[Case],
     plan: Plan,
     machine: Machine,
     *,
@@ -101,64 +105,66 @@ def run(
     weak: Iterable[str] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> Run:
-    """Measures the cells, within about `seconds` where given, and the A/A cells."""
+    """Measures the cases and the A/A cases, within about `seconds` if given."""
     done, start = Run(), clock()
-    order = list(cells) if seconds is None else by_information(cells, weak)
+    order = list(cases) if seconds is None else by_information(cases, weak)
     try:
-        machine.measure_peaks({"fp32", *(cell.dtype for cell in cells)}, {MEMORY})
+        machine.measure_peaks({"fp32", *(case.dtype for case in cases)}, {MEMORY})
         forecast = Forecast(machine, plan)
-        aa = aa_cells(cells, forecast) if plan.noise and not plan.aa else []
+        aa = aa_cases(cases, forecast) if plan.noise and not plan.aa else []
         aa_plan = replace(plan, competitors=[_aa_competitor(plan)], aa=True, memory=False,
-                          extra=lambda cell: [], rounds=0, turns=1)  # fmt: skip
-        waiting = [(plan, cell) for cell in order] + [(aa_plan, cell) for cell in aa]
+                          extra=lambda case: [], rounds=0, turns=1)  # fmt: skip
+        waiting = [(plan, case) for case in order] + [(aa_plan, case) for case in aa]
 
-        def fits(how: Plan, cell: Cell) -> bool:
-            """A/A cells keep their time; the first cell is measured whatever it takes."""
+        def fits(how: Plan, case: Case) -> bool:
+            """Time is reserved for the A/A cases. The first case is measured in any case."""
             reserved = sum(forecast(c) for c in aa) if how is plan else 0.0
-            needed = clock() - start + forecast(cell) + reserved
+            needed = clock() - start + forecast(case) + reserved
             return seconds is None or needed <= seconds or not done.results
 
         with Bar(len(waiting)) as bar:
             while (chosen := next((x for x in waiting if fits(*x)), None)) is not None:
                 waiting.remove(chosen)
-                how, cell = chosen
-                left = forecast(cell) + sum(forecast(c) for _, c in waiting)
+                how, case = chosen
+                left = forecast(case) + sum(forecast(c) for _, c in waiting)
                 used = clock() - start
-                bar.at(cell.name, left if seconds is None else min(left, seconds - used))
-                result = _one(cell, how, machine, forecast, clock)
+                bar.at(case.name, left if seconds is None else min(left, seconds - used))
+                result = _one(case, how, machine, forecast, clock)
                 (done.results if how is plan else done.aa).append(result)
                 bar.advance()
-        done.skipped = [cell.name for how, cell in waiting if how is plan]
+        done.skipped = [case.name for how, case in waiting if how is plan]
     except KeyboardInterrupt:
         done.interrupted = True
-    place = {cell.name: index for index, cell in enumerate(cells)}
-    done.results.sort(key=lambda result: place[result.cell.name])
+    place = {case.name: index for index, case in enumerate(cases)}
+    done.results.sort(key=lambda result: place[result.case.name])
     if plan.aa:
         done.aa = done.results
     return done
 
 
-def _one(cell, plan: Plan, machine: Machine, forecast: Forecast, clock) -> Result:
+def _one(case, plan: Plan, machine: Machine, forecast: Forecast, clock) -> Result:
     began = clock()
-    result = measure(cell, plan)
+    result = measure(case, plan)
     if result.work:
         machine.measure_peaks({"fp32"}, {working_set(result.work)}, seconds=0.03)
     result.seconds = clock() - began
     if result.red is None:
-        forecast.learn(cell, result.seconds)
+        forecast.learn(case, result.seconds)
     return result
 
 
 def _aa_competitor(plan: Plan):
-    """Torch against torch where torch is one of the sides, else the first that is there."""
+    """SDPA if it is one of the competitors or there is none, else the first competitor."""
     names = [competitor.name for competitor in plan.competitors]
     return BY_NAME["sdpa"] if "sdpa" in names or not names else plan.competitors[0]
 
 
-def aa_cells(cells: Sequence[Cell], forecast: Callable[[Cell], float]) -> list[Cell]:
-    """A short, a middle and a rather long row of fp32, which torch runs alike every time."""
-    rows = [c for c in cells if isinstance(c, Row) and not c.softcap and c.dtype in DTYPES]
-    rows = sorted((c for c in rows if c.dtype == "fp32"), key=forecast) or rows
-    if len(rows) <= AA_CELLS:
-        return rows
-    return [rows[round(share * (len(rows) - 1))] for share in (0.1, 0.4, 0.7)]
+def aa_cases(cases: Sequence[Case], forecast: Callable[[Case], float]) -> list[Case]:
+    """A short, a medium and a long fp32 case, on which torch's times are the most stable."""
+    attention = [
+        c for c in cases if isinstance(c, AttentionCase) and not c.softcap and c.dtype in DTYPES
+    ]
+    attention = sorted((c for c in attention if c.dtype == "fp32"), key=forecast) or attention
+    if len(attention) <= AA_CASES:
+        return attention
+    return [attention[round(share * (len(attention) - 1))] for share in (0.1, 0.4, 0.7)]

@@ -1,27 +1,27 @@
-"""How fastattn measures speed: interleaved, paired, with an interval. Next hop: devices.py.
+"""Interleaved, paired timing with a confidence interval. Next hop: devices.py.
 
-Facts that the protocol rests on
---------------------------------
+The reasons behind the protocol
+-------------------------------
 * Machines are noisy. Clock frequency, neighbours on the same host and page placement move an
   absolute time by tens of percent between minutes. Two samples taken back to back share that noise,
   so only their *ratio* means something: every round runs every contender once, and the ratio is
   formed inside the round.
-* Whoever runs second inherits a warmer (or hotter) machine. The order rotates from round to round
+* What runs second finds warmer caches, or a hotter processor. The order rotates from round to round
   and reverses after each full rotation (AB BA BA AB ...), which cancels linear drift as well.
 * One call can be shorter than the clock's jitter. Each contender is repeated inside a sample until
   the sample lasts `min_seconds`; the repeat count is fixed before the first round.
-* Noise is one-sided and heavy-tailed: medians, never means. The minimum is used in one place only,
-  for the machine's peak, which is a maximum by definition.
+* Noise is one-sided and heavy-tailed, so samples are summarised by medians, never by means. The
+  shortest time is used in one place only: the machine's peak, which is a maximum by definition.
 * The interval is the exact binomial (order statistic) interval of the median. It assumes no
   distribution, needs no random numbers, and covers at least what it promises for any number of
   rounds, where the bootstrap of a median of some ten values covers less than it says.
   With fewer than 6 rounds no 95 % interval exists, and `compare` refuses.
-* The number of rounds is decided from the warm-up, before a single ratio is known: stopping when
-  the answer looks good would bias it.
-* Every call sees the same buffers: what fits a cache is served from it, for all contenders alike.
+* The number of rounds is decided after the warm-up, before a single ratio is known: stopping when
+  the result looks good would bias it.
+* Every call uses the same buffers, so data that fits into a cache stays there, for all contenders.
   (A GPU's second-level cache can be flushed before each call instead: devices.py.)
-* A machine's noise is not known in advance, so it is measured: `noise_floor` sums up comparisons of
-  a thing with itself (A/A), and every table carries it.
+* A machine's noise is not known in advance, so it is measured: `noise_floor` summarises comparisons
+  of an implementation with itself (A/A), and every table shows it.
 * An interval that includes 1.00 is "no difference", whatever the median says.
 """
 
@@ -37,7 +37,7 @@ from itertools import accumulate, pairwise
 from statistics import median
 
 MIN_ROUNDS = 6  # 2 * 2**-6 = 3 %: the fewest values whose range covers the median at 95 %
-MAX_REPEATS = 1 << 18  # a clock that stands still must not hang the calibration
+MAX_REPEATS = 1 << 18  # bounds the calibration if the clock stands still
 
 
 # ----------------------------------------------------------------------------- comparing contenders
@@ -47,8 +47,8 @@ MAX_REPEATS = 1 << 18  # a clock that stands still must not hang the calibration
 class Contender:
     """One way of doing the work. `scope` is entered around each sample, outside the clock.
 
-    sample   nanoseconds that so many calls take, measured some other way than by the clock of
-             `compare`: a GPU's events, or another process's own clock
+    sample   measures the nanoseconds of the given number of calls by other means than the clock of
+             `compare`, such as a GPU's events or another process's clock
     """
 
     name: str
@@ -64,8 +64,8 @@ class Ratio:
     value: float
     low: float
     high: float
-    coverage: float  # what the interval really covers, at least the confidence asked for
-    p20: float = math.nan  # of the rounds' ratios: a fifth of them are below
+    coverage: float  # of the interval, at least the confidence asked for
+    p20: float = math.nan  # of the rounds' ratios: a fifth of them are smaller
     p80: float = math.nan
 
     @property
@@ -85,7 +85,7 @@ class Comparison:
     samples: dict[str, tuple[float, ...]]  # seconds per call, one value per round
     repeats: dict[str, int]
     confidence: float = 0.95
-    passes: tuple[int, ...] = ()  # rounds of each, where they ran in processes of their own
+    passes: tuple[int, ...] = ()  # rounds of each pass, if passes ran in separate processes
 
     @property
     def baseline(self) -> str:
@@ -110,9 +110,9 @@ class Comparison:
         return Ratio(median(ratios), low, high, coverage, *spread)
 
     def merged(self, other: Comparison) -> Comparison:
-        """The rounds of both, which compared the same things in other processes. A process can be
-        slow for all its life (its threads share a core, its memory lies badly), which its rounds
-        cannot see: the interval reaches from the least pass's median to the largest's at least."""
+        """The rounds of both comparisons, which ran in different processes. A process can be slow
+        for its whole life (its threads share a core, its memory layout is unlucky), which its own
+        rounds cannot show. So the interval is widened to include the median of every pass."""
         if self.samples.keys() != other.samples.keys():
             raise ValueError(f"other: compares {list(other.samples)}, not {list(self.samples)}")
         samples = {name: (*self.samples[name], *other.samples[name]) for name in self.samples}
@@ -120,7 +120,7 @@ class Comparison:
         return Comparison(samples, self.repeats, self.confidence, passes)
 
     def as_dict(self) -> dict:
-        """What a JSON report keeps: enough to compute every number above again."""
+        """The samples as a JSON report stores them: enough to recompute every number above."""
         return {
             "baseline": self.baseline,
             "rounds": self.rounds,
@@ -163,22 +163,23 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What comparisons of a thing with itself showed."""
+    """A summary of A/A comparisons. Any verdict but "no difference" is a false one."""
 
-    cells: int
-    no_difference: int  # of them; the rest were called faster or slower, which nothing was
+    cells: int  # the number of comparisons; the name is a key of stored results
+    no_difference: int  # the number of them with that verdict
     median: float  # the largest |ratio - 1|
-    interval: float  # the widest interval's larger half
+    interval: float  # the largest distance of an interval's end from 1
 
     def __str__(self) -> str:
         return (
-            f"a thing against itself differs by up to {self.median:.1%} (intervals reach "
-            f"{self.interval:.1%}); no difference in {self.no_difference} of {self.cells} cells"
+            f"A/A ratios differ from 1 by up to {self.median:.1%} (intervals reach "
+            f"{self.interval:.1%}); no difference in {self.no_difference} of {self.cells} "
+            "comparisons"
         )
 
 
 def noise_floor(ratios: Sequence[Ratio]) -> Noise:
-    """Sums up A/A comparisons."""
+    """Summarises A/A comparisons."""
     return Noise(
         len(ratios),
         sum(ratio.verdict == "no difference" for ratio in ratios),
@@ -188,7 +189,7 @@ def noise_floor(ratios: Sequence[Ratio]) -> Noise:
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:
-    """Who runs when: rotated by one each round, reversed every other full rotation."""
+    """The order of a round: rotated by one each round, reversed every other full rotation."""
     shift = round_index % len(names)
     rotated = [*names[shift:], *names[:shift]]
     return rotated[::-1] if (round_index // len(names)) % 2 else rotated
@@ -209,11 +210,11 @@ def compare(
     """Run every contender once a round and keep all samples.
 
     rounds       at least 6, and at most this many
-    turns        of every contender in a round, of which the best is kept. More than one on a busy
-                 machine: an interruption lasts longer than a call, and adds to whoever it meets
+    turns        samples of every contender in a round, of which the fastest is kept. On a busy
+                 machine use more than one, because an interruption lasts longer than a call
     min_seconds  a sample repeats its call until it lasts this long
-    max_seconds  about how long all rounds together may take; fewer rounds run when that many do not
-                 fit, never fewer than 6
+    max_seconds  about how long all rounds together may take; if necessary fewer rounds run, but
+                 never fewer than 6
     clock        nanoseconds, monotonic
     on_round     called with (rounds done, rounds planned)
     """
@@ -248,7 +249,7 @@ def compare(
 
 
 def _sample(contender: Contender, repeats: int, clock: Callable[[], int]) -> float:
-    """Nanoseconds that `repeats` calls take, the garbage collector held back as in timeit."""
+    """Nanoseconds that `repeats` calls take. The garbage collector is off, as in timeit."""
     fn = contender.fn
     if contender.sample is not None:
         with contender.scope():
@@ -269,7 +270,7 @@ def _sample(contender: Contender, repeats: int, clock: Callable[[], int]) -> flo
 def _calibrate(
     contender: Contender, clock: Callable[[], int], min_seconds: float, warmup_seconds: float
 ) -> tuple[int, float]:
-    """(repeats, seconds of one sample). Doubles as the warm-up: samples are thrown away until they
+    """(repeats, seconds of one sample). This is also the warm-up: samples are discarded until they
     add up to `warmup_seconds`, so that first-call costs do not set the repeat count."""
     repeats, spent = 1, 0.0
     _sample(contender, 1, clock)  # first call: lazy initialisation, page faults

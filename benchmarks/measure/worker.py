@@ -1,13 +1,13 @@
-"""One side of `bench --base`: a process that computes with the fastattn of one source tree.
+"""One side of `bench --base`: a process that imports fastattn from a given source tree.
 
-    python worker.py TREE        requests and answers, one JSON object a line, on stdin and stdout
+    python worker.py TREE        reads requests from stdin, writes answers to stdout: JSON lines
 
-The benchmark's own code is this file's neighbours in both processes, so that two commits are
-measured by one protocol; only fastattn is the tree's.
+Both processes take the benchmark's code from this file's own tree, so that two commits are measured
+by the same protocol. Only fastattn itself comes from TREE.
 
-    {"op": "open", "row": {...} or "workload": name, "device": ..., "threads": n}
+    {"op": "open", "attention": {...} or "workload": name, "device": ..., "threads": n}
         -> {"backend": ..., "errors": {...}, "why_not": null or a sentence}
-    {"op": "sample", "repeats": n}  -> {"ns": ...}      one call before the clock starts warms up
+    {"op": "sample", "repeats": n}  -> {"ns": ...}      after one warm-up call
     {"op": "close"}                 -> {}
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 class _Tree(importlib.abc.MetaPathFinder):
-    """fastattn from a source tree, its benchmarks from here."""
+    """Finds fastattn in a source tree, but fastattn.benchmarks here."""
 
     def __init__(self, tree: Path) -> None:
         here = Path(__file__).resolve().parents[1]  # benchmarks/
@@ -40,13 +40,13 @@ class _Tree(importlib.abc.MetaPathFinder):
 
 
 def use_tree(tree: Path) -> None:
-    """`import fastattn` means the tree's from here on, whatever is installed."""
+    """From now on `import fastattn` imports the tree's, whatever is installed."""
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
     sys.meta_path.insert(0, _Tree(tree))
 
 
 class Served:
-    """The cell that is open, and the answers about it."""
+    """The open case, and the answers to requests about it."""
 
     def __init__(self) -> None:
         self.step = self.scope = None
@@ -55,19 +55,19 @@ class Served:
         from dataclasses import asdict
 
         import torch
-        from fastattn.benchmarks.cases import Row
+        from fastattn.benchmarks.cases import AttentionCase
         from fastattn.benchmarks.end_to_end import WORKLOADS
         from fastattn.benchmarks.measure import protocol
         from fastattn.benchmarks.measure.devices import DEVICES
 
         torch.set_num_threads(request["threads"] or torch.get_num_threads())
-        if request.get("row"):
-            cell = Row(**request["row"])
+        if request.get("attention"):
+            case = AttentionCase(**request["attention"])
         else:
-            cell = next(w for w in WORKLOADS if w.name == request["workload"])
+            case = next(w for w in WORKLOADS if w.name == request["workload"])
         plan = protocol.Plan(DEVICES[request["device"]](), ())
-        result = protocol.Result(cell)
-        protocol.open_cell(result, plan)
+        result = protocol.Result(case)
+        protocol.open_case(result, plan)
         ours = result.sides["fastattn"]
         self.step, self.scope = ours.step, ours.scope
         errors = asdict(ours.errors) if ours.errors else None
@@ -76,7 +76,7 @@ class Served:
     def sample(self, request: dict) -> dict:
         repeats, step = request["repeats"], self.step
         with self.scope():
-            step()  # the other side's process has had the caches since
+            step()  # the other process has used the caches meanwhile
             start = time.perf_counter_ns()
             for _ in range(repeats):
                 step()
@@ -88,7 +88,7 @@ class Served:
 
 
 def serve(requests, answers) -> None:
-    """Answers each line until there are no more."""
+    """Answers one request per line until the input ends."""
     served = Served()
     for line in requests:
         request = json.loads(line)
@@ -102,7 +102,7 @@ def serve(requests, answers) -> None:
 
 def main() -> None:
     use_tree(Path(sys.argv[1]).resolve())
-    answers = os.fdopen(os.dup(1), "w")  # whatever else prints must not get into the answers
+    answers = os.fdopen(os.dup(1), "w")  # other output goes to stderr, not into the answers
     os.dup2(2, 1)
     serve(sys.stdin, answers)
 

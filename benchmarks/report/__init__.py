@@ -1,1 +1,1 @@
-"""What was measured, as data, tables, figures and pages."""
+"""Results as data, tables, figures and pages."""

@@ -1,5 +1,5 @@
-"""The report's figures, drawn by matplotlib from a run's data: SVG into the page (page.py), PNG on
-demand. Each is narrow, so that a phone shows it whole."""
+"""The report's figures, drawn with matplotlib from a run's data: SVG for the page (page.py), PNG
+files on request. Each figure is narrow enough for a phone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastattn.benchmarks.demo.report import INK, MUTED, STYLE, WIDTH, plain
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure
 
-from ..cases import LABELS, Row
+from ..cases import LABELS, AttentionCase
 from ..suites import variant
 from .history import BASE
 from .record import OURS
@@ -25,11 +25,11 @@ COLOURS = {OURS: "#0b7a75", "sdpa": "#8a94a6", "torch": "#8a94a6", "math": "#c9a
            BASE: "#3b6fb6"}  # fmt: skip
 DTYPE_COLOURS = {"fp32": "#0b7a75", "bf16": "#3b6fb6", "fp16": "#b3541e"}
 DIVERGING = LinearSegmentedColormap.from_list("ratio", ["#b3261e", "#fbf7ef", "#0b7a75"])
-NORM = TwoSlopeNorm(0.0, -1.5, 3.5)  # of a ratio's binary logarithm
+NORM = TwoSlopeNorm(0.0, -1.5, 3.5)  # of log2(ratio)
 
 
-def _rows(data: dict) -> list[dict]:
-    """The rows of attention that have a number."""
+def _timed(data: dict) -> list[dict]:
+    """The entries of attention cases that were timed."""
     return [
         e for e in data["rows"] if e["row"] and e["versus"] and "ms" in e["sides"].get(OURS, {})
     ]
@@ -40,10 +40,10 @@ def keys_of(entry: dict) -> int:
 
 
 def by_variant(data: dict) -> dict[tuple, list[dict]]:
-    """Rows that differ in length only, shortest first."""
+    """Entries grouped by everything but their length, shortest first."""
     found: dict[tuple, list[dict]] = {}
-    for entry in sorted(_rows(data), key=keys_of):
-        found.setdefault(variant(Row(**entry["row"])), []).append(entry)
+    for entry in sorted(_timed(data), key=keys_of):
+        found.setdefault(variant(AttentionCase(**entry["row"])), []).append(entry)
     return found
 
 
@@ -58,7 +58,7 @@ def variant_name(key: tuple) -> str:
 
 
 def speed(data: dict) -> Iterator[tuple[str, Figure]]:
-    """Visible work a second over the number of keys, one figure for each kind of row."""
+    """FLOP/s over the number of keys, one figure for each variant. Only visible pairs count."""
     for key, entries in by_variant(data).items():
         if len(entries) < 2:
             continue
@@ -83,7 +83,7 @@ def speed(data: dict) -> Iterator[tuple[str, Figure]]:
 
 
 def heat(entry: dict) -> tuple[str, str, str]:
-    """(text, its colour, the colour behind it) of a row's ratio to its first competitor."""
+    """(text, its colour, its background) of an entry's ratio to its first competitor."""
     ratio = headline(entry)
     behind = DIVERGING(NORM(math.log2(ratio["value"])))
     light = sum(part * x**2.2 for part, x in zip((0.213, 0.715, 0.072), behind)) > 0.18
@@ -118,36 +118,36 @@ def heat_map(data: dict) -> Figure | None:
 
 
 def roofline(data: dict) -> Figure | None:
-    """What was reached, against what the machine can do at that much work for each byte."""
-    rows = [e for e in _rows(data) if e["work"]["bytes"]]
+    """FLOP/s over arithmetic intensity, with the roofline of this machine."""
+    entries = [e for e in _timed(data) if e["work"]["bytes"]]
     peak, reached = data["peak"]["flops"], data["peak"]["bandwidth_by_working_set"]
-    if not rows or not peak or not reached:
+    if not entries or not peak or not reached:
         return None
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes = figure.subplots()
-    intensity = [e["work"]["flops"] / e["work"]["bytes"] for e in rows]
+    intensity = [e["work"]["flops"] / e["work"]["bytes"] for e in entries]
     low, high = 0.7 * min(intensity), 1.5 * max(intensity)
     top, slope = max(peak.values()) / 1e9, reached[max(reached, key=int)] / 1e9
     ridge = top / slope
     xs = sorted({low, high, min(max(ridge, low), high)})
     axes.plot(xs, [min(top, slope * x) for x in xs], color=INK, linewidth=1.2)
     for dtype, colour in DTYPE_COLOURS.items():
-        points = [(x, e["sides"][OURS]["tflops"] * 1e3) for x, e in zip(intensity, rows)
+        points = [(x, e["sides"][OURS]["tflops"] * 1e3) for x, e in zip(intensity, entries)
                   if e["dtype"] == dtype]  # fmt: skip
         if points:
             axes.plot(*zip(*points), "o", color=colour, label=dtype, markersize=4, alpha=0.85)
     axes.set(title="Roofline of this machine", xscale="log", yscale="log",
-             xlabel="visible FLOP for each byte", ylabel="GFLOP/s, fastattn")  # fmt: skip
+             xlabel="visible FLOP per byte", ylabel="GFLOP/s, fastattn")  # fmt: skip
     plain(axes.yaxis)
     axes.legend(fontsize=8)
     return figure
 
 
 def _against(data: dict, title: str, unit: str, value: Callable[[dict], float | None]):
-    """The first competitor's value over fastattn's, one point a row; below the line fastattn's is
-    smaller."""
+    """fastattn's value over the first competitor's, one point per case. Below the line fastattn's
+    is smaller."""
     points = []
-    for entry in _rows(data):
+    for entry in _timed(data):
         other = next(iter(entry["versus"]))
         pair = value(entry["sides"][other]), value(entry["sides"][OURS])
         if all(pair):
@@ -169,7 +169,7 @@ def _against(data: dict, title: str, unit: str, value: Callable[[dict], float | 
 
 
 def memory(data: dict) -> Figure | None:
-    return _against(data, "Peak memory beyond the inputs:\nlower is less", "MB",
+    return _against(data, "Peak memory beyond the inputs:\nlower is better", "MB",
                     lambda side: (side.get("memory") or 0) / 1e6)  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def error(data: dict) -> Figure | None:
 
 
 def history(runs: list[tuple[str, dict]]) -> Figure | None:
-    """The geometric mean of each group's ratios, run by run."""
+    """The geometric mean of each group's ratios in every run."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for x, (_, data) in enumerate(runs):
         groups: dict[str, list[float]] = {}
@@ -201,21 +201,21 @@ def history(runs: list[tuple[str, dict]]) -> Figure | None:
     names = [run.split("_")[-1][:7] for run, _ in runs]
     step = max(1, len(runs) // 8)
     axes.set_xticks(range(0, len(runs), step), names[::step], rotation=45, ha="right", fontsize=8)
-    axes.set(title="Mean ratio by kind of row, run by run", yscale="log", ylabel="ratio")
+    axes.set(title="Mean ratio of each group, run by run", yscale="log", ylabel="ratio")
     plain(axes.yaxis)
     figure.legend(fontsize=7, ncols=3, loc="outside lower center")
     return figure
 
 
 def drawn(data: dict, runs: list[tuple[str, dict]]) -> dict[str, Figure]:
-    """Every figure that there is data for, in the page's order."""
+    """Every figure for which there is data, in the page's order."""
     single = {"heat-map": heat_map(data), **dict(speed(data)), "roofline": roofline(data),
               "memory": memory(data), "error": error(data), "history": history(runs)}  # fmt: skip
     return {name: figure for name, figure in single.items() if figure is not None}
 
 
 def write_pngs(data: dict, runs: list[tuple[str, dict]], folder: Path) -> list[Path]:
-    """Every figure as a PNG file in `folder`."""
+    """Writes every figure as a PNG file into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(STYLE):

@@ -1,11 +1,10 @@
-"""What was measured before on this machine, and what changed since.
+"""Earlier runs on this machine, and what changed since.
 
-.fastattn_bench/<machine>/<number>_<commit>.json: one file a run, written once, never changed and
-never deleted. A file that cannot be read is passed over with a sentence.
+Each run is a file .fastattn_bench/<machine>/<number>_<commit>.json, written once and never changed
+or deleted. A file that cannot be read is skipped with a warning.
 
-Two runs are compared by what stands still between them: the ratio of a row to the same competitor.
-An absolute time moves with the machine's day; torch's time in the same rounds moves with it.
-"""
+Two runs are compared by the ratio of a case to the same competitor, because an absolute time
+depends on the state of the machine, and torch's time in the same rounds depends on it equally."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ BASE = "base"  # the name of the side that runs another commit (measure/other_co
 
 
 class Store:
-    """The runs of one machine. `warnings` holds a sentence for each file that was passed over."""
+    """The runs of one machine. `warnings` has a sentence for each skipped file."""
 
     def __init__(self, facts: dict, root: Path = FOLDER) -> None:
         self.root, self.folder = root, root / machine_id(facts)
@@ -43,7 +42,7 @@ class Store:
         return found
 
     def find(self, name: str) -> tuple[str, dict]:
-        """A run by `last`, its number, or the whole or the beginning of its commit or id."""
+        """A run by `last`, its number, its id, or a prefix of its commit."""
         runs = self.runs()
         if not runs:
             raise ValueError(f"--compare {name}: no run of this machine is in {self.folder}")
@@ -57,7 +56,7 @@ class Store:
         raise ValueError(f"--compare: no run {name!r} in {self.folder}; the last are {known}")
 
     def save(self, data: dict) -> Path:
-        """Appends a run; the number is the next free one, whoever else writes meanwhile."""
+        """Stores a run under the next free number, even if other processes store runs meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = [int(path.name.split("_")[0]) for path in self.folder.glob("[0-9]*_*.json")]
         commit = (data["machine"].get("commit") or "none")[:10]
@@ -80,7 +79,7 @@ class Store:
 
 
 def load(path: Path) -> dict:
-    """A stored run; ValueError with one sentence when it is none."""
+    """A stored run. Raises ValueError with one sentence if the file is not one."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -90,7 +89,7 @@ def load(path: Path) -> dict:
         raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}")
     missing = [key for key in ("machine", "rows", "noise", "peak") if key not in data]
     if missing:
-        raise ValueError(f"{path} is no whole run: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is not a complete run: it lacks {', '.join(missing)}")
     return data
 
 
@@ -99,10 +98,10 @@ def load(path: Path) -> dict:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How much faster a row is than before: above 1 faster, with an interval."""
+    """How much faster a case is than before, with an interval: above 1 it is faster."""
 
     name: str
-    against: str  # what the two runs were both compared with, or "base"
+    against: str  # the competitor that both runs have, or "base"
     value: float
     low: float
     high: float
@@ -114,7 +113,7 @@ class Change:
         return "slower" if self.high < 1.0 else "no difference"
 
     def regressed(self, threshold: float) -> bool:
-        """Surely slower, and by more than the threshold: a time 1 + threshold times as long."""
+        """Whether it is significantly slower and takes more than 1 + threshold times as long."""
         return self.verdict == "slower" and self.value < 1 / (1 + threshold)
 
     def __str__(self) -> str:
@@ -125,8 +124,8 @@ class Change:
 
 
 def changes_since(new: dict, old: dict) -> list[Change]:
-    """Rows that both runs timed against the same competitor. Each ratio's own interval covers 95 %,
-    so the quotient's, from the two intervals' far ends, covers at least 90 %."""
+    """The changes of cases that both runs timed against the same competitor. Each ratio's interval
+    covers 95 %, so the quotient's, from the outer ends of both, covers at least 90 %."""
     before = {entry["name"]: entry for entry in old["rows"]}
     changes = []
     for entry in new["rows"]:
@@ -140,7 +139,7 @@ def changes_since(new: dict, old: dict) -> list[Change]:
 
 
 def changes_from_base(data: dict) -> list[Change]:
-    """What the rows' interleaved comparison with another commit says."""
+    """The changes from the commit that was measured in the same rounds."""
     return [
         Change(entry["name"], BASE, ratio["value"], ratio["low"], ratio["high"])
         for entry in data["rows"]
@@ -158,6 +157,8 @@ def threshold(text: str) -> float:
 
 
 def weak(data: dict | None) -> list[str]:
-    """Rows that were not faster than a competitor the last time: worth measuring first."""
-    rows = data["rows"] if data else []
-    return [e["name"] for e in rows if any(r["verdict"] != "faster" for r in e["versus"].values())]
+    """Names of the cases that were not faster than every competitor: worth measuring first."""
+    entries = data["rows"] if data else []
+    return [
+        e["name"] for e in entries if any(r["verdict"] != "faster" for r in e["versus"].values())
+    ]

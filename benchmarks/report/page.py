@@ -1,5 +1,5 @@
-"""The report: one HTML file that needs nothing from outside and fits a phone. What is wrong or
-slower comes first."""
+"""The report: one self-contained HTML file that also fits a phone. Wrong and slower cases come
+first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ code { font-size: .78rem; word-break: break-all } details { margin: .3rem 0 }
 .same { color: var(--olive); font-weight: 600 }
 .heat td, .heat th { padding: .15rem .3rem; border: 1px solid var(--paper) }
 .heat .cell { text-align: center; border-radius: .2rem }
-@media (max-width: 40rem) { /* the lengths that a kind of row has, side by side */
+@media (max-width: 40rem) { /* the lengths of a variant side by side */
   .heat tr:not(.head) { display: flex; flex-wrap: wrap; gap: .2rem }
   .heat td.name { flex: 0 0 100%; box-sizing: border-box }
   .heat .cell { flex: 0 0 3.1rem }
@@ -37,10 +37,10 @@ OTHERS = ("roofline", "memory", "error", "history")
 
 
 def page(data: dict, changes: list = (), runs: list[tuple[str, dict]] = ()) -> str:
-    """The whole document for a run; `runs` are the earlier ones and this."""
+    """The whole document for a run. `runs` has the earlier runs and this one."""
     with matplotlib.rc_context(STYLE):
         drawn = {n: svg(f, _identifier(n)) for n, f in figures.drawn(data, list(runs)).items()}
-    drawn.pop("heat-map", None)  # here it is a table, which a phone can break
+    drawn.pop("heat-map", None)  # the page has it as a table, which can wrap on a phone
     speeds = [text for name, text in drawn.items() if name.startswith("speed-")]
     others = [text for name, text in drawn.items() if name in OTHERS]
     head = "".join(f'<p class="muted">{escape(line)}</p>' for line in header(data)[1:])
@@ -50,17 +50,17 @@ def page(data: dict, changes: list = (), runs: list[tuple[str, dict]] = ()) -> s
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
 <title>fastattn bench</title><style>{STYLE_OF_PAGE}</style></head>
 <body>
-<h1>fastattn, measured</h1>
+<h1>fastattn benchmark</h1>
 <p>{escape(title(data))}</p>
 {head}
 {_first(data, changes)}
-<h2>Ratios by kind of row and length</h2>
-<p class="muted">By number of keys. Above 1 fastattn is faster; = is no difference; against the
-first competitor of each row.</p>
+<h2>Ratios by variant and length</h2>
+<p class="muted">The time of each case's first competitor divided by fastattn's, by number of keys.
+Above 1 fastattn is faster; = means no difference.</p>
 {_heat(data)}
 {_figures("Speed by sequence length", speeds)}
 {_figures("The machine, memory, error, history", others)}
-<h2>Every row</h2>
+<h2>All cases</h2>
 <p class="muted">{escape(EXPLAINED)}</p>
 {_table(data)}
 </body>
@@ -98,7 +98,7 @@ def _heat(data: dict) -> str:
 
 
 def _first(data: dict, changes: list) -> str:
-    """What there is to do: wrong rows, slower rows, regressions."""
+    """Wrong cases, slower cases, and changes."""
     parts = []
     for entry in reds(data):
         text = f"<b>{escape(entry['name'])}</b>: {escape(entry['red'])}"
@@ -109,8 +109,8 @@ def _first(data: dict, changes: list) -> str:
             f'<li><b>{escape(entry["name"])}</b> <span class="bad">{ratio["value"]:.2f}</span> '
             f"({interval}) against {escape(name)}</li>"
         )
-    listed = f"<ul>{''.join(parts)}</ul>" if parts else "<p>None of the rows measured.</p>"
-    text = f"<h2>Slower or wrong: the work to do next</h2>{listed}"
+    listed = f"<ul>{''.join(parts)}</ul>" if parts else "<p>None of the measured cases.</p>"
+    text = f"<h2>Slower or wrong</h2>{listed}"
     if changes:
         shown = sorted(changes, key=lambda change: change.value)
         items = "".join(f"<li>{escape(str(change))}</li>" for change in shown)
@@ -118,14 +118,16 @@ def _first(data: dict, changes: list) -> str:
     if data["skipped"]:
         names = "".join(f"<li>{escape(name)}</li>" for name in data["skipped"])
         count = len(data["skipped"])
-        text += f"<details><summary>{count} rows did not fit the time</summary>{names}</details>"
+        text += (
+            f"<details><summary>{count} cases did not fit into the time</summary>{names}</details>"
+        )
     if data["interrupted"]:
-        text += '<p class="bad">The run was stopped; what was measured until then is below.</p>'
+        text += '<p class="bad">The run was interrupted; below is what was measured until then.</p>'
     return text
 
 
 HEADS = (
-    "row",
+    "case",
     "ratio",
     "95 %",
     "20-80",
@@ -141,8 +143,8 @@ HEADS = (
 
 def _table(data: dict) -> str:
     slow = {entry["name"] for entry, _, _ in slower(data)} | {e["name"] for e in reds(data)}
-    rows = sorted(data["rows"], key=lambda entry: entry["name"] not in slow)
-    pairs = [(entry, other) for entry in rows for other in base_and_others(entry)[1] or [""]]
+    entries = sorted(data["rows"], key=lambda entry: entry["name"] not in slow)
+    pairs = [(entry, other) for entry in entries for other in base_and_others(entry)[1] or [""]]
     lines = "".join(_line(entry, other) for entry, other in pairs)
     heads = "".join(f"<th{' class=number' * (n > 0)}>{h}</th>" for n, h in enumerate(HEADS))
     head = f'<tr class="head">{heads}</tr>'

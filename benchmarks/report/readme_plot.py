@@ -1,8 +1,8 @@
-"""The README's picture: torch's time divided by fastattn's, one line for each kind of call.
+"""The README's plot: torch's time divided by fastattn's, one line for each kind of call.
 
-Drawn from the runs in benchmarks/results/ by readme_table.py, into docs/ratios.svg. Its colours can
-be read on a white and on a dark page, and its background is transparent. The numbers that it was
-drawn from stand in its description: whether it is up to date does not depend on matplotlib.
+readme_table.py draws it from the runs in benchmarks/results/ into docs/ratios.svg. Its colours are
+legible on light and dark pages, and its background is transparent. Its description contains the
+numbers that it was drawn from, so that no matplotlib is needed to tell whether it is up to date.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ranges = dict[str, dict[str, list[float]]]  # {instruction set: {kind: [least, g
 
 
 def numbers(reports: list[dict], group_of: Callable, ratio_of: Callable) -> Ranges:
-    """What the picture shows. A kind of call with a RED row is left out."""
+    """The plotted numbers. A kind of call with a RED case is left out."""
     found: Ranges = {}
     for report in reports:
         kinds: dict[str, list[float | None]] = {}
@@ -35,24 +35,24 @@ def numbers(reports: list[dict], group_of: Callable, ratio_of: Callable) -> Rang
 
 
 def described(data: Ranges) -> str:
-    """The numbers as the picture's description holds them."""
+    """The numbers as text, as the plot's description contains them."""
     return json.dumps(data, separators=(",", ":"))
 
 
 def is_of(svg: str, data: Ranges) -> bool:
-    """Whether the picture was drawn from these numbers."""
+    """Whether the plot was drawn from these numbers."""
     return html.escape(described(data), quote=False) in svg
 
 
 def draw(data: Ranges) -> str:
-    """The picture as the text of an SVG file. Needs matplotlib."""
+    """The plot as the text of an SVG file. Needs matplotlib."""
     import matplotlib
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(kind for part in data.values() for kind in part))
     style = {"svg.fonttype": "none", "svg.hashsalt": "fastattn", "font.family": "sans-serif"}
     with matplotlib.rc_context(style):
-        # Narrow, with each name above its lines, so that a phone shows it whole.
+        # Narrow, with each name above its lines, so that it fits a phone.
         figure = Figure(figsize=(5.2, 0.37 * len(kinds) + 0.9), layout="constrained")
         axes = figure.subplots()
         for n, (isa, part) in enumerate(data.items()):

@@ -1,12 +1,11 @@
 """Rewrites the generated tables: python -m fastattn.benchmarks.report.readme_table [--check]
 
-    support  what each backend can run, asked of the backends (fastattn/cli/info.py)
-    speed    the reports in benchmarks/results/ (python -m fastattn bench --json FILE)
+    support  what each backend supports, as the backends themselves report it (fastattn/cli/info.py)
+    speed    the runs in benchmarks/results/ (python -m fastattn bench --json FILE)
 
-A table lives between <!-- NAME:begin --> and <!-- NAME:end --> in a page of docs/; what is between
-is replaced. README's picture of the same reports, docs/ratios.svg, is drawn again (readme_plot.py).
---check writes nothing and exits with 1 when one of them is not what it should be.
-"""
+A table is the text between <!-- NAME:begin --> and <!-- NAME:end --> in a page of docs/. The
+README's plot of the same runs, docs/ratios.svg, is redrawn too (readme_plot.py). --check writes
+nothing and exits with 1 if a table or the plot is out of date."""
 
 from __future__ import annotations
 
@@ -36,13 +35,14 @@ GROUPS = {
     "padding": "key-padding mask, half padded",
     "short": "short, S 16 to 64, batch 64",
     "alibi": "ALiBi, causal",
-    "documents": "4 documents in a row, causal",
+    "documents": "4 packed documents, causal",
+    "chunk": "chunks of 1024 tokens, causal",
     "endtoend": "whole models",
 }
 
 
 def replace(text: str, name: str, table: str) -> str:
-    """`text` with what stands between the markers of `name` replaced by `table`."""
+    """`text` with `table` between the markers of `name`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"the page needs {begin} and {end}, once each")
@@ -52,14 +52,14 @@ def replace(text: str, name: str, table: str) -> str:
 
 
 def stored_reports(folder: Path = RESULTS) -> list[dict]:
-    """The runs that --json left there, newest first; other results may be there too."""
+    """The runs that `bench --json` wrote into the folder, newest first. Other files are ignored."""
     paths = sorted(folder.glob("*.json"))
     reports = [load(path) for path in paths if '"schema"' in path.read_text()]
     return sorted(reports, key=lambda report: report["machine"]["date"], reverse=True)
 
 
 def speed_markdown(reports: list[dict]) -> str:
-    """For each report a short table of ranges, then every row with its interval."""
+    """For each run, a short table of ranges, then all cases with their intervals."""
     if not reports:
         return "No measured results in benchmarks/results/ yet: `make bench` on your machine."
     lines = [
@@ -68,26 +68,26 @@ def speed_markdown(reports: list[dict]) -> str:
     ]
     for report in reports:
         lines += ["", f"**{title(report)}**", "", *_summary(report["rows"]), ""]
-        lines += ["<details><summary>Every row, with 95 % intervals</summary>", ""]
-        lines += [*_every_row(report["rows"]), "", "</details>"]
+        lines += ["<details><summary>All cases, with 95 % intervals</summary>", ""]
+        lines += [*_every_entry(report["rows"]), "", "</details>"]
     return "\n".join(lines)
 
 
 def _against_torch(entry: dict) -> tuple[dict | None, str]:
-    """(the ratio to torch, what torch ran)."""
+    """(the ratio to torch, the kernel that torch ran)."""
     name = next((name for name in ("sdpa", "torch") if name in entry["sides"]), None)
     return entry["versus"].get(name), entry["sides"].get(name, {}).get("backend", "")
 
 
-def _summary(rows: list[dict]) -> list[str]:
+def _summary(entries: list[dict]) -> list[str]:
     lines = ["| work | dtype | pass | ratio, least to most | torch ran |", "|---|---|---|---|---|"]
     groups: dict[tuple[str, str, str], list[dict]] = {}
-    for entry in rows:
+    for entry in entries:
         groups.setdefault(_group(entry), []).append(entry)
     for (work, dtype, which), entries in groups.items():
         found = [_against_torch(entry) for entry in entries]
         values = sorted(ratio["value"] for ratio, _ in found if ratio)
-        ratio = "RED"  # a row that computed something wrong has no speed, nor has its group
+        ratio = "RED"  # a wrong case has no speed, and neither has its group
         if len(values) == len(entries):
             least, most = f"{values[0]:.2f}", f"{values[-1]:.2f}"
             ratio = least if least == most else f"{least} to {most}"
@@ -100,21 +100,21 @@ PASSES = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward"}
 
 
 def _group(entry: dict) -> tuple[str, str, str]:
-    row = entry["row"]
+    case = entry["row"]
     work = GROUPS.get(entry["group"], entry["group"])
-    if row is None:  # a whole model is its own kind
+    if case is None:  # a whole model is its own kind
         return entry["name"], entry["dtype"], "step" if entry["mode"] == "fwdbwd" else "forward"
-    if row["group"] in ("dense", "train", "half"):
-        work += f", D {row['dim']}, {'causal' if row['causal'] else 'full'}"
-    return work, row["dtype"], PASSES[row["mode"]]
+    if case["group"] in ("dense", "train", "half"):
+        work += f", D {case['dim']}, {'causal' if case['causal'] else 'full'}"
+    return work, case["dtype"], PASSES[case["mode"]]
 
 
-def _every_row(rows: list[dict]) -> list[str]:
+def _every_entry(entries: list[dict]) -> list[str]:
     lines = [
-        "| row | torch ran | torch ms | fastattn ms | ratio | interval | % of peak |",
+        "| case | torch ran | torch ms | fastattn ms | ratio | interval | % of peak |",
         "|---|---|--:|--:|--:|:-:|--:|",
     ]
-    for entry in rows:
+    for entry in entries:
         ratio, ran = _against_torch(entry)
         if ratio is None:
             lines.append(f"| {entry['name']} | {ran} | | | {'RED' if entry['red'] else ''} | | |")
@@ -130,12 +130,12 @@ def _every_row(rows: list[dict]) -> list[str]:
 
 
 def plotted(reports: list[dict]) -> dict:
-    """What README's picture shows of these reports."""
+    """The numbers that the README's plot shows of these runs."""
     return readme_plot.numbers(reports, _group, lambda entry: _against_torch(entry)[0])
 
 
 def generated(text: str, names: tuple[str, ...]) -> str:
-    """A page's text with the generated tables of those names as they should be."""
+    """A page's text with the named tables generated again."""
     from fastattn.cli.info import (
         support_markdown,  # imports torch, which speed_markdown does not need
     )
@@ -152,7 +152,9 @@ def generated(text: str, names: tuple[str, ...]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Rewrites the pages, or checks them."""
     parser = argparse.ArgumentParser(prog="python -m fastattn.benchmarks.report.readme_table")
-    parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="only report whether all are up to date"
+    )
     options = parser.parse_args(argv)
     stale = {}
     try:

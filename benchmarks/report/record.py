@@ -1,9 +1,10 @@
-"""A measured run as plain data: what --json writes, history keeps and every report is made of.
+"""A measured run as plain data: --json writes it, the history stores it, reports are made from it.
 
 schema   2
 machine, clocks, peak, noise, options, level, interrupted, skipped
-rows     name, group, row, mode, work, formula, red, floor, command, tokens, sides, versus, ...
-         sides: who ran what, its error, memory, time and rates; versus: the ratio to each other
+rows     one entry per case: name, group, row (the AttentionCase), mode, work, formula, red, floor,
+         command, tokens, sides, versus, ...
+         sides: each contender's kernel, error, memory, time and rates; versus: the ratio to each
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, is_dataclass
 
 from fastattn.core.work import FORMULAS
 
-from ..cases import Row
+from ..cases import AttentionCase
 from ..measure.machine import Machine
 from ..measure.protocol import AGAIN, OURS, Result, Side
 from ..measure.timing import Noise, Ratio, noise_floor, quantile
@@ -34,7 +35,7 @@ def as_json(
     skipped: list[str] = (),
     interrupted: bool = False,
 ) -> dict:
-    """The whole run. `options` is the command line that chose its cells."""
+    """The whole run. `options` is the command line that selected its cases."""
     noise = noise_floor([ratio_again(r) for r in aa if r.comparison is not None])
     return {
         "schema": SCHEMA,
@@ -44,12 +45,12 @@ def as_json(
         "noise": asdict(noise),
         "interrupted": interrupted,
         "skipped": list(skipped),
-        "rows": [row_json(result, machine, options) for result in results],
+        "rows": [entry_json(result, machine, options) for result in results],
     }
 
 
 def ratio_again(result: Result) -> Ratio:
-    """An A/A cell's ratio: the second of the two equal sides against the first."""
+    """The ratio of an A/A case: the second of the two equal sides against the first."""
     first, second = result.comparison.samples
     return result.comparison.ratio(second, baseline=first)
 
@@ -58,21 +59,21 @@ def noise_of(data: dict) -> Noise:
     return Noise(**data["noise"])
 
 
-def row_json(result: Result, machine: Machine, options: list[str]) -> dict:
-    cell, work = result.cell, result.work
+def entry_json(result: Result, machine: Machine, options: list[str]) -> dict:
+    case, work = result.case, result.work
     timed = result.comparison is not None and result.red is None
     entry = {
-        "name": cell.name,
-        "group": cell.group,
-        "mode": cell.mode,
-        "dtype": cell.dtype,
-        "row": asdict(cell) if isinstance(cell, Row) and is_dataclass(cell) else None,
+        "name": case.name,
+        "group": case.group,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "row": asdict(case) if isinstance(case, AttentionCase) and is_dataclass(case) else None,
         "work": asdict(work) if work else None,
-        "formula": FORMULAS[cell.mode] if work else None,
+        "formula": FORMULAS[case.mode] if work else None,
         "tokens": result.tokens,
         "red": result.red,
-        "floor": cell.floor,
-        "command": command(cell.name, options),
+        "floor": case.floor,
+        "command": command(case.name, options),
         "seconds": result.seconds,
         "sides": {n: _side_json(s, result, machine, timed) for n, s in result.sides.items()},
         "versus": {},
@@ -90,8 +91,8 @@ def row_json(result: Result, machine: Machine, options: list[str]) -> dict:
 
 
 def base_and_others(entry: dict) -> tuple[dict, list[str]]:
-    """The side that the others are compared with, fastattn or the first of an A/A run, and the
-    others' names."""
+    """The side that the others are compared with, which is fastattn or the first side of an A/A
+    run, and the names of the others."""
     names = list(entry["sides"])
     twins = any(name.endswith(AGAIN) for name in names)
     base = names[0] if twins and OURS not in names else OURS
@@ -117,7 +118,7 @@ def _side_json(side: Side, result: Result, machine: Machine, timed: bool) -> dic
     if result.tokens:
         entry["tokens_per_s"] = result.tokens / seconds
     if result.work:
-        dtype, work = result.cell.dtype, result.work
+        dtype, work = result.case.dtype, result.work
         bound, roof = machine.roof(dtype, work)
         entry |= {
             "tflops": work.flops / seconds / 1e12,
@@ -131,23 +132,22 @@ def _side_json(side: Side, result: Result, machine: Machine, timed: bool) -> dic
 
 
 def command(name: str, options: list[str]) -> str:
-    """The command line that measures this row again, and nothing else."""
+    """The command line that measures this case again, and nothing else."""
     escaped = "".join(f"\\{c}" if c in SPECIAL else c for c in name)
-    words = ["python", "-m", "fastattn", "bench", *options, "--rows", f"^{escaped}$"]
+    words = ["python", "-m", "fastattn", "bench", *options, "--cases", f"^{escaped}$"]
     return shlex.join(words)
 
 
-# ---- what every report asks of the data ---------------------------------------------------------
+# ---- what all reports use -----------------------------------------------------------------------
 
 
 def primary(entry: dict) -> str | None:
-    """The competitor that a row's headline ratio is to: the first that was timed."""
+    """The competitor of an entry's headline ratio: the first that was timed."""
     return next(iter(entry["versus"]), None)
 
 
 def slower(data: dict) -> list[tuple[dict, str, dict]]:
-    """(row, competitor, ratio) of every cell that is slower than its competitor, the worst first:
-    the work to do next."""
+    """(entry, competitor, ratio) of every case on which fastattn is slower, the slowest first."""
     found = [
         (entry, name, ratio)
         for entry in data["rows"]
@@ -162,7 +162,7 @@ def reds(data: dict) -> list[dict]:
 
 
 def rate(side: dict) -> str:
-    """What bounds the work, in its own unit."""
+    """The side's rate, in the unit of what bounds the work."""
     if "tokens_per_s" in side:
         return f"{side['tokens_per_s']:.0f} tokens/s"
     if "tflops" not in side:
@@ -174,12 +174,12 @@ def rate(side: dict) -> str:
 
 
 def said(ratio: dict) -> str:
-    """A ratio in words: no number where there is no difference."""
+    """The ratio as text, or "no difference"."""
     return "no difference" if ratio["verdict"] == "no difference" else f"{ratio['value']:.2f}"
 
 
 def title(data: dict) -> str:
-    """The machine, in one line."""
+    """The machine and the versions in one line."""
     facts = data["machine"]
     what = facts.get("gpu") or facts["cpu"]
     return (
@@ -197,8 +197,8 @@ COLUMNS = (  # of the CSV
 
 
 def as_csv(data: dict) -> str:
-    """One line for each (row, competitor); a row without any has one line too. Rates are
-    fastattn's."""
+    """One line for each entry and competitor; an entry without a competitor has one line too. Rates
+    are fastattn's."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()

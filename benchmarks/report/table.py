@@ -1,4 +1,4 @@
-"""A run's data as a table on the terminal and as Markdown for a pull request."""
+"""A run's data as a table on the terminal, and as Markdown for a pull request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = {"faster": "green", "slower": "red", "no difference": "yellow"}
 
 
 def header(data: dict) -> list[str]:
-    """What the numbers below were taken on."""
+    """The machine and versions that were measured, one line each."""
     facts, peak, clocks = data["machine"], data["peak"], data["clocks"]
     top = max(peak["flops"].values(), default=0.0) / 1e9
     reached = peak["bandwidth_by_working_set"]
@@ -47,15 +47,16 @@ def _clock_line(clocks: dict) -> str:
 
 EXPLAINED = (
     "ratio: the other's time / fastattn's, median of the rounds' ratios with its 95 % interval; "
-    "20-80: the ratios between a fifth and four fifths of the rounds; asked: the floor on a "
-    "two-core AVX2 machine; error: largest, mean, relative to the largest true value in float64; "
-    "MB: peak memory beyond the inputs"
+    "20-80: the 20th and 80th percentiles of the rounds' ratios; target: the ratio to SDPA that "
+    "the project aims for on a two-core AVX2 machine; % mm, % copy: share of the measured matrix "
+    "product and copy; MB: peak memory beyond the inputs; error: largest and mean, relative "
+    "to the largest value in float64; f: fastattn"
 )
 
 
-COLUMNS = (  # of the terminal's table, and the width from which on each is shown
-    *(("work", 0), ("against", 0), ("its ms", 0), ("ms", 0), ("ratio", 0), ("95 % interval", 0)),
-    *(("20-80", 200), ("asked", 160), ("rate", 120), ("% mm", 140), ("% copy", 140)),
+COLUMNS = (  # of the terminal's table, and the least width of the terminal that shows each
+    *(("case", 0), ("against", 0), ("its ms", 0), ("ms", 0), ("ratio", 0), ("95 % interval", 0)),
+    *(("20-80", 200), ("target", 160), ("rate", 120), ("% mm", 140), ("% copy", 140)),
     *(("MB f / other", 170), ("error f / other", 200)),
 )
 
@@ -73,8 +74,8 @@ def print_table(data: dict, console: Console) -> None:
     for index in shown:
         fold = {"overflow": "fold"} if index == 0 else {"no_wrap": True}
         table.add_column(COLUMNS[index][0], justify="left" if index < 2 else "right", **fold)
-    rows = data["rows"]
-    for entry, following in zip(rows, [*rows[1:], None], strict=True):
+    entries = data["rows"]
+    for entry, following in zip(entries, [*entries[1:], None], strict=True):
         lines = _lines(entry)
         for cells in lines:
             last = following is None or following["group"] != entry["group"]
@@ -88,7 +89,7 @@ def print_table(data: dict, console: Console) -> None:
 
 
 def todo(data: dict) -> list[str]:
-    """The cells that are slower, worst first."""
+    """The cases on which fastattn is slower, the slowest first."""
     return [
         f"slower than {name}: {entry['name']}: {ratio['value']:.2f} "
         f"[{ratio['low']:.2f}, {ratio['high']:.2f}]".replace("[", "(").replace("]", ")")
@@ -97,9 +98,9 @@ def todo(data: dict) -> list[str]:
 
 
 def _lines(entry: dict) -> list[list[str]]:
-    """One line for each competitor."""
+    """An entry's lines in the table, one for each competitor."""
     (ours, others), lines = base_and_others(entry), []
-    asked = f"{entry['floor']:g}" if entry["floor"] else ""
+    target = f"{entry['floor']:g}" if entry["floor"] else ""
     for index, name in enumerate(others or [""]):
         side, ratio = entry["sides"].get(name, {}), entry["versus"].get(name)
         label = entry["name"] if index == 0 else ""
@@ -119,7 +120,7 @@ def _lines(entry: dict) -> list[list[str]]:
                     f"[{colour}]{said(ratio)}[/]",
                     f"{ratio['low']:.2f} to {ratio['high']:.2f}",
                     f"{ratio['p20']:.2f}-{ratio['p80']:.2f}",
-                    asked if name == "sdpa" else "",
+                    target if name == "sdpa" else "",
                     rate(ours) if first else "",
                     f"{ours['percent_of_matmul']:.0f}" if first and "bound" in ours else "",
                     f"{ours['percent_of_copy']:.0f}" if first and "bound" in ours else "",
@@ -131,14 +132,14 @@ def _lines(entry: dict) -> list[list[str]]:
 
 
 def not_timed(data: dict) -> list[str]:
-    """Each reason why somebody has no number, once, and how many rows it holds for."""
+    """Each reason why a contender was not timed, once, with the number of cases."""
     counts: dict[tuple[str, str], int] = {}
     for entry in data["rows"]:
         for name, side in entry["sides"].items():
             if side["why_not"] and not entry["red"]:
                 key = (name, side["why_not"])
                 counts[key] = counts.get(key, 0) + 1
-    return [f"not timed: {n}: {why} ({count} rows)" for (n, why), count in counts.items()]
+    return [f"not timed: {n}: {why} ({count} cases)" for (n, why), count in counts.items()]
 
 
 def megabytes(side: dict) -> str:
@@ -155,27 +156,27 @@ def _error(side: dict) -> str:
 
 
 def as_markdown(data: dict, changes: list = ()) -> str:
-    """For a pull request: what is slower and what changed first, every row folded away."""
+    """For a pull request: slower cases and changes come first; all cases are folded away."""
     lines = [f"**{title(data)}**", "", *(f"- {line}" for line in header(data)[1:]), ""]
     for heading, texts in (
-        ("Wrong, so without a number", [f"{e['name']}: {e['red']}" for e in reds(data)]),
-        ("Slower: the work to do next", todo(data)),
+        ("Wrong, so not timed", [f"{e['name']}: {e['red']}" for e in reds(data)]),
+        ("Slower", todo(data)),
         ("Changed", [str(change) for change in changes]),
         ("Not timed", not_timed(data)),
-        ("Skipped, the time was up", data["skipped"]),
+        ("Skipped for lack of time", data["skipped"]),
     ):
         if texts:
             lines += [f"{heading}:", "", *(f"- {text}" for text in texts), ""]
-    lines += ["<details><summary>Every row, with 95 % intervals</summary>", ""]
-    return "\n".join([*lines, *every_row(data["rows"]), "", "</details>"])
+    lines += ["<details><summary>All cases, with 95 % intervals</summary>", ""]
+    return "\n".join([*lines, *every_entry(data["rows"]), "", "</details>"])
 
 
-def every_row(rows: list[dict]) -> list[str]:
+def every_entry(entries: list[dict]) -> list[str]:
     lines = [
-        "| row | against | its ms | fastattn ms | ratio | interval | % of peak | MB | error |",
+        "| case | against | its ms | fastattn ms | ratio | interval | % of peak | MB | error |",
         "|---|---|--:|--:|--:|:-:|--:|--:|--:|",
     ]
-    for entry in rows:
+    for entry in entries:
         ours, name = base_and_others(entry)[0], entry["name"]
         for other in entry["versus"] or ["red" if entry["red"] else ""]:
             if entry["red"] or not other:
@@ -194,6 +195,6 @@ def every_row(rows: list[dict]) -> list[str]:
 
 
 def headline(entry: dict) -> dict | None:
-    """The ratio to the row's first competitor."""
+    """The ratio to the case's first competitor."""
     name = primary(entry)
     return entry["versus"][name] if name else None

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../tensors.h"
+#include "../operands.h"
 #include "params.h"
 
 namespace fastattn::cpu {
@@ -34,6 +34,7 @@ inline std::optional<Dtype> dtype_of(const Tensor& t) {
 inline void check_cpu(const Tensor& t, const char* name) {
     CHECK(t.defined(), name, " is undefined, and a tensor is needed");
     CHECK(t.is_cpu(), name, " must be on the CPU, where q is");
+    CHECK(t.numel() == 0 || t.data_ptr() != nullptr, name, " has no memory");
 }
 
 // A 4-D operand of kernel `params`: strides in elements, 0 along broadcast dimensions.
@@ -75,16 +76,8 @@ inline ScalarType accumulate_type(const Tensor& q) {
 
 // --- the call -----------------------------------------------------------------------------------
 
-// The operands of both operators, in the order of their schemas.
-struct Call {
-    Tensor q, k, v;
-    OptionalTensor mask, bias, alibi_slopes, sinks, kv_lens, kv_starts, document_ids, key_begin,
-        key_end, cu_seqlens_q, cu_seqlens_k, page_table, dropout_seed;
-    double scale, softcap;
-    int64_t left, right;
-    bool align_end;
-    double dropout_p;
-
+// What an operator was called with; prepare() checks it and makes of it what kernels read.
+struct Call : Inputs {
     // filled by prepare()
     std::vector<int> page_entries{};  // page_table as far as lengths reach, contiguous
     int64_t page_columns = 0;
@@ -127,12 +120,16 @@ inline void Call::check_broadcast(const Tensor& t, const char* name) const {
     bool ok = t.dim() == 4;
     for (int i = 0; ok && i < 4; i++)
         ok = t.size(i) == 1 || t.size(i) == full[i] ||
-             (cu_seqlens_q && i >= 2 && t.size(i) > full[i]);  // packed: at least the longest
+             (operands.cu_seqlens_q && i >= 2 &&
+              t.size(i) > full[i]);  // packed: at least the longest
     CHECK(ok, name, " has shape ", shape_of(t), ", which does not broadcast to [", full[0], ", ",
           full[1], ", ", full[2], ", ", full[3], "]");
 }
 
 inline void Call::check_operands() {
+    const OptionalTensor& cu_seqlens_q = operands.cu_seqlens_q;
+    const OptionalTensor& cu_seqlens_k = operands.cu_seqlens_k;
+    const OptionalTensor& dropout_seed = operands.dropout_seed;
     const Tensor* all[3] = {&q, &k, &v};
     const char* names[3] = {"q", "k", "v"};
     for (int i = 0; i < 3; i++) {
@@ -158,14 +155,15 @@ inline void Call::check_operands() {
           ": all but the last dimension must agree");
     CHECK(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "q has ", q.size(1),
           " heads, which is not a multiple of the ", k.size(1), " heads of k");
-    check_score_numbers(scale, softcap);
-    CHECK(left >= -1 && right >= -1, "left and right must be >= -1");
-    CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
-    CHECK(!key_begin == !key_end, "key_begin and key_end come together");
+    check_score_numbers(spec.scale, spec.softcap);
+    CHECK(spec.left >= -1 && spec.right >= -1, "left and right must be >= -1");
+    CHECK(spec.dropout_p >= 0 && spec.dropout_p < 1, "dropout_p must be in [0, 1), got ",
+          spec.dropout_p);
+    CHECK(!operands.key_begin == !operands.key_end, "key_begin and key_end come together");
     CHECK(!cu_seqlens_q == !cu_seqlens_k, "cu_seqlens_q and cu_seqlens_k come together");
-    if (!cu_seqlens_q && !page_table)
+    if (!cu_seqlens_q && !operands.page_table)
         CHECK(q.size(0) == k.size(0), "q has batch size ", q.size(0), " and k ", k.size(0));
-    if (dropout_p > 0) {
+    if (spec.dropout_p > 0) {
         CHECK(dropout_seed.has_value(), "dropout needs dropout_seed");
         check_cpu(*dropout_seed, "dropout_seed");
         CHECK(dropout_seed->scalar_type() == ScalarType::Long && dropout_seed->dim() == 1 &&
@@ -177,6 +175,9 @@ inline void Call::check_operands() {
 
 // Lengths, documents, packed sequences and pages, all as segments.
 inline void Call::make_segments() {
+    const OptionalTensor& cu_seqlens_q = operands.cu_seqlens_q;
+    const OptionalTensor& document_ids = operands.document_ids;
+    const OptionalTensor& page_table = operands.page_table;
     int batch = static_cast<int>(q.size(0)), q_rows = static_cast<int>(q.size(2));
     int kv_rows = static_cast<int>(k.size(2));
     std::vector<int> q_begins, k_begins;
@@ -184,7 +185,8 @@ inline void Call::make_segments() {
         CHECK(q.size(0) == 1, "with cu_seqlens_q, q must have batch size 1");
         q_begins = int_vector(cu_seqlens_q, "cu_seqlens_q", -1);
         CHECK(!q_begins.empty(), "cu_seqlens_q must have at least one element");
-        k_begins = int_vector(cu_seqlens_k, "cu_seqlens_k", static_cast<int64_t>(q_begins.size()));
+        k_begins = int_vector(operands.cu_seqlens_k, "cu_seqlens_k",
+                              static_cast<int64_t>(q_begins.size()));
         auto check_cu = [](const std::vector<int>& cu, const char* name, int64_t limit) {
             CHECK(cu[0] == 0, name, " must start with 0, got ", cu[0]);
             for (size_t i = 1; i < cu.size(); i++)
@@ -200,15 +202,15 @@ inline void Call::make_segments() {
     }
     bool packed = !q_begins.empty();
     entries = packed ? static_cast<int64_t>(q_begins.size()) - 1 : batch;
-    std::vector<int> lens = int_vector(kv_lens, "kv_lens", entries);
-    std::vector<int> starts = int_vector(kv_starts, "kv_starts", entries);
+    std::vector<int> lens = int_vector(operands.kv_lens, "kv_lens", entries);
+    std::vector<int> starts = int_vector(operands.kv_starts, "kv_starts", entries);
     int64_t pages = 0, page_size = 1;
     if (page_table) {
         check_cpu(*page_table, "page_table");
         CHECK(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
                   page_table->size(0) == entries,
               "page_table must be int32 [", entries, ", pages], got shape ", shape_of(*page_table));
-        CHECK(packed || kv_lens, "page_table needs kv_lens");
+        CHECK(packed || operands.kv_lens, "page_table needs kv_lens");
         CHECK(!document_ids, "document_ids cannot be combined with page_table");
         CHECK(kv_rows > 0 || page_table->size(1) == 0, "pages must hold at least one key");
         pages = page_table->size(1);
@@ -228,8 +230,8 @@ inline void Call::make_segments() {
         documents = static_cast<const int*>(document_ids->data_ptr());
     }
 
-    int window_left = static_cast<int>(std::min<int64_t>(left, MAX_LENGTH));
-    int window_right = static_cast<int>(std::min<int64_t>(right, MAX_LENGTH));
+    int window_left = static_cast<int>(std::min<int64_t>(spec.left, MAX_LENGTH));
+    int window_right = static_cast<int>(std::min<int64_t>(spec.right, MAX_LENGTH));
     for (int e = 0; e < entries; e++) {
         int q_len = packed ? q_begins[e + 1] - q_begins[e] : q_rows;
         int64_t capacity = packed       ? k_begins[e + 1] - k_begins[e]
@@ -253,7 +255,7 @@ inline void Call::make_segments() {
         Segment s{};
         s.batch = packed ? 0 : e;
         s.entry = e;
-        int offset = align_end ? kv_len - q_len : 0;
+        int offset = spec.align_end ? kv_len - q_len : 0;
         auto add = [&](int row, int rows, int key, int key_end) {
             s.q_begin = (packed ? q_begins[e] : 0) + row;
             s.kv_begin = (packed && !page_table ? k_begins[e] : 0) + key;
@@ -290,6 +292,7 @@ inline void Call::make_segments() {
 
 // The part of the page table that lengths reach, each page checked.
 inline void Call::copy_pages(int64_t page_size) {
+    const OptionalTensor& page_table = operands.page_table;
     auto pages_of = [&](const Segment& s) {
         return s.band.kv_len == 0 ? 0 : (s.key0 + s.band.kv_len + page_size - 1) / page_size;
     };
@@ -318,7 +321,7 @@ inline RowNumbers Call::key_range(const Tensor& t, const char* name) const {
     RowNumbers x{static_cast<const int*>(t.data_ptr()), t.size(0) == 1 ? 0 : t.stride(0),
                  t.size(1) == 1 ? 0 : t.stride(1), t.size(2) == 1 ? 0 : t.stride(2)};
     for (int64_t e = 0; e < (x.batch == 0 ? std::min<int64_t>(1, entries) : entries); e++) {
-        int64_t rows = cu_seqlens_q && x.batch != 0 ? segments[e].band.q_len : max_q;
+        int64_t rows = operands.cu_seqlens_q && x.batch != 0 ? segments[e].band.q_len : max_q;
         for (int64_t h = 0; h < (x.head == 0 ? std::min<int64_t>(1, q.size(1)) : q.size(1)); h++)
             for (int64_t i = 1; x.row != 0 && i < rows; i++)
                 CHECK(x.at(e, h, i) >= x.at(e, h, i - 1), name,
@@ -330,10 +333,11 @@ inline RowNumbers Call::key_range(const Tensor& t, const char* name) const {
 
 // The key, and which heads of how many these are: dropout counts entry x all heads + head.
 inline void Call::set_dropout() {
+    const OptionalTensor& dropout_seed = operands.dropout_seed;
     auto number = [&](DropoutNumber n) {
         return static_cast<const int64_t*>(dropout_seed->data_ptr())[n * dropout_seed->stride(0)];
     };
-    params.dropout_key = DropoutKey::make(number(SEED), number(OFFSET), dropout_p);
+    params.dropout_key = DropoutKey::make(number(SEED), number(OFFSET), spec.dropout_p);
     int64_t first = 0, total = q.size(1);
     if (dropout_seed->size(0) == DROPOUT_NUMBERS) {
         first = number(FIRST_HEAD);
@@ -349,15 +353,18 @@ inline void Call::set_dropout() {
 }
 
 inline void Call::prepare() {
+    const OptionalTensor& mask = operands.mask;
+    const OptionalTensor& bias = operands.bias;
+    const OptionalTensor& sinks = operands.sinks;
     check_operands();
     q = unit_stride(q);
     k = unit_stride(k);
     v = unit_stride(v);
     make_segments();
     Params& p = params;
-    p.scale = scale;
-    p.softcap = softcap;
-    p.dropout = dropout_p > 0;
+    p.scale = spec.scale;
+    p.softcap = spec.softcap;
+    p.dropout = spec.dropout_p > 0;
     if (p.dropout) set_dropout();
     p.dtype = *dtype_of(q);
     p.q = rows4(q);
@@ -378,11 +385,12 @@ inline void Call::prepare() {
         check_broadcast(*bias, "bias");
         p.bias = operand4(*bias);
     }
-    if (key_begin) {
-        p.key_ranges = {key_range(*key_begin, "key_begin"), key_range(*key_end, "key_end")};
+    if (operands.key_begin) {
+        p.key_ranges = {key_range(*operands.key_begin, "key_begin"),
+                        key_range(*operands.key_end, "key_end")};
     }
-    if (alibi_slopes) {
-        const Tensor& t = *alibi_slopes;
+    if (operands.alibi_slopes) {
+        const Tensor& t = *operands.alibi_slopes;
         check_cpu(t, "alibi_slopes");
         CHECK(t.scalar_type() == ScalarType::Float &&
                   (t.dim() == 1 || (t.dim() == 2 && t.size(0) == entries)) &&
@@ -405,7 +413,7 @@ inline void Call::prepare() {
               shape_of(*sinks));
         p.sinks = {static_cast<char*>(sinks->data_ptr()), *dtype, 0, sinks->stride(0), 0, 0};
     }
-    if (page_table) {
+    if (operands.page_table) {
         p.page_table = page_entries.data();
         p.page_table_row = page_columns;
         p.page_size = std::max(1, static_cast<int>(k.size(2)));

@@ -1,5 +1,5 @@
-// What the backward passes launch one after the other; their main kernels differ.
-// next: backward_sm90.cu, backward_sm80.cu
+// The kernels of a backward pass, launched one after the other: those before, the main kernel,
+// which differs by architecture, and the one after. next: backward_sm90.cu, backward_sm80.cu
 #pragma once
 #include "backward_prepost.cuh"
 #include "driver.h"
@@ -7,13 +7,13 @@
 
 namespace fastattn::cuda {
 
-constexpr int ROWS_CTAS = 8;  // of the kernels over rows, on a multiprocessor
+constexpr int ROWS_CTAS = 8;  // CTAs a multiprocessor, of the kernels that walk over rows
 
-// main() launches the main kernel; it returns "" or what went wrong, as this does.
+// main() launches the main kernel. It returns "" or what went wrong, as this does.
 template <class F, class Main> std::string launch_backward(const BackwardCall& call,
                                                            int multiprocessors, cudaStream_t stream,
                                                            Main main) {
-    BackwardRowsParams rows = backward_rows_params<F>(call);
+    PrePostParams rows = pre_post_params<F>(call);
     int over_rows = multiprocessors * ROWS_CTAS;
     backward_prepare<F><<<over_rows, ROWS_THREADS, 0, stream>>>(rows);
     std::string error = problem_of(cudaGetLastError());

@@ -1,19 +1,21 @@
-// Before and after the backward kernels: what each row contributes, the gradient of sinks, and dq
-// from its fp32 sums. next: backward_tile.cuh
+// The kernels before and after the backward: lse in base 2 and delta of each row, the gradient of
+// the sinks, and at the end dq from its fp32 sums. next: backward_tile.cuh
 #pragma once
 #include "backward_tile.cuh"
 
 namespace fastattn::cuda {
 
 constexpr int ROWS_THREADS = 256;
-constexpr int SINKS_THREADS = 512, SINKS_SHARED = 4 * SINKS_THREADS / 32;  // a float a warp
+constexpr int SINKS_THREADS = 512,
+              SINKS_SHARED = 4 * SINKS_THREADS / 32;  // one float for each warp
 
 template <class Element> FASTATTN_DEVICE float2 widen_pair(uint32_t two) {
     return {widen<Element>(two & 0xffff), widen<Element>(two >> 16)};
 }
 
-// The row of q at a place of the padded rows, or -1: sequences begin with a tile of their own.
-template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int batch, int place) {
+// The row of q at a place of the padded rows, where each sequence begins with a tile of its own; -1
+// where the place is padding.
+template <class F> FASTATTN_DEVICE int row_at(const PrePostParams& p, int batch, int place) {
     if (!p.cu_q) return place < p.q_len ? place : -1;
     SequenceRows own = SequenceRows::of_slot(cu_of(p.cu_q, p, batch), p.sequences, p.q_len,
                                              place / F::BLOCK_Q, F::BLOCK_Q);
@@ -21,10 +23,10 @@ template <class F> FASTATTN_DEVICE int row_at(const BackwardRowsParams& p, int b
     return row < own.end ? row : -1;
 }
 
-// delta = sum(dout * out) - dlse: what all gradients of a row's probs have in common. One warp a
-// row. Places without a row, and rows that see no key, get lse = +inf: their probs become 0.
+// delta = sum(dout * out) - dlse, which is subtracted from all dprobs of a row. One warp a row.
+// Padding, and rows that see no key, get lse = +inf, so that the backward computes probs of 0.
 template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
-    backward_prepare(const __grid_constant__ BackwardRowsParams p) {
+    backward_prepare(const __grid_constant__ PrePostParams p) {
     constexpr int WARPS = ROWS_THREADS / 32;
     int64_t lines = static_cast<int64_t>(p.batch) * p.heads * p.rows;
     for (int64_t line = static_cast<int64_t>(block_index()) * WARPS + warp_index(); line < lines;
@@ -51,17 +53,18 @@ template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
         if (lane_index() != 0) continue;
         bool none = lse == NEGATIVE_INFINITY;
         float lse2 = to_base2(lse);
-        if (!none && (lse2 >= LARGE_LSE || lse2 <= -LARGE_LSE))  // many may write the same 1
+        if (!none && (lse2 >= LARGE_LSE || lse2 <= -LARGE_LSE))  // a race of equal values
             st_global(p.large + batch * p.kv_heads + head / (p.heads / p.kv_heads), 1);
         st_global(p.lse2 + line, none ? -NEGATIVE_INFINITY : lse2);
         st_global(p.delta + line, none ? 0.0f : sum);
     }
 }
 
-// dsinks = -sum(exp(sink - lse) delta) over the rows of a head: a sink is a key without a value,
-// whose dprobs are 0. One CTA a head, and one order of sums. Rows without a key have lse = +inf.
+// dsinks = -sum(exp(sink - lse) delta) over the rows of a head: a sink is like a key with a value
+// of 0, whose dprobs are 0. One CTA a head sums in a fixed order, so the result is deterministic.
+// Rows that see no key have lse = +inf and add nothing.
 template <class F> __global__ void __launch_bounds__(SINKS_THREADS)
-    backward_sinks(const __grid_constant__ BackwardRowsParams p) {
+    backward_sinks(const __grid_constant__ PrePostParams p) {
     constexpr int WARPS = SINKS_THREADS / 32;
     int head = block_index();
     float sink2 = to_base2(sink_of(p.sinks, p.sink_type, head)), sum = 0;
@@ -85,9 +88,9 @@ template <class F> __global__ void __launch_bounds__(SINKS_THREADS)
     st_global(p.dsinks + head, sum);
 }
 
-// Two columns of a row a thread.
+// dq = scale * its sums, rounded. Each thread takes two columns of a row.
 template <class F> __global__ void __launch_bounds__(ROWS_THREADS)
-    backward_finish(const __grid_constant__ BackwardRowsParams p) {
+    backward_finish(const __grid_constant__ PrePostParams p) {
     int64_t pairs = static_cast<int64_t>(p.batch) * p.heads * p.rows * (F::D / 2);
     for (int64_t i = static_cast<int64_t>(block_index()) * ROWS_THREADS + thread_index(); i < pairs;
          i += static_cast<int64_t>(grid_size()) * ROWS_THREADS) {

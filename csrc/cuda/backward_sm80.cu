@@ -28,7 +28,8 @@ std::string launch_backward_sm80(const BackwardCall& call, bool bf16, Memory mem
                 : launch_of<Fp16>(call, memory, multiprocessors, stream);
 }
 
-BackwardSizes backward_sizes_sm80(const Operand& q, const int* cu_q, int sequences, Memory memory) {
+BackwardSizes backward_sizes_sm80(const TensorView& q, const int* cu_q, int sequences,
+                                  Memory memory) {
     return with_backward80<Bf16>(q.head_dim, memory, [&](auto kernel) {
         return BackwardSizes::of<decltype(kernel)>(q, cu_q, sequences);
     });

@@ -1,11 +1,11 @@
 // The backward pass on sm_80 and later. As on sm_90 a CTA has one tile of keys, walks over the
-// tiles of rows that see them, of every head that shares them, and keeps dk and dv in registers.
-// Here all warps do the same, and what a tile adds to dq goes from registers to sums in memory.
+// tiles of rows that see them, of every query head that shares them, and keeps dk and dv in
+// registers. Here all warps do the same work, and add dq from registers to fp32 sums in memory.
 // next: mma.cuh, backward_tile.cuh, backward_prepost.cuh
 //
-// Probs and dscores go through shared memory, both before one barrier, so that warps multiply 32
-// rows everywhere. With probs in registers they would multiply 16, and a step at D 128 would read
-// 704 KB of shared memory, 5632 clocks, in place of 576; its products take 5120.
+// Probs and dscores go through shared memory, both before one barrier, so that each warp multiplies
+// 32 rows in every product. With probs in registers it would multiply 16, and a step at D 128 would
+// read 704 KB of shared memory in 5632 clocks, instead of 576 KB in 4608; its products take 5120.
 #pragma once
 #include "backward_tile.cuh"
 #include "config.h"
@@ -13,7 +13,8 @@
 
 namespace fastattn::cuda {
 
-// How eight warps share the product [ROWS x COLUMNS]: each has 32 rows, as two blocks of 16.
+// How eight warps share a product [ROWS x COLUMNS]: each has N columns of 32 rows, in two blocks of
+// 16 rows.
 template <int ROWS, int COLUMNS> struct WarpGrid {
     static constexpr int DOWN = ROWS / 32, ACROSS = 8 / DOWN, N = COLUMNS / ACROSS;
     static_assert(DOWN * 32 == ROWS && DOWN * ACROSS == 8 && N % 16 == 0);
@@ -22,7 +23,7 @@ template <int ROWS, int COLUMNS> struct WarpGrid {
     static constexpr FASTATTN_HD int row(int warp) { return warp % DOWN * 32; }
     static constexpr FASTATTN_HD int column(int warp) { return warp / DOWN * N; }
 
-    // The thread that has an element of the product, and in which of its registers.
+    // Which thread holds an element of the product, and in which of its registers.
     static constexpr FASTATTN_HD int thread_of(int row, int column) {
         return (column / N * DOWN + row / 32) * 32 + row % 8 * 4 + column % 8 / 2;
     }
@@ -44,7 +45,8 @@ template <class Element_, int D_, Memory MEMORY> struct Backward80 {
     using OfKeys = WarpGrid<BLOCK_KV, D>;  // dk, dv
     using OfRows = WarpGrid<BLOCK_Q, D>;   // dq
 
-    // dq's sums: one part a tile of rows. A register of all threads lies side by side.
+    // The fp32 sums of dq: one slice a tile of rows. The same register of all threads lies side by
+    // side, so that a warp adds to 128 contiguous bytes.
     static constexpr int DQ_SLICES = 1;
     static constexpr FASTATTN_HD int sum_index(int row, int column) {
         return OfRows::register_of(row, column) * THREADS + OfRows::thread_of(row, column);
@@ -78,7 +80,7 @@ template <class F> struct BackwardCta {
     FASTATTN_DEVICE typename F::ScoreTile probs() const { return {shared + F::PROBS_AT}; }
     FASTATTN_DEVICE typename F::ScoreTile dscores() const { return {shared + F::DSCORES_AT}; }
 
-    // What a step is about, and where its rows are.
+    // A step: the query head, the tile of its rows, and the stage where they are in shared memory.
     struct Step {
         int head, tile, stage;
     };
@@ -99,7 +101,8 @@ template <class F> struct BackwardCta {
         return {at.head + last, last ? w.begin : at.tile + 1, (at.stage + 1) % F::STAGES};
     }
 
-    // Tile row r from row `row` + r of a head, where r is in [first, last); zeros elsewhere.
+    // Copies row `row` + r of a head to row r of a tile, where r is in [first, last); zeros
+    // elsewhere.
     template <class T> FASTATTN_DEVICE void copy(T tile, const Rows& from, int head, int row,
                                                  int first, int last) const {
         EvenRows rows{from.at(w.batch, head, row), from.row};
@@ -121,7 +124,7 @@ template <class F> struct BackwardCta {
             copy_async(delta(at) + 16 * chunk, p.delta + from, true);
     }
 
-    // Adds to the sums; in deterministic mode after those of earlier keys.
+    // Adds to the sums, with semaphores after the CTAs of earlier keys.
     FASTATTN_DEVICE void add_dq(const typename OfRows::Sums& dq, Step at) const {
         int64_t tile = w.row_tile(p, at.head, at.tile);
         float* sums = p.dq_sums + tile * F::BLOCK_Q * F::D + thread_index();
@@ -178,7 +181,7 @@ template <class F> struct BackwardCta {
         shared = opaque(shared);
         warp = opaque(warp);
         copy_wait<0>();
-        sync_block();  // and the last step's products are done
+        sync_block();  // all copies have come, and the products of the last step are done
         if (F::STAGES > 1 && more) load_rows(after(at));
         copy_commit();
         score(at);
@@ -186,7 +189,7 @@ template <class F> struct BackwardCta {
         int row = OfKeys::row(warp), column = OfKeys::column(warp);
         multiply_shared<Element, Major::K, Major::MN>(sums.dv, probs(), row, dout(at), column);
         multiply_shared<Element, Major::K, Major::MN>(sums.dk, dscores(), row, q(at), column);
-        if constexpr (F::STAGES == 1) {  // beside dq alone
+        if constexpr (F::STAGES == 1) {  // the next rows are loaded beside the product of dq only
             sync_block();
             if (more) load_rows(after(at));
             copy_commit();
@@ -197,7 +200,8 @@ template <class F> struct BackwardCta {
         add_dq(dq, at);
     }
 
-    // Through a tile's memory, so that neighbouring threads write neighbouring 16 bytes.
+    // Stores through a tile in shared memory, so that neighbouring threads write neighbouring 16
+    // bytes.
     FASTATTN_DEVICE void store(typename F::KVTile tile, const Rows& to,
                                const typename OfKeys::Sums& sums) const {
 #pragma unroll
@@ -225,13 +229,13 @@ template <class F> struct BackwardCta {
         if (steps > 0) load_rows(at);
         copy_commit();
         for (; steps > 0; steps--, at = after(at)) step(sums, at, steps > 1);
-        // Made anew: kept, it would be spilled.
+        // Computed again: kept through the loop, it would be spilled.
         w = KeyWork(p, opaque(block_index()), F::BLOCK_Q, F::BLOCK_KV);
 #pragma unroll
         for (int i = 0; i < OfKeys::N; i++)
             sums.dk[i / (OfKeys::N / 2)][i % (OfKeys::N / 2)] *= p.scale;
         copy_wait<0>();
-        sync_block();  // nobody multiplies with k any more, or copies it
+        sync_block();  // k's memory, where dk goes, is neither read nor written any more
         store(keys(), p.dk, sums.dk);
         store(values(), p.dv, sums.dv);
     }
@@ -245,7 +249,7 @@ __global__ void __launch_bounds__(F::THREADS, 1)
         .run();
 }
 
-// use(F{}) with the kernel F of a head dimension in this memory; 256 has none in the small one.
+// Calls use(F{}) with the kernel F of this head dimension and memory. 256 fits LARGE memory only.
 template <class Element, class Use> auto with_backward80(int64_t dim, Memory memory, Use use) {
     bool large = memory == Memory::LARGE;
     switch (dim) {

@@ -38,7 +38,7 @@ std::string launch_backward_sm90(const BackwardCall& call, bool bf16, int multip
                 : launch_of<Fp16>(call, multiprocessors, stream);
 }
 
-BackwardSizes backward_sizes_sm90(const Operand& q, const int* cu_q, int sequences) {
+BackwardSizes backward_sizes_sm90(const TensorView& q, const int* cu_q, int sequences) {
     switch (q.head_dim) {
         case 64:
             return BackwardSizes::of<Backward<Bf16, 64>>(q, cu_q, sequences);

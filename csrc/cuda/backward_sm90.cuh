@@ -1,14 +1,15 @@
-// The backward pass on sm_90a. A CTA has one tile of keys: it walks over the tiles of rows that see
-// them, of every head that shares them, and keeps dk and dv in registers; what each tile adds to dq
-// goes to an fp32 sum in memory. delta and lse come from backward_prepost.cuh, which also makes dq of
-// the sums. next: host_params.h (hosts), backward_tile.cuh, backward_prepost.cuh
+// The backward pass on sm_90a. A CTA has one tile of keys, walks over the tiles of rows that see
+// them, of every query head that shares them, and keeps dk and dv in registers. What each tile adds
+// to dq goes to fp32 sums in memory. backward_prepost.cuh computes delta and lse before, and dq
+// from the sums after. next: backward_tile.cuh, backward_prepost.cuh, host_params.h (its
+// parameters)
 //
 //     scores^T = k q^T, probs^T = exp2(.. - lse), dprobs^T = v dout^T
 //     dscores = probs (dprobs - delta)
 //     dv += probs^T dout, dk += dscores^T q, dq += dscores k
 //
-// Scores are transposed, so that probs and dscores are the A operands of dv and dk as they stand;
-// at D 256 the warpgroups exchange them first.
+// Scores are transposed, so that probs and dscores are A operands of dv and dk as they lie in
+// registers. At D 256 the warpgroups exchange them first, through shared memory.
 #pragma once
 #include "backward_tile.cuh"
 #include "config.h"
@@ -31,8 +32,9 @@ template <class Element_, int D_> struct Backward {
     using DoutRing = Ring<DOUT_STAGES>;
     using KVRing = Ring<1>;
 
-    // A warpgroup has 64 of 128 keys, scores of all rows, and all columns of dk and dv. Or both
-    // have all 64 keys, scores of half of the rows, and half of the columns.
+    // Each warpgroup has 64 of the 128 keys, scores of all rows, and all columns of dk and dv. With
+    // HALF_COLUMNS both have the same 64 keys, and each has scores of half of the rows and half of
+    // the columns of dk and dv.
     static constexpr bool HALF_COLUMNS = Config::HALF_COLUMNS;
     static constexpr int KEYS_APART = HALF_COLUMNS ? 0 : 64;
     static constexpr int ROWS = HALF_COLUMNS ? BLOCK_Q / 2 : BLOCK_Q;
@@ -41,13 +43,13 @@ template <class Element_, int D_> struct Backward {
     static constexpr int COLUMNS_APART = HALF_COLUMNS ? COLUMNS : 0;
     static_assert(BLOCK_KV == 64 + KEYS_APART);
 
-    // Each warpgroup multiplies half of dscores k: 64 rows and all columns, or all 64 rows and half
-    // of the columns.
+    // Each warpgroup computes half of dq = dscores k: 64 of 128 rows and all columns, or all 64
+    // rows and half of the columns.
     static constexpr bool HALF_ROWS = BLOCK_Q == 128;
     static constexpr int DQ_COLUMNS = HALF_ROWS ? D : D / 2;
     static_assert(HALF_ROWS || BLOCK_Q == 64);
-    // dq's sums: two parts a tile of rows, of fp32 numbers in the order of dq_index(). They are
-    // added 64 columns at a time.
+    // The fp32 sums of dq: a tile of rows has two slices, one for each warpgroup, in the order of
+    // dq_index(). A bulk reduction adds a piece of 64 columns.
     static constexpr int DQ_SLICES = CONSUMERS, DQ_SLICE = 64 * DQ_COLUMNS, DQ_PIECE = 64 * 64;
     static constexpr FASTATTN_HD int sum_index(int row, int column) {
         int slice = HALF_ROWS ? row / 64 : column / DQ_COLUMNS;
@@ -135,7 +137,7 @@ template <class F> struct BackwardConsumer {
         if (lane_index() == 0) ring.release();
         ring.advance();
     }
-    // Of the tile: the warpgroup's first key, row of scores, column of dk and dv.
+    // The warpgroup's first key, first row of scores, and first column of dk and dv in the tile.
     FASTATTN_DEVICE int first_key() const { return F::KEYS_APART * group; }
     FASTATTN_DEVICE int first_row() const { return F::ROWS_APART * group; }
     FASTATTN_DEVICE int first_column() const { return F::COLUMNS_APART * group; }
@@ -152,7 +154,7 @@ template <class F> struct BackwardConsumer {
         return {shared + F::DOUT_AT + dout_ring.stage * F::QTile::BYTES};
     }
 
-    // Rows outside [low, high) of both tiles become zeros: theirs are other entries', or NaN.
+    // Zeroes the rows outside [low, high) of both tiles: another segment's, or memory with NaN.
     template <class T> FASTATTN_DEVICE void clear(T a, T b, int low, int high) const {
         constexpr int CONSUMING = 128 * F::CONSUMERS;
         clear_rows<CONSUMING>(a, low, high, thread_index() - 128);
@@ -160,13 +162,13 @@ template <class F> struct BackwardConsumer {
         fence_proxy_async();
         barrier_sync(F::ALL_CONSUMERS, CONSUMING);
     }
-    // Keys that do not exist; past the tensor's TMA gives zeros.
+    // Zeroes keys that do not exist. Past the end of the tensor TMA has written zeros already.
     FASTATTN_DEVICE void clear_keys(const KeyWork& w) const {
         int low = w.first_key - w.key, high = w.keys - w.key;
         if (low > 0 || high < imin(F::BLOCK_KV, p.kv_len - w.key_in_k - w.key))
             clear(keys(), values(), low, high);
     }
-    // Rows past a sequence's end: their probs are 0, but what is there may be NaN.
+    // Zeroes rows past the end of a sequence: their probs are 0, but 0 times NaN is NaN.
     FASTATTN_DEVICE void clear_rows_past(const KeyWork& w, int m) const {
         int high = w.band.q_len - m * F::BLOCK_Q;
         if (!p.cu_q || high >= F::BLOCK_Q) return;
@@ -183,14 +185,15 @@ template <class F> struct BackwardConsumer {
         wgmma_commit();
     }
 
-    // Adds this warpgroup's part to the sums; in deterministic mode after those of earlier keys.
+    // Adds this warpgroup's slice to the sums, with semaphores after the CTAs of earlier keys.
     FASTATTN_DEVICE void add_dq(const float (&dq)[DQ], const KeyWork& w, int head, int m) const {
         SharedAddress at = shared + F::DQ_AT + group * 4 * F::DQ_PIECE;
         int64_t slice = w.row_tile(p, head, m) * F::DQ_SLICES + group;
 #pragma unroll
         for (int piece = 0; piece < F::DQ_SLICE; piece += F::DQ_PIECE) {
-            if (!p.semaphores ||
-                piece > 0) {  // in one order the last sums are added, a barrier of all ago
+            // The memory of the last piece must have been read. With semaphores it has, before the
+            // first piece of a tile: the leader waited for it then, and a barrier of all followed.
+            if (!p.semaphores || piece > 0) {
                 if (leads()) bulk_wait_read<0>();
                 barrier_sync(F::OWN + group, 128);
             }
@@ -217,7 +220,8 @@ template <class F> struct BackwardConsumer {
 
     using Fragments = uint32_t[F::ROWS / 16][4];
 
-    // acc += a^T b, where `own` is the warpgroup's part of a^T and `all` what both have stored.
+    // acc += a^T b. `own` is the part of a^T in this warpgroup's registers, `all` what both
+    // warpgroups have stored.
     FASTATTN_DEVICE void issue_output(float (&acc)[OUTPUTS], const Fragments& own,
                                       typename F::ScoreTile all, typename F::QTile b) const {
         if constexpr (F::HALF_COLUMNS)
@@ -227,7 +231,8 @@ template <class F> struct BackwardConsumer {
         wgmma_commit();
     }
 
-    // 0 or positive, and depends on all probs, which are not negative.
+    // A float which depends on all probs and, as these are not negative, is never negative: what
+    // finish_first() takes.
     FASTATTN_DEVICE static float no_sign(const Fragments& probs) {
         uint32_t all = 0;
 #pragma unroll
@@ -258,17 +263,18 @@ template <class F> struct BackwardConsumer {
         SharedAddress delta = shared + F::DELTA_AT + dout_ring.stage * F::STATS + 4 * first_row();
         int key = w.key + key_in_tile(), row = m * F::BLOCK_Q + first_row();
         recompute_probs<MASKED>(s, transform, p.multiplier, w, key, row, lse);
-        if constexpr (F::Config::PACK_EARLY) {
+        if constexpr (F::Config::ROUND_PROBS_EARLY) {
             to_fragments<Element, F::ROWS>(probs, s);
             finish_first(no_sign(probs), shared);
         }
         wgmma_wait<0>();
         pin(d);
         differentiate(d, s, transform, lse, delta);
-        if constexpr (!F::Config::PACK_EARLY) to_fragments<Element, F::ROWS>(probs, s);
+        if constexpr (!F::Config::ROUND_PROBS_EARLY) to_fragments<Element, F::ROWS>(probs, s);
         to_fragments<Element, F::ROWS>(dscores, d);
 
-        // Two buffers: whoever is a step ahead does not write what the other still multiplies.
+        // Two buffers: a warpgroup that is a step ahead must not overwrite what the other
+        // multiplies.
         int buffer = scores_stage * F::ScoreTile::BYTES;
         typename F::ScoreTile all_probs{shared + F::PROBS_AT + buffer};
         typename F::ScoreTile all_dscores{shared + F::SCORES_AT + buffer};
@@ -321,11 +327,12 @@ template <class F> struct BackwardConsumer {
     FASTATTN_DEVICE void store(Sums& sums, const KeyWork& w) const {
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) sums.dk[i] *= p.scale;
-        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);  // the other still multiplies with k
+        // The results go through the memory of k and v, which the other warpgroup may still read.
+        barrier_sync(F::ALL_CONSUMERS, 128 * F::CONSUMERS);
         int key = w.key + first_key(), row = w.key_in_k + key, rows = w.all_keys - key;
         if (!p.cu_k || rows >= 64) {
             store_tile(sums, w, row);
-        } else {  // keys past the sequence's last are its neighbour's
+        } else {  // the keys that follow belong to the next sequence
             store_rows(p.dk_rows, sums.dk, w, row, rows);
             store_rows(p.dv_rows, sums.dv, w, row, rows);
         }

@@ -1,6 +1,6 @@
-// What all backward kernels do with a tile of keys and a tile of rows: which rows see the keys, the
-// arithmetic between the products, and which CTA adds to dq next. Accumulators lie as in softmax.cuh,
-// transposed: a thread's two rows, 8 apart, are keys, and columns are rows of q.
+// What all backward kernels share: which query rows see a tile of keys, the arithmetic between the
+// products, and in which order CTAs add to dq. Scores are transposed: in an accumulator as
+// softmax.cuh describes it, a thread's two rows, 8 apart, are keys, and the columns are query rows.
 // next: backward_sm90.cuh
 #pragma once
 #include "varlen.cuh"
@@ -9,29 +9,30 @@
 
 namespace fastattn::cuda {
 
-// Register i of thread t, of 128, in a [64 x N] part of dq: where it is in memory. Four registers
-// of all threads side by side, so that each store is 16 bytes and banks do not conflict.
+// Where register i of thread t (of 128) of a slice [64 x N] of dq lies in memory. Four registers of
+// all threads lie side by side, so that each store is of 16 bytes and without bank conflicts.
 constexpr FASTATTN_HD int dq_index(int t, int i) { return i / 4 * 512 + t * 4 + i % 4; }
 
-// The same of a row and column of the part.
+// The same for a row and a column of the slice.
 constexpr FASTATTN_HD int dq_index_of(int row, int column) {
     return dq_index(row / 16 * 32 + row % 8 * 4 + column % 8 / 2,
                     column / 8 * 4 + row % 16 / 8 * 2 + column % 2);
 }
 
-// A tile of keys, and which rows see it. Keys and rows are counted within the entry (varlen.cuh).
+// A tile of keys, and which query rows see it. Keys and rows are counted within the segment
+// (varlen.cuh).
 struct KeyWork {
-    int batch, kv_head, key;  // key: the tile's first
-    int all_keys;             // that have a place
-    int first_key, keys;      // those outside [first_key, keys) do not exist
-    int row_in_q, key_in_k;   // the entry's first
-    int first_slot;           // the entry's first tile of rows, of a head's
-    Band band;                // counts keys from first_key
-    int begin, end;           // tiles of rows
-    int full_begin, full_end;
+    int batch, kv_head, key;   // key: the tile's first
+    int all_keys;              // that the segment has a place for
+    int first_key, keys;       // only keys in [first_key, keys) exist
+    int row_in_q, key_in_k;    // where the segment begins in q and in k
+    int first_slot;            // the segment's first tile of rows, among those of a head
+    Band band;                 // which counts keys from first_key
+    int begin, end;            // the tiles of rows that see a key of this tile
+    int full_begin, full_end;  // of these, the ones that need no mask
 
-    // Under a causal mask the last keys come first, and with them what is done soonest: a tile of
-    // rows then waits for nobody. Otherwise the first.
+    // Under a causal mask the last keys come first: they are seen by the fewest rows and are done
+    // soonest, and CTAs add to dq in this order, so that nobody waits. Otherwise the first keys do.
     template <class Params>
     FASTATTN_DEVICE KeyWork(const Params& p, int index, int block_q, int block_kv) {
         int slot = index % p.kv_tiles, which = index / p.kv_tiles;
@@ -69,14 +70,15 @@ struct KeyWork {
     }
     FASTATTN_DEVICE bool empty() const { return key >= all_keys; }
 
-    // Tile m of the entry's rows, of all tiles of all heads.
+    // The number of the segment's tile m of rows among all tiles of all heads.
     template <class Params>
     FASTATTN_DEVICE int64_t row_tile(const Params& p, int head, int m) const {
         return (static_cast<int64_t>(batch) * p.heads + head) * p.q_tiles + first_slot + m;
     }
 
-    // How many tiles of keys add to tile m of rows before this one: all between it and the first
-    // that those rows see, or the last, in the order of indices.
+    // How many tiles of keys add to tile m of rows before this one: those between it and the first
+    // (under a causal mask the last) that the rows see. This CTA adds when the semaphore has this
+    // value.
     FASTATTN_DEVICE int semaphore_value(int m, int block_q, int block_kv) const {
         int tile = key / block_kv;
         if (band.right < 0) return tile - (first_key + band.lo(m * block_q)) / block_kv;
@@ -85,8 +87,8 @@ struct KeyWork {
     }
 };
 
-// scores^T become probs^T. key: the first of the thread's two; row: the tile's first; lse: of the
-// tile's rows, in base 2.
+// Products k q^T become probs^T, computed again from lse. key: the first of the thread's two; row:
+// the first of the tile's columns; lse: of the tile's rows, in base 2.
 template <bool MASKED, int SIZE>
 FASTATTN_DEVICE void recompute_probs(float (&s)[SIZE], const Transform& transform, float multiplier,
                                      const KeyWork& w, int key, int row, SharedAddress lse) {
@@ -103,10 +105,11 @@ FASTATTN_DEVICE void recompute_probs(float (&s)[SIZE], const Transform& transfor
         }
         mask_scores(s, low, high);
     }
-    // Heads with large scores are MASKED everywhere (LARGE_LSE).
+    // Only where MASKED are probs clamped to 1. Heads with an |lse| of LARGE_LSE or more take this
+    // path for all tiles.
     auto prob = [&](float score, float of) {
         float exponent = score * multiplier - of;
-        return exp2_approx(MASKED && exponent > 0 ? 0 : exponent);  // NaN stays
+        return exp2_approx(MASKED && exponent > 0 ? 0 : exponent);  // a NaN stays NaN
     };
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
@@ -118,8 +121,8 @@ FASTATTN_DEVICE void recompute_probs(float (&s)[SIZE], const Transform& transfor
     }
 }
 
-// dprobs^T become dscores^T. A soft cap's derivative is 1 - tanh^2, and tanh is in the prob:
-// log2(prob) + lse = after tanh.
+// dprobs^T become dscores^T. The derivative of a softcap is 1 - tanh^2, and the tanh is recovered
+// from the prob: log2(prob) + lse = after * tanh.
 template <int SIZE> FASTATTN_DEVICE void differentiate(float (&d)[SIZE], const float (&probs)[SIZE],
                                                        const Transform& transform,
                                                        SharedAddress lse, SharedAddress delta) {

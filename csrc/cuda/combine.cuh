@@ -1,5 +1,6 @@
-// Parts of the keys' results become one: the log of the sum of their denominators, and the mean of
-// their outputs by these. One warp a row. next: host_params80.h
+// Combines the results of the splits of the keys into one: lse is the log of the sum of their
+// denominators, out the mean of their outputs, weighted by the denominators. One warp a row.
+// next: host_params80.h
 #pragma once
 #include "params.h"
 #include "softmax.cuh"
@@ -19,9 +20,9 @@ template <class Element, int D> __global__ void __launch_bounds__(COMBINE_THREAD
     for (int i = 0; i < p.splits; i++) top = fmaxf(top, ld_global(p.split_lse + i * rows + at));
     bool dead = top == NEGATIVE_INFINITY;
     float sink = dead ? NEGATIVE_INFINITY : sink_of(p.sinks, p.sink_type, head);
-    top = dead ? 0 : fmaxf(top, sink);  // of a dead row, all probs are 0
+    top = dead ? 0 : fmaxf(top, sink);  // a row that sees no key gets a weight of 0 for each split
     float sum = exp2_approx((sink - top) * static_cast<float>(LOG2E));
-    constexpr int COLUMNS = D / 32;  // of a lane, two side by side
+    constexpr int COLUMNS = D / 32;  // of out in each lane, in pairs that lie side by side
     float acc[COLUMNS] = {};
 #pragma unroll 4
     for (int i = 0; i < p.splits; i++) {

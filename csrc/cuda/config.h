@@ -5,19 +5,19 @@
 
 namespace fastattn::cuda {
 
-// What a warpgroup gets of what others give up comes out of what the CTA was launched with: as many
-// registers as its threads leave for each, in eights.
+// Whether the registers that warpgroups ask for by setmaxnreg are there. A CTA is launched with the
+// same number for each thread: its share of 65536, rounded down to a multiple of 8, at most 255.
 constexpr bool registers_fit(int threads, int producer, int consumers, int consumer) {
     return producer + consumers * consumer <= threads / 128 * imin(255, 65536 / threads / 8 * 8);
 }
 
 enum class Schedule {
-    OVERLAP,   // the products of a step are issued before the softmax of the step before
-    PINGPONG,  // and warpgroups take semaphores at issuing
-    SEQUENCE   // one after the other: a softmax runs beside the products of other warpgroups
+    OVERLAP,   // scores of tile n and the output of tile n + 1 are in flight beside the softmax
+    PINGPONG,  // the same, and warpgroups issue in ping-pong order
+    SEQUENCE   // nothing overlaps within a warpgroup, only with the products of the others
 };
 
-// Tiles of BLOCK_Q rows, 64 for each consumer warpgroup, and BLOCK_KV keys. BYTES: of an element.
+// The forward on sm_90. A tile has 64 query rows for each consumer warpgroup. BYTES: of an element.
 template <int D, int BYTES = 2> struct ForwardConfig;
 
 template <> struct ForwardConfig<64> {
@@ -39,7 +39,7 @@ template <> struct ForwardConfig<256> {
     static constexpr Schedule SCHEDULE = Schedule::OVERLAP;
 };
 
-// Of 8 bits. The producer's warpgroup transposes values too (transpose_fp8.cuh), in tiles of 128 keys.
+// FP8. The producer's warpgroup also transposes values (transpose_fp8.cuh), in tiles of 128 keys.
 template <> struct ForwardConfig<64, 1> {
     static constexpr int CONSUMERS = 3, BLOCK_KV = 128, STAGES = 4;
     static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
@@ -56,13 +56,14 @@ template <> struct ForwardConfig<256, 1> {
     static constexpr int CONSUMERS = 2, BLOCK_KV = 128, STAGES = 2;
     static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
     static constexpr bool OUT_IN_Q = false;                   // 224 of 227 KB are used
-    static constexpr Schedule SCHEDULE = Schedule::SEQUENCE;  // registers are for no more
+    static constexpr Schedule SCHEDULE = Schedule::SEQUENCE;  // an overlap would spill registers
 };
 
-// On sm_80: WARPS warps of BLOCKS times 16 rows, tiles of BLOCK_KV keys, STAGES tiles of keys and
-// of values in shared memory. All fit the 99 KB of sm_86 and sm_89; with 32 rows a warp, a fragment
-// of keys or values that is read serves two products. FEW: for few rows, where all is waiting for
-// memory: the next tiles are on their way while one is in use.
+// The forward on sm_80: WARPS warps of BLOCKS blocks of 16 rows, and STAGES tiles of keys and of
+// values in shared memory. All fit the 99 KB of sm_86 and sm_89. With two blocks a warp, each
+// fragment of keys or values that is read serves two products. FEW: tiles for few rows, where the
+// time goes into waiting for memory: with two stages, the next tiles are loaded while one is in
+// use.
 template <int D, bool FEW> struct ForwardConfig80;
 
 template <> struct ForwardConfig80<64, false> {
@@ -80,37 +81,42 @@ template <int D> struct ForwardConfig80<D, true> {
 
 template <int D> struct BackwardConfig;
 
-// 128 keys, 64 for each of two warpgroups. With 64 rows at D 128: 32 + 32 registers of scores,
-// 64 + 64 of dk and dv, 32 of dq.
+// The backward on sm_90. A tile has 128 keys, 64 for each of two warpgroups. At D 128 a thread has
+// 32 registers of scores and 32 of dprobs, 64 of dk, 64 of dv and 32 of dq. ROUND_PROBS_EARLY:
+// probs are rounded to fragments before the product that makes dprobs has ended, so that the
+// exponentials run beside it.
 template <> struct BackwardConfig<64> {
     static constexpr int BLOCK_Q = 128, BLOCK_KV = 128, DOUT_STAGES = 2;
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static constexpr bool HALF_COLUMNS = false;
-    static constexpr bool PACK_EARLY = false;  // would spill
+    static constexpr bool ROUND_PROBS_EARLY = false;  // it would spill
 };
 template <> struct BackwardConfig<128> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 128, DOUT_STAGES = 2;
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static constexpr bool HALF_COLUMNS = false;
-    static constexpr bool PACK_EARLY = true;  // exponentials beside the product of dprobs
+    static constexpr bool ROUND_PROBS_EARLY = true;
 };
-// dk and dv of 64 keys would be 256 registers: a warpgroup has half of their columns, for all of 64
-// keys. 16 + 16 registers of scores, of half of the rows; 64 + 64 of dk and dv, 64 of dq.
+// dk and dv of 64 keys would take 256 registers a thread, so each warpgroup has half of their
+// columns for all of the tile's 64 keys: 64 + 64 registers of dk and dv, 64 of dq, and 16 + 16 of
+// scores and dprobs, which are of half of the rows.
 template <> struct BackwardConfig<256> {
     static constexpr int BLOCK_Q = 64, BLOCK_KV = 64, DOUT_STAGES = 1;
     static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
     static constexpr bool HALF_COLUMNS = true;
-    static constexpr bool PACK_EARLY = true;
+    static constexpr bool ROUND_PROBS_EARLY = true;
 };
 
-// Shared memory that a CTA can have: on sm_80, 90 and 100; on all others from sm_80 on.
+// The shared memory that a CTA can have, in bytes: LARGE on sm_80, sm_90 and sm_100, SMALL on all
+// others from sm_80 on.
 enum class Memory { LARGE, SMALL };
 constexpr FASTATTN_HD int shared_memory(Memory memory) {
     return memory == Memory::LARGE ? 166912 : 101376;
 }
 
-// STAGES: tiles of rows in shared memory. With 192 registers of scores, dk and dv, or of dq, dk and
-// dv, 8 warps fill a multiprocessor. D 256 needs large memory.
+// The backward on sm_80: STAGES tiles of query rows are in shared memory. Scores, dk and dv take
+// 192 registers a thread, and so do dq, dk and dv: 8 warps fill a multiprocessor. D 256 fits LARGE
+// only.
 template <int D, Memory MEMORY> struct BackwardConfig80;
 
 template <> struct BackwardConfig80<64, Memory::LARGE> {

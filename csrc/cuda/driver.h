@@ -1,5 +1,5 @@
-// What is asked of the CUDA runtime and driver: what went wrong, the encoder of tensor maps, and
-// launches with more shared memory than 48 KB.
+// The CUDA runtime and driver as the host uses them: what an error means, the driver's encoder of
+// tensor maps, and launches with more than 48 KB of shared memory.
 #pragma once
 #include <cudaTypedefs.h>
 
@@ -13,8 +13,8 @@ inline std::string version_text(int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// What an error of the runtime means to the user. A driver that is older than the runtime in this
-// library makes every question fail; minor versions of CUDA serve each other.
+// What an error of the runtime means to the user. Where the driver is older than the major version
+// of the runtime in this library, every call of the runtime fails; minor versions are compatible.
 inline std::string problem_of(cudaError_t error) {
     if (error == cudaSuccess) return "";
     constexpr int NEEDED = CUDART_VERSION / 1000 * 1000;

@@ -1,6 +1,6 @@
 // The forward pass on sm_80 and later: all warps load with cp.async and multiply with mma.sync. A
-// CTA takes one tile of rows and all its keys, or a part of them (combine.cuh joins the parts).
-// next: host_params80.h (hosts), work.cuh, softmax.cuh
+// CTA takes one tile of query rows and all keys that they see, or one split of them (combine.cuh
+// combines the results). next: work.cuh, softmax.cuh, host_params80.h (its parameters)
 #pragma once
 #include <string>
 
@@ -30,9 +30,9 @@ template <class Element_, int D_, bool FEW_> struct Forward80 : ForwardConfig80<
     static_assert(SHARED_BYTES + SHARED_ALIGNMENT <= 99 * 1024);
 };
 
-// --- where rows are -----------------------------------------------------------------------------
+// --- where rows lie -----------------------------------------------------------------------------
 
-// Rows of q or out as tiles count them, from an entry's row 0 and a group's first head.
+// The rows of q or out that a tile has: row r is row r / pack_gqa of head r % pack_gqa.
 struct HeadRows {
     static constexpr int TOGETHER = 16;
 
@@ -51,13 +51,14 @@ struct HeadRows {
     }
 };
 
-// Rows of k or v in pages, counted from key `first`; none after `last` is looked up.
+// The rows of k or v from key `first` on, each in the page that the page table names. Keys after
+// `last` take its address, as their pages may not exist; they are not read.
 template <int TOGETHER_> struct PagedRows {
-    static constexpr int TOGETHER = TOGETHER_;  // with 8, D 128 spills beside many rows
+    static constexpr int TOGETHER = TOGETHER_;
 
     const uint16_t* data;
     int64_t page, row;  // strides
-    const int* pages;   // of the entry
+    const int* pages;   // the sequence's row of the page table
     int page_size, first, last;
 
     FASTATTN_DEVICE const uint16_t* operator()(int i) const {
@@ -68,9 +69,10 @@ template <int TOGETHER_> struct PagedRows {
 
 // --- loads --------------------------------------------------------------------------------------
 
-// Keys of the last tile, its values, keys of the tile before it, ...: each load is a group of
-// copies, and all but one place for a tile are filled ahead. The place that a load goes to is the
-// one that was used last before the use which starts it: the barrier says that all have left it.
+// Loads the keys of the last tile, its values, the keys of the tile before it, and so on. Each load
+// is one group of copies. Shared memory has places for STAGES tiles of keys and as many of values,
+// and all but one are filled ahead. Whenever a tile is taken, the next load is started into the
+// place that was in use until then: the barrier in take() says that all warps are done with it.
 template <class F> struct Loads {
     using T = typename F::KVTile;
     static constexpr int STAGES = F::Config::STAGES;
@@ -78,15 +80,15 @@ template <class F> struct Loads {
     const ForwardParams80& p;
     SharedAddress shared;
     const Work& w;
-    int begin;  // the first tile, which is taken last
+    int begin;  // the first tile of keys, which is taken last
 
     FASTATTN_DEVICE T keys(int tile) const {
         return {shared + F::KV_AT + tile % STAGES * 2 * T::BYTES};
     }
     FASTATTN_DEVICE T values(int tile) const { return {keys(tile).base + T::BYTES}; }
 
-    // Rows past the last key become zeros: their probs are 0, but what is there may be NaN, or
-    // another entry's, or nothing.
+    // Keys past the last become zeros: their probs are 0, but 0 times NaN is NaN, and what lies
+    // there may be NaN, another sequence's, or no memory at all.
     FASTATTN_DEVICE void start(T to, const Rows& x, int tile) const {
         int first = w.first_key + tile * F::BLOCK_KV;
         int count = w.band.kv_len - tile * F::BLOCK_KV;
@@ -94,6 +96,7 @@ template <class F> struct Loads {
         if (tile >= begin && p.page_table) {
             const int* pages = p.page_table + w.lengths_index * p.page_row;
             PagedRows<F::FEW ? 8 : 2> rows{
+                // with 8, D 128 would spill where tiles have many rows
                 x.at(0, kv_head, 0), x.batch, x.row, pages, p.page_size, first, first + count - 1};
             copy_rows<F::THREADS>(to, rows, 0, count);
         } else if (tile >= begin) {
@@ -103,7 +106,8 @@ template <class F> struct Loads {
         copy_commit();
     }
 
-    // Loads of the last tile and on; the caller's copies of q are in the first group.
+    // Starts the loads of the last tile and before. The first group has the caller's copies of q
+    // too.
     FASTATTN_DEVICE void prologue(int tile) const {
         start(keys(tile), p.k, tile);
 #pragma unroll
@@ -139,17 +143,18 @@ template <class F> struct Warp80 {
     Work w;
 
     FASTATTN_DEVICE int pack_gqa() const { return F::FEW ? p.pack_gqa : 1; }
-    // What is opaque is computed at each use: kept, it would be spilled.
+    // opaque(): computed at each use, since it would be spilled if it were kept in a register.
     FASTATTN_DEVICE int first_row() const { return opaque(thread_index() / 32) * F::ROWS; }
     FASTATTN_DEVICE int row_in_tile(int block, int r) const {
-        int thread = thread_index_anew();
+        int thread = thread_index_reread();
         return thread / 32 * F::ROWS + 16 * block + thread % 32 / 4 + 8 * r;
     }
 
-    // What this warp's rows see of a tile of keys. Asked at each tile: kept, it would be spilled.
+    // Whether this warp's rows see none, some or all keys of a tile. Computed for each tile, since
+    // the bounds would be spilled if they were kept.
     enum class Use { NONE, SOME, ALL };
     FASTATTN_DEVICE Use use_of(int tile) const {
-        int row = w.row + thread_index_anew() / 32 * F::ROWS, key = tile * F::BLOCK_KV;
+        int row = w.row + thread_index_reread() / 32 * F::ROWS, key = tile * F::BLOCK_KV;
         if (row >= w.rows) return Use::NONE;
         int first = row / pack_gqa(), last = (imin(row + F::ROWS, w.rows) - 1) / pack_gqa();
         if (key >= w.band.hi(last) || key + F::BLOCK_KV <= w.band.lo(first)) return Use::NONE;
@@ -157,7 +162,7 @@ template <class F> struct Warp80 {
         return all ? Use::ALL : Use::SOME;
     }
 
-    // Probs are packed block by block: in both at once, they take 32 registers more.
+    // Probs are rounded to fragments block by block: both blocks at once take 32 registers more.
     template <bool MASKED>
     FASTATTN_DEVICE void softmax_step(uint32_t (&probs)[BLOCKS][F::BLOCK_KV / 16][4],
                                       float (&s)[BLOCKS][SCORES], float (&acc)[BLOCKS][OUTPUTS],
@@ -174,7 +179,7 @@ template <class F> struct Warp80 {
         }
     }
 
-    // Through q's memory, of which nobody else reads this warp's rows.
+    // Stores out through the memory of q: no other warp reads this warp's rows there.
     FASTATTN_DEVICE void store_rows(const float (&acc)[BLOCKS][OUTPUTS]) const {
         typename F::QTile out{shared + F::Q_AT};
 #pragma unroll
@@ -201,7 +206,7 @@ template <class F> struct Warp80 {
             st_global(reinterpret_cast<float2*>(to + column_of(i)), float2{acc[i], acc[i + 1]});
     }
 
-    // Normalises the rows and stores them and their lse, or part number `part` of them.
+    // Normalises the rows and stores them with their lse: as the result, or as that of one split.
     FASTATTN_DEVICE void store(float (&acc)[BLOCKS][OUTPUTS], OnlineSoftmax<> (&softmax)[BLOCKS],
                                int split) const {
         bool is_split = F::FEW && p.splits > 1;
@@ -267,7 +272,7 @@ template <class F> struct Warp80 {
                 softmax_step<true>(probs, s, acc, softmax, transform, n);
             multiply_registers<Element, Major::MN>(acc, probs, values, 0);
         }
-        // What only the stores need: kept through the loop, it would be spilled at D 128.
+        // Computed again for the stores: kept through the loop, it would be spilled at D 128.
         if constexpr (!F::FEW) w = Work(p, opaque(block_index()), F::BLOCK_Q);
         store(acc, softmax, split);
     }
@@ -283,7 +288,7 @@ template <class F, int SHARED_BYTES = F::SHARED_BYTES> __global__ void __launch_
     if (!w.empty()) Warp80<F>{p, dynamic_shared(), w}.run(block_index() % splits);
 }
 
-// use(F{}) with the kernel F of a head dimension, for few rows or many.
+// Calls use(F{}) with the kernel F of a head dimension, with tiles for few rows or for many.
 template <class Element, class Use> std::string with_forward80(int64_t dim, bool few, Use use) {
     switch (dim) {
         case 64:

@@ -1,5 +1,6 @@
-// The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. A CTA
-// takes tiles of rows until none is left. next: host_params.h (hosts), work.cuh, softmax.cuh
+// The forward pass on sm_90a: one warpgroup loads with TMA, the others multiply with wgmma. CTAs
+// are persistent: each takes tiles of query rows until none is left.
+// next: work.cuh, softmax.cuh, host_params.h (its parameters)
 #pragma once
 #include <type_traits>
 
@@ -20,8 +21,8 @@ template <class Element_, int D_> struct Forward {
     static constexpr int BLOCK_Q = 64 * Config::CONSUMERS, BLOCK_KV = Config::BLOCK_KV;
     static constexpr int THREADS = 128 * (1 + Config::CONSUMERS);
 
-    // FP8 values are transposed by the three warps beside the one that loads, the result has 16 bits,
-    // and probs are rounded to 8 bits too: the largest is 2^8, of the 448 that there are.
+    // FP8 values are transposed by the three warps beside the one that loads. Probs are rounded to
+    // FP8 too, times 2^8, so that the largest is 256 where e4m3 reaches to 448. The result is BF16.
     static constexpr bool TRANSPOSE_V = BYTES == 1;
     static constexpr int TRANSPOSE_WARPS = 3, PROBS_LOG2 = TRANSPOSE_V ? 8 : 0;
     static_assert(!TRANSPOSE_V || BLOCK_KV == TRANSPOSE_SIDE);
@@ -46,8 +47,8 @@ template <class Element_, int D_> struct Forward {
     static_assert(registers_fit(THREADS, Config::PRODUCER_REGISTERS, Config::CONSUMERS,
                                 Config::CONSUMER_REGISTERS));
 
-    // Who releases: a lane of each consumer warp; where the output lies in q, a thread of each
-    // warpgroup, after the store has read it.
+    // How many threads release a stage: one lane of each consumer warp. Of q, where the output is
+    // staged in its memory, one thread of each warpgroup, after TMA has read the output.
     static constexpr int RELEASES = 4 * Config::CONSUMERS;
     static constexpr int Q_RELEASES = Config::OUT_IN_Q ? Config::CONSUMERS : RELEASES;
 
@@ -82,7 +83,7 @@ template <class F> struct Producer {
         ring.advance();
     }
 
-    // Values trail keys by one tile, as their uses do.
+    // Values are loaded one tile after keys, in the order in which they are used.
     FASTATTN_DEVICE void run() {
         for (int index = block_index(); index < p.tiles; index += grid_size()) {
             Work w(p, index, F::BLOCK_Q);
@@ -140,7 +141,7 @@ template <class F> struct Consumer {
 
     const ForwardParams& p;
     SharedAddress shared;
-    int group;  // of the consumers
+    int group;  // number of this consumer warpgroup
     typename F::KRing k_ring;
     typename F::VRing v_ring;
     typename F::QRing q_ring;
@@ -179,8 +180,8 @@ template <class F> struct Consumer {
         ring.advance();
     }
 
-    // Rows of v past the entry's last key, from `row` on, become zeros: their probs are 0, but
-    // what is there may be NaN.
+    // Zeroes the rows of v past the last key, from `row` on: their probs are 0, but 0 times NaN is
+    // NaN.
     FASTATTN_DEVICE void clear_values(int row) const {
         v_ring.wait();
         typename F::KVTile v{shared + F::V_AT + v_ring.stage * F::KVTile::BYTES};
@@ -202,7 +203,7 @@ template <class F> struct Consumer {
     FASTATTN_DEVICE void store_tile(const float (&acc)[OUTPUTS], const Work& w, bool leads) const {
         typename F::OutTile out{shared + F::OUT_AT};
         if constexpr (!Config::OUT_IN_Q) {
-            if (leads) bulk_wait_read<0>();  // of the tile before
+            if (leads) bulk_wait_read<0>();  // the store of the last tile has read this memory
             barrier_sync(F::OWN + group, 128);
         }
         store_accumulator<Out, F::D>(out, 64 * group, 0, acc);
@@ -232,7 +233,7 @@ template <class F> struct Consumer {
         }
         scale_rows(acc, scale);
         bool leads = thread_index() % 128 == 0;
-        // Rows past the sequence's last are its neighbour's.
+        // Rows past the last one belong to the next sequence, which TMA would overwrite.
         bool whole = !p.cu_q || w.row + 64 * group + 64 <= w.band.q_len;
         if (whole)
             store_tile(acc, w, leads);
@@ -257,6 +258,8 @@ template <class F> struct Consumer {
         }
     }
 
+    // One long function: wgmma writes s and acc while the lines after it run, so that they must
+    // stay in the registers of one frame.
     FASTATTN_DEVICE void tile(const Work& w) {
         KeyTiles all(w.band, w.row, w.row + F::BLOCK_Q, F::BLOCK_KV);
         KeyTiles own(w.band, w.row + 64 * group, w.row + 64 * group + 64, F::BLOCK_KV);
@@ -271,8 +274,9 @@ template <class F> struct Consumer {
         Probs probs;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i++) acc[i] = 0;
-        // Keys past the entry's are other entries' or nobody's; past the tensor's TMA gives zeros.
-        // The transpose warps have zeroed them.
+        // Keys past the segment's last may be another's, or nobody's. They need no zeroing past the
+        // end of the tensor, where TMA has written zeros, nor in FP8: the transpose warps have
+        // zeroed them.
         int clear = !F::TRANSPOSE_V && w.first_key + w.band.kv_len < p.kv_len
                         ? imin(F::BLOCK_KV, w.band.kv_len - (all.end - 1) * F::BLOCK_KV)
                         : F::BLOCK_KV;
@@ -304,8 +308,9 @@ template <class F> struct Consumer {
             };
             // Scores of tile n and the output of tile n + 1 are in flight together.
             auto step = [&](auto masked) {
-                if (clear <
-                    F::BLOCK_KV) {  // before the ping-pong wait: the barrier in it needs all consumers
+                if (clear < F::BLOCK_KV) {
+                    // All consumers must come to the barrier in it, which none can reach while it
+                    // waits for the ping-pong order.
                     clear_values(clear);
                     clear = F::BLOCK_KV;
                 }
@@ -339,7 +344,8 @@ template <class F> struct Consumer {
             finish_output();
         }
         if constexpr (!Config::OUT_IN_Q) {
-            sync_warp();  // without keys nothing else makes the first lane wait for the others
+            // Without keys, nothing else makes the lane that releases q wait for the others.
+            sync_warp();
             release(q_ring);
         }
         store(acc, softmax, w);
@@ -354,7 +360,8 @@ template <class F> struct Consumer {
 
     FASTATTN_DEVICE void run() {
         if constexpr (Config::SCHEDULE == Schedule::PINGPONG)
-            if (group == Config::CONSUMERS - 1) barrier_arrive(F::PINGPONG, 256);  // group 0 begins
+            if (group == Config::CONSUMERS - 1)
+                barrier_arrive(F::PINGPONG, 256);  // lets group 0 begin
         for (int index = block_index(); index < p.tiles; index += grid_size()) {
             Work w(p, index, F::BLOCK_Q);
             if (!w.empty()) tile(w);

@@ -1,5 +1,6 @@
-// From a call's tensors to ForwardParams: tensor maps, schedule. Shared by ops.cu, which
-// launches on a GPU, and the emulator's host. next: forward_sm90.cuh
+// From a call's tensors, as the host has them, to the parameters of kernels: shapes, numbers and,
+// for sm_90, tensor maps. Shared by the launches on a GPU and by the emulator.
+// next: params.h, host_params80.h
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,77 +11,75 @@
 
 namespace fastattn::cuda {
 
-// Tiles of a head; of packed sequences, slots (varlen.cuh).
+// How many tiles a head's rows are cut into; with cu_seqlens, how many slots (varlen.cuh).
 inline int tiles_of(int64_t rows, int block, const int* cu, int sequences) {
     return static_cast<int>(cu ? rows / block + sequences + 1 : (rows + block - 1) / block);
 }
 
 // A tensor [batch, heads, rows, D]; strides in elements, that of D is 1.
-struct Operand {
+struct TensorView {
     void* data;
     int64_t batch, heads, rows, head_dim;
     int64_t batch_stride, head_stride, row_stride;
-    int64_t bytes;  // of an element: 2, or 1 for e4m3
+    int64_t bytes;  // of an element: 2, or 1 for FP8
 };
 
-inline Rows rows_of(const Operand& x) {
+inline Rows rows_of(const TensorView& x) {
     return {static_cast<uint16_t*>(x.data), x.batch_stride, x.head_stride, x.row_stride};
 }
 
-struct ForwardCall {
-    Operand q, k, v, out;
-    float* lse;  // [batch, heads, q_len], contiguous
+// A call as the host has it: what both passes need.
+struct Call {
+    TensorView q, k, v, out;
     const int *kv_lens, *kv_starts;
-    const int *cu_q, *cu_k;  // [batch, sequences + 1] or null
-    int sequences;           // or, of each entry, documents
-    bool documents;
-    const void* sinks;
+    const int *cu_q, *cu_k;  // [sequences + 1], of documents [batch, sequences + 1]; or null
+    int sequences;           // in one row of cu_q
+    bool documents;          // cu_q has a row for each batch entry
+    const void* sinks;       // [heads] or null
     SinkType sink_type;
     double scale, softcap;
     int64_t left, right;
     bool align_end;
-    // On sm_80: int32 [batch or sequences, pages] and its stride, or null; parts of the keys, 0: as
-    // many as fill the GPU; and what they need, see forward_plan.
+};
+
+struct ForwardCall : Call {
+    float* lse;  // [batch, heads, q_len], contiguous
+    // On sm_80: the page table, int32 [batch or sequences, pages], and the stride of its rows; or
+    // null.
     const int* page_table;
     int64_t pages, page_row;
+    // On sm_80: how many splits of the keys are asked for (0: as many as fill the GPU), and their
+    // results, of split_sizes().
     int splits;
     float *split_out, *split_lse;
-    Descale q_descale, k_descale, v_descale;  // of e4m3
+    Descale q_descale, k_descale, v_descale;  // of FP8
 
     int64_t keys() const { return page_table ? pages * k.rows : k.rows; }
 };
 
-struct BackwardCall {
-    Operand q, k, v, out, dout, dq, dk, dv;
+struct BackwardCall : Call {
+    TensorView dout, dq, dk, dv;
     const float *lse, *dlse;  // [batch, heads, q_len], contiguous; dlse may be null
-    const int *kv_lens, *kv_starts;
-    const int *cu_q, *cu_k;  // [batch, sequences + 1] or null
-    int sequences;           // or, of each entry, documents
-    bool documents;
-    double scale, softcap;
-    int64_t left, right;
-    bool align_end;
-    // Working memory, see BackwardSizes; sums, semaphores and large are zeros.
+    // Working memory of BackwardSizes; dq_sums, semaphores and large are zeros at first.
     float *lse2, *delta, *dq_sums;
     int *semaphores, *large;
-    const void* sinks;  // [heads]; lse has them, and they are read for dsinks alone
-    SinkType sink_type;
-    float* dsinks;  // [heads] or null
+    float* dsinks;  // [heads], or null. sinks are read for it alone: lse has them already
 };
 
-// Numbers of elements of a BackwardCall's working memory.
+// How many elements each part of a BackwardCall's working memory has. rows is lse2's and delta's.
 struct BackwardSizes {
-    int64_t rows, sums, semaphores, large;
+    int64_t rows, dq_sums, semaphores, large;
 
-    template <class F> static BackwardSizes of(const Operand& q, const int* cu_q, int sequences) {
+    template <class F>
+    static BackwardSizes of(const TensorView& q, const int* cu_q, int sequences) {
         int64_t tiles = q.batch * q.heads * tiles_of(q.rows, F::BLOCK_Q, cu_q, sequences);
         return {tiles * F::BLOCK_Q, tiles * F::BLOCK_Q * F::D, tiles * F::DQ_SLICES,
                 q.batch * q.heads};
     }
 };
 
-// "" or why neither TMA nor cp.async can read this tensor, in a sentence.
-inline std::string why_not_tma(const Operand& x, const char* name) {
+// Why neither TMA nor cp.async can read this tensor, in a sentence; "" if they can.
+inline std::string why_not_tma(const TensorView& x, const char* name) {
     std::string who = std::string(name);
     if (reinterpret_cast<uintptr_t>(x.data) % 16)
         return who + " does not start at a multiple of 16 bytes";
@@ -96,17 +95,17 @@ inline std::string why_not_tma(const Operand& x, const char* name) {
     return "";
 }
 
-// Whether places of x share memory, as expand() leaves them. No driver has been asked what a tensor
-// map makes of a stride of 0, so no map has one: such tensors are copied, or see below.
-inline bool is_expanded(const Operand& x) {
+// Whether elements of x share memory, as after expand(). A tensor map with a stride of 0 has never
+// been tried on a driver, so none is made: join_expanded_heads() or a copy removes the stride.
+inline bool is_expanded(const TensorView& x) {
     return (x.rows > 1 && x.row_stride == 0) || (x.heads > 1 && x.head_stride == 0) ||
            (x.batch > 1 && x.batch_stride == 0);
 }
 
-// One kv head that was expanded to several is one head again: all query heads then share it, and
-// nothing need be copied. Scales of 8 bits belong to heads, and keep them apart.
+// Makes one kv head of a head that was expanded to several: all query heads then share it, and no
+// copy is needed. Not where there are descales, which may differ from head to head.
 inline void join_expanded_heads(ForwardCall& c) {
-    Operand k = c.k, v = c.v;
+    TensorView k = c.k, v = c.v;
     if (k.heads <= 1 || k.head_stride || v.head_stride) return;
     if (c.q_descale.data || c.k_descale.data || c.v_descale.data) return;
     k.heads = v.heads = 1;
@@ -115,23 +114,24 @@ inline void join_expanded_heads(ForwardCall& c) {
     c.v = v;
 }
 
-// Encode is the driver's cuTensorMapEncodeTiled, or the emulator's: "" or what went wrong.
+// Makes the map of x for boxes of box_rows rows and 128 bytes. Encode is the driver's
+// cuTensorMapEncodeTiled or the emulator's. Returns "" or what went wrong, as all below do.
 template <class Encode>
-std::string tensor_map(TensorMap& map, const Operand& x, int box_rows, Encode encode) {
+std::string tensor_map(TensorMap& map, const TensorView& x, int box_rows, Encode encode) {
     if (is_expanded(x)) return "a tensor map is asked for of an expanded tensor";
     uint64_t sizes[4], strides[3];
     uint32_t box[4] = {static_cast<uint32_t>(128 / x.bytes), static_cast<uint32_t>(box_rows), 1, 1};
     const int64_t shape[4] = {x.head_dim, x.rows, x.heads, x.batch};
     const int64_t steps[3] = {x.row_stride, x.head_stride, x.batch_stride};
     for (int i = 0; i < 4; i++) sizes[i] = static_cast<uint64_t>(shape[i]);
-    // The stride of a dimension of size 1 means nothing, and torch leaves anything there.
+    // torch may leave any stride in a dimension of size 1, where it has no meaning.
     for (int i = 0; i < 3; i++)
         strides[i] = static_cast<uint64_t>((shape[i + 1] == 1 ? x.head_dim : steps[i]) * x.bytes);
     return encode(map, x.data, static_cast<int>(x.bytes), sizes, strides, box);
 }
 
-// Scores are multiplier * (q k), or multiplier * transform(q k); exponents are base 2.
-template <class Params> void set_scale(Params& p, double scale, double softcap) {
+// The numbers that make base-2 scores of q k: multiplier * (q k), or multiplier * transform(q k).
+inline void set_scale(Shape& p, double scale, double softcap) {
     double base2 = scale * LOG2E, steepest = 0x1p127;  // 0 times infinity would be NaN
     p.softcap = softcap > 0;
     p.transform = p.softcap || scale <= 0 || base2 > MAX_MULTIPLIER;
@@ -141,7 +141,7 @@ template <class Params> void set_scale(Params& p, double scale, double softcap) 
     p.after = static_cast<float>(p.softcap ? softcap * LOG2E : base2);
 }
 
-template <class Params, class Call> void set_shape(Params& p, const Call& c) {
+inline void set_shape(Shape& p, const Call& c) {
     constexpr int64_t FAR = int64_t(1) << 30;
     p.kv_lens = c.kv_lens;
     p.kv_starts = c.kv_starts;
@@ -160,7 +160,8 @@ template <class Params, class Call> void set_shape(Params& p, const Call& c) {
     set_scale(p, c.scale, c.softcap);
 }
 
-// The largest power of two of heads whose keys and values fit in 32 of an H100's 50 MB of L2.
+// Query heads whose keys and values fit into L2 together: of kv heads the largest power of two that
+// takes at most 32 MB, of the 50 MB that an H100 has.
 inline int heads_per_section(const ForwardCall& c) {
     int64_t all = c.q.batch * c.q.heads, group = c.q.heads / c.k.heads;
     int64_t bytes = 2 * c.k.bytes * c.keys() * c.k.head_dim;  // of one head of k and of v
@@ -169,7 +170,7 @@ inline int heads_per_section(const ForwardCall& c) {
     return static_cast<int>(std::min(all, kv_heads * group));
 }
 
-// Tiles of block_q rows; of p, pack is known.
+// All that forward kernels share. p.pack_gqa is set already; tiles have block_q rows.
 template <class Params> void set_forward(Params& p, const ForwardCall& c, int block_q) {
     p.lse = c.lse;
     p.sinks = c.sinks;
@@ -196,8 +197,8 @@ std::string forward_params(ForwardParams& p, const ForwardCall& c, Encode encode
     return "";
 }
 
-// All but where the tensors are.
-template <class F, class Params> void set_backward(Params& p, const BackwardCall& c) {
+// All that backward kernels share.
+template <class F> void set_backward(BackwardShape& p, const BackwardCall& c) {
     p.lse = c.lse2;
     p.delta = c.delta;
     p.dq_sums = c.dq_sums;
@@ -223,28 +224,29 @@ std::string backward_params(BackwardParams& p, const BackwardCall& c, Encode enc
     return "";
 }
 
-template <class F> BackwardRowsParams backward_rows_params(const BackwardCall& c) {
-    int tiles = tiles_of(c.q.rows, F::BLOCK_Q, c.cu_q, c.sequences);
-    return {rows_of(c.out),
-            rows_of(c.dout),
-            rows_of(c.dq),
-            c.lse,
-            c.dlse,
-            c.lse2,
-            c.delta,
-            c.large,
-            static_cast<int>(c.k.heads),
-            c.dq_sums,
-            c.cu_q,
-            c.sequences,
-            static_cast<int>(c.q.batch),
-            static_cast<int>(c.q.heads),
-            static_cast<int>(c.q.rows),
-            tiles * F::BLOCK_Q,
-            static_cast<float>(c.scale),
-            c.sinks,
-            c.sink_type,
-            c.dsinks};
+template <class F> PrePostParams pre_post_params(const BackwardCall& c) {
+    PrePostParams p{};
+    p.out = rows_of(c.out);
+    p.dout = rows_of(c.dout);
+    p.dq = rows_of(c.dq);
+    p.lse = c.lse;
+    p.dlse = c.dlse;
+    p.lse2 = c.lse2;
+    p.delta = c.delta;
+    p.large = c.large;
+    p.dq_sums = c.dq_sums;
+    p.cu_q = c.cu_q;
+    p.sequences = c.sequences;
+    p.batch = static_cast<int>(c.q.batch);
+    p.heads = static_cast<int>(c.q.heads);
+    p.kv_heads = static_cast<int>(c.k.heads);
+    p.q_len = static_cast<int>(c.q.rows);
+    p.rows = tiles_of(c.q.rows, F::BLOCK_Q, c.cu_q, c.sequences) * F::BLOCK_Q;
+    p.scale = static_cast<float>(c.scale);
+    p.sinks = c.sinks;
+    p.sink_type = c.sink_type;
+    p.dsinks = c.dsinks;
+    return p;
 }
 
 }  // namespace fastattn::cuda

@@ -1,5 +1,5 @@
-// From a call's tensors to the parameters of the sm_80 kernels: which rows share a tile, and into
-// how many parts the keys are cut. Shared by ops.cu and the emulator's host.
+// From a call's tensors to the parameters of the sm_80 kernels: which query heads share a tile, and
+// into how many splits the keys are cut. Shared by the launches on a GPU and by the emulator.
 // next: forward_sm80.cuh, combine.cuh
 #pragma once
 #include "combine.cuh"
@@ -8,23 +8,24 @@
 namespace fastattn::cuda {
 
 constexpr int FEW_ROWS = 64, MANY_ROWS = 128;  // of a tile
-constexpr int MIN_TILE_KEYS = 32;              // no more parts than tiles of keys
-constexpr int MIN_SPLIT_KEYS = 256;            // unasked: a smaller part costs more than it brings
-constexpr int RESIDENT = 2;                    // CTAs for few rows on a multiprocessor
-// See forward_plan. On sm_90, the other choice is wgmma, which is twice as fast.
+constexpr int MIN_TILE_KEYS = 32;    // of the smallest tile: there are no more splits than tiles
+constexpr int MIN_SPLIT_KEYS = 256;  // where the user names no number: smaller splits do not pay
+constexpr int RESIDENT = 2;          // CTAs with tiles of FEW_ROWS that fit on a multiprocessor
+// forward_plan's `idle`. On sm_90 the alternative to tiles of FEW_ROWS is wgmma, which is twice as
+// fast, so that more multiprocessors may stay idle before it loses.
 constexpr int IDLE_SM80 = 2, IDLE_SM90 = 4;
 
-// few: tiles of FEW_ROWS. pack: heads that share keys and a tile's rows, one or, where rows are few
-// and that takes fewer tiles, the whole group. splits: parts of each tile's keys.
 struct ForwardPlan {
-    bool few;
-    int pack_gqa, splits;
+    bool few;      // tiles have FEW_ROWS rows, else MANY_ROWS
+    int pack_gqa;  // query heads that share a tile: 1, or all that share a kv head
+    int splits;    // of each tile's keys
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows are few where an entry has not more than a small tile's, or where large tiles would be for
-// no more than one in `idle` multiprocessors.
+// Tiles have few rows where a sequence has no more of them on average, or where large tiles would
+// keep no more than one in `idle` multiprocessors busy. Only then are heads packed, where that
+// makes fewer tiles, and keys split: as many times as is asked for, or until the GPU is full.
 inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int idle) {
     int64_t sequences = c.q.batch * std::max(c.sequences, 1);
     int64_t rows = ceil_div(c.q.rows, std::max(c.sequences, 1));
@@ -45,7 +46,7 @@ inline ForwardPlan forward_plan(const ForwardCall& c, int multiprocessors, int i
     return {true, pack_gqa, static_cast<int>(std::max<int64_t>(1, splits))};
 }
 
-// Numbers of elements of split_out and split_lse.
+// How many elements split_out and split_lse have.
 inline std::pair<int64_t, int64_t> split_sizes(const ForwardCall& c, const ForwardPlan& plan) {
     int64_t rows = plan.splits > 1 ? plan.splits * c.q.batch * c.q.heads * c.q.rows : 0;
     return {rows * c.q.head_dim, rows};
@@ -73,16 +74,18 @@ inline int combine_grid(const ForwardCall& c) {
     return static_cast<int>(ceil_div(c.q.batch * c.q.heads * c.q.rows, COMBINE_ROWS));
 }
 inline CombineParams combine_params(const ForwardCall& c, const ForwardPlan& plan) {
-    return {c.split_out,
-            c.split_lse,
-            plan.splits,
-            rows_of(c.out),
-            c.lse,
-            static_cast<int>(c.q.batch),
-            static_cast<int>(c.q.heads),
-            static_cast<int>(c.q.rows),
-            c.sinks,
-            c.sink_type};
+    CombineParams p{};
+    p.split_out = c.split_out;
+    p.split_lse = c.split_lse;
+    p.splits = plan.splits;
+    p.out = rows_of(c.out);
+    p.lse = c.lse;
+    p.batch = static_cast<int>(c.q.batch);
+    p.heads = static_cast<int>(c.q.heads);
+    p.q_len = static_cast<int>(c.q.rows);
+    p.sinks = c.sinks;
+    p.sink_type = c.sink_type;
+    return p;
 }
 
 template <class F> BackwardParams80 backward_params80(const BackwardCall& c) {

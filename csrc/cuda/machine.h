@@ -1,4 +1,5 @@
-// What ops.cu asks of the GPU and of torch while it runs. next: driver.h
+// The GPU and the torch that a call runs on: what the GPU can do, and torch's current stream.
+// next: driver.h
 #pragma once
 #include <dlfcn.h>
 #include <link.h>
@@ -15,7 +16,8 @@
 namespace fastattn::cuda {
 
 struct Gpu {
-    int capability, multiprocessors, shared_bytes;  // shared memory that a CTA can have
+    int capability, multiprocessors;
+    int shared_bytes;  // of shared memory that a CTA can have
 
     bool hopper() const { return capability == 90; }
     Memory memory() const {
@@ -23,7 +25,7 @@ struct Gpu {
     }
 };
 
-// "" or why the CUDA runtime cannot answer for this device.
+// Fills `gpu`. Returns "" or why the CUDA runtime cannot answer for this device.
 inline std::string ask(int device, Gpu& gpu) {
     int major = 0, minor = 0;
     for (auto [answer, attribute] :
@@ -38,9 +40,9 @@ inline std::string ask(int device, Gpu& gpu) {
     return "";
 }
 
-// A function of any library that this process has loaded, or null. Python loads torch's libraries
-// where dlsym does not look by itself. Names are gathered first: dlopen takes a lock that must not
-// be asked for under the one that dl_iterate_phdr holds.
+// A function of any library that this process has loaded, or null. dlsym alone does not find it:
+// Python loads torch's libraries outside of the global scope. The names are gathered first, because
+// dlopen takes a lock which must not be taken while dl_iterate_phdr holds its own.
 inline void* find_loaded(const char* function) {
     if (void* found = dlsym(RTLD_DEFAULT, function)) return found;
     std::vector<std::string> names;
@@ -53,14 +55,14 @@ inline void* find_loaded(const char* function) {
     for (const std::string& name : names) {
         void* library = name.empty() ? nullptr : dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
         void* found = library ? dlsym(library, function) : nullptr;
-        if (library) dlclose(library);  // NOLOAD counted it; torch keeps it
+        if (library) dlclose(library);  // undoes RTLD_NOLOAD's count; torch keeps the library
         if (found) return found;
     }
     return nullptr;
 }
 
-// The function is libtorch_cuda's, and is looked up: this library links libtorch_cpu alone, so that
-// it can be built against any torch and loads wherever that library is.
+// The function is in libtorch_cuda, and is looked up at run time: this library links libtorch_cpu
+// alone, so that it can be built against any torch, one without CUDA too.
 using CurrentStream = decltype(&aoti_torch_get_current_cuda_stream);
 inline CurrentStream current_stream() {
     static const auto found =

@@ -1,16 +1,18 @@
-// The products of a warp on sm_80: cp.async of rows into tiles, fragments by ldmatrix, mma.sync.
-// An accumulator [16 x N] has the layout of one warp of a warpgroup's, so softmax.cuh and
-// to_fragments serve it as they are. next: forward_sm80.cuh
+// The products of a warp on sm_80: rows come into tiles by cp.async, fragments out of them by
+// ldmatrix, and mma.sync multiplies. An accumulator [16 x N] of a warp lies in registers as one
+// warp's part of a warpgroup's [64 x N], so softmax.cuh and to_fragments serve both.
+// next: forward_sm80.cuh
 #pragma once
 #include "tile.cuh"
 
 namespace fastattn::cuda {
 
-// Which index of an operand is contiguous in shared memory: a tile's columns are K, or M or N.
+// Which index of an operand is contiguous in shared memory, along the tile's columns: K, or M or N.
 enum class Major { K, MN };
 
-// Rows that lie evenly in memory. Other sources are called alike; of a row that is not there, they
-// may give any address, as it is not read. TOGETHER: how many addresses are in registers at once.
+// A source of rows for copy_rows: here of rows with one stride between them. A source gives the
+// address of each row; for a row outside of [first, last) any address will do, as it is not read.
+// TOGETHER: how far the loop over rows is unrolled, and so how many addresses are in registers.
 struct EvenRows {
     static constexpr int TOGETHER = 16;
 
@@ -20,13 +22,14 @@ struct EvenRows {
     FASTATTN_DEVICE const uint16_t* operator()(int row) const { return data + row * stride; }
 };
 
-// Rows of a tile by cp.async of THREADS threads: row r from source(r) where r is in [first, last),
-// zeros elsewhere. Neighbouring threads copy neighbouring 16 bytes. The caller commits and waits.
+// THREADS threads copy the rows of a tile by cp.async: row r from source(r) where r is in [first,
+// last), zeros elsewhere. Neighbouring threads copy neighbouring 16 bytes. The caller commits the
+// copies and waits for them.
 template <int THREADS, class T, class Source>
 FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last) {
     constexpr int CHUNKS = T::COLUMNS / 8, STEP = THREADS / CHUNKS;  // rows at a time
     static_assert(THREADS % CHUNKS == 0 && T::ROWS % STEP == 0);
-    int thread = thread_index_anew(), chunk = thread % CHUNKS, start = thread / CHUNKS;
+    int thread = thread_index_reread(), chunk = thread % CHUNKS, start = thread / CHUNKS;
 #pragma unroll Source::TOGETHER
     for (int i = 0; i < T::ROWS; i += STEP) {
         int row = start + i;
@@ -34,24 +37,25 @@ FASTATTN_DEVICE void copy_rows(T tile, const Source& source, int first, int last
     }
 }
 
-// From an address in a tile to the one rows and columns on, both constants, so that one register
-// serves a product. rows is a multiple of 8; columns is one, and shares no bit with the column of
-// `at`: then the swizzle, an XOR, lets them be added.
+// The address that lies `rows` rows and `columns` columns after `at` in a tile. Both are constants
+// once loops are unrolled, so one address register serves a whole product. Both are multiples of 8,
+// and `columns` shares no bit with the column of `at`: so the swizzle, an XOR, does not carry.
 template <class T> FASTATTN_DEVICE SharedAddress move(SharedAddress at, int rows, int columns) {
     return (at ^ columns % PANEL * 2) + columns / PANEL * T::PANEL_BYTES + rows * ROW_BYTES;
 }
 
-// An operand from index `first` of M or N on. A load gives a fragment of A [16 x 16], or two of B:
-// [16 from k] x [8 from n] and [8 from n + 8], in b[0], b[1] and b[2], b[3].
+// Loads fragments of an operand that begins at index `first` of M or N. A load brings one fragment
+// of A [16 x 16], or two of B [16 x 8]: columns from n on in r[0] and r[1], from n + 8 on in r[2]
+// and r[3].
 template <bool OF_A, Major MAJOR, class T> struct Fragments {
-    static constexpr bool IN_ROWS = MAJOR == Major::K;  // M or N is the tile's row
-    // Of the four matrices of a block, 1 and 2 are the lower left and the upper right one, or the
-    // other way round.
+    static constexpr bool IN_ROWS = MAJOR == Major::K;  // the tile's rows are M or N
+    // ldmatrix loads four matrices of 8 x 8. The second is the one below the first, and the third
+    // the one to its right; or, where this is false, the other way round.
     static constexpr bool LOWER_FIRST = IN_ROWS == OF_A;
     SharedAddress start;
 
     FASTATTN_DEVICE Fragments(T tile, int first) {
-        int lane = thread_index_anew() % 32, one = lane / 8 % 2, two = lane / 16;
+        int lane = thread_index_reread() % 32, one = lane / 8 % 2, two = lane / 16;
         int row = lane % 8 + 8 * (LOWER_FIRST ? one : two), chunk = LOWER_FIRST ? two : one;
         start = tile.chunk(row + (IN_ROWS ? first : 0), chunk + (IN_ROWS ? 0 : first / 8));
     }
@@ -72,8 +76,8 @@ FASTATTN_DEVICE void multiply_block(float (&acc)[BLOCKS][SIZE], int n,
                          b[2 * half], b[2 * half + 1]);
 }
 
-// acc[i][16 x N] += a[rows from m + 16 i, K] * b[K, columns from n], both in shared memory. A
-// fragment of b serves all blocks of rows: with two, half of what is read for each product.
+// acc[i][16 x N] += a[rows from m + 16 i, K] * b[K, columns from n], both in shared memory. Each
+// fragment of b serves all blocks of rows: two blocks halve what is read of b for each product.
 template <class Element, Major A_MAJOR, Major B_MAJOR, int BLOCKS, int SIZE, class A, class B>
 FASTATTN_DEVICE void multiply_shared(float (&acc)[BLOCKS][SIZE], A a, int m, B b, int n) {
     constexpr int K = A_MAJOR == Major::K ? A::COLUMNS : A::ROWS;
@@ -114,8 +118,8 @@ FASTATTN_DEVICE void multiply_registers(float (&acc)[BLOCKS][SIZE],
     }
 }
 
-// Writes the fragments of a [16 x N] accumulator to rows from `row`, columns from `column` of a
-// tile, without the stmatrix that sm_90 has; the swizzle keeps the 32 lanes on 32 banks.
+// Writes the fragments of a [16 x N] accumulator to a tile, from `row` and `column` on. sm_80 has
+// no stmatrix; the swizzle puts the 32 lanes of each plain store on 32 banks.
 template <int FRAGMENTS, class T>
 FASTATTN_DEVICE void write_fragments(T tile, int row, int column,
                                      const uint32_t (&a)[FRAGMENTS][4]) {

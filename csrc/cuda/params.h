@@ -1,5 +1,5 @@
-// Where the data of a call lies: the structs that the CUDA kernels take as parameters, with their
-// pointers, strides, shapes and numbers. How they work on it is in config.h. next: config.h
+// Where the data of a call lies: the structs that kernels take as parameters, with their pointers,
+// strides, shapes and numbers. How the kernels work on it is in config.h. next: config.h
 #pragma once
 #include "../spec.h"
 #include "ptx.cuh"
@@ -8,7 +8,7 @@ namespace fastattn::cuda {
 
 enum class SinkType { NONE, F32, BF16, F16 };
 
-// A head's sink, -inf where there is none.
+// The logit of a head's sink; -inf where the call has no sinks.
 FASTATTN_DEVICE float sink_of(const void* sinks, SinkType type, int head) {
     switch (type) {
         case SinkType::F32:
@@ -22,17 +22,18 @@ FASTATTN_DEVICE float sink_of(const void* sinks, SinkType type, int head) {
     }
 }
 
-// Scales of an 8-bit tensor, [kv_heads] for each entry, or (`entry` 0) for all; null: 1.
+// The scales of an FP8 tensor: a value is what is stored times the scale of its kv head. float32,
+// [kv_heads] for all sequences, or [batch or sequences, kv_heads]; null stands for 1.
 struct Descale {
     const float* data;
-    int stride;
+    int stride;  // from one sequence's scales to the next: kv_heads, or 0 for one row of scales
 
     FASTATTN_DEVICE float of(int lengths_index, int head) const {
         return data ? ld_global(data + static_cast<int64_t>(lengths_index) * stride + head) : 1;
     }
 };
 
-// Rows of a 16-bit tensor [batch, heads, rows, D]; strides in elements.
+// A tensor [batch, heads, rows, D] of 16-bit elements; strides in elements, that of D is 1.
 struct Rows {
     uint16_t* data;
     int64_t batch, head, row;
@@ -42,45 +43,51 @@ struct Rows {
     }
 };
 
+// What every kernel of both passes is told: which keys a row sees, shapes, and how q k becomes a
+// score.
+struct Shape {
+    const int *kv_lens, *kv_starts;  // [batch], of varlen [sequences]; or null
+    const int *cu_q, *cu_k;  // [sequences + 1], of documents [batch, sequences + 1]; or null
+    int sequences;           // in one row of cu_q (varlen.cuh)
+    bool documents;          // cu_q has a row for each batch entry; otherwise batch is 1
+    int batch, heads, kv_heads, q_len, kv_len;
+    int left, right;  // of Band
+    bool align_end;
+    bool transform, softcap;          // a score in base 2 is transform(q k) * multiplier,
+    float multiplier, before, after;  // see Transform in softmax.cuh
+    int q_tiles;                      // of one head; with cu_q, slots (varlen.cuh)
+};
+
 // What all forward kernels are told.
-struct ForwardShape {
-    float* lse;                      // [batch, heads, q_len]
-    const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
-    const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see varlen.cuh
-    int sequences;
-    bool documents;     // or else batch is 1
+struct ForwardShape : Shape {
+    float* lse;         // [batch, heads, q_len]
     const void* sinks;  // [heads]
     SinkType sink_type;
-    int batch, heads, kv_heads, q_len, kv_len;
-    int left, right;
-    bool align_end;
-    // Base-2 scores are transform(q k) * multiplier, see Transform.
-    bool transform, softcap;
-    float multiplier, before, after;
-    int q_tiles, tiles;     // of a head; of the call
+    int tiles;              // of the whole call
     int heads_per_section;  // heads that run side by side, so that L2 holds their keys and values
 };
 
 struct ForwardParams : ForwardShape {
     TensorMap q, k, v, out;  // dimensions (D, rows, heads, batch), boxes of 128 bytes a row
-    Rows out_rows;           // where a tile ends inside a sequence's neighbour, TMA cannot store it
-    Descale q_descale, k_descale, v_descale;  // read where q, k and v are of 8 bits
+    Rows out_rows;  // for a tile that ends inside the next sequence: TMA would overwrite it
+    Descale q_descale, k_descale, v_descale;  // read where q, k and v are FP8
     static constexpr int pack_gqa = 1;
     static constexpr const int* page_table = nullptr;
 };
 
-// On sm_80: also heads that share tiles (work.cuh), keys in pages, and keys in parts.
+// The sm_80 kernels can also pack the query heads of a group into one tile (work.cuh), read keys
+// from pages, and split the keys of a tile among CTAs.
 struct ForwardParams80 : ForwardShape {
     Rows q, k, v, out;
-    int pack_gqa;
-    const int* page_table;  // [batch or sequences, page_row]; null: k and v are not in pages
-    int64_t page_row;       // else their batch is pages, their rows a page's
-    int page_size;
-    int splits;                    // parts of each tile's keys
-    float *split_out, *split_lse;  // [splits, batch, heads, q_len, D or 1], where there are parts
+    int pack_gqa;           // query heads that share a tile
+    const int* page_table;  // [batch or sequences, pages]; null: k and v are not in pages.
+    int64_t page_row;       // The stride of its rows. With pages, the batch of k and v is pages,
+    int page_size;          // and their rows are the keys of one page.
+    int splits;
+    float *split_out, *split_lse;  // [splits, batch, heads, q_len, D or 1], where splits > 1
 };
 
-// Parts, each normalised by itself, become out and lse.
+// The results of the splits, each normalised by itself, become out and lse.
 struct CombineParams {
     const float *split_out, *split_lse;
     int splits;
@@ -91,61 +98,55 @@ struct CombineParams {
     SinkType sink_type;
 };
 
-// From here on (in base 2) the rounding of lse is 2^-9 of a prob, and grows with it:
-// exp2(score - lse) is clamped to 1. Below, a prob above 1 by that little harms nothing, and the
-// full tiles are spared the test.
-constexpr float LARGE_LSE = 16384;
-
-// A larger scale (in base 2) is applied to scores before the softmax, not within its exponent: that
-// is one fused operation, score * multiplier - largest, of which the first product is not rounded
-// and the second has been. The largest prob is 2^(that rounding), infinite for scores past 2^31.
-constexpr float MAX_MULTIPLIER = 1024;
-
-// Of the kernels' tanh, 1 - 2 / (e^2x + 1), the rounding is that of 1, and the cap multiplies it.
-// The backward divides a logarithm's rounding by the cap.
-constexpr double MIN_CUDA_SOFTCAP = 0.01, MAX_CUDA_SOFTCAP = 1000;
-
 // What all backward kernels are told.
-struct BackwardShape {
-    const float *lse, *delta;        // [batch, heads, q_tiles * BLOCK_Q], see backward_prepost.cuh
-    float* dq_sums;                  // [batch, heads, q_tiles, BLOCK_Q * D], zeros at first
-    int* semaphores;                 // [batch, heads, q_tiles, DQ_SLICES], zeros; null: any order
-    const int* large;                // [batch, kv_heads]: 1 where some |lse| is at least LARGE_LSE
-    const int *kv_lens, *kv_starts;  // [batch], or [sequences], or null
-    const int *cu_q, *cu_k;          // [batch, sequences + 1] or null, see varlen.cuh
-    int sequences;
-    bool documents;  // or else batch is 1
-    int batch, heads, kv_heads, q_len, kv_len;
-    int left, right;
-    bool align_end;
-    bool transform, softcap;
-    float multiplier, before, after, scale;
-    int q_tiles, kv_tiles;  // of a head; of sequences, slots (varlen.cuh)
+struct BackwardShape : Shape {
+    const float *lse, *delta;  // [batch, heads, q_tiles * BLOCK_Q], of backward_prepost.cuh
+    float* dq_sums;            // [batch, heads, q_tiles, BLOCK_Q * D], zeros at first
+    int* semaphores;   // [batch, heads, q_tiles, DQ_SLICES], zeros at first; null: add in any order
+    const int* large;  // [batch, kv_heads]: 1 where some |lse| is at least LARGE_LSE
+    float scale;
+    int kv_tiles;  // of one head; with cu_k, slots (varlen.cuh)
 };
 
 struct BackwardParams : BackwardShape {
     TensorMap q, k, v, dout, dk, dv;
-    Rows dk_rows, dv_rows;  // where a tile ends inside a sequence's neighbour
+    Rows dk_rows, dv_rows;  // for a tile that ends inside the next sequence
 };
 
 struct BackwardParams80 : BackwardShape {
     Rows q, k, v, dout, dk, dv;
 };
 
-// Before: lse in base 2, and delta; of them dsinks. After: dq of its sums.
-struct BackwardRowsParams {
+// What the kernels before and after the backward are told (backward_prepost.cuh).
+struct PrePostParams {
     Rows out, dout, dq;
     const float *lse, *dlse;  // [batch, heads, q_len]; dlse may be null
-    float *lse2, *delta;      // [batch, heads, rows], rows beyond an entry's are written too
+    float *lse2, *delta;      // [batch, heads, rows]: padded, so that each tile can be read whole
     int* large;               // as BackwardShape's
-    int kv_heads;
     const float* dq_sums;
-    const int* cu_q;  // [batch, sequences + 1] or null
-    int sequences, batch, heads, q_len, rows;
+    const int* cu_q;
+    int sequences, batch, heads, kv_heads, q_len, rows;
     float scale;
     const void* sinks;  // [heads]
     SinkType sink_type;
-    float* dsinks;  // [heads] or null
+    float* dsinks;  // [heads], or null
 };
+
+// ---- limits of the numbers ---------------------------------------------------------------------
+
+// The backward computes probs as exp2(score - lse). In base 2, an lse of this size is rounded by up
+// to 2^-9, and a larger one by more, so that a prob could exceed 1: then it is clamped to 1. Below
+// this size the excess is harmless, and tiles without a mask are spared the clamp.
+constexpr float LARGE_LSE = 16384;
+
+// A scale above this (in base 2) is applied to the scores before the softmax, not within its
+// exponent. The exponent is one fused multiply-add, score * multiplier - row_max: its product is
+// not rounded, but row_max has been. So the largest prob is 2^(that rounding), which would be
+// infinite for scores past 2^31.
+constexpr float MAX_MULTIPLIER = 1024;
+
+// The kernels compute tanh as 1 - 2 / (e^2x + 1), whose rounding is that of 1, and the cap
+// multiplies it. The backward divides the rounding of a logarithm by the cap.
+constexpr double MIN_CUDA_SOFTCAP = 0.01, MAX_CUDA_SOFTCAP = 1000;
 
 }  // namespace fastattn::cuda

@@ -1,11 +1,12 @@
-// A ring of buffers between one producer and the consumers. Phase bits appear in this file only.
-// next: softmax.cuh
+// Rings of buffers in shared memory between one producer and its consumers. Phase bits of mbarriers
+// appear in this file only. next: softmax.cuh
 #pragma once
 #include "ptx.cuh"
 
 namespace fastattn::cuda {
 
-// Each side has its own Ring object, which knows where that side is. Two mbarriers a stage.
+// Each side has a Ring object of its own, which knows the stage that side is at. A stage has two
+// mbarriers: full, which the producer's copies complete, and empty, which consumers arrive at.
 template <int STAGES> struct Ring {
     static constexpr int BYTES = 2 * STAGES * 8;
 
@@ -16,7 +17,8 @@ template <int STAGES> struct Ring {
     FASTATTN_DEVICE SharedAddress full() const { return barriers + 8 * stage; }
     FASTATTN_DEVICE SharedAddress empty() const { return barriers + 8 * (STAGES + stage); }
 
-    // One thread; then fence_mbarrier_init() and sync_block().
+    // One thread calls this, then fence_mbarrier_init(), and then all sync_block(). releases: how
+    // many threads release each stage.
     FASTATTN_DEVICE void init(int releases) const {
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
@@ -31,18 +33,20 @@ template <int STAGES> struct Ring {
         }
     }
 
-    // Producer: waits until the stage is free (at first all are), then announces what will come.
+    // Producer: waits until the stage is free, as all are at first, and announces how many bytes
+    // its copies will bring.
     FASTATTN_DEVICE void acquire(int bytes) const {
         mbarrier_wait(empty(), phase ^ 1);
         mbarrier_arrive_expect(full(), bytes);
     }
-    // Consumer: waits until all bytes are there.
+    // Consumer: waits until all bytes have come.
     FASTATTN_DEVICE void wait() const { mbarrier_wait(full(), phase); }
     FASTATTN_DEVICE void release() const { mbarrier_arrive(empty()); }
 };
 
-// A ring whose buffers are worked on in place between the producer and the consumers, by warps that
-// wait with wait_loaded() and pass on with signal_transposed().
+// A ring of FP8 values, which other warps transpose in place between the producer and the
+// consumers. They wait with wait_loaded(), and pass each stage on with signal_transposed() at a
+// third mbarrier, which is the one that consumers wait for.
 template <int STAGES> struct TransposedRing : Ring<STAGES> {
     static constexpr int BYTES = 3 * STAGES * 8;
 

@@ -1,6 +1,6 @@
-// The instructions that the kernels use, one a function. Shared memory is only an address here, as
-// in PTX: no C++ pointer leads there, so an emulator that implements these names (tests/emulator)
-// sees every access. wgmma is in wgmma.cuh. next: tile.cuh
+// The instructions that the kernels use, one function each. Shared memory is an address, as in PTX,
+// and no C++ pointer leads there: so the emulator, which implements the same names on the CPU
+// (tests/emulator), sees every access. wgmma is in wgmma.cuh. next: tile.cuh
 #pragma once
 #include <cstdint>
 
@@ -17,9 +17,11 @@ namespace fastattn::cuda {
 using TensorMap = CUtensorMap;
 using SharedAddress = uint32_t;
 
-struct Bf16 {};  // names of element types; values travel as uint32_t, two at a time
+// Names of element types. Their values travel in registers as uint32_t: two of 16 bits, or four of
+// 8.
+struct Bf16 {};
 struct Fp16 {};
-struct E4m3 {};  // four at a time
+struct E4m3 {};
 
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
@@ -29,19 +31,20 @@ FASTATTN_DEVICE int thread_index() { return threadIdx.x; }
 FASTATTN_DEVICE int lane_index() { return threadIdx.x % 32; }
 FASTATTN_DEVICE int block_index() { return blockIdx.x; }
 FASTATTN_DEVICE int grid_size() { return gridDim.x; }
-// Read again: what follows from it is not kept in registers since the last time. The remainder
-// tells the compiler that it is not negative.
-FASTATTN_DEVICE int thread_index_anew() {
+// The thread's index, read again from its special register: the compiler does not keep what it
+// computes with it in registers from one use to the next. The remainder tells it that the index is
+// not negative.
+FASTATTN_DEVICE int thread_index_reread() {
     uint32_t x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x % 1024;
 }
-// The same in all lanes, and the compiler knows it.
+// The shuffle tells the compiler that all lanes of a warp have the same index.
 FASTATTN_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 FASTATTN_DEVICE int warpgroup_index() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
-// The first multiple of SHARED_ALIGNMENT in the dynamic shared memory: launches ask for that much
-// more than they use, because what is written on the declaration is not always kept.
+// The first multiple of SHARED_ALIGNMENT in the dynamic shared memory. The alignment of the
+// declaration is not always kept, so launches ask for SHARED_ALIGNMENT bytes more than they use.
 constexpr int SHARED_ALIGNMENT = 1024;
 FASTATTN_DEVICE SharedAddress dynamic_shared() {
     extern __shared__ __align__(1024) uint8_t memory[];
@@ -49,7 +52,8 @@ FASTATTN_DEVICE SharedAddress dynamic_shared() {
     return (start + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
 }
 
-// x; what a loop computes with it is not computed before the loop, and kept in registers.
+// x, of which the compiler knows nothing: it does not compute what depends on x before a loop, to
+// keep it in registers throughout.
 template <class T> FASTATTN_DEVICE T opaque(T x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -97,7 +101,7 @@ FASTATTN_DEVICE void add_global(float* p, float x) {
     asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
 }
 FASTATTN_DEVICE int atomic_add_global(int* p, int x) { return atomicAdd(p, x); }
-FASTATTN_DEVICE void pause() { __nanosleep(64); }  // between two looks at a global flag
+FASTATTN_DEVICE void pause() { __nanosleep(64); }  // between two reads of a flag in global memory
 
 // --- threads meet -------------------------------------------------------------------------------
 
@@ -129,12 +133,12 @@ FASTATTN_DEVICE void fence_mbarrier_init() {
 FASTATTN_DEVICE void mbarrier_arrive(SharedAddress bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// Arrives, and makes the phase wait for `bytes` more bytes of asynchronous copies.
+// Arrives; the phase now also waits for `bytes` more bytes of asynchronous copies.
 FASTATTN_DEVICE void mbarrier_arrive_expect(SharedAddress bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                  : "memory");
 }
-// Blocks until the phase of this parity has completed; of a new barrier, parity 1 has.
+// Blocks until the phase with this parity has completed. In a new barrier, that of parity 1 has.
 FASTATTN_DEVICE void mbarrier_wait(SharedAddress bar, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\nWAIT:\n"
@@ -145,7 +149,7 @@ FASTATTN_DEVICE void mbarrier_wait(SharedAddress bar, uint32_t parity) {
 
 // --- TMA ----------------------------------------------------------------------------------------
 
-// Generic writes of this thread become visible to wgmma and TMA.
+// Makes this thread's ordinary writes to shared memory visible to wgmma and TMA.
 FASTATTN_DEVICE void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -190,7 +194,8 @@ FASTATTN_DEVICE void bulk_reduce_add(float* to, SharedAddress from, int bytes) {
         : "memory");
 }
 FASTATTN_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// At most N of this thread's bulk groups are still writing; _read: still reading shared memory.
+// Waits until at most the N newest of this thread's bulk groups are still writing their
+// destination, or, with _read, still reading shared memory.
 template <int N> FASTATTN_DEVICE void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
@@ -200,7 +205,7 @@ template <int N> FASTATTN_DEVICE void bulk_wait_read() {
 
 // --- cp.async, ldmatrix, stmatrix, mma ----------------------------------------------------------
 
-// 16 bytes; zeros where `valid` is false.
+// Copies 16 bytes to shared memory, zeros where `valid` is false.
 FASTATTN_DEVICE void copy_async(SharedAddress to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(valid ? 16 : 0)
@@ -211,7 +216,8 @@ template <int N> FASTATTN_DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Lane l gives the address of row l % 8 of matrix l / 8, 16 bytes each.
+// Four matrices of 8 x 8. Lane l gives the address of row l % 8 of matrix l / 8, which has 16
+// bytes.
 template <bool TRANSPOSE> FASTATTN_DEVICE void ldmatrix(uint32_t (&r)[4], SharedAddress row) {
     if constexpr (TRANSPOSE)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -273,7 +279,7 @@ FASTATTN_DEVICE float reciprocal_approx(float x) {
 }
 FASTATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 FASTATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-// Two values in 32 bits, `low` in the low half.
+// Two values rounded to 16 bits, `low` in the low half of the result.
 template <class Element> FASTATTN_DEVICE uint32_t pack(float low, float high);
 template <> FASTATTN_DEVICE uint32_t pack<Bf16>(float low, float high) {
     uint32_t r;
@@ -285,7 +291,7 @@ template <> FASTATTN_DEVICE uint32_t pack<Fp16>(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
-// Four values, x0 in the lowest byte; beyond +-448 they are that.
+// Four values rounded to e4m3, x0 in the lowest byte. Values beyond +-448 become +-448.
 FASTATTN_DEVICE uint32_t pack4_e4m3(float x0, float x1, float x2, float x3) {
     uint32_t r;
     asm("{\n.reg .b16 low, high;\n"
@@ -296,11 +302,12 @@ FASTATTN_DEVICE uint32_t pack4_e4m3(float x0, float x1, float x2, float x3) {
         : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
     return r;
 }
-// Byte i of the result is byte n of x, or n - 4 of y, n being hexadecimal digit i of the selector.
+// Byte i of the result is byte n of x, or byte n - 4 of y, where n is the selector's hexadecimal
+// digit i.
 FASTATTN_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
     return __byte_perm(x, y, selector);
 }
-// One 16-bit value, given as its bits.
+// A 16-bit value, given by its bits, as a float.
 template <class Element> FASTATTN_DEVICE float widen(uint32_t bits);
 template <> FASTATTN_DEVICE float widen<Bf16>(uint32_t bits) { return __uint_as_float(bits << 16); }
 template <> FASTATTN_DEVICE float widen<Fp16>(uint32_t bits) {

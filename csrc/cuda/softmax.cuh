@@ -1,6 +1,6 @@
-// Softmax over rows that arrive tile by tile, on accumulators [64 x N] of a warpgroup or [16 x N]
-// of a warp. A thread holds two rows, 8 apart, of which four neighbouring lanes share the columns.
-// next: forward_sm90.cuh, forward_sm80.cuh
+// The online softmax: scores arrive tile by tile, in accumulators [64 x N] of a warpgroup or [16 x
+// N] of a warp. Each thread holds elements of two rows, 8 apart, and the columns of a row are
+// spread over four neighbouring lanes. next: forward_sm90.cuh, forward_sm80.cuh
 #pragma once
 #include "../spec.h"
 #include "params.h"
@@ -10,7 +10,7 @@ namespace fastattn::cuda {
 
 constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
 
-// spec.h says what these do and why.
+// Logits in base 2 and back; spec.h explains the clamps.
 FASTATTN_DEVICE float to_base2(float x) {
     float far = x * 0.5f, near = x * static_cast<float>(LOG2E);
     return fminf(fmaxf(near, far - FAR_LOGIT<float>), far + FAR_LOGIT<float>);
@@ -20,17 +20,20 @@ FASTATTN_DEVICE float from_base2(float y) {
     return fminf(fmaxf(y * static_cast<float>(LN2), low), high);
 }
 
-// Element i of an accumulator: which of the thread's two rows, and the column of lane 0.
+// Element i of a thread's accumulator: which of its two rows it is in, and its column, if the lane
+// is the first of the four.
 constexpr FASTATTN_HD int row_of(int i) { return i / 2 % 2; }
 constexpr FASTATTN_HD int column_of(int i) { return i / 4 * 8 + i % 2; }
 
-// softcap(x) = cap * tanh(x / cap), in base 2 as all scores; or the scale alone where it is not
-// positive, so that the largest product is not the largest score, or is above MAX_MULTIPLIER.
+// What is done to q k before the softmax, where a positive multiplier in the exponent is not
+// enough: softcap(x) = cap * tanh(x / cap), in base 2 as all scores; or the scale, if it is not
+// positive (the largest product is not the largest score then) or above MAX_MULTIPLIER.
 struct Transform {
     bool softcap, on;
     float before, after;
 
-    // What is meant is `by` times the product; returns what `multiplier` becomes.
+    // Takes in the descale of FP8 operands, by which each product has to be multiplied, and returns
+    // the new multiplier.
     FASTATTN_DEVICE float descale(float multiplier, float by) {
         if (softcap) {
             before *= by;
@@ -60,15 +63,15 @@ struct Transform {
     }
 };
 
-// Probs and their sums come times 2^PROBS_LOG2, which is for probs that are rounded to 8 bits: the
-// largest is 2^PROBS_LOG2 then.
+// The running maximum and sum of a thread's two rows. Probs and their sums are computed times
+// 2^PROBS_LOG2: probs that are rounded to FP8 use its range so, the largest being 2^PROBS_LOG2.
 template <int PROBS_LOG2 = 0> struct OnlineSoftmax {
     float row_max[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // of scores before `multiplier`
-    float row_sum[2] = {0, 0};                                  // this thread's columns only
-    float multiplier;                                           // takes scores to base-2 exponents
+    float row_sum[2] = {0, 0};                                  // of this thread's columns only
+    float multiplier;  // score * multiplier is an exponent of base 2
 
-    // Scores become probs; returns in `rescale` what the probs so far have to be multiplied by.
-    // MASKED: some rows may have seen no key yet.
+    // Scores become probs. The caller's accumulator has to be multiplied by `rescale`, as the sums
+    // are here. MASKED: rows may have seen no key yet, so that row_max may be -inf.
     template <bool MASKED, int SIZE>
     FASTATTN_DEVICE void update(float (&s)[SIZE], float (&rescale)[2]) {
         float shift[2];
@@ -94,8 +97,9 @@ template <int PROBS_LOG2 = 0> struct OnlineSoftmax {
         }
     }
 
-    // After the last tile. out_scale: for the accumulator; lse: natural, -inf for rows without
-    // keys. A row's sink is a logit that joins the denominator only; -inf where there is none.
+    // After the last tile: out_scale is what the accumulator has to be multiplied by; lse is in
+    // base e, and -inf for a row that sees no key. A row's sink is a logit that joins the
+    // denominator only; it is -inf where there is none.
     FASTATTN_DEVICE void finish(const float (&sinks)[2], float (&out_scale)[2], float (&lse)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -118,8 +122,8 @@ template <int PROBS_LOG2 = 0> struct OnlineSoftmax {
     }
 };
 
-// Scores of keys outside [low, high) of a thread's two rows become -inf. Both count from the tile's
-// first key; c is the thread's column in a group of eight.
+// Scores of keys outside [low, high) become -inf. Both bounds, one for each of the thread's two
+// rows, are counted from the first column that this thread has.
 template <int SIZE>
 FASTATTN_DEVICE void mask_scores(float (&s)[SIZE], const int (&low)[2], const int (&high)[2]) {
 #pragma unroll
@@ -128,8 +132,8 @@ FASTATTN_DEVICE void mask_scores(float (&s)[SIZE], const int (&low)[2], const in
             s[i] = NEGATIVE_INFINITY;
 }
 
-// Products of rows and keys become probs, as OnlineSoftmax::update says. rows: the thread's two,
-// of the band; first: the tile's first key.
+// A softmax step: products of rows and keys become probs, masked by the band. rows: the thread's
+// two, as the band counts them; first: the tile's first key.
 template <bool MASKED, int PROBS_LOG2, int SIZE>
 FASTATTN_DEVICE void scores_to_probs(float (&s)[SIZE], float (&rescale)[2],
                                      OnlineSoftmax<PROBS_LOG2>& softmax, const Transform& transform,

@@ -1,25 +1,26 @@
 // Tiles of 16-bit and 8-bit elements in shared memory, and the products of whole tiles.
 // next: pipeline.cuh
 //
-// A tile lies in panels of 64 columns, 128 of 8 bits; where it has fewer, the rest of each row goes
-// unused. A panel's rows are 128 bytes, one after the other; the eight
-// 16-byte chunks of row r are permuted by XOR with r % 8, which is what TMA and wgmma call the
-// 128-byte swizzle. One stored tile serves as either operand: rows as M or N index and columns as K
-// (k_major), or rows as K index and columns as M or N (mn_major).
+// A tile lies in panels whose rows are 128 bytes, one after the other: 64 columns of 16-bit
+// elements or 128 of 8-bit ones; where a tile has fewer, the rest of each row goes unused. The
+// eight 16-byte chunks of row r are permuted by XOR with r % 8, which is what TMA and wgmma call
+// the 128-byte swizzle. A tile serves as either kind of operand: with rows as the M or N index and
+// columns as K (k_major), or with rows as the K index and columns as M or N (mn_major).
 #pragma once
 #include "ptx.cuh"
 
 namespace fastattn::cuda {
 
-constexpr int PANEL = 64;          // columns of 16 bits
-constexpr int ROW_BYTES = 128;     // of a panel
-constexpr int GROUP_BYTES = 1024;  // eight rows: the period of the swizzle
+constexpr int PANEL = 64;          // columns of a panel of 16-bit elements
+constexpr int ROW_BYTES = 128;     // of a panel's row
+constexpr int GROUP_BYTES = 1024;  // of eight rows, after which the swizzle repeats
 
 template <class Element> constexpr int BYTES_OF = 2;
 template <> inline constexpr int BYTES_OF<E4m3> = 1;
-template <class Element> constexpr int K_STEP = 32 / BYTES_OF<Element>;  // of one wgmma
+template <class Element> constexpr int K_STEP = 32 / BYTES_OF<Element>;  // K of one wgmma
 
-// Bits 0-13 address, 16-29 leading and 32-45 stride offset, all / 16; 62: 128-byte swizzle.
+// A matrix descriptor of wgmma: in bits 0-13 the address, in 16-29 the leading and in 32-45 the
+// stride byte offset, each divided by 16; bit 62 says 128-byte swizzle.
 FASTATTN_DEVICE uint64_t descriptor(SharedAddress start, uint32_t leading) {
     return static_cast<uint64_t>((start & 0x3FFFF) >> 4) |
            static_cast<uint64_t>(leading >> 4) << 16 |
@@ -36,22 +37,23 @@ template <int ROWS_, int COLUMNS_, int ELEMENT = 2> struct Tile {  // ELEMENT: i
 
     FASTATTN_DEVICE SharedAddress panel(int i) const { return base + i * PANEL_BYTES; }
 
-    // 16 bytes: columns [8 * chunk, 8 * chunk + 8) of a row, or 16 of 8 bits.
+    // Where 16 bytes of a row lie: chunk n has columns 8 n to 8 n + 7, of 8-bit elements 16.
     FASTATTN_DEVICE SharedAddress chunk(int row, int chunk) const {
         return panel(chunk / 8) + row * ROW_BYTES + ((chunk % 8) ^ (row % 8)) * 16;
     }
-    // Operand [rows from `row`, multiple of 8] x [32 bytes of columns from `k`].
+    // Descriptor of an operand: rows from `row` on (a multiple of 8) by 32 bytes of columns from
+    // `k`.
     FASTATTN_DEVICE uint64_t k_major(int row, int k) const {
         return descriptor(panel(k / WIDTH) + row * ROW_BYTES + k % WIDTH * ELEMENT, 16);
     }
-    // Of 16 bits. Operand [16 rows from `k`] x [columns from `column`, multiple of 64].
+    // Descriptor of a 16-bit operand: 16 rows from `k` by columns from `column` (a multiple of 64).
     FASTATTN_DEVICE uint64_t mn_major(int k, int column) const {
         return descriptor(panel(column / PANEL) + k * ROW_BYTES, PANEL_BYTES);
     }
 };
 
-// acc[64 x N] = a[64 rows from a_row, K] * b[N rows from b_row, K]^T. Issues only: the caller
-// fences, commits and waits.
+// acc[64 x N] = a[64 rows from a_row, K] * b[N rows from b_row, K]^T. This and the products below
+// only issue: the caller fences, commits and waits.
 template <class Element, int N, class A, class B>
 FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B b, int b_row = 0) {
     static_assert(A::COLUMNS == B::COLUMNS && B::ROWS >= N);
@@ -60,8 +62,8 @@ FASTATTN_DEVICE void multiply_transposed(float (&acc)[N / 2], A a, int a_row, B 
         wgmma_ss<N, Element, false, false>(acc, a.k_major(a_row, k), b.k_major(b_row, k), k > 0);
 }
 
-// acc[64 x N] += a[64 x K] * b[K, N], a in registers as fragments. An FP8 b lies transposed, that is
-// as [N, K], its columns in the order of the fragments' (transpose_fp8.cuh).
+// acc[64 x N] += a[64 x K] * b[K, N], a in registers as fragments. An FP8 b lies transposed, that
+// is as [N, K], its columns in the order of the fragments' (transpose_fp8.cuh).
 template <class Element, int N, int FRAGMENTS, class B>
 FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGMENTS][4], B b) {
     constexpr bool TRANSPOSED = BYTES_OF<Element> == 1;
@@ -76,7 +78,7 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], const uint32_t (&a)[FRAGM
     }
 }
 
-// acc[64 x N] += a[64 x K] * b[K, N columns from `column`]
+// acc[64 x N] += a[64 x K] * b[K, N columns from `column`], both in shared memory.
 template <class Element, int N, class A, class B>
 FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], A a, B b, int column) {
     static_assert(A::ROWS == 64 && A::COLUMNS == B::ROWS);
@@ -85,10 +87,10 @@ FASTATTN_DEVICE void multiply_add(float (&acc)[N / 2], A a, B b, int column) {
         wgmma_ss<N, Element, false, true>(acc, a.k_major(0, k), b.mn_major(k, column), true);
 }
 
-// An accumulator [64 x N] rounded to Element, as the A operand of the next product. The layouts of
-// the two agree for 16 bits. For 8 bits a register is two neighbouring pairs, eight columns apart,
-// and their order in the product is another than in the accumulator: transpose_fp8.cuh has it too. So
-// nothing moves between threads.
+// Rounds an accumulator [64 x N] to Element, as the A operand of the next product. For 16-bit
+// elements the two layouts agree. For FP8 a register takes two pairs of columns that are eight
+// apart, so that columns come in another order than in the accumulator; transpose_fp8.cuh puts the
+// keys of B into that order too. So nothing moves between threads.
 template <class Element, int N>
 FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / K_STEP<Element>][4], const float (&d)[N / 2]) {
 #pragma unroll
@@ -109,7 +111,8 @@ FASTATTN_DEVICE void to_fragments(uint32_t (&a)[N / K_STEP<Element>][4], const f
 template <int N, class T>
 FASTATTN_DEVICE void store_fragments(T tile, int row, int column, const uint32_t (&a)[N / 16][4]) {
     int lane = lane_index(), warp = thread_index() / 32 % 4;
-    int at = row + 16 * warp + lane % 16;  // matrices 0, 1: rows 0-7, 8-15; 2, 3: eight columns on
+    // Of stmatrix's four matrices, 0 and 1 are rows 0-7 and 8-15, and 2 and 3 lie to their right.
+    int at = row + 16 * warp + lane % 16;
 #pragma unroll
     for (int i = 0; i < N / 16; i++)
         stmatrix<false>(tile.chunk(at, column / 8 + 2 * i + lane / 16), a[i]);
@@ -122,7 +125,7 @@ FASTATTN_DEVICE void store_accumulator(T tile, int row, int column, const float 
     store_fragments<N>(tile, row, column, a);
 }
 
-// The same to memory, where a tile has `rows` rows and the next are not this tile's.
+// Writes an accumulator to global memory, only its first `rows` rows: the next are another tile's.
 template <class Element, int N>
 FASTATTN_DEVICE void store_accumulator_rows(uint16_t* to, int64_t stride, int rows,
                                             const float (&d)[N / 2]) {
@@ -137,7 +140,8 @@ FASTATTN_DEVICE void store_accumulator_rows(uint16_t* to, int64_t stride, int ro
     }
 }
 
-// Rows outside [low, high) become zeros; thread `thread` of THREADS does its part.
+// Zeroes the rows outside [low, high) of a tile. THREADS threads call this; `thread` is the
+// caller's number among them.
 template <int THREADS, class T>
 FASTATTN_DEVICE void clear_rows(T tile, int low, int high, int thread) {
     constexpr int CHUNKS = T::COLUMNS / 8;

@@ -1,27 +1,29 @@
-// Values of 8 bits, transposed where they lie. wgmma wants both operands of 8 bits with the summed
+// Transposes FP8 values in place, in shared memory. wgmma takes FP8 operands only with the summed
 // index, here the key, along the rows, and no instruction transposes bytes. next: forward_sm90.cuh
 //
-// A panel is 128 keys of 128 channels, one byte each, and becomes 128 channels of 128 keys. It is a
-// square, so blocks of 32 x 32 change places in pairs and no warp waits for another. ldmatrix.trans
-// moves pairs of channels; two registers of keys eight apart then hold what two rows of the result
-// get, and permute_bytes sorts them. Of each 32 keys the order becomes another one: four neighbours
-// are keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, of the first 16 or of the others, which is how
-// to_fragments (tile.cuh) has the probs.
+// A panel has 128 keys of 128 channels, one byte each, and becomes 128 channels of 128 keys. Blocks
+// of 32 x 32 swap places in pairs, so no warp waits for another. ldmatrix.trans transposes pairs of
+// bytes, that is of channels: two registers of keys that are eight apart then hold what two rows of
+// the result get, and permute_bytes sorts them. The keys of each 32 come in another order: four
+// neighbours are keys 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 of the first 16, or of the other 16. In the
+// same order to_fragments (tile.cuh) leaves the probs.
 #pragma once
 #include "tile.cuh"
 
 namespace fastattn::cuda {
 
-constexpr int TRANSPOSE_SIDE = 128;  // of a panel
-constexpr int TRANSPOSE_JOBS = 8;    // of a panel, two blocks each
+constexpr int TRANSPOSE_SIDE = 128;  // keys and channels of a panel
+constexpr int TRANSPOSE_JOBS = 8;    // of a panel; each is of two blocks
 
-// Digit n is job n's: its blocks are (FIRST, SECOND) and (THIRD, FOURTH), in rows and columns of
-// blocks. Jobs 0 to 5 are all that the first 64 channels need.
+// Hexadecimal digit n belongs to job n. The job's two blocks are in row FIRST and column SECOND,
+// and in row THIRD and column FOURTH, of the panel's 4 x 4 blocks. Each job swaps two mirrored
+// blocks, or transposes two on the diagonal. The first 64 channels need jobs 0 to 5 only.
 constexpr uint32_t FIRST = 0x22011000, SECOND = 0x23032321;
 constexpr uint32_t THIRD = 0x33132321, FOURTH = 0x32111000;
 
-// A block of keys [32 * row_block, ...) and channels [32 * column_block, ...), as two halves of 16
-// channels. Keys from `keys` on become zeros: their probs are 0, but what is there may be NaN.
+// A block of 32 keys from 32 * row_block on and 32 channels from 32 * column_block on, in registers
+// as two groups of 16 channels. Keys from `keys` on become zeros: their probs are 0, but 0 times
+// NaN is NaN, and memory that no key has may hold it.
 struct TransposeBlock {
     int row_block, column_block;
     uint32_t x[2][4];
@@ -41,8 +43,8 @@ struct TransposeBlock {
                 x[half][i] &= first > 8 * i + 1 ? ~0u : first > 8 * i ? 0xffff : 0;
     }
 
-    // Lanes from 16 on have odd channels first, so that the eight rows that one matrix of stmatrix
-    // goes to are in different banks.
+    // Lanes from 16 on write odd channels first, so that the eight rows of each matrix that
+    // stmatrix writes are in different banks.
     FASTATTN_DEVICE void write(SharedAddress panel) const {
         using Panel = Tile<TRANSPOSE_SIDE, TRANSPOSE_SIDE, 1>;
         int lane = lane_index();
@@ -59,7 +61,7 @@ struct TransposeBlock {
     }
 };
 
-// One warp's part, of `warps`, of a tile of 128 keys and `CHANNELS` channels.
+// What warp number `warp` of `warps` does to transpose a tile of 128 keys and CHANNELS channels.
 template <int CHANNELS>
 FASTATTN_DEVICE void transpose_tile(SharedAddress tile, int keys, int warp, int warps) {
     constexpr int JOBS = CHANNELS == 64 ? 6 : CHANNELS / TRANSPOSE_SIDE * TRANSPOSE_JOBS;

@@ -1,17 +1,22 @@
-// Which rows and keys may meet: an entry's of the batch, a packed sequence's, or a document's.
-// Packed sequences lie one after the other in the rows of a tensor, number n from row cu[n] on;
-// documents are the sequences of one entry, which all have its lengths and its diagonal.
+// Which rows and keys may meet: those of a segment, which is a batch entry, a sequence of a varlen
+// call, or a document.
 //
-// Their tiles are counted in slots, of which no two sequences share one: those of number n begin
-// with slot cu[n] / block + n, which is more than enough; slots past its end are empty. Rows past
-// all sequences have a number too, the last. Where a tile has `pack` heads, each row counts pack
-// times. next: work.cuh, backward_tile.cuh
+// Varlen sequences lie one after the other in the rows of one tensor with batch 1, number n from
+// row cu[n] on. Documents are sequences within a batch entry, which all have the entry's lengths
+// and diagonal.
+//
+// Tiles of sequences are numbered by slots, so that no tile has rows of two sequences: those of
+// sequence n begin with slot cu[n] / block + n, and slots past its last tile stay empty. So the
+// slot of a sequence is known without a sum over those before it. Rows past the last sequence form
+// one more, with number `sequences`. Where tiles pack pack_gqa query heads, each row counts
+// pack_gqa times. next: work.cuh, backward_tile.cuh
 #pragma once
 #include "../spec.h"
 #include "ptx.cuh"
 
 namespace fastattn::cuda {
 
+// The rows of one sequence in q, or its keys in k.
 struct SequenceRows {
     int number, begin, end;  // rows [begin, end) of the tensor
     int first_slot;
@@ -23,6 +28,7 @@ struct SequenceRows {
           end(number == sequences ? rows : ld_global(cu + number + 1)),
           first_slot(begin * pack_gqa / block + number) {}
 
+    // The sequence that a slot belongs to, by bisection.
     FASTATTN_DEVICE static SequenceRows of_slot(const int* cu, int sequences, int rows, int slot,
                                                 int block, int pack_gqa = 1) {
         int low = 0, high = sequences;
@@ -37,20 +43,20 @@ struct SequenceRows {
     }
 };
 
-// Of one entry's documents; packed sequences are in entry 0.
+// The row of cu_q or cu_k that belongs to a batch entry; varlen calls have one row, and batch 0.
 template <class Params>
 FASTATTN_DEVICE const int* cu_of(const int* cu, const Params& p, int batch) {
     return cu + static_cast<int64_t>(batch) * (p.sequences + 1);
 }
 
 struct Segment {
-    int lengths_index;
-    int first_row, rows;    // of q
-    int first_key, places;  // of k and v; of these
-    int begin, end;         // the keys that exist
+    int lengths_index;      // into kv_lens, kv_starts, page_table and descales
+    int first_row, rows;    // in q
+    int first_key, places;  // in k and v: of these keys,
+    int begin, end;         // only [begin, end) exist
     int offset;             // the diagonal of row i is key i + offset
 
-    // sequence: the number of a packed sequence or of a document, where there are such.
+    // sequence: the number of a varlen sequence or of a document; 0 where there are neither.
     template <class Params> FASTATTN_DEVICE Segment(const Params& p, int batch, int sequence) {
         lengths_index = batch;
         first_row = first_key = begin = 0;
@@ -60,13 +66,13 @@ struct Segment {
         if (varlen) {
             lengths_index = sequence;
             place(p, batch, sequence);
-            end = none ? 0 : places;  // keys of no sequence
+            end = none ? 0 : places;  // keys past the last sequence are nobody's
         }
         if (p.kv_lens && !none) end = imax(0, imin(ld_global(p.kv_lens + lengths_index), end));
         if (p.kv_starts && !none)
             begin = imax(0, imin(ld_global(p.kv_starts + lengths_index), end));
         offset = p.align_end ? end - rows : 0;
-        if (p.documents) {  // rows and keys from the same one on, so the diagonal stays
+        if (p.documents) {  // its rows and keys begin at the same index: the diagonal stays
             place(p, batch, sequence);
             end = imax(0, imin(end - first_key, places));
             begin = imax(0, imin(begin - first_key, end));

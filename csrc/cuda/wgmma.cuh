@@ -1,6 +1,6 @@
-// wgmma: a warpgroup multiplies [64 x 16] by [16 x N], of 8-bit elements [64 x 32] by [32 x N], out
-// of shared memory, asynchronously.
-// Between an issue and the wait_group that covers it, nobody may touch d, a or the memory of a, b.
+// wgmma: a warpgroup multiplies [64 x 16] by [16 x N], or FP8 [64 x 32] by [32 x N],
+// asynchronously. b is in shared memory, a there or in registers. Between an issue and the wait
+// that covers it, no thread may touch the registers of d and a, or write the memory of a and b.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,7 @@ FASTATTN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::
 FASTATTN_DEVICE void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// At most the N newest groups are still running.
+// Waits until at most the N newest groups are still running.
 template <int N> FASTATTN_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
@@ -20,8 +20,9 @@ template <int N> FASTATTN_DEVICE void pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// What x depends on is computed before this line, by ptxas too, which otherwise moves a wait up
-// past all arithmetic before it. x is never negative, so nothing is stored.
+// Makes ptxas compute x before this line. Otherwise it moves the next wait up, before the
+// arithmetic that should run beside the products. The store depends on x, but x is never negative,
+// so it never happens.
 FASTATTN_DEVICE void finish_first(float x, SharedAddress anywhere) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x),
@@ -29,7 +30,7 @@ FASTATTN_DEVICE void finish_first(float x, SharedAddress anywhere) {
         : "memory");
 }
 
-// The operands of d, and their places in the template of the instruction, by their number.
+// D<n>: the n accumulator registers as operands of the assembly. P<n>: their placeholders.
 #define D8(i)                                                                                   \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -52,9 +53,9 @@ FASTATTN_DEVICE void finish_first(float x, SharedAddress anywhere) {
     "{\n.reg .pred keep;\nsetp.ne.b32 keep, " FLAG ", 0;\nwgmma.mma_async.sync.aligned.m64n" N \
     "k" K ".f32." TYPE "." TYPE " {" P "}, " OPERANDS ";\n}"
 
-// d = (accumulate ? d : 0) + a * b, with a and b descriptors (tile.cuh). *_MN: the operand is
-// stored with its M or N index contiguous; 8-bit ones cannot be, and their instruction has no such
-// immediates.
+// d = (accumulate ? d : 0) + a * b. ss: a and b are descriptors (tile.cuh); rs: a is in registers.
+// A_MN, B_MN: the operand's M or N index is contiguous in memory. FP8 operands cannot lie so, and
+// their instruction has no such immediates.
 template <int N, class Element, bool A_MN, bool B_MN> struct Wgmma;
 
 #define IMMEDIATE(i) ", " i

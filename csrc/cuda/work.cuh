@@ -1,19 +1,21 @@
-// What a CTA of a forward kernel does: a tile of rows, the keys that they see, and of these the
-// tiles that need no mask. next: forward_sm90.cuh, forward_sm80.cuh
+// The work of a CTA of a forward kernel: a tile of query rows, the tiles of keys that they see, and
+// which of those need no mask. next: forward_sm90.cuh, forward_sm80.cuh
 #pragma once
 #include "varlen.cuh"
 #include "params.h"
 
 namespace fastattn::cuda {
 
-// The tile of rows with number `index`, and the keys its rows see. Longest first: later rows see
-// more keys under a causal mask. Where heads are packed (p.pack_gqa > 1), p.pack_gqa heads that share keys
-// count as one, and a tile's row r is row r / p.pack_gqa of head r % p.pack_gqa of these.
+// The tile of query rows with number `index`, and the keys that its rows see. The last rows come
+// first: under a causal mask they see the most keys, and the longest work is best begun first. With
+// p.pack_gqa > 1, that many query heads which share a kv head count as one, and row r of a tile is
+// row r / p.pack_gqa of head r % p.pack_gqa among them.
 struct Work {
-    int batch, head, row;  // head: the first; row: the tile's first, of its entry
+    int batch, head, row;  // head: the first that is packed; row: the tile's first in its segment
     int lengths_index;
-    int first_row, first_key;  // of the tensors' rows: the entry's row 0, the band's key 0
-    int rows;                  // of the entry, as tiles count them
+    int first_row,
+        first_key;  // where row 0 of the segment and key 0 of the band lie in the tensors
+    int rows;       // of the segment, as tiles count them: times pack_gqa
     Band band;
 
     template <class Params> FASTATTN_DEVICE Work(const Params& p, int index, int block_q) {

@@ -3,25 +3,32 @@
 First-order backward is the backend's fused kernel. Everything beyond it (jvp, double backward,
 Hessian-vector products, and so on, of every option) is the derivative of the reference.
 
-What Python costs in eager mode, for [1, 1, 8, 8] tensors, in thousands of user instructions (0.2 us
-a thousand on the busy AVX2 machine where they were counted; unlike times, they do not vary):
+What a call without operands costs in eager mode, of [1, 1, 8, 8] fp32 tensors on one thread, in
+thousands of user instructions (callgrind, AVX2 kernels; unlike times, they do not vary):
 
-    the operator alone, 21 arguments, kernel included     115     (its argument passing alone: 64)
-    attention(), no gradient wanted                       147     checks 19, key guard 8, rest 5
-    attention(), gradient wanted, forward                 193     a bare autograd.Function: 33
-    F.scaled_dot_product_attention, without / with grad    42 / 48
-    the same under enable()                                77 / 86
+                                                 by the ordinary operator   by attend_simple()
+    attention(), no gradient wanted                        138                      88
+    attention(), gradient wanted, forward                  194                     125
+    F.scaled_dot_product_attention, the same two          62, 74
+    the same under enable()                               68, 83    (77, 92 before new_strided())
+
+The ordinary operator has 23 arguments, which torch looks through for subclasses (19), converts (12)
+and hands to C++ (5); 8 more keep autograd out. attend_simple() calls an operator of nine arguments
+past torch's dispatcher. Of its 88, the kernel is 14 and the C++ around it 20.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from ..core.call import Call, Result
 from ..core.reference import reference
-from ..core.spec import LEAVES, NO_OPERANDS, OTHERS, Operands
+from ..core.spec import LEAVES, NO_OPERANDS, OTHERS, Operands, Spec, numbers_of
 from .vmap import vmap_backward, vmap_forward
 
 # Below these keys an operator's kernel runs at once: no autograd, no autocast (done by then).
@@ -30,6 +37,21 @@ for _name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastC
     BELOW_AUTOGRAD = BELOW_AUTOGRAD | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name))
 
 _NO_LEAVES, _NO_OTHERS = (None,) * len(LEAVES), (None,) * len(OTHERS)
+_NO_NEEDS = (False,) * len(LEAVES)
+
+
+class SimplePlan(NamedTuple):
+    """How calls alike in all but values and strides run that have four dimensions, no operands and
+    no dropout."""
+
+    spec: Spec
+    row: Any  # the backend
+    numbers: tuple | None  # the spec's, where row.simple serves these calls
+
+    @classmethod
+    def of(cls, call: Call, row) -> SimplePlan:
+        serves = row.simple is not None and call.q.is_cpu
+        return cls(call.spec, row, numbers_of(call.spec) if serves else None)
 
 
 def attend(call: Call, row) -> Result:
@@ -58,6 +80,61 @@ def attend(call: Call, row) -> Result:
     apply = Attention.apply if transformed else _apply_eager
     how = (call.spec, row, call.num_splits)
     return Result(*apply(call.q, call.k, call.v, *leaves, others, how))
+
+
+def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result | tuple:
+    """attend() of a call that `plan` was made for. Where torch has to see the operator (a mode, a
+    transform, a profiler, a negative view), it is the ordinary one."""
+    if (
+        plan.numbers is None
+        or q.is_neg()  # a view that torch's dispatcher negates: z.conj().imag
+        or k.is_neg()
+        or v.is_neg()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return attend(Call(q, k, v, plan.spec, NO_OPERANDS), plan.row)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _apply_simple(q, k, v, plan)
+    return plan.row.simple(q, k, v, *plan.numbers)
+
+
+class SimpleAttention(torch.autograd.Function):
+    """Attention for attend_simple(): eager, of four arguments."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan):
+        out, lse = plan.row.simple(q, k, v, *plan.numbers)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return None, None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        how = (ctx.plan.spec, ctx.plan.row, _NO_NEEDS)
+        grads = _gradients(dout, dlse, Result(out, lse), (q, k, v, *_NO_LEAVES), None, how)
+        return *grads[:3], None
+
+
+def _gradients(dout, dlse, result, tensors, others, how):
+    """What AttentionBackward gives, differentiable where that is wanted."""
+    dout = torch.zeros_like(result.out) if dout is None else dout
+    if (
+        torch.is_grad_enabled()  # create_graph
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        differentiate = AttentionBackward.apply
+    else:
+        differentiate = AttentionBackward.forward
+    return differentiate(dout, dlse, *result, *tensors, others, how)
 
 
 def _call_of(q, k, v, leaves, others, spec, num_splits=0) -> Call:
@@ -99,18 +176,9 @@ class Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return nothing
         tensors, result, others = Attention._saved(ctx)
-        dout = torch.zeros_like(result.out) if dout is None else dout
         spec, row, _ = ctx.how
         needs = ctx.needs_input_grad[3:-2]
-        if (
-            torch.is_grad_enabled()  # create_graph
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        ):
-            differentiate = AttentionBackward.apply
-        else:
-            differentiate = AttentionBackward.forward
-        grads = differentiate(dout, dlse, *result, *tensors, others, (spec, row, needs))
+        grads = _gradients(dout, dlse, result, tensors, others, (spec, row, needs))
         own = zip(grads[3:], tensors[3:], needs)
         return *grads[:3], *(dx.to(x.dtype) if need else None for dx, x, need in own), None, None
 
@@ -135,6 +203,7 @@ class Attention(torch.autograd.Function):
 # Past Function.apply, whose inspect.signature() costs more than the operator itself. What it adds
 # is for functorch, and for default arguments; neither is here.
 _apply_eager = super(torch.autograd.Function, Attention).apply
+_apply_simple = super(torch.autograd.Function, SimpleAttention).apply
 
 
 class AttentionBackward(torch.autograd.Function):

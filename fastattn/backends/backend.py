@@ -28,7 +28,10 @@ class Backend:
     backward: Callable[..., Gradients]
     refuses: Callable[[Call], str | None]  # why_not by the call alone, on any machine
     tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
-    weights_rounded: bool = False  # to halves, as matrix units want them (core/tolerance.py)
+    probs_rounded: bool = False  # to half precision, as matrix units want them (tolerance.py)
+    # (q, k, v, *numbers of the spec) -> (out, lse): the forward kernel of CPU tensors without
+    # operands, called past torch's dispatcher; None: there is no such way
+    simple: Callable | None = None
     # As why_not: why the row, though it can, does not run a call that names no backend.
     held_back: Callable[[Call], str | None] = lambda call: None
 

@@ -1,6 +1,8 @@
-"""The backend of the C++ kernels on the CPU. Next hop: csrc/ops_cpu.cpp."""
+"""The backend of the C++ kernels on the CPU. Next hop: csrc/cpu/ops_attention.cpp."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -43,4 +45,12 @@ def refuses(call):
     return None
 
 
-ROW = Backend("cpu", "C++ kernels on the CPU", why_not, forward, backward, refuses, TILE)
+# Past the dispatcher: autograd, modes and subclasses are autograd.py's and functional.py's to see.
+simple = functools.partial(
+    schema.forward_simple._handle.redispatch_boxed,
+    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
+)
+
+ROW = Backend(
+    "cpu", "C++ kernels on the CPU", why_not, forward, backward, refuses, TILE, simple=simple
+)

@@ -5,7 +5,7 @@ A call that names no backend comes here only where proof.py has seen the kernels
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -20,6 +20,7 @@ HEAD_DIMS = (64, 128, 256)
 OPERANDS = (
     "sinks", "kv_lens", "kv_starts", "document_ids", "cu_seqlens_q", "cu_seqlens_k", "page_table",
 )  # fmt: skip
+NUMBERS = ("scale", "softcap", "left", "right", "align_end")
 CAPABILITY = (8, 0)  # and later
 # The rounding of their tanh is that of 1, and the cap multiplies it; the backward divides by it.
 SOFTCAPS = 0.01, 1000.0
@@ -114,6 +115,9 @@ def refuses(call):
     accepted = FLOAT8_OPERANDS if float8 else OPERANDS
     if other := [name for name in operands.given() if name not in accepted]:
         return f"{other[0]} is given; the kernels take {', '.join(accepted)}"
+    for x in fields(spec):
+        if x.name not in NUMBERS and getattr(spec, x.name) != x.default:
+            return f"{x.name} is {getattr(spec, x.name)}; the kernels take {', '.join(NUMBERS)}"
     low, high = SOFTCAPS
     if spec.softcap and not low <= spec.softcap <= high:
         return f"softcap is {spec.softcap}; the kernels take 0 (off) and [{low}, {high}]"
@@ -168,7 +172,7 @@ ROW = Backend(
     forward,
     backward,
     refuses,
-    weights_rounded=True,
+    probs_rounded=True,
     held_back=held_back,
 )
 PROVEN = replace(ROW, backward=backward_proven)

@@ -1,6 +1,6 @@
 """The instruction sets of the CPU kernels, as their library tells: which there are, and which runs.
 
-Asked of the library itself (csrc/machine_cpu.cpp), which is what runs, so that a wheel without the
+Asked of the library itself (csrc/cpu/machine.cpp), which is what runs, so that a wheel without the
 module `fastattn._C` knows as much as a build with it.
 """
 

@@ -1,5 +1,6 @@
 """What torch knows of the operators of schema.py: results' shapes, derivatives, vmap, autocast, and
-Triton's kernels. The native libraries bring their own kernels: csrc/ops_cpu.cpp, csrc/cuda/ops.cu.
+Triton's kernels. The native libraries bring their own kernels: csrc/cpu/ops_attention.cpp and
+csrc/cuda/ops.cu.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ..core.spec import LEAVES, NUMBERS, OPERANDS, Operands, Spec
 from ..core.tensors import accumulate_dtype, autocast_to, is_8_bit, is_dense, unit_stride
 from . import autograd
 from .gpu import launcher
-from .schema import FORWARDS, LIBRARY, PAIRS, Arguments
+from .schema import FORWARDS, LIBRARY, PAIRS, Arguments, forward
 from .vmap import one_by_one, vmap_backward, vmap_forward
 
 _N, _M = len(OPERANDS), len(NUMBERS)
@@ -143,6 +144,16 @@ def _register_autocast(end: str, device_type: str, key: str) -> None:
             return forward(*(autocast_to(x, dtype) for x in (q, k, v)), *rest)
 
     LIBRARY.impl(f"flash_attn_fwd{end}", autocast_forward, key)
+
+
+# ---- the operator of simple calls: who calls it by name gets the ordinary one --------------------
+
+
+def _simple_forward(q, k, v, *numbers):
+    return forward(q, k, v, *(None,) * _N, *numbers, 0)
+
+
+LIBRARY.impl("flash_attn_fwd_simple", _simple_forward, "Autograd")
 
 
 # ---- all of that, for each forward and for each pair ---------------------------------------------

@@ -1,5 +1,5 @@
 """Which backend runs a call, and why the others do not. Next hop: the operator in operators.py,
-whose kernels are in csrc/ops_cpu.cpp or kernels/launch.py, or core/reference.py.
+whose kernels are in csrc/cpu/ops_attention.cpp or kernels/launch.py, or core/reference.py.
 
 BACKENDS is a list, best first. The first row whose why_not and held_back are None runs the call;
 backend= (or the environment's FASTATTN_BACKEND) names one, which then runs it, held back or not, or

@@ -1,10 +1,10 @@
 """The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd, and the same by Triton, with
-_triton after their names. Kernels: csrc/ops_cpu.cpp, csrc/cuda/ops.cu, kernels/launch.py.
+_triton after their names. Kernels: csrc/cpu/ops_attention.cpp, csrc/cuda/ops.cu, kernels/launch.py.
 
 Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
 autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that functional.py
 makes: q [B, heads, q_len, D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_len, v_dim], unit last
-stride, one dtype; the eleven operands of `Operands` and the six numbers of `Spec`, in order.
+stride, one dtype; the operands of `Operands` and the six numbers of `Spec`, in order.
 
 Triton's forward operator also takes 8-bit tensors, with the three `Descales` at the end: q, k and v
 (out is then bfloat16), or k and v alone; it has no gradient of these. flash_attn_fwd_float8 is the
@@ -56,7 +56,14 @@ for _end in FAMILIES:
         tags=TAGS,
     )
 
+# The forward of CPU tensors without operands, for the calls where nothing but the kernel is to run
+# (autograd.py knows which). Torch takes 1 to 2 thousand instructions to pass an argument.
+LIBRARY.define(
+    f"flash_attn_fwd_simple(Tensor q, Tensor k, Tensor v, {_SPEC}) -> (Tensor out, Tensor lse)"
+)
+
 forward = torch.ops.fastattn.flash_attn_fwd.default
+forward_simple = torch.ops.fastattn.flash_attn_fwd_simple.default
 backward = torch.ops.fastattn.flash_attn_bwd.default
 forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
 backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default

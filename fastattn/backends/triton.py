@@ -57,6 +57,6 @@ ROW = Backend(
     forward,
     backward,
     refuses,
-    weights_rounded=True,
+    probs_rounded=True,
     held_back=held_back,
 )

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from .. import masks
 from ..backends import isa, proof, registry
 from ..core.call import Call
 from ..core.spec import NO_OPERANDS, Spec
@@ -93,6 +94,13 @@ FEATURES = (
         lambda d: {"document_ids": d.ints(*[0] * 33, *[1] * 80, *[5] * 37), "causal": True},
         kv_len=150,
     ),
+    Feature(
+        "key ranges",
+        lambda d: {
+            "key_ranges": masks.chunked(64, 150, offset=80, device=d.device),
+            "causal": True,
+        },
+    ),
     Feature("dropout", lambda d: {"dropout_p": 0.2, "dropout_seed": (3, 7)}),
     Feature("grouped heads", lambda d: {"causal": True}, heads=8, kv_heads=2),
     Feature("v_dim 40, D 80", head_dim=80, v_dim=40),
@@ -157,7 +165,7 @@ def measure(feature: Feature, dtype: torch.dtype, device: str, backend: str) -> 
     want, plain = truth(feature, dtype, device)
     if backend == "reference":  # it is plain torch, so it is compared with the rounded truth
         plain = want
-    rounded = registry.BY_NAME[backend].weights_rounded
+    rounded = registry.BY_NAME[backend].probs_rounded
     scale = inputs[0].shape[-1] ** -0.5
     tolerance = Tolerance(*inputs, scale, want["lse"], *cotangents, probs_rounded=rounded)
     errors, torch_errors, failures = [0.0], [0.0], []

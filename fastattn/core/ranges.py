@@ -34,7 +34,7 @@ def _end_of(name: str, x, full, device, rank: int) -> Tensor:
         wide = wide.unsqueeze(0)
     if wide.dim() > 3 or any(n != 1 and n != m for n, m in zip(wide.shape, full)):
         batch, heads, rows, _ = full
-        hint = f", here {name[-5:].strip()}[:, None]" if tuple(x.shape) == (batch, rows) else ""
+        hint = f", here {name.split()[-1]}[:, None]" if tuple(x.shape) == (batch, rows) else ""
         raise ValueError(
             f"{name} has shape {checks.show(x)}; accepted is any that broadcasts to "
             f"{[batch, heads, rows]} (batch, heads, rows){hint}"

@@ -1,5 +1,5 @@
 """gate(): activation(gate) * up, the middle of a gated feed-forward block (GLU variants, arXiv
-2002.05202). Kernels: csrc/fused_cpu.cpp and kernels/gate.py. Next hop: operator.py.
+2002.05202). Kernels: csrc/cpu/ops_fused.cpp and kernels/gate.py. Next hop: operator.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Linear cross entropy: a language model's loss without all its logits in memory.
-Next hop: cross_entropy_ in csrc/fused_cpu.cpp, for the rows of one chunk, and for GPUs
+Next hop: cross_entropy_ in csrc/cpu/ops_fused.cpp, for the rows of one chunk, and for GPUs
 kernels/linear_cross_entropy.py.
 
 Rows (tokens) are processed in chunks. A matrix product gives a chunk's logits, which are replaced

@@ -1,5 +1,5 @@
 """norm(): RMSNorm or LayerNorm, with dropout and the residual addition in the same pass. Kernels:
-csrc/fused_cpu.cpp and kernels/norm.py. Next hop: operator.py.
+csrc/cpu/ops_fused.cpp and kernels/norm.py. Next hop: operator.py.
 """
 
 from __future__ import annotations

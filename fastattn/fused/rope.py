@@ -1,5 +1,5 @@
-"""rotate(): rotary position embedding (RoPE) of queries and keys. Kernels: csrc/fused_cpu.cpp and
-kernels/rope.py. Next hop: operator.py.
+"""rotate(): rotary position embedding (RoPE) of queries and keys. Kernels: csrc/cpu/ops_fused.cpp
+and kernels/rope.py. Next hop: operator.py.
 """
 
 from __future__ import annotations

@@ -4,14 +4,18 @@ functions, forward and backward; and every public name. A minute, where all test
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import pytest
 import torch
 from cases import OPTIONS, Case, combine
+from fresh_python import ROOT
 from operator_calls import cotangents_of, run_reference
+from ranged_cases import Ranged
 
 import fastattn
-from fastattn.core.spec import Operands
+from fastattn.cli import info, verify
+from fastattn.core.spec import NUMBERS, OPERANDS, Operands, Spec
 from fastattn.core.tolerance import Tolerance
 
 SMALL = {  # what is too long in the list of options
@@ -30,6 +34,7 @@ def cases() -> dict[str, Case]:
     found = {
         name: combine(name, SIZE | SMALL.get(name, option)) for name, option in OPTIONS.items()
     }
+    found["key_ranges"] = Ranged("key_ranges", ranges="gaps", **SIZE)
     return {name: case for name, case in found.items() if case.function is not None}
 
 
@@ -73,23 +78,107 @@ def test_an_option(name, backend, monkeypatch):
         assert comparison.passed, f"{what}: {comparison}"
 
 
+# ---- the list of cases has every option ----------------------------------------------------------
+
+
+CALLS = (fastattn.attention, fastattn.varlen_attention, fastattn.decode_attention)
+ELSEWHERE = {  # options that no small case above gives: a file of tests/ that does
+    "backend": "attention/test_check.py",
+    "return_lse": "attention/test_check.py",
+    "deterministic": "attention/test_functional.py",
+    "head_origin": "nn/test_tensor_parallel.py",
+    "q_descale": "backends/test_triton_decode.py",
+    "k_descale": "backends/test_triton_decode.py",
+    "v_descale": "backends/test_triton_decode.py",
+    "k": "attention/test_decoding.py",
+    "v": "attention/test_decoding.py",
+    "cache_batch_idx": "attention/test_decoding.py",
+    "rotary": "attention/test_decoding.py",
+    "rotary_interleaved": "attention/test_decoding.py",
+    "num_splits": "attention/test_decoding.py",
+}
+
+
+def test_every_option_of_the_calls_has_a_small_case():
+    """A new option is given a case in tests/support/cases.py, or named above with its tests."""
+    given = set()
+    for case in cases().values():
+        arguments, options = case.call(case.make(torch.float32))
+        defaults = inspect.signature(getattr(fastattn, case.function)).parameters
+        given |= {name for name, x in options.items() if x is not defaults[name].default}
+    own = {p.name for f in CALLS for p in inspect.signature(f).parameters.values()
+           if p.kind is p.KEYWORD_ONLY}  # fmt: skip
+    assert own - given == set(ELSEWHERE)
+    for name, path in ELSEWHERE.items():
+        assert f"{name}=" in (ROOT / "tests" / path).read_text(), f"{path} does not give {name}"
+
+
+def test_every_number_and_operand_has_a_small_case():
+    """Those of core/spec.py, which are what the backends see."""
+    problems = [case.make(torch.float32) for case in cases().values()]
+    default = Spec(SIZE["head_dim"] ** -0.5)
+    numbers = {n for n in NUMBERS for p in problems if getattr(p.spec, n) != getattr(default, n)}
+    assert numbers == set(NUMBERS)
+    assert {name for p in problems for name in p.operands.given()} == set(OPERANDS)
+
+
+def test_the_support_table_has_every_number_and_operand():
+    """python -m fastattn info and docs/backends.md: which backend takes what."""
+    named = {name for _, changes in info.SUPPORT for name in changes}
+    assert {*NUMBERS, *OPERANDS} - named == {"scale", "kv_starts"}  # kv_starts: of a cache alone
+
+
+def test_verify_has_every_option():
+    """python -m fastattn verify: what the user's own machine computes against float64."""
+    draw = verify.Draw(torch.float32, "cpu")
+    given = {name for feature in verify.FEATURES for name in feature.options(draw)}
+    shared = set.intersection(*(set(inspect.signature(f).parameters) for f in CALLS))
+    missing = shared - given - {"q", "unknown", "backend", "return_lse"}
+    assert missing == {"scale", "head_origin", "deterministic"}
+
+
+# ---- public names --------------------------------------------------------------------------------
+
+
 PUBLIC = {
-    "fastattn": """attention varlen_attention decode_attention merge_states explain Explanation
-        scaled_dot_product_attention override_sdpa enable disable swap unswap SwapReport nn""",
+    "fastattn": """attention varlen_attention decode_attention merge_states explain Explanation Spec
+        scaled_dot_product_attention override_sdpa enable disable swap unswap SwapReport
+        masks nn models flash_attn __version__""",
+    "fastattn.masks": "prefix chunked block_causal",
     "fastattn.nn": """MultiheadAttention TransformerEncoderLayer TransformerDecoderLayer
         TransformerEncoder TransformerDecoder Transformer Attention RMSNorm LayerNorm
-        RotaryEmbedding SwiGLU GeGLU LinearCrossEntropy SinusoidalPositionalEncoding
-        LearnedPositionalEncoding TransformerBlock""",
+        RotaryEmbedding SwiGLU GeGLU MLP LinearCrossEntropy SinusoidalPositionalEncoding
+        LearnedPositionalEncoding TransformerBlock KVCache""",
     "fastattn.models": """GPT BERT EncoderDecoder FusionEncoder GPTConfig BERTConfig
-        EncoderDecoderConfig FusionConfig""",
-    "fastattn.hf": "enable",
+        EncoderDecoderConfig FusionConfig Config Model ModelOutput CheckpointError""",
+    "fastattn.hf": """enable register NAME FLASH_NAME HARMLESS CompactMask attention_forward
+        attention_mask""",
     "fastattn.flash_attn": """flash_attn_func flash_attn_kvpacked_func flash_attn_qkvpacked_func
         flash_attn_varlen_func flash_attn_varlen_kvpacked_func flash_attn_varlen_qkvpacked_func
         flash_attn_with_kvcache""",
-    "fastattn.flash_attn.bert_padding": "pad_input unpad_input index_first_axis",
+    "fastattn.flash_attn.bert_padding": """pad_input unpad_input index_first_axis
+        unpad_input_for_concatenated_sequences""",
     "fastattn.audit": "audit",
     "fastattn.benchmarks.timing": "Contender compare",
 }
+SHARED = """scale causal window align mask bias alibi_slopes softcap sinks kv_lens document_ids
+    key_ranges head_origin dropout_p dropout_seed return_lse deterministic backend"""
+CACHE = """cache_lens k v page_table cache_leftpad cache_batch_idx rotary rotary_interleaved
+    num_splits k_descale v_descale"""
+SIGNATURES = {  # function: parameters, in any order after the positional ones
+    "attention": ("q k v", f"{SHARED} q_descale k_descale v_descale"),
+    "varlen_attention": (
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k", f"{SHARED} page_table",
+    ),
+    "decode_attention": ("q k_cache v_cache", f"{SHARED} {CACHE}"),
+    "merge_states": ("out_a lse_a out_b lse_b", ""),
+    "scaled_dot_product_attention": (
+        "query key value attn_mask dropout_p is_causal", "scale enable_gqa",
+    ),
+    "masks.prefix": ("prefix_lens q_len", "offset device"),
+    "masks.chunked": ("chunk_size q_len", "offset first device"),
+    "masks.block_causal": ("block_sizes q_len", "offset device"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", PUBLIC)
@@ -99,3 +188,21 @@ def test_public_names(module):
     found = importlib.import_module(module)
     missing = [name for name in PUBLIC[module].split() if not hasattr(found, name)]
     assert not missing, f"{module} lacks {missing}"
+    new = set(getattr(found, "__all__", ())) - {*PUBLIC[module].split(), "bert_padding"}
+    assert not new, f"PUBLIC lacks {new} of {module}"
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_signatures(name):
+    *modules, function = name.split(".")
+    owner = importlib.import_module(".".join(["fastattn", *modules]))
+    found = list(inspect.signature(getattr(owner, function)).parameters)
+    positional, others = (names.split() for names in SIGNATURES[name])
+    assert found[: len(positional)] == positional
+    assert set(others) <= set(found), f"{name} lacks {set(others) - set(found)}"
+
+
+def test_public_environment():
+    """The variables that users set, which `python -m fastattn info` lists."""
+    assert {"FASTATTN_BACKEND", "FASTATTN_ISA", "FASTATTN_LOG", "FASTATTN_BUILD",
+            "FASTATTN_CUDA_ARCHS", "MAX_JOBS"} <= set(info.ENVIRONMENT)  # fmt: skip

@@ -10,4 +10,4 @@ from two_processes import assert_right
 @pytest.mark.native
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 def test_every_call_refuses_under_context_parallel():
-    assert_right("tests/support/context_parallel_cases.py")
+    assert_right("context_parallel_cases.py")

@@ -94,9 +94,8 @@ def compare(call, inputs, random):
         a, b, exact = a.double(), b.double(), exact.double()
         assert torch.equal(a.isfinite(), b.isfinite())
         a, b, exact = (x.nan_to_num(0, 0, 0) for x in (a, b, exact))
-        # As in core/tolerance.py: a gradient is a small difference of products of inputs, and the
-        # probabilities carry the roundings of the scores. A broadcast input's gradient is a sum
-        # over everything that shares it.
+        # As in tolerance.py, a gradient is a small difference of products of inputs, and probs have
+        # the rounding errors of the scores. A broadcast input sums the errors of all its uses.
         shared = max(1.0, truth[0].numel() / exact.numel()) ** 0.5
         size = float(exact.abs().max()) + (product if kind == "gradient" else 0.0)
         roundings = shared * (rounding * size + finer * max(1.0, score))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ def test_the_table():
     assert [row.name for row in isa.isas() if not row.automatic] == ["portable_bf16"]
     for row in isa.isas():
         assert not any(isa.features()[feature] for feature in row.lacking)
+
+
+def test_the_kernels_follow_the_table():
+    """run.h finds the kernels by their place in isa.h's table: the orders must be the same."""
+    code = ROOT / "csrc/cpu"
+    table = re.findall(r'^        \{"(\w+)", ', (code / "isa.h").read_text(), re.MULTILINE)
+    kernels = re.findall(r"(\w+)_kernels\b", (code / "run.h").read_text())
+    assert kernels == [name for name in table if name in NAMES] == NAMES
+    assert sorted(path.stem for path in code.glob("isa_*.cpp")) == sorted(f"isa_{n}" for n in NAMES)
 
 
 @pytest.mark.skipif(

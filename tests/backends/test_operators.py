@@ -4,6 +4,7 @@ what happens where the native library is missing.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+from fastattn.backends import library
 from fastattn.core.reference import reference
 from fastattn.core.spec import OPERANDS, Operands, Spec
 from fastattn.core.work import pairs_of_band
@@ -113,6 +115,17 @@ def test_schemas_and_tags():
     arguments = [a.name for a in FORWARD.default._schema.arguments]
     operands = list(OPERANDS)
     assert arguments == ["q", "k", "v", *operands, *Spec.__slots__, "num_splits"]
+
+
+@pytest.mark.native
+def test_the_native_list_of_arguments_is_that_of_the_schemas():
+    """csrc/operands.h reads arguments by position: names, types and order must be Python's."""
+    schema = library.NATIVE.fastattn_inputs_schema
+    schema.restype = ctypes.c_char_p
+    shared = schema().decode()
+    assert [x.split()[-1] for x in shared.split(", ")] == [*OPERANDS, *Spec.__slots__]
+    for op in (FORWARD.default, BACKWARD.default):
+        assert f"Tensor q, Tensor k, Tensor v, {shared}, " in str(op._schema)
 
 
 @pytest.mark.native
@@ -262,6 +275,7 @@ def test_importing_is_light_and_flops_register_later():
 import sys, torch
 before = set(sys.modules)
 import fastattn
+from fastattn.backends import library
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert "triton" not in new and "torch._dynamo" not in sys.modules, new
 from torch.utils.flop_counter import flop_registry

@@ -216,7 +216,7 @@ def test_visible_pairs_are_those_of_the_mask(q_len, kv_len, left, right, align_e
 
 @pytest.mark.parametrize("dim, v_dim", [(16, 16), (16, 24)])
 def test_flops_are_those_torch_counts(dim, v_dim):
-    """torch's counter on the math path, which keeps the weights: one product fewer in backward."""
+    """torch's counter on the math path, which stores the probs: one product fewer in backward."""
     q, k = torch.randn(2, 3, 8, dim), torch.randn(2, 3, 10, dim)
     v = torch.randn(2, 3, 10, v_dim)
     for tensor in (q, k, v):
@@ -296,7 +296,7 @@ def test_a_tenth_more_time_is_caught_in_nine_of_ten_runs_and_none_never():
 
     def caught(slowdown: float, seed: int) -> bool:
         ratio = noisy_pair(random.Random(seed), slowdown)
-        change = Change("row", "base", ratio.value, ratio.low, ratio.high)
+        change = Change("case", "base", ratio.value, ratio.low, ratio.high)
         return change.regressed(0.05)
 
     assert sum(caught(0.10, seed) for seed in range(100)) >= 90

@@ -32,18 +32,18 @@ import fastattn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
 HISTOGRAM = ["--benchmark-histogram={folder}/histogram"] * bool(importlib.util.find_spec("pygal"))
-ROWS = (TINY["plain"], TINY["window"], TINY["decode"])
+CASES = (TINY["plain"], TINY["window"], TINY["decode"])
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Three rows, the shortest rounds, and a folder of its own for the history."""
+    """Three cases, the shortest rounds, and a separate folder for the history."""
     for level in protocol.LEVELS:
         monkeypatch.setitem(protocol.LEVELS, level, (6, 0.0))
     monkeypatch.setattr(devices, "peak_flops", lambda dtype, seconds, device: 1e11)
     monkeypatch.setattr(devices, "peak_bandwidth", lambda size, seconds, device: 1e10)
     for suite in ("all", "attention"):
-        monkeypatch.setitem(suites.SUITES, suite, lambda: ROWS)
+        monkeypatch.setitem(suites.SUITES, suite, lambda: CASES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -58,17 +58,17 @@ def test_main_prints_and_writes(tiny, capsys):
     assert cli.main([*flags, *files]) == 0
     assert torch.get_num_threads() == threads
     printed = capsys.readouterr().out
-    for row in ROWS:
-        assert row.name in printed
-    for word in ("noise floor: a thing against itself", "seed 20", "CUDA devices only", "kept as"):
+    for case in CASES:
+        assert case.name in printed
+    for word in ("noise floor: A/A ratios differ", "seed 20", "CUDA devices only", "kept as"):
         assert word in printed
     data = history.load(tiny / "new/bench.json")
     assert data["level"] == "quick" and data["machine"]["threads"] == 1
     assert {"commit", "dirty", "load", "seed", "isa", "triton", "date"} <= data["machine"].keys()
     assert set(data["clocks"]) == {"before", "after", "throttled"}
-    assert data["noise"]["cells"] == 2  # the rows in fp32
-    for entry, row in zip(data["rows"], ROWS, strict=True):
-        assert entry["name"] == row.name and entry["floor"] == row.floor and entry["red"] is None
+    assert data["noise"]["cells"] == 2  # the fp32 cases
+    for entry, case in zip(data["rows"], CASES, strict=True):
+        assert entry["name"] == case.name and entry["floor"] == case.floor and entry["red"] is None
         ours, sdpa = entry["sides"]["fastattn"], entry["sides"]["sdpa"]
         assert sdpa["backend"] == "flash" and entry["sides"]["eager"]["backend"] == "math"
         ratio = entry["versus"]["sdpa"]
@@ -88,37 +88,38 @@ def test_main_prints_and_writes(tiny, capsys):
 
 
 def test_the_command_of_a_row_measures_that_row(tiny, capsys):
-    assert cli.main(["attention", "--rows", "window", "--vs", "eager", "--json"]) == 0
+    assert cli.main(["attention", "--cases", "window", "--vs", "eager", "--json"]) == 0
     (entry,) = history.load(tiny / "out/bench.json")["rows"]
     words = shlex.split(entry["command"])
     assert words[:4] == ["python", "-m", "fastattn", "bench"]
     args = cli.parse(words[4:])
-    assert [cell.name for cell in args.cells] == [entry["name"]]
+    assert [case.name for case in args.cases] == [entry["name"]]
     assert [c.name for c in args.competitors] == ["eager"]
 
 
-@pytest.mark.parametrize("row", suites.ROWS[::7], ids=lambda row: row.name)
-def test_commands_match_one_row_exactly(row):
-    words = shlex.split(record.command(row.name, ["attention"]))
-    assert [cell.name for cell in cli.parse(words[4:]).cells] == [row.name]
+@pytest.mark.parametrize("case", suites.CASES[::7], ids=lambda case: case.name)
+def test_commands_match_one_case_exactly(case):
+    words = shlex.split(record.command(case.name, ["attention"]))
+    assert [case.name for case in cli.parse(words[4:]).cases] == [case.name]
 
 
 def test_main_lists(tiny, capsys):
-    assert cli.main(["--rows", "window", "--list"]) == 0
+    assert cli.main(["--cases", "window", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [TINY["window"].name]
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--rows", "no such row"], "no row matches 'no such row'"),
-        (["--rows", "("], "is not a regular expression"),
+        (["--cases", "no such"], "no case matches 'no such'"),
+        (["--rows", "no such"], "no case matches 'no such'"),  # as stored commands spell it
+        (["--cases", "("], "is not a regular expression"),
         (["--threads", "0"], "--threads: got 0, needs at least 1"),
         (["--minutes", "0"], "--minutes: got 0.0, needs at least"),
         (["--vs", "fa3"], "--vs: 'fa3' is not known"),
         (["--modes", "sideways"], "--modes: 'sideways' is not known"),
         (["nonsense"], "suite: 'nonsense' is not known"),
-        (["dense", "--sweep", "batch"], "both choose rows"),
+        (["dense", "--sweep", "batch"], "both choose cases"),
         (["--model", "bert-large"], "invalid choice: 'bert-large'"),
         (["--fail-if", "5%"], "--fail-if needs something to compare with"),
         (["--base", "HEAD", "--fail-if", "soon"], "--fail-if: got 'soon', accepted is a share"),
@@ -155,16 +156,16 @@ def test_main_fails_when_a_row_is_red(tiny, monkeypatch, capsys):
 def test_ctrl_c_keeps_what_is_measured(tiny, monkeypatch, capsys):
     whole = runner.measure
 
-    def until_the_second(cell, plan):
-        if cell is ROWS[1]:
+    def until_the_second(case, plan):
+        if case is CASES[1]:
             raise KeyboardInterrupt
-        return whole(cell, plan)
+        return whole(case, plan)
 
     monkeypatch.setattr(runner, "measure", until_the_second)
     assert cli.main(["--json"]) == 130
-    assert "stopped; what was measured until then" in capsys.readouterr().out
+    assert "interrupted; the table has what was measured" in capsys.readouterr().out
     data = history.load(tiny / "out/bench.json")
-    assert data["interrupted"] and [e["name"] for e in data["rows"]] == [ROWS[0].name]
+    assert data["interrupted"] and [e["name"] for e in data["rows"]] == [CASES[0].name]
     ((_, kept),) = Store(data["machine"]).runs()
     assert kept == data
 
@@ -174,7 +175,7 @@ def test_aa_compares_torch_with_torch(tiny, capsys):
     data = history.load(tiny / "out/bench.json")
     assert data["noise"]["cells"] == 3
     assert all(list(entry["versus"]) == ["sdpa again"] for entry in data["rows"])
-    assert "of 3 cells" in (printed := capsys.readouterr().out) and "not timed" not in printed
+    assert "of 3 comparisons" in (printed := capsys.readouterr().out) and "not timed" not in printed
 
 
 def test_a_report_that_cannot_be_written_costs_nothing_else(tiny, capsys):
@@ -188,26 +189,26 @@ def test_a_report_that_cannot_be_written_costs_nothing_else(tiny, capsys):
 
 
 def test_a_budget_takes_the_most_informative_cells(monkeypatch):
-    """On a clock where each cell takes ten seconds, sixty seconds hold five cells and an A/A."""
+    """If every case takes ten seconds, five cases and one A/A case fit into a minute."""
     now, measured = [0.0], []
 
-    def take_ten(cell, plan):
+    def take_ten(case, plan):
         now[0] += 10.0
-        measured.append(cell)
-        return result(cell, fastattn=1e-3, sdpa=2e-3)
+        measured.append(case)
+        return result(case, fastattn=1e-3, sdpa=2e-3)
 
     monkeypatch.setattr(runner, "measure", take_ten)
     monkeypatch.setattr(runner.Machine, "measure_peaks", lambda *args, **kwargs: None)
     monkeypatch.setattr(runner, "AA_CELLS", 1)
-    monkeypatch.setattr(runner, "aa_cells", lambda cells, forecast: [SMALL])
-    monkeypatch.setattr(runner.Forecast, "raw", lambda self, cell: 10.0)
+    monkeypatch.setattr(runner, "aa_cells", lambda cases, forecast: [SMALL])
+    monkeypatch.setattr(runner.Forecast, "raw", lambda self, case: 10.0)
     plan = protocol.Plan(devices.Cpu(), named("sdpa"), "quick")
-    done = runner.run(suites.ROWS, plan, machine(), seconds=60.0, clock=lambda: now[0])
+    done = runner.run(suites.CASES, plan, machine(), seconds=60.0, clock=lambda: now[0])
     assert len(done.results) == 5 and len(done.aa) == 1 and now[0] == 60.0
-    best = suites.by_information(suites.ROWS)[:5]
-    assert {r.cell for r in done.results} == set(best)
-    assert [r.cell for r in done.results] == [row for row in suites.ROWS if row in best]
-    assert len(done.skipped) == len(suites.ROWS) - 5
+    best = suites.by_information(suites.CASES)[:5]
+    assert {r.case for r in done.results} == set(best)
+    assert [r.case for r in done.results] == [case for case in suites.CASES if case in best]
+    assert len(done.skipped) == len(suites.CASES) - 5
 
 
 def test_a_forecast_learns_from_what_cells_took():
@@ -219,7 +220,7 @@ def test_a_forecast_learns_from_what_cells_took():
     for _ in range(3):
         forecast.learn(small, 2 * forecast.raw(small))
     assert forecast(large) == pytest.approx(2 * before)
-    assert all(forecast(cell) > 0 for cell in suites.select())
+    assert all(forecast(case) > 0 for case in suites.select())
 
 
 # ---- reports ------------------------------------------------------------------------------------
@@ -229,10 +230,10 @@ def test_what_is_slower_comes_first():
     data = example()
     ((entry, name, ratio),) = record.slower(data)
     assert (entry["dtype"], name) == ("bf16", "sdpa") and ratio["value"] == pytest.approx(0.5, 0.1)
-    text = table.as_markdown(data, [Change("row", "base", 0.8, 0.7, 0.9)])
+    text = table.as_markdown(data, [Change("case", "base", 0.8, 0.7, 0.9)])
     wrong, slow, changed = (text.index(w) for w in ("Wrong, so", "Slower: the", "Changed:"))
     assert wrong < slow < changed < text.index("<details>")
-    assert "row: slower, 25.0% more time (0.70 to 0.90, by base)" in text
+    assert "case: slower, 25.0% more time (0.70 to 0.90, by base)" in text
     assert "no difference" in text and "| RED |" in text
     assert "THROTTLED: it got hot" in text and "0123456789 (dirty)" in text
 
@@ -286,9 +287,9 @@ def test_two_writers_get_two_numbers(tmp_path):
 
 def test_changes_are_the_ratios_change():
     """torch takes twice as long today, in both runs of the rounds: nothing changed."""
-    row = SMALL
+    case = SMALL
     make = lambda ours, theirs: record.as_json(  # noqa: E731
-        [result(row, fastattn=ours, sdpa=theirs)], machine(), level="quick", options=[]
+        [result(case, fastattn=ours, sdpa=theirs)], machine(), level="quick", options=[]
     )
     before = make(1e-3, 2e-3)
     (same,) = history.changes_since(make(2e-3, 4e-3), before)
@@ -297,7 +298,7 @@ def test_changes_are_the_ratios_change():
     assert slow.verdict == "slower" and slow.value == pytest.approx(1 / 1.2)
     assert slow.regressed(0.05) and slow.regressed(0.19) and not slow.regressed(0.21)
     assert history.changes_since(make(1e-3, 2e-3), {"rows": []}) == []
-    assert history.weak(make(2e-3, 1e-3)) == [row.name] and history.weak(before) == []
+    assert history.weak(make(2e-3, 1e-3)) == [case.name] and history.weak(before) == []
 
 
 @pytest.mark.parametrize("text, value", [("5%", 0.05), ("0.05", 0.05), (" 12.5 % ", 0.125)])
@@ -306,11 +307,11 @@ def test_thresholds(text, value):
 
 
 def test_compare_and_fail_if(tiny, monkeypatch, capsys):
-    """The second run's rows are slower by construction; --fail-if tells the exit code."""
+    """The second run is slower by construction, and --fail-if sets the exit code."""
     slowdown = [1.0]
 
-    def fixed(cell, plan):
-        return result(cell, fastattn=1e-3 * slowdown[0], sdpa=2e-3)
+    def fixed(case, plan):
+        return result(case, fastattn=1e-3 * slowdown[0], sdpa=2e-3)
 
     monkeypatch.setattr(runner, "measure", fixed)
     assert cli.main(["--compare", "last"]) == 2  # nothing to compare with, and it says so
@@ -331,7 +332,7 @@ def test_a_worker_serves_a_row_and_says_what_is_wrong(monkeypatch):
     from dataclasses import asdict
 
     served = worker.Served()
-    request = {"row": asdict(TINY["causal"]), "device": "cpu", "threads": 1}
+    request = {"attention": asdict(TINY["causal"]), "device": "cpu", "threads": 1}
     answer = served.open(request)
     assert answer["why_not"] is None and 0 < answer["errors"]["excess"] <= 1
     assert served.sample({"repeats": 3})["ns"] > 0
@@ -351,7 +352,7 @@ class SlowTree:
     def __init__(self, tree, device) -> None:
         pass
 
-    def sides(self, cell):
+    def sides(self, case):
         def sampled(seconds):
             calls = iter(range(10**6))
             return lambda repeats: repeats * seconds * 1e9 * (1 + 0.01 * (next(calls) % 5))
@@ -466,7 +467,7 @@ def test_two_trees_in_two_processes(tmp_path):
 
 
 def test_pytest_benchmark_saves_and_compares(tmp_path):
-    """Two runs of a row and two cases: stored with what ran and the ratio, then compared."""
+    """Two runs of three cases are stored with the kernel and the ratio, then compared."""
     pytest.importorskip("pytest_benchmark")
     root = Path(fastattn.__file__).resolve().parents[1]
     if not (root / "benchmarks" / "test_speed.py").exists():

@@ -23,8 +23,8 @@ def runs(data: dict) -> list:
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    changes = [Change("row <2>", "base", 1.2, 1.1, 1.3), Change("row", "base", 0.8, 0.7, 0.9)]
-    data = example(skipped=["a row with no time"], interrupted=True)
+    changes = [Change("case <2>", "base", 1.2, 1.1, 1.3), Change("case", "base", 0.8, 0.7, 0.9)]
+    data = example(skipped=["a skipped case"], interrupted=True)
     return page.page(data, changes, runs(data))
 
 
@@ -41,18 +41,18 @@ def test_the_page_stands_alone(html):
 
 
 def test_what_is_wrong_or_slower_is_at_the_top(html):
-    order = ["RED", "against sdpa", "Changed", "Ratios by kind", "Every row"]
+    order = ["RED", "against sdpa", "Changed", "Ratios by variant", "All cases"]
     places = [html.index(word) for word in order]
     assert places == sorted(places)
-    assert html.index("25.0% more time") < html.index("row &lt;2&gt;: faster")
-    table = html[html.index("Every row") :]
+    assert html.index("25.0% more time") < html.index("case &lt;2&gt;: faster")
+    table = html[html.index("All cases") :]
     (slow, _, _), (red,) = record.slower(example())[0], record.reds(example())
     first = min(table.index(f"<summary>{name}</summary>") for name in (slow["name"], red["name"]))
     others = [e["name"] for e in example()["rows"] if e["name"] not in (slow["name"], red["name"])]
     assert all(table.index(f"<summary>{name}</summary>") > first for name in others)
     assert "Some CPU &lt;1&gt;" in html and "flex has &lt;no&gt; such thing &amp; more" in html
     assert "THROTTLED: it got hot" in html and "noise floor" in html
-    assert "1 rows did not fit the time" in html and "The run was stopped" in html
+    assert "1 cases did not fit into the time" in html and "The run was interrupted" in html
 
 
 def test_wrong_rows_have_no_number_on_the_page():
@@ -67,8 +67,8 @@ def test_wrong_rows_have_no_number_on_the_page():
 
 
 def test_the_same_data_gives_the_same_page(html):
-    data = example(skipped=["a row with no time"], interrupted=True)
-    changes = [Change("row <2>", "base", 1.2, 1.1, 1.3), Change("row", "base", 0.8, 0.7, 0.9)]
+    data = example(skipped=["a skipped case"], interrupted=True)
+    changes = [Change("case <2>", "base", 1.2, 1.1, 1.3), Change("case", "base", 0.8, 0.7, 0.9)]
     assert page.page(data, changes, runs(data)) == html
 
 

@@ -130,8 +130,8 @@ def test_files_with_what_they_include(tmp_path):
 
 def test_a_module_that_is_run_has_the_keys_of_one_imported(tmp_path, monkeypatch):
     (tmp_path / "made_main.py").write_text(
-        "from fastattn.benchmarks import audit_keys\n\ndef kernel(x):\n    return x\n\n"
-        "KEY = audit_keys.of_function(kernel)\n"
+        "from fastattn.benchmarks.compile import source_keys\n\ndef kernel(x):\n    return x\n\n"
+        "KEY = source_keys.of_function(kernel)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     run = runpy.run_module("made_main", run_name="__main__", alter_sys=True)

@@ -101,3 +101,8 @@ def test_where_there_is_no_gpu_it_says_so(tmp_path):
     found = report(tmp_path)
     assert "sees no CUDA device here" in found["gpu"]["said"]
     assert {x["state"] for n, x in found.items() if n != "gpu"} == {"not run"}
+
+
+def test_the_stages_tests_are_there():
+    root = gpu_session.ROOT
+    assert [path for path in gpu_session.TESTS if not (root / path).exists()] == []

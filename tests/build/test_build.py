@@ -27,13 +27,13 @@ def tree(tmp_path) -> Path:
     """A source tree with one function in C++."""
     tree = tmp_path / ODD
     packages = (f"fastattn/{name}" for name in ("nn", "models", "hf", "flash_attn"))
-    for folder in (*packages, "kernels", "benchmarks", "csrc"):
+    for folder in (*packages, "kernels", "benchmarks", "csrc/cpu"):
         (tree / folder).mkdir(parents=True)
     for name in TREE:
         shutil.copy(ROOT / name, tree)
     (tree / "csrc/answer.h").write_text("#define ANSWER 42\n")
     answer = '#include "answer.h"\nextern "C" __attribute__((visibility("default")))\n'
-    (tree / "csrc/ops_cpu.cpp").write_text(f"{answer}int answer() {{ return ANSWER; }}\n")
+    (tree / "csrc/cpu/answer.cpp").write_text(f"{answer}int answer() {{ return ANSWER; }}\n")
     return tree
 
 
@@ -54,7 +54,7 @@ def test_it_builds_below_a_path_that_a_shell_would_take_apart(tree):
     settings = {"FASTATTN_BUILD": "cpu", "PYTHONPATH": str(site)}
     runs = [python(tree, "setup.py", "build_ext", "--inplace", **settings) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stdout + runs[0].stderr
-    assert "ops_cpu.cpp" in runs[0].stdout and "no work to do" in runs[1].stdout
+    assert "answer.cpp" in runs[0].stdout and "no work to do" in runs[1].stdout
     links = (tree / "build/native/build.ninja").read_text()
     assert "site $$packages" in links
     assert ctypes.CDLL(str(tree / "fastattn/_cpu.abi3.so")).answer() == 42

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from fastattn.backends import isa, library
-from fastattn.core.tolerance import Judge
 from fastattn.core.reference import reference
 from fastattn.core.spec import Operands, Spec
+from fastattn.core.tolerance import Tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
 X86 = platform.machine() == "x86_64"
@@ -91,10 +91,10 @@ def test_attention(alone, name, dtype):
     want = by_reference(q, k, v, dout, spec, operands, torch.float64)
     compute = torch.promote_types(dtype, torch.float32)
     plain = by_reference(q, k, v, dout, spec, operands, compute)
-    judge = Judge(q, k, v, spec.scale, want[1], dout)
+    tolerance = Tolerance(q, k, v, spec.scale, want[1], dout)
     for what, *three in zip(("out", "lse", "dq", "dk", "dv"), got, want, plain, strict=True):
         three[2] = three[2] if what == "lse" else three[2].to(dtype)
-        comparison = judge.compare(what, *three)
+        comparison = tolerance.compare(what, *three)
         assert comparison.passed, f"{what}: {comparison}"
 
 

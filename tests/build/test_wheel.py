@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OTHER = os.environ.get("FASTATTN_OTHER_TORCH")
 
 pytestmark = pytest.mark.skipif(
-    library.NATIVE_MISSING is not None, reason=f"nothing native is built here: {library.NATIVE_MISSING}"
+    library.NATIVE_MISSING is not None,
+    reason=f"nothing native is built here: {library.NATIVE_MISSING}",
 )
 
 USE = """

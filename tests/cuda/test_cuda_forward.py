@@ -32,7 +32,8 @@ ARCHS = ["sm90", "sm80"]
 
 
 def cases(*axes):
-    """Of arch, dim and these. Of sm_80's, only a third runs unasked: its tests are many."""
+    """For parametrize: all combinations of an architecture, a head dimension and the values of the
+    axes. Those of sm_80 are many, so that without --long only a third of them run."""
     return thinned(ARCHS, DIMS, *axes, when=lambda arch, *others: arch == "sm80")
 
 

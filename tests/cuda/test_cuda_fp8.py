@@ -19,11 +19,11 @@ pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
 
-# Of q, k and v: one for each head, or for each entry and head, or none; of any sign.
+# Descales of q, k and v: none, one for each head, or one for each sequence and head; of any sign.
 SCALES = {
     "none": lambda one, each: Descales(),
     "heads": lambda one, each: Descales(one(), one(), one()),
-    "entries": lambda one, each: Descales(each(), None, each()),
+    "sequences": lambda one, each: Descales(each(), None, each()),
     "mixed": lambda one, each: Descales(each(), one(), None),
     "signs": lambda one, each: Descales(-one(), one(), -each()),
 }
@@ -81,7 +81,7 @@ def test_nan_stays_where_it_is():
 def test_documents(name):
     seed = list(PACKED).index(name)
     case = Case(f"fp8/{name}", head_dim=DIMS[seed % 3], **PACKED[name])
-    check_problem(make(case, "entries", seed), seed)
+    check_problem(make(case, "sequences", seed), seed)
 
 
 @pytest.mark.parametrize("name", [name for name, case in PACKED.items() if "packed" in case])
@@ -90,7 +90,7 @@ def test_packed_sequences_are_the_same_alone(dim, name):
     """Bit for bit, each sequence with scales of its own."""
     seed = DIMS.index(dim) + list(PACKED).index(name)
     case = Case("fp8/packed", head_dim=dim, **PACKED[name])
-    problem = make(case, "entries", seed)
+    problem = make(case, "sequences", seed)
     q, k, v, spec, x = problem
     out, lse = emulated.forward(problem, seed, grid=1 + seed % 2)
     ends = [[0, *accumulate(lengths)] for lengths in zip(*case.packed)]

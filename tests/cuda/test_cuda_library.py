@@ -6,6 +6,7 @@ What needs the built library is in tests/build/test_wheel.py.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import elf
 import pytest
 import torch
 
-from fastattn.backends import library, proof
+from fastattn.backends import cuda, library, proof, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # What csrc/cuda/ops.cu looks up while it runs, of libraries that it does not name.
@@ -88,7 +89,6 @@ def test_a_built_library_that_does_not_load_is_a_fault(monkeypatch):
 
 def test_a_driver_that_does_not_serve_the_library_is_named(monkeypatch):
     """By explain() and by backend="cuda"; the operators ask again themselves."""
-    from fastattn.backends import registry
     from fastattn.core.call import Call
     from fastattn.core.spec import Operands, Spec
 
@@ -116,10 +116,20 @@ def test_its_questions_are_the_ones_that_python_asks():
     asked = {"fastattn_torch_problem", "fastattn_cuda_problem", "fastattn_cuda_tensor_map"}
     source = (ROOT / "csrc/cuda/ops.cu").read_text()
     folder = ROOT / "fastattn/backends"
-    texts = "".join((folder / f"{n}.py").read_text() for n in ("operators", "proof_device"))
+    texts = "".join((folder / f"{n}.py").read_text() for n in ("library", "proof_device"))
     for name in asked:
         assert f"QUESTION {name}(" in source and f'"{name}"' in texts
     assert source.count("\nQUESTION ") == len(asked)
+
+
+def test_the_operators_take_what_the_backend_says():
+    """The lists in csrc/cuda/ops.cu are the backend's: Python makes sequences of document_ids, and
+    descales are arguments of their own."""
+    source = (ROOT / "csrc/cuda/ops.cu").read_text()
+    lists = {"TAKEN_FORWARD": cuda.OPERANDS, "TAKEN": cuda.FLOAT8_OPERANDS}
+    for name, accepted in lists.items():
+        names = re.search(rf"{name}\[\] = \{{(.*?)\}}", source, re.DOTALL).group(1)
+        assert set(re.findall(r'"(\w+)"', names)) == set(accepted) - {"document_ids", "descales"}
 
 
 @pytest.mark.parametrize("release, word", [("11.8", "nvcc is 11.8"), ("", "nvcc is unknown")])

@@ -1,5 +1,5 @@
-"""What only the sm_80 forward kernels do, on the emulator: keys in parts, keys in pages, heads that
-share a tile. What all forward kernels do is in test_cuda_forward.py.
+"""What only the sm_80 forward kernels do, on the emulator: they split keys, read them from pages,
+and pack query heads into one tile. What all forward kernels do is in test_cuda_forward.py.
 """
 
 from __future__ import annotations

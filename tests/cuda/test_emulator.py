@@ -226,3 +226,32 @@ def test_bulk_reduction(seed):
     arguments = (terms, sums, 256, ctypes.c_uint64(seed))
     assert call("emulated_reduce", *arguments, terms=terms, sums=sums) == ""
     torch.testing.assert_close(sums, expected)
+
+
+# ---- the structs of calls ----------------------------------------------------------------------
+
+
+def drifted(*, without=(), **types):
+    """BackwardCall with fields of another type, or without one."""
+    fields = [x for base in emulated.BackwardCall.__mro__[1::-1] for x in base._fields_]
+    fields = [(name, types.get(name, kind)) for name, kind in fields if name not in without]
+    return type("BackwardCall", (ctypes.Structure,), {"_fields_": fields})
+
+
+@pytest.mark.parametrize(
+    "structure, field",
+    [
+        (drifted(sequences=ctypes.c_int64), "BackwardCall.sequences"),
+        (drifted(align_end=ctypes.c_int), "BackwardCall.align_end"),
+        (drifted(without=("softcap",)), "BackwardCall.softcap"),
+        (drifted(without=("dsinks",)), "BackwardCall.dsinks"),
+        (drifted(scale=ctypes.c_float), "BackwardCall.scale"),
+    ],
+)
+def test_a_field_that_moved_is_named(structure, field):
+    """The ctypes copies are compared with the C++ structs when the library is loaded."""
+    text = emulated.library().emulated_layouts().decode()
+    emulated.check_layouts(text, emulated.STRUCTURES)
+    others = [x for x in emulated.STRUCTURES if x is not emulated.BackwardCall]
+    with pytest.raises(RuntimeError, match=rf"{field} is at .* in csrc/cuda"):
+        emulated.check_layouts(text, [*others, structure])

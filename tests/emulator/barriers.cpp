@@ -139,7 +139,7 @@ void mbarrier_wait(uint32_t bar, uint32_t parity) {
     acquire(*cta->current, b.completed);
 }
 
-// Called by copies that complete on an mbarrier.
+// A copy has brought `bytes` bytes, for which the mbarrier waited.
 void complete_bytes(uint32_t bar, int bytes, const Async& a) {
     Mbarrier& b = cta->mbarriers.at(bar);
     b.release.add(a.clock);
@@ -173,7 +173,7 @@ void set_registers(int count, bool increase) {
             fail(site, "setmaxnreg goes from " + std::to_string(w.registers) + " to " +
                            std::to_string(count) + " in the wrong direction");
         int more = (count - w.registers) * 128;
-        while (more > cta->register_pool) {  // the others of the warpgroup wait in meet
+        while (more > cta->register_pool) {  // the warpgroup's other threads wait in meet()
             cta->register_waiters.push_back({cta->current, more});
             block("setmaxnreg.inc", site,
                   ": " + std::to_string(more) + " registers wanted, " +

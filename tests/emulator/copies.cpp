@@ -70,7 +70,8 @@ struct At {
     int c[4];
 };
 
-// Calls use(shared address, global address, elements inside, elements) for each 16 bytes of a box.
+// For each 16 bytes of a box, calls use(shared address, global address, low, high): bytes [low,
+// high) lie inside the tensor.
 template <class Use> void for_each_chunk(const TensorMap& map, uint32_t base, At at, Use use) {
     int e = map.element_bytes, per = 16 / e;
     uint32_t linear = 0;
@@ -205,7 +206,7 @@ void bulk_commit() {
     t.bulk = {};
 }
 
-// A group of which only the reads were waited for stays in the list, for a wait on its writes.
+// With read_only, groups stay in the list, because a later wait may be for their writes.
 void bulk_wait(int groups, bool read_only) {
     Thread& t = *cta->current;
     Release done;

@@ -1,5 +1,6 @@
-// Implements csrc/cuda/ptx.cuh and wgmma.cuh on the CPU: the same names, one function each. Kernels
-// include this file in place of those; hosts of kernels use the part after them. See README.md.
+// Implements the functions of csrc/cuda/ptx.cuh and wgmma.cuh on the CPU, under the same names.
+// Kernels include this file in place of those; the code that launches kernels uses the part "for
+// hosts". next: README.md, state.h
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -139,7 +140,7 @@ inline int thread_index() { return emulator::thread_index(); }
 inline int lane_index() { return thread_index() % 32; }
 inline int block_index() { return emulator::block_index(); }
 inline int grid_size() { return emulator::grid_size(); }
-inline int thread_index_anew() { return thread_index(); }
+inline int thread_index_reread() { return thread_index(); }
 inline int warp_index() { return thread_index() / 32; }
 inline int warpgroup_index() { return thread_index() / 128; }
 constexpr int SHARED_ALIGNMENT = 1024;

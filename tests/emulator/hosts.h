@@ -9,7 +9,7 @@
 
 namespace fastattn::cuda {
 
-// Kept until the next call, for ctypes.
+// Keeps the text until the next call, for ctypes to read.
 inline const char* keep(std::string text) {
     static std::string kept;
     kept = std::move(text);
@@ -31,7 +31,7 @@ inline std::string why_not_tma(const ForwardCall& call) {
 template <class F, class Main>
 std::string emulated_backward(BackwardCall call, int grid, uint64_t seed, Main main) {
     BackwardSizes sizes = BackwardSizes::of<F>(call.q, call.cu_q, call.sequences);
-    std::vector<float> lse2(sizes.rows, NAN), delta(sizes.rows, NAN), sums(sizes.sums, 0.0f);
+    std::vector<float> lse2(sizes.rows, NAN), delta(sizes.rows, NAN), sums(sizes.dq_sums, 0.0f);
     std::vector<int> semaphores(sizes.semaphores, 0), large(sizes.large, 0);
     emulator::register_memory(lse2.data(), 4 * lse2.size(), "lse2");
     emulator::register_memory(delta.data(), 4 * delta.size(), "delta");
@@ -43,7 +43,7 @@ std::string emulated_backward(BackwardCall call, int grid, uint64_t seed, Main m
     call.delta = delta.data();
     call.dq_sums = sums.data();
     if (call.semaphores) call.semaphores = semaphores.data();
-    BackwardRowsParams rows = backward_rows_params<F>(call);
+    PrePostParams rows = pre_post_params<F>(call);
     emulator::Launch small{grid, ROWS_THREADS, 0, seed};
     std::string error = emulator::launch(small, [&] { backward_prepare<F>(rows); });
     if (!error.empty()) return error;

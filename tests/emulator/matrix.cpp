@@ -1,4 +1,4 @@
-// ldmatrix, stmatrix, mma.sync and wgmma. README.md draws the layouts.
+// ldmatrix, stmatrix, mma.sync and wgmma. README.md describes the layouts. next: self_test.cpp
 #include <algorithm>
 #include <cmath>
 
@@ -8,7 +8,7 @@ namespace fastattn::emulator {
 
 namespace {
 
-// A signalling NaN: whoever computes with it changes its bits.
+// A signalling NaN: arithmetic with it changes its bits, so that a use can be told.
 float poison() {
     uint32_t bits = 0x7fa0dead;
     float x;
@@ -21,7 +21,7 @@ bool is_poison(float x) {
     return bits == 0x7fa0dead;
 }
 
-// Element i of a row.
+// Element i of a row, as a float.
 float element(const uint8_t* row, int i, Format format) {
     if (format == Format::E4M3) return cuda::widen_e4m3(row[i]);
     uint16_t bits;
@@ -111,7 +111,8 @@ namespace {
 Warpgroup& my_matrix() { return cta->matrix[cta->current->index / 128]; }
 Meeting& my_warpgroup() { return cta->warpgroups[cta->current->index / 128]; }
 
-// Where a descriptor says that 16 bytes lie: of row mn from k (K-major), or of row k from mn.
+// A wgmma descriptor, and where it says that 16 bytes lie: of row mn from k on (K-major), or of row
+// k from mn on.
 struct Descriptor {
     uint32_t start, lead, stride;
     Swizzle swizzle;
@@ -306,7 +307,8 @@ void wgmma_wait(int groups) {
                 while (m.sum && run_one_multiply(w)) {
                 }
         for (; covered(); w.queue.pop_front()) {
-            // Its end, and nothing of what the other warps did: wgmma is no barrier.
+            // What follows is ordered after this wgmma, but not after what other warps did before
+            // it: wgmma is no barrier.
             done.add(w.queue.front().async->slot, w.queue.front().async->epoch);
             any = true;
         }
@@ -349,7 +351,8 @@ uint16_t narrow_fp16(float x) {
     return bits;
 }
 
-// Four bits of exponent with bias 7, three of mantissa; no infinity, 0x7f and 0xff are NaN.
+// e4m3 has four exponent bits with bias 7 and three mantissa bits. It has no infinity; 0x7f and
+// 0xff are NaN.
 float widen_e4m3(uint8_t bits) {
     struct Table {
         float of[256];
@@ -366,7 +369,7 @@ float widen_e4m3(uint8_t bits) {
     return table.of[bits];
 }
 
-// As cvt.rn.satfinite: to nearest, ties to even, the largest, 448, from there on.
+// As cvt.rn.satfinite rounds: to nearest, ties to even, and to 448, the largest, from there on.
 uint8_t narrow_e4m3(float x) {
     uint8_t sign = std::signbit(x) ? 0x80 : 0;
     if (std::isnan(x)) return 0x7f;

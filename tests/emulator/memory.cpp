@@ -28,7 +28,8 @@ bool ordered(const Access& before, const Accessor& now) {
                        lines_of(before.site) + "\n    and this is");
 }
 
-// A generic write reaches the async proxy through a fence of the writer, ordered before the read.
+// A thread's write is visible to an asynchronous operation only after a fence.proxy.async by that
+// thread, which must be ordered before the read.
 void check_proxy(uint32_t address, const Access& write, const Accessor& now) {
     if (now.kind == Kind::THREAD || write.epoch == 0 || write.kind != Kind::THREAD) return;
     const std::vector<uint32_t>& fences = cta->threads[write.slot].fences;

@@ -1,5 +1,5 @@
-// The products of csrc/cuda/mma.cuh, each way that operands can lie in shared memory.
-// next: ../test_emulator.py
+// The products of csrc/cuda/mma.cuh, for each way in which operands can lie in shared memory.
+// next: ../cuda/test_emulator.py
 #include "mma.cuh"
 
 using namespace fastattn;
@@ -9,7 +9,7 @@ namespace {
 
 using Block = Tile<64, 64>;
 
-// Two warps of 32 rows. copied: of a's 64 rows in memory, the others are zeros.
+// Two warps of 32 rows each. Rows [first, last) of a are copied, the others are zeros.
 template <Major A_MAJOR, Major B_MAJOR>
 void product(const uint16_t* a, const uint16_t* b, float* out, int first, int last) {
     SharedAddress shared = dynamic_shared();
@@ -27,7 +27,7 @@ void product(const uint16_t* a, const uint16_t* b, float* out, int first, int la
         for (int j = 0; j < 32; j++)
             st_global(out + (row + 8 * (j / 2 % 2)) * 64 + j / 4 * 8 + column + j % 2, acc[i][j]);
     }
-    // The product, rounded, is an operand from registers, or after being written to memory.
+    // The rounded product is an operand of the next one, from registers and through shared memory.
     uint32_t fragments[2][4][4];
     for (int i = 0; i < 2; i++) {
         to_fragments<Bf16, 64>(fragments[i], acc[i]);

@@ -9,7 +9,7 @@
 
 #include "state.h"
 
-// Saves what the ABI says a call preserves, then does the same backwards on the other stack.
+// Saves the registers that the ABI says a call preserves, switches stacks, and restores them there.
 asm(R"(
 .text
 .type fastattn_switch,@function
@@ -38,10 +38,11 @@ Cta* cta = nullptr;
 
 namespace {
 
-constexpr size_t STACK_BYTES = 256 << 10;  // touched only as far as a kernel's frame goes
+constexpr size_t STACK_BYTES = 256 << 10;  // only the pages that a kernel's frame reaches are used
 const std::function<void()>* kernel_body = nullptr;
 
-// One mapping a thread, kept for the next launch; the lowest page may not be touched.
+// Each thread's stack, kept for the next launch. Its lowest page is protected, so that an overflow
+// faults.
 char* stack_of(int thread) {
     static std::vector<char*> stacks;
     while (static_cast<int>(stacks.size()) <= thread) {
@@ -173,7 +174,8 @@ uint32_t site_of(void* return_address) {
     return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(return_address) - base);
 }
 
-// Inlined callers too: from the instruction up to the kernel.
+// The source lines of a site, with those of the functions that it is inlined into, up to the
+// kernel.
 std::string lines_of(uint32_t site) {
     static std::map<uint32_t, std::string> known;
     if (auto found = known.find(site); found != known.end()) return found->second;
@@ -275,9 +277,10 @@ void wake(Thread* t) {
     cta->looks = 0;
 }
 
-// Whoever looks at a flag again and again would hide a deadlock.
+// A thread that polls a flag is always ready to run and would hide a deadlock, so polls are
+// counted.
 void yield() {
-    constexpr int MANY = 1 << 16;  // looks, with nothing else done in between
+    constexpr int MANY = 1 << 16;
     if (++cta->looks > MANY)
         fail(SITE,
              "deadlock: this thread waits for a change of global memory, and nobody else "

@@ -1,5 +1,5 @@
-// The emulator's own tests: a small product of matrices written as kernels are, with one fault
-// planted at a time, and single instructions. Driven by ../test_emulator.py.
+// The emulator's own tests: a small matrix product, written as the kernels are, into which one
+// fault at a time is planted; and single instructions. ../cuda/test_emulator.py runs them.
 #include "pipeline.cuh"
 #include "tile.cuh"
 #include "transpose_fp8.cuh"
@@ -9,7 +9,7 @@ using namespace fastattn::cuda;
 
 namespace {
 
-// Each is one line left out of, or changed in, the kernel below.
+// Each fault is one line that is left out of, or changed in, the kernel below.
 enum Fault {
     NONE,
     NO_WAIT_FOR_DATA,
@@ -82,7 +82,7 @@ void consume(const Problem& p, Fault fault, SharedAddress shared, Ring<2> ring) 
     }
 }
 
-// What else can go wrong, in a few lines before the product.
+// Faults that have nothing to do with the product, and come before it.
 void misbehave(const Problem& p, Fault fault, SharedAddress shared) {
     int t = thread_index();
     SharedAddress own = shared + 5 * Block::BYTES + 4 * t;
@@ -143,8 +143,8 @@ TensorMap map_of(const void* data, int columns, int rows, emulator::Swizzle swiz
     return map;
 }
 
-// As the kernel of attention does it in 8 bits: a product of bytes, rounded to bytes, times values
-// that three warps transpose meanwhile. One line is left out of it, or changed.
+// What the FP8 forward does: a product of FP8 matrices, rounded to FP8, times values which three
+// warps transpose meanwhile. Again a fault is one line that is left out or changed.
 enum class Fault8 {
     NONE,
     NO_WAIT_FOR_TRANSPOSE,
@@ -226,8 +226,8 @@ const char* emulated_self_test(int fault, uint64_t seed, void* a, void* b, void*
                                  [&] { product(p, static_cast<Fault>(fault)); }));
 }
 
-// One box [box_rows, box_columns] at (row, column) of a matrix of elements of so many bytes, as it
-// lies in shared memory.
+// Writes to bytes_out what shared memory holds after TMA has loaded one box [box_rows, box_columns]
+// at (row, column) of a matrix.
 const char* emulated_box(const void* data, int element_bytes, int columns, int rows, int swizzle,
                          int box_columns, int box_rows, int column, int row, float* bytes_out,
                          uint64_t seed) {
@@ -280,8 +280,8 @@ const char* emulated_transposed(const void* a, const void* b, float* out, uint64
     }));
 }
 
-// out fp32 [16, 16] += a b of fp16 [16, 16], by cp.async, ldmatrix, mma; stmatrix.trans gives the
-// transpose of a in at.
+// out [16, 16] in fp32 = a b of fp16 matrices [16, 16], by cp.async, ldmatrix and mma; at = a^T, by
+// stmatrix.trans.
 const char* emulated_warp(const uint16_t* a, const uint16_t* b, float* out, uint16_t* at,
                           uint64_t seed) {
     return keep(emulator::launch({1, 32, 2048, seed}, [&] {
@@ -338,7 +338,7 @@ const char* emulated_self_test8(int fault, uint64_t seed, const void* a, const v
                                  [&] { product8(p, static_cast<Fault8>(fault)); }));
 }
 
-// n numbers, a multiple of 4, to e4m3 and back.
+// Converts n numbers (a multiple of 4) to e4m3 and back.
 void emulated_e4m3(const float* x, uint32_t* bytes, float* back, int n) {
     for (int i = 0; i < n; i += 4) bytes[i / 4] = pack4_e4m3(x[i], x[i + 1], x[i + 2], x[i + 3]);
     for (int i = 0; i < n; i++) back[i] = widen_e4m3(reinterpret_cast<uint8_t*>(bytes)[i]);

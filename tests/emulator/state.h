@@ -20,7 +20,7 @@ constexpr int SHARED_LIMIT = 232448, SHARED_BASE = 1024;  // 227 KB; addresses s
 struct ClockValue {
     uint32_t at[SLOTS] = {};
 };
-using Clock = std::shared_ptr<const ClockValue>;  // shared by all who met at a barrier
+using Clock = std::shared_ptr<const ClockValue>;  // shared by all threads that met at a barrier
 
 // A set of events that someone later waits for.
 struct Release {
@@ -30,11 +30,11 @@ struct Release {
 
     void add(const Clock& clock);
     void add(int slot, uint32_t epoch);
-    Clock take();  // and start anew
+    Clock take();  // returns what was added, and starts again with nothing
 };
 Clock join(const Clock& a, const Clock& b);
 
-// Who accesses memory: a thread, or which asynchronous operation.
+// What accesses memory: a thread, or a kind of asynchronous operation.
 enum class Kind : uint8_t {
     THREAD,
     TENSOR_LOAD,
@@ -45,7 +45,8 @@ enum class Kind : uint8_t {
     WGMMA
 };
 
-// One access to four bytes of shared memory. site: the caller's address within this library.
+// One access to four bytes of shared memory. site: the address of the calling instruction, from the
+// start of this library.
 struct Access {
     uint32_t epoch = 0, site = 0;
     uint16_t slot = 0;
@@ -55,7 +56,8 @@ struct Cell {
     Access write, reads[3];
 };
 
-// Who accesses: a thread now, or an asynchronous operation with the clock of its issue.
+// An access being made: by a thread, with its clock, or by an asynchronous operation, with the
+// clock of its issue.
 struct Accessor {
     const ClockValue* clock;
     int slot;
@@ -156,7 +158,7 @@ struct Cta {
     Launch how;
     int block = 0;
     uint64_t random = 0;
-    int haste = 0;  // of asynchronous operations: 0 at issue, 1 as late as allowed, 2 random
+    int haste = 0;  // asynchronous operations are done 0 at issue, 1 as late as allowed, 2 randomly
     std::vector<uint8_t> shared;
     std::vector<Cell> cells;
     std::vector<Thread> threads;
@@ -167,7 +169,7 @@ struct Cta {
     std::vector<AsyncPtr> pending;
     std::vector<std::vector<Thread*>> ready;  // of each warp
     int ready_count = 0, alive = 0;
-    int looks = 0;  // of threads at flags in global memory, since something else was done
+    int looks = 0;  // reads of flags in global memory, by pause(), since anything else happened
     uint32_t agent_epochs[AGENTS] = {};
     int next_agent = 0;
     int register_pool = 0;  // what warpgroups gave up

@@ -14,7 +14,7 @@ from fastattn.nn import Attention, KVCache, RMSNorm, TransformerBlock
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 def test_two_processes_are_as_one():
-    assert_right("tests/support/sharded_cases.py")
+    assert_right("sharded_cases.py")
 
 
 # ---- every head's operands, of which head_origin takes this process's ----------------------------

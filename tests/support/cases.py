@@ -177,6 +177,8 @@ class Case:
             "sinks": operands.sinks,
             "dropout_p": self.dropout,
         }
+        if operands.key_begin is not None:
+            kwargs["key_ranges"] = (operands.key_begin[..., 0], operands.key_end[..., 0])
         if self.dropout:
             kwargs["dropout_seed"] = tuple(operands.dropout_seed.tolist())
         if self.function == "attention":

@@ -40,9 +40,10 @@ def of_gcov(document: dict, root: Path = ROOT) -> Lines:
     return found
 
 
-def of_object(notes: Path) -> Lines:
-    """The lines of one object file; none of them ran where there are no counts beside its notes."""
-    command = ["gcov", "--json-format", "--stdout", str(notes)]
+def of_object(counts: Path) -> Lines:
+    """The lines of one object file. A library leaves counts of all its objects, of those that did
+    not run too, so an object without them is an older build's, or was in no library loaded."""
+    command = ["gcov", "--json-format", "--stdout", str(counts)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0 or "version '" in done.stderr:  # of another GCC
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
@@ -116,10 +117,10 @@ def by_file(lines: Lines) -> list[str]:
 
 def main(folder: Path) -> None:
     lines, isas = of_python(folder / "python"), {}
-    for notes in sorted(folder.glob("*/*.gcno")):
-        found = of_object(notes)
+    for counts in sorted(folder.glob("*/*.gcda")):
+        found = of_object(counts)
         merge(lines, found)
-        if isa := notes.name.partition("_isa_")[2]:
+        if isa := counts.name.partition("_isa_")[2]:
             isas[isa.partition(".")[0]] = found
     (ROOT / "out").mkdir(exist_ok=True)
     (ROOT / "out/coverage.txt").write_text("\n".join(by_file(lines)) + "\n")

@@ -15,7 +15,8 @@ from fastattn.core.tolerance import allowed_error
 
 
 class Kernel(NamedTuple):
-    """Of an architecture; more: what its entry in tests/emulator takes beside the call."""
+    """The backward of an architecture and head dimension. more: what its function in tests/emulator
+    takes beside the call."""
 
     arch: str
     dim: int

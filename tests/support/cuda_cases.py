@@ -114,21 +114,21 @@ def visible(problem: Problem) -> Tensor:
     """[B, 1, q_len, kv_len]: which keys a row sees."""
     q, k, _, spec, x = problem
     seen = torch.zeros(q.shape[0], q.shape[2], k.shape[2], dtype=torch.bool)
-    entries = x.cu_seqlens_q.shape[0] - 1 if x.packed else q.shape[0]
-    for entry in range(entries):
-        view = seen[0 if x.packed else entry]
+    sequences = x.cu_seqlens_q.shape[0] - 1 if x.packed else q.shape[0]
+    for i in range(sequences):
+        view = seen[0 if x.packed else i]
         if x.packed:
             own, theirs = (
-                slice(*cu[entry : entry + 2].tolist()) for cu in (x.cu_seqlens_q, x.cu_seqlens_k)
+                slice(*cu[i : i + 2].tolist()) for cu in (x.cu_seqlens_q, x.cu_seqlens_k)
             )
             view = view[own, theirs]
         rows, keys = torch.arange(view.shape[0])[:, None], torch.arange(view.shape[1])
-        n = view.shape[1] if x.kv_lens is None else x.kv_lens[entry].item()
-        start = 0 if x.kv_starts is None else x.kv_starts[entry].item()
+        n = view.shape[1] if x.kv_lens is None else x.kv_lens[i].item()
+        start = 0 if x.kv_starts is None else x.kv_starts[i].item()
         view |= (keys >= spec.lo(rows, len(rows), n)) & (keys < spec.hi(rows, len(rows), n))
         view &= (keys >= start) & (keys < n)
         if x.document_ids is not None:
-            view &= x.document_ids[entry, :, None] == x.document_ids[entry]
+            view &= x.document_ids[i, :, None] == x.document_ids[i]
     return seen[:, None]
 
 

@@ -100,6 +100,11 @@ for _name, _options in ATTENTION_OPTIONS.items():
          lambda s: qkv(s, s + 3), random=_name == "dropout",
          # Dynamo keeps Python's ranges constant, of which the reference makes its pieces.
          compilations=3 if _name == "reference" else 2)  # fmt: skip
+case(
+    "attention key_ranges",
+    lambda q, k, v, begin, end: fastattn.attention(q, k, v, key_ranges=(begin, end)),
+    lambda s: (*qkv(s, s + 3), torch.zeros(1, dtype=torch.int32), ints(*range(3, s + 3))),
+)
 case("attention document_ids", partial(with_operand, "document_ids"),
      lambda s: (*qkv(s), (torch.arange(s) // 3).int()))  # fmt: skip
 case("attention rank 3", lambda q, m: fastattn.attention(q, q, q, mask=m),

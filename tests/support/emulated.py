@@ -91,16 +91,18 @@ def _built() -> Path:
 def library() -> ctypes.CDLL:
     """The emulator with the kernels and its own tests in it."""
     loaded = ctypes.CDLL(str(_built()))
+    loaded.emulated_layouts.restype = ctypes.c_char_p
+    check_layouts(loaded.emulated_layouts().decode(), STRUCTURES)
     loaded.emulated_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p]
     for name in ("forward_sm90", "forward_sm80", "backward_sm90", "backward_sm80"):
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p
     return loaded
 
 
-# ---- calls -------------------------------------------------------------------------------------
+# ---- the structs that calls pass, and whether they are the kernels' ------------------------------
 
 
-class Operand(ctypes.Structure):
+class TensorView(ctypes.Structure):
     """csrc/cuda/host_params.h: a tensor [batch, heads, rows, D]."""
 
     _fields_ = [
@@ -111,49 +113,89 @@ class Operand(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, x: Tensor) -> Operand:
-        return cls(x.data_ptr(), *x.shape, *x.stride()[:3], x.element_size())
+    def of(cls, x: Tensor) -> TensorView:
+        batch, heads, rows, head_dim = x.shape
+        strides = zip(("batch_stride", "head_stride", "row_stride"), x.stride())
+        return cls(data=x.data_ptr(), batch=batch, heads=heads, rows=rows, head_dim=head_dim,
+                   bytes=x.element_size(), **dict(strides))  # fmt: skip
 
 
 class Descale(ctypes.Structure):
-    """csrc/cuda/params.h: fp32 [kv_heads] or [entries, kv_heads], or None."""
+    """csrc/cuda/params.h: fp32 [kv_heads] or [batch or sequences, kv_heads], or None."""
 
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int)]
 
     @classmethod
     def of(cls, x: Tensor | None) -> Descale:
-        return cls(_address(x), x.shape[1] if x is not None and x.dim() == 2 else 0)
+        stride = x.shape[1] if x is not None and x.dim() == 2 else 0
+        return cls(data=_address(x), stride=stride)
 
 
-class ForwardCall(ctypes.Structure):
-    """csrc/cuda/host_params.h; working memory is the emulator's."""
+class AttentionCall(ctypes.Structure):
+    """csrc/cuda/host_params.h, Call: what both passes have."""
 
     _fields_ = [
-        *((name, Operand) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_void_p) for name in ("lse", "kv_lens", "kv_starts", "cu_q", "cu_k")),
+        *((name, TensorView) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("kv_lens", "kv_starts", "cu_q", "cu_k")),
         *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
         *(("sinks", ctypes.c_void_p), ("sink_type", ctypes.c_int)),
         *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
         *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
-        *(("page_table", ctypes.c_void_p), ("pages", ctypes.c_int64), ("page_row", ctypes.c_int64)),
-        *(("splits", ctypes.c_int), ("split_out", ctypes.c_void_p), ("split_lse", ctypes.c_void_p)),
+    ]
+
+
+class ForwardCall(AttentionCall):
+    """csrc/cuda/host_params.h; working memory is the emulator's."""
+
+    _fields_ = [
+        *(("lse", ctypes.c_void_p), ("page_table", ctypes.c_void_p)),
+        *(("pages", ctypes.c_int64), ("page_row", ctypes.c_int64), ("splits", ctypes.c_int)),
+        *(("split_out", ctypes.c_void_p), ("split_lse", ctypes.c_void_p)),
         *((name, Descale) for name in ("q_descale", "k_descale", "v_descale")),
     ]
 
 
-class BackwardCall(ctypes.Structure):
+class BackwardCall(AttentionCall):
     """csrc/cuda/host_params.h; working memory is the emulator's."""
 
     _fields_ = [
-        *((name, Operand) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((n, ctypes.c_void_p) for n in ("lse", "dlse", "kv_lens", "kv_starts", "cu_q", "cu_k")),
-        *(("sequences", ctypes.c_int), ("documents", ctypes.c_bool)),
-        *(("scale", ctypes.c_double), ("softcap", ctypes.c_double)),
-        *(("left", ctypes.c_int64), ("right", ctypes.c_int64), ("align_end", ctypes.c_bool)),
-        *((name, ctypes.c_void_p) for name in ("lse2", "delta", "dq_sums", "semaphores")),
-        *((name, ctypes.c_void_p) for name in ("large", "sinks")),
-        *(("sink_type", ctypes.c_int), ("dsinks", ctypes.c_void_p)),
+        *((name, TensorView) for name in ("dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("lse", "dlse", "lse2", "delta", "dq_sums")),
+        *((name, ctypes.c_void_p) for name in ("semaphores", "large", "dsinks")),
     ]
+
+
+STRUCTURES = (TensorView, Descale, ForwardCall, BackwardCall)
+
+
+def layout_of(structure: type[ctypes.Structure]) -> dict[str, tuple[int, ...]]:
+    """As tests/emulator/layouts.cpp gives it: the size of the struct, then the offset and size of
+    each field."""
+    name = structure.__name__
+    found: dict[str, tuple[int, ...]] = {name: (ctypes.sizeof(structure),)}
+    for base in reversed(structure.__mro__):
+        for field, *_ in vars(base).get("_fields_", ()):
+            place = getattr(structure, field)
+            found[f"{name}.{field}"] = (place.offset, place.size)
+    return found
+
+
+def check_layouts(text: str, structures) -> None:
+    """Raises where a struct of this file is not the kernels', whose layouts are in `text`."""
+    lines = (line.split() for line in text.splitlines())
+    theirs = {name: tuple(map(int, numbers)) for name, *numbers in lines}
+    ours = {k: v for structure in structures for k, v in layout_of(structure).items()}
+    for name in [*(n for n in theirs if "." in n), *(n for n in ours if "." in n), *theirs]:
+        if theirs.get(name) != ours.get(name):
+            what = "(offset, size)" if "." in name else "(size)"
+            raise RuntimeError(
+                f"{name} is at {ours.get(name, 'no place')} in tests/support/emulated.py and at "
+                f"{theirs.get(name, 'no place')} in csrc/cuda {what}: the ctypes struct and the "
+                "table in tests/emulator/layouts.cpp must have the fields of the C++ struct"
+            )
+
+
+# ---- calls -------------------------------------------------------------------------------------
 
 
 def is_expanded(x: Tensor) -> bool:
@@ -185,18 +227,32 @@ def register(**tensors: Tensor | None) -> None:
             library().emulated_register(x.data_ptr(), size, name.encode())
 
 
+def _set_operands(call: AttentionCall, spec, x: Operands) -> None:
+    """All of a call but its four-dimensional tensors, as csrc/cuda/call.h's function does."""
+    call.kv_lens, call.kv_starts = _address(x.kv_lens), _address(x.kv_starts)
+    call.cu_q, call.cu_k = _address(x.cu_seqlens_q), _address(x.cu_seqlens_k)
+    call.sequences, call.documents = _sequences(x)
+    call.sinks, call.sink_type = _address(x.sinks), _sink_type(x.sinks)
+    call.scale, call.softcap = spec.scale, spec.softcap
+    call.left, call.right, call.align_end = spec.left, spec.right, spec.align_end
+
+
+def _set_tensors(call: ctypes.Structure, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        setattr(call, name, TensorView.of(x))
+
+
 def _forward_call(problem, out: Tensor, lse: Tensor, num_splits: int) -> ForwardCall:
     q, k, v, spec, x = problem
-    pages = x.page_table
-    return ForwardCall(
-        *map(Operand.of, (q, k, v, out)),
-        *map(_address, (lse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
-        *(*_sequences(x), _address(x.sinks), _sink_type(x.sinks)),
-        *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
-        *(_address(pages), *((0, 0) if pages is None else (pages.shape[1], pages.stride(0)))),
-        *(num_splits, None, None),
-        *map(Descale.of, x.descales or Descales()),
-    )
+    call = ForwardCall(lse=_address(lse), splits=num_splits)
+    _set_tensors(call, q=q, k=k, v=v, out=out)
+    _set_operands(call, spec, x)
+    if x.page_table is not None:
+        call.page_table = _address(x.page_table)
+        call.pages, call.page_row = x.page_table.shape[1], x.page_table.stride(0)
+    for name, scale in zip(("q_descale", "k_descale", "v_descale"), x.descales or Descales()):
+        setattr(call, name, Descale.of(scale))
+    return call
 
 
 def plan(problem, multiprocessors: int, num_splits: int = 0, hopper: bool = False) -> dict:
@@ -241,9 +297,10 @@ def backward(
     arch: str = "sm90",
     more: tuple = (),
 ):
-    """(dq, dk, dv, dsinks or None), NaN at first. deterministic: sums into dq have one order.
+    """(dq, dk, dv, dsinks or None), NaN at first.
 
-    arch: whose kernels; more: what else their entry in tests/emulator takes.
+    deterministic: CTAs add to dq in one order; arch: whose kernels; more: what else their function
+    in tests/emulator takes.
     """
     q, k, v, spec, x = problem
     x = documents_as_sequences(x)
@@ -254,14 +311,10 @@ def backward(
     register(q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv, lse=lse, dlse=dlse,
              kv_lens=x.kv_lens, kv_starts=x.kv_starts, cu_q=x.cu_seqlens_q, cu_k=x.cu_seqlens_k,
              sinks=x.sinks, dsinks=dsinks)  # fmt: skip
-    call = BackwardCall(
-        *map(Operand.of, (q, k, v, out, dout, dq, dk, dv)),
-        *map(_address, (lse, dlse, x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)),
-        *_sequences(x),
-        *(spec.scale, spec.softcap, spec.left, spec.right, spec.align_end),
-        *(None, None, None, q.data_ptr() if deterministic else None),
-        *(None, _address(x.sinks), _sink_type(x.sinks), _address(dsinks)),
-    )
+    call = BackwardCall(lse=_address(lse), dlse=_address(dlse), dsinks=_address(dsinks))
+    _set_tensors(call, q=q, k=k, v=v, out=out, dout=dout, dq=dq, dk=dk, dv=dv)
+    _set_operands(call, spec, x)
+    call.semaphores = q.data_ptr() if deterministic else None  # any address: see hosts.h
     bf16 = q.dtype == torch.bfloat16
     run = getattr(library(), f"emulated_backward_{arch}")
     fault = run(ctypes.byref(call), ctypes.c_bool(bf16), grid, ctypes.c_uint64(seed), *more)

@@ -113,7 +113,7 @@ def compare_gradients(case, t, got, want, wide) -> None:
     for name, a, b, leaf in zip(t.leaves, mine, true, wide.values()):
         b = torch.zeros_like(leaf) if b is None else b
         a = torch.zeros_like(leaf) if a is None else a
-        # What rows share sums their roundings, that of out among them, as in core/tolerance.py.
+        # A gradient shared by many rows sums their rounding errors (core/tolerance.py).
         own = math.prod(b.shape[:-1] if b.dim() > 1 else b.shape)
         rows = want[1].numel() / max(1, own) if name in SHARED else 1.0
         compare(f"d{name}", a, b, case, 4.0 * max(1.0, rows) ** 0.5)
@@ -174,7 +174,7 @@ def shrink(case: Case, seconds: float = 30.0) -> Case:
 def reproduction(case: Case) -> str:
     return (
         f"# {failure(case)}\n"
-        'import sys\nsys.path.insert(0, "tests")\n'
+        'import sys\nsys.path.insert(0, "tests/support")\n'
         "from fuzz import Case, check\n"
         f"check(Case({case}))"
     )

@@ -1,6 +1,6 @@
 // The CPU kernels of one instruction set in a program without torch, for compilers and platforms
 // that torch is not here for. Run by tests/support/kernels_alone.py, which names KERNELS:
-//   facts      prints what csrc/machine_cpu.cpp tells
+//   facts      prints what csrc/cpu/machine.cpp tells
 //   attention  reads Attention and its tensors; writes out, lse, dq, dk and dv
 //   rotate     reads Rotation and its tensors; writes the rotated rows
 #include <cstdio>

@@ -76,7 +76,7 @@ def bytes_of(x: Tensor) -> bytes:
 
 def build(folder: Path, compiler: list[str], isa: str, *flags: str, emulator: str = "") -> Program:
     """The program with the kernels of isa_<isa>.cpp."""
-    sources = [ROOT / "tests/support/kernels_alone.cpp", ROOT / "csrc/machine_cpu.cpp"]
+    sources = [ROOT / "tests/support/kernels_alone.cpp", ROOT / "csrc/cpu/machine.cpp"]
     sources.append(ROOT / f"csrc/cpu/isa_{isa}.cpp")
     output = folder / f"alone_{isa}"
     command = [*compiler, *FLAGS, *flags, f"-DKERNELS={isa}_kernels", *sources, "-o", output]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def assert_right(cases: str, timeout: float = 240) -> None:
-    """tests/`cases` ends well in both processes and prints "right"."""
+    """tests/support/`cases` ends well in both processes and prints "right"."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

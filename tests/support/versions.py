@@ -110,7 +110,7 @@ def check(python: Path, folder: Path) -> str | None:
     call = run(python, "-c", CALL, cwd=folder)
     if call.returncode:
         return f"a call with its gradients: {(call.stderr.strip().splitlines() or ['died'])[-1]}"
-    tests = [ROOT / "tests" / name for name in TESTS]
+    tests = [ROOT / name for name in TESTS]
     done = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=folder)
     (folder / "tests.log").write_text(done.stdout + done.stderr)
     if done.returncode:

@@ -1,5 +1,5 @@
 // The CPU operators: the parallel loops over work items, and what is registered with torch.
-// next: cpu/call.h (checks), cpu/schedule.h (items), cpu/forward.inl, cpu/backward.inl
+// next: call.h (checks), schedule.h (items), forward.inl, backward.inl
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -14,10 +14,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/arena.h"
-#include "cpu/call.h"
-#include "cpu/run.h"
-#include "cpu/schedule.h"
+#include "arena.h"
+#include "attention.h"
+#include "run.h"
+#include "schedule.h"
 
 namespace fastattn::cpu {
 namespace {
@@ -124,11 +124,18 @@ constexpr char NO_MEMORY[] =
     "not enough memory for the list of this call's tiles: attend to fewer rows, heads or batch "
     "entries at a time";
 
-std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_splits) try {
+Tensor new_lse(const Tensor& q) {
+    return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
+}
+
+}  // namespace
+
+Result attend(Call& call, int64_t num_splits) try {
     CHECK(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ",
           num_splits);
     const Tensor& q = call.q;
     call.prepare();
+    Tensor lse = new_lse(q);
     Tensor out =
         call.params.head_dim == call.params.v_dim && is_dense(q)
             ? new_like(q)
@@ -145,46 +152,7 @@ std::tuple<Tensor, Tensor> forward_into_new(Call& call, Tensor lse, int64_t num_
     fail(NO_MEMORY);
 }
 
-Tensor new_lse(const Tensor& q) {
-    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
-    return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
-}
-
-std::tuple<Tensor, Tensor> flash_attn_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
-    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
-    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
-    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
-    int64_t left, int64_t right, bool align_end, double dropout_p, int64_t num_splits) {
-    Call call{q,
-              k,
-              v,
-              mask,
-              bias,
-              alibi_slopes,
-              sinks,
-              kv_lens,
-              kv_starts,
-              document_ids,
-              key_begin,
-              key_end,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              page_table,
-              dropout_seed,
-              scale,
-              softcap,
-              left,
-              right,
-              align_end,
-              dropout_p};
-    return forward_into_new(call, new_lse(q), num_splits);
-}
-
-struct Gradients {
-    Tensor dq, dk, dv, dbias, dsinks;
-};
+namespace {
 
 // A large result in fresh memory costs a page fault every 4 KB: a sixth of the time of a call with
 // a bias gradient at S 1024. Where the system leaves it to the program, ask for large pages.
@@ -203,7 +171,8 @@ void prefer_huge_pages(const Tensor& t) {
 // Do the tiles of every entry visit every element of the bias? Packed sequences may all be shorter
 // than it, or see fewer keys.
 bool visits_all(const Call& call, const Tensor& bias) {
-    if (call.mask || call.key_begin || call.entries == 0 || call.params.heads == 0) return false;
+    if (call.operands.mask || call.operands.key_begin) return false;
+    if (call.entries == 0 || call.params.heads == 0) return false;
     if (static_cast<int64_t>(call.segments.size()) != call.entries) return false;
     return std::all_of(call.segments.begin(), call.segments.end(), [&](const Segment& s) {
         Range keys = s.band.kv_range(0, s.band.q_len);
@@ -274,9 +243,11 @@ void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Ten
     }
 }
 
-Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor out,
-                            const Tensor& lse, bool need_dbias, bool need_dsinks) try {
-    CHECK(!call.page_table, "pages have no gradient");
+}  // namespace
+
+Gradients differentiate(Call& call, Tensor dout, const OptionalTensor& dlse, Tensor out,
+                        const Tensor& lse, bool need_dbias, bool need_dsinks) try {
+    CHECK(!call.operands.page_table, "pages have no gradient");
     call.prepare();
     const Tensor& q = call.q;
     ScalarType accumulate = accumulate_type(q);
@@ -298,8 +269,8 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     check_like_out(out, "out");
     check_like_lse(lse, "lse");
     if (dlse) check_like_lse(*dlse, "dlse");
-    CHECK(!need_dbias || call.bias, "need_dbias without a bias");
-    CHECK(!need_dsinks || call.sinks, "need_dsinks without sinks");
+    CHECK(!need_dbias || call.operands.bias, "need_dbias without a bias");
+    CHECK(!need_dsinks || call.operands.sinks, "need_dsinks without sinks");
     dout = unit_stride(dout);
     out = unit_stride(out);
 
@@ -321,7 +292,7 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     p.dk = rows4(g.dk);
     p.dv = rows4(g.dv);
     if (need_dbias) {
-        sums = bias_sums(call, *call.bias, sharing, p.dbias_unset);
+        sums = bias_sums(call, *call.operands.bias, sharing, p.dbias_unset);
         p.dbias = operand4(sums);
     }
     if (need_dsinks) {
@@ -335,7 +306,7 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
         wide ? sink_gradient<double>(call, lse, delta, g.dsinks)
              : sink_gradient<float>(call, lse, delta, g.dsinks);
     if (need_dbias) {
-        const Tensor& bias = *call.bias;
+        const Tensor& bias = *call.operands.bias;
         g.dbias = sums;
         if (sums.size(0) != bias.size(0) || sums.size(1) != bias.size(1)) {
             g.dbias =
@@ -349,110 +320,47 @@ Gradients backward_into_new(Call& call, Tensor dout, OptionalTensor dlse, Tensor
     fail(NO_MEMORY);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
-    const Tensor& dout, OptionalTensor dlse, const Tensor& out, const Tensor& lse, const Tensor& q,
-    const Tensor& k, const Tensor& v, OptionalTensor mask, OptionalTensor bias,
-    OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor kv_lens,
-    OptionalTensor kv_starts, OptionalTensor document_ids, OptionalTensor key_begin,
-    OptionalTensor key_end, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor page_table, OptionalTensor dropout_seed, double scale, double softcap,
-    int64_t left, int64_t right, bool align_end, double dropout_p, bool need_dbias,
-    bool need_dsinks) {
-    Call call{q,
-              k,
-              v,
-              mask,
-              bias,
-              alibi_slopes,
-              sinks,
-              kv_lens,
-              kv_starts,
-              document_ids,
-              key_begin,
-              key_end,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              page_table,
-              dropout_seed,
-              scale,
-              softcap,
-              left,
-              right,
-              align_end,
-              dropout_p};
-    Gradients g = backward_into_new(call, dout, dlse, out, lse, need_dbias, need_dsinks);
+// --- what is registered with torch -------------------------------------------------------------
+
+namespace {
+
+std::tuple<Tensor, Tensor> flash_attn_fwd(Inputs inputs, int64_t num_splits) {
+    Call call{std::move(inputs)};
+    auto [out, lse] = attend(call, num_splits);
+    return {out, lse};
+}
+
+// A call without operands. Torch takes 1 to 2 thousand instructions to pass each argument.
+std::tuple<Tensor, Tensor> flash_attn_fwd_simple(Tensor q, Tensor k, Tensor v, Spec spec) {
+    return flash_attn_fwd({std::move(q), std::move(k), std::move(v), {}, spec}, 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
+                                                                  Tensor out, Tensor lse,
+                                                                  Inputs inputs, bool need_dbias,
+                                                                  bool need_dsinks) {
+    Call call{std::move(inputs)};
+    Gradients g = differentiate(call, dout, dlse, out, lse, need_dbias, need_dsinks);
     return {g.dq, g.dk, g.dv, g.dbias, g.dsinks};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
-    m.impl("flash_attn_fwd", TORCH_BOX(&flash_attn_fwd));
-    m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
-}
-
-// --- torch's C++ autograd over these kernels -----------------------------------------------------
-// aten::_scaled_dot_product_efficient_attention has a derivative and, in torch, no kernel for the
-// CPU. With ours there, override.py's calls without a mask have torch's C++ autograd, which is
-// several times cheaper than a Python one, and their backward is ours whatever has been switched.
-// Causal is aligned to the start. override.py gives neither a bias nor dropout.
-
-using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, bool has_bias, double dropout_p,
-               bool is_causal, std::optional<double> scale) {
-    CHECK(!has_bias && dropout_p == 0,
-          "attn_bias and dropout_p are not served by this operator on the CPU; "
-          "F.scaled_dot_product_attention takes both");
-    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
-    Call call{};
-    call.q = q;
-    call.k = k;
-    call.v = v;
-    call.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
-    call.left = -1;
-    call.right = is_causal ? 0 : -1;
-    return call;
-}
-
-// Beside out and lse: the dropout's seed and offset, which are undefined.
-FourTensors aten_forward(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
-                         bool /*compute_log_sumexp: always, it costs nothing*/, double dropout_p,
-                         bool is_causal, std::optional<double> scale) {
-    Call call = aten_call(q, k, v, bias && bias->defined(), dropout_p, is_causal, scale);
-    auto [out, lse] = forward_into_new(call, new_lse(q), 0);
-    return {out, lse, Tensor(), Tensor()};
-}
-
-// An undefined dout is a zero one, as everywhere in autograd, and so are undefined results.
-FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                          const Tensor& bias, const Tensor& out, const Tensor& lse,
-                          const Tensor& /*seed*/, const Tensor& /*offset*/, double dropout_p,
-                          std::vector<bool> /*which gradients are needed: all come at once*/,
-                          bool is_causal, std::optional<double> scale) {
-    if (!dout.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
-    Call call = aten_call(q, k, v, bias.defined(), dropout_p, is_causal, scale);
-    Gradients g = backward_into_new(call, dout, std::nullopt, out, lse, false, false);
-    return {g.dq, g.dk, g.dv, Tensor()};
+    m.impl("flash_attn_fwd", BOX(&flash_attn_fwd));
+    m.impl("flash_attn_fwd_simple", BOX(&flash_attn_fwd_simple));
+    m.impl("flash_attn_bwd", BOX(&flash_attn_bwd));
 }
 
 }  // namespace
 }  // namespace fastattn::cpu
 
+// The arguments that all attention operators share, as their schemas write them: a test holds these
+// equal to the schemas, which Python makes.
+extern "C" __attribute__((visibility("default"))) const char* fastattn_inputs_schema() {
+    static const std::string schema = fastattn::schema_of_inputs();
+    return schema.c_str();
+}
+
 // Whether new memory starts as NaN, for the test that holds the tests to it.
 extern "C" __attribute__((visibility("default"))) int fastattn_poison_on() {
     return fastattn::poison_on();
-}
-
-// Gives aten's operator these kernels, once and for the rest of the process: another thread may be
-// in them at any time, so they are never taken away. Called by fastattn/override.py.
-extern "C" __attribute__((visibility("default"))) void fastattn_register_sdpa() {
-    using torch::stable::detail::StableLibrary;
-    static StableLibrary* library = [] {
-        auto* made = new StableLibrary(StableLibrary::Kind::IMPL, "aten", "CPU", "ops_cpu.cpp", 0);
-        made->impl("_scaled_dot_product_efficient_attention",
-                   TORCH_BOX(&fastattn::cpu::aten_forward));
-        made->impl("_scaled_dot_product_efficient_attention_backward",
-                   TORCH_BOX(&fastattn::cpu::aten_backward));
-        return made;
-    }();
-    (void)library;
 }

@@ -1,9 +1,9 @@
-// What the CPU library tells of this machine, as C strings: fastattn/backends/isa.py asks by ctypes, so that
-// every build of the library answers, whatever else was built.
+// What the CPU library tells of this machine, as C strings: fastattn/backends/isa.py asks through
+// ctypes, so that every build of the library answers, whatever else was built.
 #include <stdexcept>
 #include <string>
 
-#include "cpu/isa.h"
+#include "isa.h"
 
 using namespace fastattn::cpu;
 

@@ -1,6 +1,6 @@
 // The CPU operators around attention: norm, gate, activate, rotate, cross_entropy. Checks, and
 // the parallel loops over rows.
-// next: cpu/fused.inl
+// next: fused.inl
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/arena.h"
-#include "cpu/call.h"
-#include "cpu/run.h"
+#include "arena.h"
+#include "call.h"
+#include "run.h"
 
 namespace fastattn::cpu {
 namespace {

@@ -1,14 +1,14 @@
 // The CPU operator for a Linear's weight and bias gradients.
-// next: cpu/linear.inl
+// next: linear.inl
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <tuple>
 
-#include "cpu/arena.h"
-#include "cpu/call.h"
-#include "cpu/run.h"
+#include "arena.h"
+#include "call.h"
+#include "run.h"
 
 namespace fastattn::cpu {
 namespace {

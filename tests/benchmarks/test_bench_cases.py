@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from bench_data import SMALL, TINY
 from fastattn.benchmarks import competitors, suites
-from fastattn.benchmarks.cases import Case, Row, eager
+from fastattn.benchmarks.cases import AttentionCase, Problem, eager
 from fastattn.benchmarks.end_to_end import WORKLOADS, Built, Workload
 from fastattn.benchmarks.measure import devices, machine, protocol, timing
 from fastattn.benchmarks.measure.check import RESULTS, checked_heads
@@ -29,17 +29,17 @@ def quick(monkeypatch):
     monkeypatch.setattr(devices, "peak_bandwidth", lambda size, seconds, device: 1e10)
 
 
-def measured(cell, vs=SDPA, **options):
-    return protocol.measure(cell, protocol.Plan(devices.Cpu(), vs, "quick", **options))
+def measured(case, vs=SDPA, **options):
+    return protocol.measure(case, protocol.Plan(devices.Cpu(), vs, "quick", **options))
 
 
-# ---- which rows ---------------------------------------------------------------------------------
+# ---- selecting cases ----------------------------------------------------------------------------
 
 
-def test_rows_cover_what_is_asked():
-    names = [row.name for row in suites.ROWS]
+def test_cases_cover_the_required_shapes():
+    names = [case.name for case in suites.CASES]
     assert len(set(names)) == len(names)
-    asked = {  # (group, dtype, mode, causal): lengths
+    required = {  # (group, dtype, mode, causal): lengths
         ("dense", "fp32", "fwd", True): {512, 1024, 2048, 4096},
         ("train", "fp32", "fwdbwd", False): {512, 1024, 2048},
         ("train", "fp32", "fwdbwd", True): {512, 1024, 2048},
@@ -48,11 +48,11 @@ def test_rows_cover_what_is_asked():
         ("short", "fp32", "fwd", False): {16, 32, 64},
         ("short", "fp32", "fwdbwd", False): {16, 32, 64},
     }
-    for (group, dtype, mode, causal), lengths in asked.items():
+    for (group, dtype, mode, causal), lengths in required.items():
         found = {
-            row.keys
-            for row in suites.ROWS
-            if (row.group, row.dtype, row.mode, row.causal) == (group, dtype, mode, causal)
+            case.keys
+            for case in suites.CASES
+            if (case.group, case.dtype, case.mode, case.causal) == (group, dtype, mode, causal)
         }
         assert found == lengths, group
     assert set(suites.groups()) >= {"half", "dropout", "bias", "window", "padding", "endtoend"}
@@ -65,19 +65,19 @@ def test_every_model_and_sweep_makes_distinct_rows():
     assert set(suites.SWEEPS) == {"seqlen", "head_dim", "mask", "dtype", "batch"}
     for model in (None, *suites.MODELS):
         for sweep in (None, *suites.SWEEPS):
-            cells = suites.select(model=model, sweep=sweep)
-            names = [cell.name for cell in cells]
+            cases = suites.select(model=model, sweep=sweep)
+            names = [case.name for case in cases]
             assert len(set(names)) == len(names) >= 2, (model, sweep)
-    assert {row.dim for row in suites.select(sweep="head_dim")} >= {64, 80, 256}
-    assert {row.keys for row in suites.select(sweep="seqlen", model="llama3-8b")} >= {64, 4096}
+    assert {case.dim for case in suites.select(sweep="head_dim")} >= {64, 80, 256}
+    assert {case.keys for case in suites.select(sweep="seqlen", model="llama3-8b")} >= {64, 4096}
     masks = suites.select(sweep="mask", model="bert-base")
-    assert {row.group for row in masks} == {"bert-base-mask"}
+    assert {case.group for case in masks} == {"bert-base-mask"}
 
 
 def test_select_by_suite_group_modes_and_pattern():
     assert {c.group for c in suites.select("dense")} == {"dense"}
     assert suites.select("endtoend") == list(WORKLOADS)
-    assert len(suites.select()) == len(suites.ROWS) + len(WORKLOADS)
+    assert len(suites.select()) == len(suites.CASES) + len(WORKLOADS)
     both = suites.select("dense", modes=["fwd", "bwd"], pattern="S512")
     assert [c.mode for c in both] == ["fwd", "bwd"] * 2
     assert [c.floor for c in both if c.mode == "bwd"] == [
@@ -86,38 +86,38 @@ def test_select_by_suite_group_modes_and_pattern():
     ]  # only what was asked
     with pytest.raises(ValueError, match="suite: 'dens' is not known; accepted are all, attention"):
         suites.select("dens")
-    with pytest.raises(ValueError, match="'dense' and --model gpt2 both choose rows"):
+    with pytest.raises(ValueError, match="'dense' and --model gpt2 both choose cases"):
         suites.select("dense", model="gpt2")
     with pytest.raises(ValueError, match="--modes: 'fw' is not known"):
         suites.select("dense", modes=["fw"])
 
 
 def test_the_most_informative_rows_come_first():
-    order = suites.by_information(suites.ROWS)
-    assert set(order) == set(suites.ROWS)
-    variants = {suites.variant(row) for row in suites.ROWS}
+    order = suites.by_information(suites.CASES)
+    assert set(order) == set(suites.CASES)
+    variants = {suites.variant(case) for case in suites.CASES}
     first = order[: len(variants)]
-    assert {suites.variant(row) for row in first} == variants  # one of each before any second
-    dense = [row for row in first if row.name.startswith("dense fp32 fwd H8 D64")]
-    assert {row.keys for row in dense} == {1024}  # the middle length
-    weak = suites.ROWS[-1].name
-    assert suites.by_information(suites.ROWS, [weak])[0].name == weak
+    assert {suites.variant(case) for case in first} == variants  # one of each before any second
+    dense = [case for case in first if case.name.startswith("dense fp32 fwd H8 D64")]
+    assert {case.keys for case in dense} == {1024}  # the middle length
+    weak = suites.CASES[-1].name
+    assert suites.by_information(suites.CASES, [weak])[0].name == weak
 
 
 def test_a_row_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="mode: got 'train', accepted are fwd, bwd, fwdbwd"):
-        Row("x", mode="train")
+        AttentionCase("x", mode="train")
     with pytest.raises(ValueError, match="dtype: got 'fp8'"):
-        Row("x", dtype="fp8")
+        AttentionCase("x", dtype="fp8")
 
 
-# ---- a row as tensors ---------------------------------------------------------------------------
+# ---- the tensors of a case ----------------------------------------------------------------------
 
 
-def seen_by(case: Case) -> torch.Tensor:
-    row = case.row
-    visible = torch.ones(row.batch, row.heads, row.q_len, row.keys, dtype=torch.bool)
-    for mask in competitors.visible(case):
+def seen_by(problem: Problem) -> torch.Tensor:
+    case = problem.case
+    visible = torch.ones(case.batch, case.heads, case.q_len, case.keys, dtype=torch.bool)
+    for mask in competitors.visible(problem):
         if mask is not None:
             visible &= mask
     return visible
@@ -125,19 +125,19 @@ def seen_by(case: Case) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", TINY)
 def test_pairs_of_a_row_are_those_its_masks_show(name):
-    case = Case(TINY[name])
-    assert case.work().pairs == int(seen_by(case).sum())
+    problem = Problem(TINY[name])
+    assert problem.work().pairs == int(seen_by(problem).sum())
 
 
 @pytest.mark.parametrize("name", [n for n in TINY if not TINY[n].dropout])
 @pytest.mark.parametrize("who", ["sdpa", "math", "eager"])
 def test_every_way_to_write_a_row_computes_the_same(name, who):
     """In float64, to rounding: who is compared computes what fastattn computes."""
-    case = Case(TINY[name]).double()
+    problem = Problem(TINY[name]).double()
     competitor = competitors.BY_NAME[who]
-    if competitor.why_not(case):
-        pytest.skip(competitor.why_not(case))
-    steps = [case.step(forward) for forward in (competitor.forward(case), case.fastattn())]
+    if competitor.why_not(problem):
+        pytest.skip(competitor.why_not(problem))
+    steps = [problem.step(forward) for forward in (competitor.forward(problem), problem.fastattn())]
     for theirs, ours, what in zip(*(step() for step in steps), RESULTS):
         assert torch.allclose(theirs, ours, rtol=1e-9, atol=1e-9), what
 
@@ -152,10 +152,10 @@ def test_eager_is_attention_by_hand():
 
 
 def test_large_rows_check_some_heads():
-    assert checked_heads(Row("big", q_len=4096)) == [0, 7]
-    assert checked_heads(Row("middle", q_len=1024)) == list(range(8))
-    assert checked_heads(Row("middle", q_len=1024), 1 << 22) == [0, 2, 5, 7]
-    assert checked_heads(Row("decode", 1.0, "bf16", 1, 32, 8, 1, 2048)) == list(range(8))
+    assert checked_heads(AttentionCase("big", q_len=4096)) == [0, 7]
+    assert checked_heads(AttentionCase("middle", q_len=1024)) == list(range(8))
+    assert checked_heads(AttentionCase("middle", q_len=1024), 1 << 22) == [0, 2, 5, 7]
+    assert checked_heads(AttentionCase("decode", 1.0, "bf16", 1, 32, 8, 1, 2048)) == list(range(8))
 
 
 # ---- who competes -------------------------------------------------------------------------------
@@ -163,17 +163,17 @@ def test_large_rows_check_some_heads():
 
 def test_what_ran_is_what_torch_says_it_chooses():
     for name in ("plain", "causal", "padding", "dropout", "bias", "half"):
-        case = Case(TINY[name])
-        arguments = competitors._sdpa_arguments(case)
+        problem = Problem(TINY[name])
+        arguments = competitors._sdpa_arguments(problem)
         chosen = competitors.torch_backend(
-            *(case.q, case.k, case.v, arguments["attn_mask"]),
-            *(arguments["dropout_p"], arguments["is_causal"], case.gqa),
+            *(problem.q, problem.k, problem.v, arguments["attn_mask"]),
+            *(arguments["dropout_p"], arguments["is_causal"], problem.gqa),
         )
-        assert competitors.ran(competitors._sdpa(case)) == chosen, name
-    assert competitors.ran(competitors._sdpa(Case(TINY["plain"]))) == "flash"
+        assert competitors.ran(competitors._sdpa(problem)) == chosen, name
+    assert competitors.ran(competitors._sdpa(Problem(TINY["plain"]))) == "flash"
     held = competitors._by(competitors.SDPBackend.MATH)
-    assert competitors.ran(held(Case(TINY["plain"]))) == "math"
-    assert competitors.ran(competitors._eager(Case(TINY["plain"]))) == "math"
+    assert competitors.ran(held(Problem(TINY["plain"]))) == "math"
+    assert competitors.ran(competitors._eager(Problem(TINY["plain"]))) == "math"
 
 
 def test_missing_competitors_say_so_and_the_rest_goes_on(quick):
@@ -192,11 +192,11 @@ def test_rows_that_a_competitor_cannot_run(quick):
     assert result.sides["sdpa"].why_not == "scaled_dot_product_attention has no softcap"
     assert result.comparison.samples.keys() == {"fastattn", "eager"}
     flex = competitors.BY_NAME["flex"]
-    assert flex.why_not(Case(TINY["dropout"])) == "flex_attention has no dropout"
-    assert "no backward on a CPU" in flex.why_not(Case(TINY["causal"]))
-    assert "fp16 and bf16" in competitors.BY_NAME["flash_attn"].why_not(Case(SMALL))
+    assert flex.why_not(Problem(TINY["dropout"])) == "flex_attention has no dropout"
+    assert "no backward on a CPU" in flex.why_not(Problem(TINY["causal"]))
+    assert "fp16 and bf16" in competitors.BY_NAME["flash_attn"].why_not(Problem(SMALL))
     assert "no argument for padding" in competitors.BY_NAME["xformers"].why_not(
-        Case(Row("x", dtype="bf16", padding=True))
+        Problem(AttentionCase("x", dtype="bf16", padding=True))
     )
 
 
@@ -220,7 +220,7 @@ def test_each_kind_of_row_is_right_and_timed(name, quick):
     assert errors.heads == list(range(TINY[name].kv_heads))
     assert result.comparison.rounds == 6
     backend = result.sides["fastattn"].backend.split(",")[0]
-    assert backend in {row.name for row in registry.BACKENDS}
+    assert backend in {backend.name for backend in registry.BACKENDS}
     assert result.sides["eager"].errors.largest < 0.05
 
 
@@ -269,17 +269,17 @@ def test_a_wrong_gradient_is_red(quick, monkeypatch):
 
 
 def test_a_wrong_competitor_gets_no_number_and_the_others_do(quick):
-    wrong = competitors.Competitor("eager", "", lambda case: lambda: 2 * case.q)
+    wrong = competitors.Competitor("eager", "", lambda problem: lambda: 2 * problem.q)
     result = measured(SMALL, [wrong, *SDPA])
     assert "wrong: its largest error" in result.sides["eager"].why_not
     assert result.red is None and set(result.comparison.samples) == {"fastattn", "sdpa"}
 
 
 def test_a_competitor_that_raises_or_runs_out_of_memory(quick):
-    def greedy(case):
+    def greedy(problem):
         return lambda: torch.empty(1 << 60)
 
-    def broken(case):
+    def broken(problem):
         raise RuntimeError("no compiler\nmore")
 
     sides = [competitors.Competitor("flex", "", broken), competitors.Competitor("math", "", greedy)]
@@ -292,7 +292,9 @@ def test_a_competitor_that_raises_or_runs_out_of_memory(quick):
 def test_what_would_not_fit_is_not_tried(quick, monkeypatch):
     monkeypatch.setattr(devices.Cpu, "free_memory", lambda self: 1000)
     result = measured(SMALL, competitors.named("sdpa,eager"))
-    assert re.match("out of memory: it keeps .* GiB of weights", result.sides["eager"].why_not)
+    assert re.match(
+        "out of memory: it keeps .* GiB of probabilities", result.sides["eager"].why_not
+    )
     assert set(result.comparison.samples) == {"fastattn", "sdpa"}
 
 
@@ -384,8 +386,8 @@ def test_the_plain_llama_block_is_fastattns(monkeypatch):
 def test_pytest_benchmark_can_drive_a_row(request):
     pytest.importorskip("pytest_benchmark")
     benchmark = request.getfixturevalue("benchmark")
-    case = Case(SMALL)
-    (out,) = benchmark.pedantic(case.step(case.fastattn()), rounds=2)
+    problem = Problem(SMALL)
+    (out,) = benchmark.pedantic(problem.step(problem.fastattn()), rounds=2)
     assert out.shape == (1, 2, 24, 16)
 
 

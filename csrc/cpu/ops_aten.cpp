@@ -1,0 +1,72 @@
+// The CPU kernels under two operators of torch's own, for override.py.
+// next: attention.h
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// aten::_scaled_dot_product_efficient_attention has a derivative and, in torch, no kernel for the
+// CPU. With ours there, override.py's calls without a mask have torch's C++ autograd, which is
+// several times cheaper than a Python one, and their backward is ours whatever has been switched.
+// Causal is aligned to the start. override.py gives neither a bias nor dropout.
+
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Call aten_call(const Tensor& q, const Tensor& k, const Tensor& v, bool has_bias, double dropout_p,
+               bool is_causal, std::optional<double> scale) {
+    CHECK(!has_bias && dropout_p == 0,
+          "attn_bias and dropout_p are not served by this operator on the CPU; "
+          "F.scaled_dot_product_attention takes both");
+    CHECK(q.dim() == 4, "q must have 4 dimensions, got shape ", shape_of(q));
+    Spec spec;
+    spec.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
+    spec.right = is_causal ? 0 : -1;
+    spec.align_end = false;
+    return {{q, k, v, {}, spec}};
+}
+
+// Beside out and lse: the dropout's seed and offset, which are undefined.
+FourTensors aten_forward(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
+                         bool /*compute_log_sumexp: always, it costs nothing*/, double dropout_p,
+                         bool is_causal, std::optional<double> scale) {
+    Call call = aten_call(q, k, v, bias && bias->defined(), dropout_p, is_causal, scale);
+    auto [out, lse] = attend(call, 0);
+    return {out, lse, Tensor(), Tensor()};
+}
+
+// An undefined dout is a zero one, as everywhere in autograd, and so are undefined results.
+FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& bias, const Tensor& out, const Tensor& lse,
+                          const Tensor& /*seed*/, const Tensor& /*offset*/, double dropout_p,
+                          std::vector<bool> /*which gradients are needed: all come at once*/,
+                          bool is_causal, std::optional<double> scale) {
+    if (!dout.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
+    Call call = aten_call(q, k, v, bias.defined(), dropout_p, is_causal, scale);
+    Gradients g = differentiate(call, dout, std::nullopt, out, lse, false, false);
+    return {g.dq, g.dk, g.dv, Tensor()};
+}
+
+}  // namespace
+}  // namespace fastattn::cpu
+
+// Gives aten's operator these kernels, once and for the rest of the process: another thread may be
+// in them at any time, so they are never taken away. Called by fastattn/override.py.
+extern "C" __attribute__((visibility("default"))) void fastattn_register_sdpa() {
+    using torch::stable::detail::StableLibrary;
+    static StableLibrary* library = [] {
+        auto* made = new StableLibrary(StableLibrary::Kind::IMPL, "aten", "CPU", "ops_aten.cpp", 0);
+        made->impl("_scaled_dot_product_efficient_attention",
+                   TORCH_BOX(&fastattn::cpu::aten_forward));
+        made->impl("_scaled_dot_product_efficient_attention_backward",
+                   TORCH_BOX(&fastattn::cpu::aten_backward));
+        return made;
+    }();
+    (void)library;
+}
