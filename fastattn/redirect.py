@@ -64,10 +64,8 @@ def redirect(cls: type, entries: Iterable[str], instead: dict[Callable, Callable
     methods: dict[tuple[type, str], FunctionType] = {}
     scans: dict[FunctionType, Scan] = {}
     copied, reached = {}, {}
-    todo, seen = (
-        [(name, None) for name in entries],
-        set(),
-    )  # (name, class whose bases are searched)
+    # (name, class whose bases are searched for it; None: cls and its bases)
+    todo, seen = [(name, None) for name in entries], set()
     while todo:
         name, below = todo.pop()
         owner = next((x for x in _behind(cls, below) if name in vars(x)), None)

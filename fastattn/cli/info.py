@@ -103,16 +103,16 @@ def _isas() -> list[dict]:
     refused = isa.problem()
     chosen = None if refused else isa.selected()
     rows = []
-    for row in isa.isas():
-        if row.name == chosen:
+    for x in isa.isas():
+        if x.name == chosen:
             state = "chosen"
-        elif not row.supported:
-            state = f"this CPU lacks {', '.join(row.lacking)}"
-        elif not row.automatic:
+        elif not x.supported:
+            state = f"this CPU lacks {', '.join(x.lacking)}"
+        elif not x.automatic:
             state = "for tests, chosen only by FASTATTN_ISA"
         else:
             state = "could run"
-        rows.append({"name": row.name, "supported": row.supported, "state": refused or state})
+        rows.append({"name": x.name, "supported": x.supported, "state": refused or state})
     return rows
 
 
@@ -223,22 +223,22 @@ def support() -> dict[str, dict[str, str | None]]:
     same on every machine. A backend without fp32 is asked for the other features in bf16.
     """
     table: dict[str, dict[str, str | None]] = {feature: {} for feature, _ in SUPPORT}
-    for row in registry.BACKENDS:
-        plain = _plain(row)
+    for backend in registry.BACKENDS:
+        plain = _plain(backend)
         for feature, changes in SUPPORT:
             base = {} if feature == "fp32" else plain
-            table[feature][row.name] = row.refuses(_sample(**(base | changes)))
+            table[feature][backend.name] = backend.refuses(_sample(**(base | changes)))
     return table
 
 
 def support_markdown() -> str:
     """The support table of docs/backends.md."""
-    names = [row.name for row in registry.BACKENDS]
+    names = [backend.name for backend in registry.BACKENDS]
     lines = [f"| | {' | '.join(names)} |", "|---|" + ":-:|" * len(names)]
-    for feature, row in support().items():
-        cells = ["yes" if row[name] is None else "no" for name in names]
+    for feature, reasons in support().items():
+        cells = ["yes" if reasons[name] is None else "no" for name in names]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
-    roles = (f"{row.name}: {row.role}" for row in registry.BACKENDS)
+    roles = (f"{backend.name}: {backend.role}" for backend in registry.BACKENDS)
     return "\n".join([*lines, "", f"{'; '.join(roles)}."])
 
 

@@ -32,19 +32,19 @@ def backends_here(gpu: bool = True) -> Iterator[tuple[str, str, str | None]]:
     """(backend, device, why it does not run there or None) for each backend on its best device.
     With gpu=False no GPU is used: a kernel that has not passed its self-tests may hang."""
     devices = ["cuda", "cpu"] if gpu and torch.cuda.is_available() else ["cpu"]
-    for row in registry.BACKENDS:
+    for backend in registry.BACKENDS:
         reasons = {}
         for device in devices:
             x = torch.zeros(1, 1, 1, 64, device=device)
-            if row.refuses(Call(x, x, x, Spec(0.125), NO_OPERANDS)):  # a backend without fp32
+            if backend.refuses(Call(x, x, x, Spec(0.125), NO_OPERANDS)):  # a backend without fp32
                 x = x.bfloat16()
-            reasons[device] = row.why_not(Call(x, x, x, Spec(0.125), NO_OPERANDS))
+            reasons[device] = backend.why_not(Call(x, x, x, Spec(0.125), NO_OPERANDS))
         able = [device for device in devices if reasons[device] is None]
         device = able[0] if able else devices[-1]
         reason = reasons[device]
-        if reason is None and row.name == "cuda":
+        if reason is None and backend.name == "cuda":
             reason = proof.why_not(torch.cuda.current_device(), PROVEN)
-        yield row.name, device, reason
+        yield backend.name, device, reason
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,11 @@ def _table(cells: list[Cell]) -> Table:
         table.add_column(dtype, justify="right")
     table.add_column("verdict")
     for feature in dict.fromkeys(cell.feature for cell in cells):
-        row = {cell.dtype: cell for cell in cells if cell.feature == feature}
-        failed = any(cell.failures for cell in row.values())
+        by_dtype = {cell.dtype: cell for cell in cells if cell.feature == feature}
+        failed = any(cell.failures for cell in by_dtype.values())
         table.add_row(
             feature,
-            *(str(row.get(dtype, "")) for dtype in dtypes),
+            *(str(by_dtype.get(dtype, "")) for dtype in dtypes),
             "[red]FAILED[/]" if failed else "[green]ok[/]",
         )
     return table

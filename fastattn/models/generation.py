@@ -315,14 +315,14 @@ def beam_search(
         if len(ends) < beams or not early_stopping:  # the best running beam competes too
             ends.append((total[b, 0].item() / length**length_penalty, tokens[b, 0]))
     winners = [max(ends, key=lambda end: end[0]) for ends in found]
-    rows = [row for _, row in winners]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    sequences = [sequence for _, sequence in winners]
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad)
     return padded, torch.tensor([score for score, _ in winners], device=device)
 
 
-def _like(index: Tensor, rows: Tensor) -> Tensor:
-    """index [B, n] repeated over the last dimension of rows [B, beams, length], for gather."""
-    return index[..., None].expand(-1, -1, rows.shape[-1])
+def _like(index: Tensor, tokens: Tensor) -> Tensor:
+    """index [B, n] repeated over the last dimension of tokens [B, beams, length], for gather."""
+    return index[..., None].expand(-1, -1, tokens.shape[-1])
 
 
 def _settled(ends: list, hope: float, beams: int, early_stopping: bool) -> bool:
