@@ -59,10 +59,8 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
     out_dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
     if q.dtype == E4M3:
         own = descales.q
-        if own is not None:
-            own = own.repeat_interleave(
-                q.shape[1] // max(1, call.k.shape[1]), -1
-            )  # one for each query head
+        if own is not None:  # one for each query head
+            own = own.repeat_interleave(q.shape[1] // max(1, call.k.shape[1]), -1)
         q = widen(q, own, dtype)
     k, v = widen(call.k, descales.k, dtype), widen(call.v, descales.v, dtype)
     out, lse = forward(call.but(q=q, k=k, v=v))

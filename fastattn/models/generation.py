@@ -233,9 +233,7 @@ class Choice:
         probabilities = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
-            before = (
-                ordered.cumsum(-1) - ordered
-            )  # a token stays if the sum before it is below top_p
+            before = ordered.cumsum(-1) - ordered  # a token stays if this is below top_p
             ordered = ordered.masked_fill(before >= self.top_p, 0.0)
             probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(-1)
