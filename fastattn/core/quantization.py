@@ -78,7 +78,7 @@ def _used(call: Call) -> Call:
         slots = max(operands.kv_lens.tolist(), default=0)
     if table is not None:
         used = table[:, : -(-slots // size)].long().clamp(0, k.shape[0] - 1)  # [B, pages]
-        # Indexed as bytes, which every device can; [B, kv_heads, pages * size, *].
+        # Indexed as bytes, because not every device can index FP8; [B, kv_heads, pages * size, *].
         k, v = (x.view(INT8)[used].view(x.dtype).transpose(1, 2).flatten(2, 3) for x in (k, v))
     mask, bias = (
         x if x is None or x.shape[3] == 1 else x[..., :slots]

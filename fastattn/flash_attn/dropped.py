@@ -23,7 +23,7 @@ def signed_weights(weights: Callable[..., Tensor], **dropout) -> Tensor:
     weights(**dropout) computes them with that dropout, and weights() without dropout.
     """
     plain, dropped = weights(), weights(**dropout)
-    return torch.where(dropped == 0, 0.0 - plain, plain)  # 0.0 - plain, so that no -0.0 results
+    return torch.where(dropped == 0, 0.0 - plain, plain)  # not -plain, which makes 0 into -0
 
 
 def dense_weights(q: Tensor, k: Tensor, options: dict) -> Callable[..., Tensor]:
@@ -54,7 +54,8 @@ def packed_weights(q, k, cu_q, cu_k, longest_q, longest_k, page_table, options):
     _, place = _places(cu_k, k.shape[0])
     v = _unit_vectors(place, longest_k, q.dtype).unsqueeze(1).expand(-1, k.shape[1], -1)
     n, i = _places(cu_q, q.shape[0])
-    row = torch.where(n < sequences, n * height + i, sequences * height)  # the last: in no sequence
+    # Tokens of no sequence go to one more row at the end.
+    row = torch.where(n < sequences, n * height + i, sequences * height)
 
     def weights(**dropout):
         out = varlen_attention(
