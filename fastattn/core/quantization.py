@@ -60,10 +60,8 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
     out_dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
     if q.dtype == E4M3:
         own = descales.q
-        if own is not None:
-            own = own.repeat_interleave(
-                q.shape[1] // max(1, call.k.shape[1]), -1
-            )  # one for each query head
+        if own is not None:  # one for each query head
+            own = own.repeat_interleave(q.shape[1] // max(1, call.k.shape[1]), -1)
         q = widen(q, own, dtype)
     k, v = widen(call.k, descales.k, dtype), widen(call.v, descales.v, dtype)
     out, lse = forward(call.but(q=q, k=k, v=v))
@@ -81,7 +79,7 @@ def _used(call: Call) -> Call:
         slots = max(operands.kv_lens.tolist(), default=0)
     if table is not None:
         used = table[:, : -(-slots // size)].long().clamp(0, k.shape[0] - 1)  # [B, pages]
-        # Indexed as bytes, which every device can; [B, kv_heads, pages * size, *].
+        # Indexed as bytes, because not every device can index FP8; [B, kv_heads, pages * size, *].
         k, v = (x.view(INT8)[used].view(x.dtype).transpose(1, 2).flatten(2, 3) for x in (k, v))
     mask, bias = (
         x if x is None or x.shape[3] == 1 else x[..., :slots]
