@@ -1,5 +1,6 @@
-"""`make check`: one small case of every option on every backend of this machine, by the public
-functions, forward and backward; and every public name. A minute, where all tests take ten."""
+"""`make check`: one small case of every option on every backend of this machine, forward and
+backward through the public functions; and every public name. It takes a minute, the whole suite
+ten."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from fastattn.core.reference import reference
 from fastattn.core.spec import NUMBERS, OPERANDS, Operands, Spec
 from fastattn.core.tolerance import Tolerance
 
-SMALL = {  # what is too long in the list of options
+SMALL = {  # options whose cases are too slow here
     "window": {"window": (9, 4)},
     "kv_lens": {"kv_lens": (31, 7)},
     "kv_starts": {"kv_starts": (5, 11)},
@@ -41,7 +42,7 @@ def cases() -> dict[str, Case]:
 
 
 def run(case: Case, problem, backend: str, cotangents) -> dict[str, torch.Tensor]:
-    """out, lse and the gradients, by the public function."""
+    """out, lse and the gradients, through the public function."""
     leaves = {"q": problem.q, "k": problem.k, "v": problem.v}
     leaves |= {name: getattr(problem.operands, name) for name in ("bias", "sinks")}
     leaves = {n: x.detach().requires_grad_() for n, x in leaves.items() if x is not None}
@@ -52,7 +53,7 @@ def run(case: Case, problem, backend: str, cotangents) -> dict[str, torch.Tensor
     function = getattr(fastattn, case.function)
     with torch.set_grad_enabled(bool(cotangents)):
         out, lse = function(*arguments, **options, return_lse=True, backend=backend)
-    if case.packed:  # [T, H, Dv] and [H, T], where the operators have [1, H, T, Dv] and [1, H, T]
+    if case.packed:  # [T, H, Dv] and [H, T]; the operators have a leading dimension of 1
         out, lse = out.transpose(0, 1)[None], lse[None]
     results = {"out": out.detach(), "lse": lse.detach()}
     if cotangents:

@@ -1,6 +1,5 @@
-"""What type checkers and consoles see: a user's program under pyright and mypy in their strict
-modes, overloads that say what the signatures say, and the public names.
-"""
+"""What type checkers and consoles see: a user's program under pyright and mypy in strict mode,
+overloads that agree with the signatures, and the public names."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from fastattn.backends import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parents[1] / "support/typed_program.py"
-CALLS = {  # each call: its options, and what overloads name beside them
+CALLS = {  # each call: its options, and the additional ones of its overloads
     fastattn.attention: (options.DenseOptions, {"return_lse"}),
     fastattn.varlen_attention: (options.PackedOptions, {"return_lse"}),
     fastattn.decode_attention: (options.CacheOptions, {"return_lse", "cache_lens"}),
@@ -35,7 +34,8 @@ CALLS = {  # each call: its options, and what overloads name beside them
 
 
 def checker(*names: str) -> str:
-    """The first of these programs in this environment or on the path; else the test is skipped."""
+    """The first of these programs in this environment or on PATH; if there is none, skips the
+    test."""
     places = (f"{Path(sys.executable).parent}", None)
     found = (shutil.which(name, path=place) for name in names for place in places)
     command = next((path for path in found if path), None)
@@ -44,7 +44,7 @@ def checker(*names: str) -> str:
 
 @pytest.fixture
 def program(tmp_path) -> Path:
-    """The program beside the package alone, as in an environment that it is installed in."""
+    """The program next to only the package, as in an environment where it is installed."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/fastattn").symlink_to(ROOT / "fastattn")
     return Path(shutil.copy(PROGRAM, tmp_path))
@@ -83,7 +83,7 @@ def test_pyright(program):
 
 
 def test_mypy_strict(program):
-    """transformers' own sources are left out: minutes and gigabytes for one function."""
+    """transformers' own sources are excluded: checking them takes minutes and gigabytes."""
     command = checker("mypy")
     settings = "[mypy]\nstrict = True\nfollow_imports = silent\nmypy_path = site\n"
     settings += "[mypy-transformers.*]\nfollow_imports = skip\n"
@@ -96,7 +96,8 @@ def test_mypy_strict(program):
 
 
 def test_an_editable_install_is_visible_to_checkers(tmp_path):
-    """They run no import hooks: a plain path leads to the package, and to nothing else."""
+    """Type checkers run no import hooks, so a plain path must lead to the package and to nothing
+    else."""
     tree, skip = tmp_path / "tree", shutil.ignore_patterns("__pycache__", "*.so", "results")
     for folder in ("fastattn", "kernels", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=skip)

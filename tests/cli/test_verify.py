@@ -65,7 +65,7 @@ def test_tolerance_sees_errors(change):
 
 
 def test_tolerance_sees_a_small_error_in_a_small_row():
-    """One part in a thousand, of a row a thousand times smaller than the rest."""
+    """A relative error of 1e-3 in a row that is a thousand times smaller than the others."""
     want = torch.ones(1, 1, 50, 8, dtype=torch.float64)
     want[0, 0, 7] = 1e-3
     got = want.clone()
