@@ -1,7 +1,8 @@
-"""torch's context_parallel, under which a call of fastattn's would see one shard of the sequence.
+"""Raises under torch's context_parallel, where fastattn would see only one shard of the sequence.
 
-It replaces F.scaled_dot_product_attention and tells DTensor how to run aten's attention operators
-over all shards; of fastattn's functions it knows nothing. So they refuse while it is active.
+context_parallel replaces F.scaled_dot_product_attention and registers DTensor handlers that run
+aten's attention operators over all shards. It does not know fastattn's functions, so they raise
+while it is active.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ _modules = sys.modules
 
 
 def refuse_context_parallel() -> None:
-    """Raises where torch's context_parallel is active. Costs a look into a dict where the program
-    has not imported it."""
+    """Raises if torch's context_parallel is active. If it was never imported, this costs one lookup
+    in a dict."""
     if _MODULE in _modules and _is_active():
         raise NotImplementedError(
-            "torch's context_parallel is active, and fastattn would attend to this rank's shard of "
-            "the sequence alone; call F.scaled_dot_product_attention without fastattn.enable(), or "
-            "attend outside of context_parallel"
+            "torch's context_parallel is active, and fastattn would attend only to this rank's "
+            "shard of the sequence; call F.scaled_dot_product_attention without fastattn.enable(), "
+            "or attend outside of context_parallel"
         )
 
 
 def _is_active() -> bool:
-    """Has DTensor handlers for aten's attention? Both of torch's ways to turn it on set them."""
+    """Does DTensor have handlers for aten's attention? Both ways to enable context_parallel set
+    them."""
     dispatcher = torch.distributed.tensor.DTensor._op_dispatcher
     handlers = dispatcher._custom_op_handlers
     return torch.ops.aten._scaled_dot_product_flash_attention.default in handlers

@@ -4,7 +4,7 @@ backends/autograd.py."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -339,7 +339,7 @@ def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
         return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.row)
 
 
-def _in_order(q: Tensor, result: Result) -> Result:
+def _in_order(q: Tensor, result: Any) -> Result:
     if q.is_contiguous() or q.stride(3) == 1:
         return result
     return Result(in_memory_order_of(q, result[0]), result[1])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ranged_cases import Ranged
 
 import fastattn
 from fastattn.cli import info, verify
+from fastattn.core.reference import reference
 from fastattn.core.spec import NUMBERS, OPERANDS, Operands, Spec
 from fastattn.core.tolerance import Tolerance
 
@@ -121,6 +123,25 @@ def test_every_number_and_operand_has_a_small_case():
     numbers = {n for n in NUMBERS for p in problems if getattr(p.spec, n) != getattr(default, n)}
     assert numbers == set(NUMBERS)
     assert {name for p in problems for name in p.operands.given()} == set(OPERANDS)
+
+
+TIED = {"key_begin": ("key_begin", "key_end"), "key_end": ("key_begin", "key_end")}
+NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "page_table", "dropout_seed"}  # by the case's shapes
+
+
+def test_the_reference_reads_every_number_and_operand():
+    """It is what all backends are compared with: what it ignored, all of them could ignore."""
+    read, default = set(), Spec(SIZE["head_dim"] ** -0.5)
+    for case in cases().values():
+        q, k, v, spec, operands = case.make(torch.float64)
+        out = reference(q, k, v, spec, operands).out
+        others = {name: (spec, replace(operands, **dict.fromkeys(TIED.get(name, (name,)))))
+                  for name in operands.given() if name not in NEEDED}  # fmt: skip
+        for name in NUMBERS:
+            if getattr(spec, name) != getattr(default, name):
+                others[name] = (replace(spec, **{name: getattr(default, name)}), operands)
+        read |= {n for n, x in others.items() if not torch.equal(reference(q, k, v, *x).out, out)}
+    assert read == {*NUMBERS, *OPERANDS} - NEEDED
 
 
 def test_the_support_table_has_every_number_and_operand():

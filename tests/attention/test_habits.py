@@ -33,8 +33,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name, ours", [
-    ("is_causal", "causal= is its name, with align='start'"), ("attn_mask", "mask= takes bool"),
-    ("key_padding_mask", "kv_lens= takes"), ("dropout", "dropout_p= is its name"),
+    ("is_causal", "causal= is its name, with align='start'"), ("attn_mask", "mask= is bool"),
+    ("key_padding_mask", "kv_lens= is each"), ("dropout", "dropout_p= is its name"),
     ("enable_gqa", "fewer heads than q"), ("window_size", r"window=\(left, right\)"),
     ("softmax_scale", "scale= is its name"), ("s_aux", "sinks= is its name"),
     ("causl", "did you mean causal="), ("seqused_k", "kv_lens= is its name"),

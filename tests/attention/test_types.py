@@ -3,20 +3,23 @@ overloads that agree with the signatures, and the public names."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from fresh_python import python
 
 import fastattn
 from fastattn import flash_attn, models, options
+from fastattn.backends import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parents[1] / "support/typed_program.py"
@@ -55,16 +58,28 @@ def test_the_program_runs_and_uses_every_public_name(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_pyright_strict(program):
+def test_pyright(program):
+    """The program in strict mode, and the package itself in basic mode, where pyproject.toml says
+    so: one run for both, since each would read torch again, which is most of its time."""
     command = checker("pyright", "basedpyright")
-    settings = {"typeCheckingMode": "strict", "include": [program.name], "extraPaths": ["site"]}
+    pattern, project = r"^\[tool\.pyright\].*?^include = (\[.*?\])", ROOT / "pyproject.toml"
+    own = re.search(pattern, project.read_text(), re.MULTILINE | re.DOTALL)[1]
+    folders = [ROOT / path for path in ast.literal_eval(own)]
+    files = [file for path in folders for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    settings = {
+        "typeCheckingMode": "basic",
+        "strict": [program.name],
+        "include": [program.name, *(f"site/{path.relative_to(ROOT)}" for path in folders)],
+        "extraPaths": ["site"],
+    }
     program.with_name("pyrightconfig.json").write_text(json.dumps(settings))
     run = subprocess.run(
         [command, "--pythonpath", sys.executable, "--outputjson"],
         cwd=program.parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     told = json.loads(run.stdout)
-    assert told["summary"]["filesAnalyzed"] == 1 and told["generalDiagnostics"] == []
+    assert told["generalDiagnostics"] == []
+    assert told["summary"]["filesAnalyzed"] == 1 + len(files)
 
 
 def test_mypy_strict(program):
@@ -121,6 +136,11 @@ def test_the_overloads_begin_as_the_calls_do(call):
 
     found = get_overloads(call)
     assert len(found) == 3 and all(first(overload) == first(call) for overload in found)
+
+
+def test_the_backends_are_named_in_the_signatures():
+    assert get_args(options.BackendName) == registry.NAMES
+    assert all(f'"{name}"' in inspect.getdoc(fastattn.attention) for name in registry.NAMES)
 
 
 def test_explain_takes_what_the_calls_take():

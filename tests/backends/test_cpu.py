@@ -1,6 +1,6 @@
 """Every case on the C++ kernels, forward and every gradient, against float64.
 
-The operators are called directly, in their normal form. The tolerance rule is verify.Tolerance's.
+The operators are called directly, in their normal form. Errors are held to core/tolerance.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 
 import fastattn
 from fastattn.backends import library
-from fastattn.cli.verify import Tolerance
+from fastattn.core.tolerance import Tolerance
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ("cuda", "triton")

@@ -44,6 +44,13 @@ def test_no_stored_row_is_stale():
     assert "0 stale rows" in said or "not compared" in said
 
 
+def test_every_module_with_subjects_is_compiled():
+    kernels = (ROOT / "kernels").glob("*.py")
+    assert {p.stem for p in kernels if "\ndef audit_subjects(" in p.read_text()} == set(
+        triton.MODULES
+    )
+
+
 def test_a_sample_compiles_within_its_limits():
     """One kernel per architecture, which equals the stored entry if the compilers are the same."""
     said = audit("--only", SAMPLE, "--all")

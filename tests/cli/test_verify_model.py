@@ -12,7 +12,7 @@ from swap_models import Block
 from torch import nn
 
 from fastattn.backends import isa
-from fastattn.cli import verify, verify_model
+from fastattn.cli import model_loading, verify, verify_model
 from fastattn.core import tolerance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
@@ -198,13 +198,13 @@ def test_bad_models_and_inputs_are_sentences(model, inputs, says, folder, capsys
 
 
 def test_hub_ids_need_transformers(monkeypatch):
-    monkeypatch.setattr(verify_model, "_importable", lambda name: False)
-    with pytest.raises(ValueError, match="for a hub id the package transformers is needed"):
-        verify_model.load_model("some/model")
+    monkeypatch.setattr(model_loading, "_importable", lambda name: False)
+    with pytest.raises(ValueError, match="for a hub id, install the package transformers"):
+        model_loading.load_model("some/model")
 
 
 def test_integers_are_drawn_below_their_limit():
-    inputs = verify_model.load_inputs(["input_ids=2x300<7", "x=3"])
+    inputs = model_loading.load_inputs(["input_ids=2x300<7", "x=3"])
     assert inputs["input_ids"].shape == (2, 300) and inputs["input_ids"].dtype == torch.int64
     assert set(inputs["input_ids"].unique().tolist()) == set(range(7))
     assert inputs["x"].dtype == torch.float64

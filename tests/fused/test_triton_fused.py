@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 import test_fused as T
 import test_fused_dropout as D
 import torch
+from fresh_python import ROOT
 from fused_cases import LAYOUTS, LOSSES, OPS, check, exact_norm, randn, table
 from torch._subclasses import FakeTensorMode
 
@@ -360,6 +362,9 @@ def test_why_not_this_gpu(found, sentence, monkeypatch):
 
 
 def test_every_operator_has_a_gpu_kernel():
+    texts = "".join(path.read_text() for path in (ROOT / "fastattn/fused").glob("*.py"))
+    named = re.findall(r'^(?:operator\.)?on_gpu\("\w+", (.*)\)', texts, re.MULTILINE)
+    assert set(re.findall(r'"(\w+)"', "".join(named))) == set(KERNELS)
     for name in KERNELS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CUDA")
 

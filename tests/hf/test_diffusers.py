@@ -115,6 +115,6 @@ def test_processors_that_cannot_be_served_are_named():
 
     m, _, _ = unet(diffusers)
     m.set_attn_processor(AttnProcessor())
-    with pytest.warns(UserWarning, match=r"AttnProcessor of UNet2DConditionModel asks diffusers"):
+    with pytest.warns(UserWarning, match=r"AttnProcessor of UNet2DConditionModel ignores"):
         m.set_attention_backend("fastattn")
     m.set_attention_backend("native")

@@ -6,7 +6,7 @@ import torch
 from cases import Case, Problem
 from operator_calls import cotangents_of, numbers, run_reference
 
-from fastattn.cli.verify import Tolerance
+from fastattn.core.tolerance import Tolerance
 
 
 def forward(problem: Problem, num_splits: int = 0):

@@ -6,7 +6,7 @@ import torch
 from cases import Case
 from operator_calls import cotangents_of, numbers, run_reference
 
-from fastattn.cli.verify import Tolerance
+from fastattn.core.tolerance import Tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

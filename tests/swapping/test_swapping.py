@@ -211,7 +211,7 @@ def test_replaced_forwards_and_torchscript_are_left():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(nn.MultiheadAttention(D, H))
     (row,) = fastattn.swap(scripted).left
-    assert row[2] == "is compiled by TorchScript; swap before that"
+    assert row[2] == "is compiled by TorchScript; swap before compiling"
 
 
 def test_only_modules():

@@ -236,7 +236,7 @@ def test_transformers_models_that_cannot_be_served_are_named(bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastattn.hf", None)
     monkeypatch.delattr(fastattn, "hf", raising=False)
     left = {name: why for name, _, why in fastattn.swap(bert).left}
-    assert "fastattn.hf is not to be had" in left["encoder"]
+    assert "fastattn.hf cannot be imported" in left["encoder"]
     assert "not a class that swap knows" in left["encoder.encoder.layer.0.attention.self"]
 
     def refuse(m):
