@@ -43,14 +43,14 @@ class Step:
 
 
 STEPS = (
-    Step("driver", "the library loads and the driver serves it"),
+    Step("driver", "the library loads and works with the driver"),
     Step("tensor maps", "the driver describes every layout to TMA", ("driver",), hopper=True),
     Step("one tile", "one tile of rows and of keys, by each kernel", ("tensor maps",)),
-    Step("loops", "many tiles of keys, and keys in parts", ("one tile",)),
+    Step("loops", "many tiles of keys, and split keys", ("one tile",)),
     Step("all shapes", "head dimensions, dtypes, masks, layouts, options", ("loops",), 300),
-    Step("graphs", "CUDA graphs, other streams, no waiting for the GPU", ("all shapes",)),
+    Step("graphs", "CUDA graphs, other streams, no synchronisation", ("all shapes",)),
     Step("backward", "gradients", ("all shapes",), 300),
-    Step("orders", "the same bits every time, with all of the GPU at work", ("backward",), 180),
+    Step("orders", "the same bits every time, with the whole GPU busy", ("backward",), 180),
     Step("graphs of gradients", "CUDA graphs of the backward", ("graphs", "orders")),
     Step("lengths", "lengths, packed sequences, documents; NaN beyond them", ("all shapes",), 180),
     Step("gradients of lengths", "their gradients", ("lengths", "orders"), 180),

@@ -33,7 +33,9 @@ def test_the_table():
 def test_the_kernels_follow_the_table():
     """run.h finds the kernels by their place in isa.h's table: the orders must be the same."""
     code = ROOT / "csrc/cpu"
-    table = re.findall(r'^        \{"(\w+)", ', (code / "isa.h").read_text(), re.MULTILINE)
+    table = re.findall(
+        r'^        \{"(\w+)", (?:lacking|\{\})', (code / "isa.h").read_text(), re.MULTILINE
+    )
     kernels = re.findall(r"(\w+)_kernels\b", (code / "run.h").read_text())
     assert kernels == [name for name in table if name in NAMES] == NAMES
     assert sorted(path.stem for path in code.glob("isa_*.cpp")) == sorted(f"isa_{n}" for n in NAMES)

@@ -254,7 +254,7 @@ ERRORS = {
     "p": (lambda: activate(_X, None, 1.0), ValueError, r"dropout_p is 1.0; accepted is \[0, 1\)"),
     "dtype": (lambda: activate(_X.int()), TypeError, "x is torch.int32"),
     "residual": (lambda: norm.norm(_X, None, None, None, 1e-5, True, 0.1),
-                 ValueError, "dropout_p is 0.1 and residual None"),
+                 ValueError, "dropout_p is 0.1 and residual is None"),
     "seed": (lambda: activate_with(None, _X), RuntimeError, "dropout needs dropout_seed"),
     "short seed": (lambda: activate_with(SEED[:1], _X), RuntimeError, r"must be int64 \[2\]"),
     "operator's p": (lambda: activate_with(SEED, _X, 1.0), RuntimeError, r"in \[0, 1\), got 1"),

@@ -47,11 +47,11 @@ def table(x):
 
 
 def ours_gate(gate, up, activation="silu"):
-    return (gate.gate(gate, up, activation),)
+    return (gate_module.gate(gate, up, activation),)
 
 
 def torch_gate(gate, up, activation="silu"):
-    return (gate.GATES[activation](gate) * up,)
+    return (gate_module.GATES[activation](gate) * up,)
 
 
 def check(ours, theirs, inputs, dtype, exact=None, **options):
