@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn.backends import isa as cpu_isa
+from fastattn.fused import gate as gate_module
 from fastattn.fused import norm, rope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
