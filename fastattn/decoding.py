@@ -167,10 +167,10 @@ def decode_attention(
         "key_ranges": key_ranges, "head_origin": head_origin, "dropout_p": dropout_p,
         "dropout_seed": dropout_seed, "return_lse": return_lse, "deterministic": deterministic,
     })  # fmt: skip
-    row = registry.pick(backend, call)
+    chosen = registry.pick(backend, call)
     if append is not None:
-        append.by_kernel() if row.name == "triton" else append.in_torch()
-    out, lse = run(call, row)
+        append.by_kernel() if chosen.name == "triton" else append.in_torch()
+    out, lse = run(call, chosen)
     return (out, lse) if return_lse else out
 
 

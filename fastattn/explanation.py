@@ -1,4 +1,4 @@
-"""explain(): what a call would do, without doing it. Asks the rows of backends/registry.py."""
+"""explain(): what a call would do, without doing it. Asks the backends of backends/registry.py."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Explanation:
     backend: str | None  # the one that would run; None when the one asked for cannot
     asked: str | None  # by backend= or FASTATTN_BACKEND
     reasons: dict[str, str | None]  # each backend's reason for not being able to run the call
-    held_back: dict[str, str]  # of those that could: why they do so only when named
+    why_not_auto: dict[str, str]  # of those that could run it: why they do so only when named
     isa: str | None  # instruction set of the CPU kernels, where they would run
     function: str
     q: tuple[int, ...]  # shapes in the operators' normal form, [batch, heads, length, channels]
@@ -133,17 +133,17 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         checked = decoding.decode_form(**arguments)
 
     q, k, v, spec, operands = (getattr(checked, x) for x in ("q", "k", "v", "spec", "operands"))
-    reasons = {row.name: row.why_not(checked) for row in registry.BACKENDS}
-    held_back = {
-        row.name: reason
-        for row in registry.BACKENDS
-        if reasons[row.name] is None and (reason := row.held_back(checked))
+    reasons = {backend.name: backend.why_not(checked) for backend in registry.BACKENDS}
+    why_not_auto = {
+        backend.name: reason
+        for backend in registry.BACKENDS
+        if reasons[backend.name] is None and (reason := backend.why_not_auto(checked))
     }
     if asked:
         chosen = asked if reasons[asked] is None else None
     else:
         chosen = registry.auto_select(checked).name
-    row = registry.BY_NAME.get(chosen)
+    backend = registry.BY_NAME.get(chosen)
     work = _Work(checked)
     pairs, head_dim, v_dim = count_pairs(checked), q.shape[3], v.shape[3]
     no_gradient = operands.paged or operands.descales or function is decoding.decode_attention
@@ -151,7 +151,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         backend=chosen,
         asked=asked,
         reasons=reasons,
-        held_back=held_back,
+        why_not_auto=why_not_auto,
         isa=isa.selected() if chosen == "cpu" else None,
         function=function.__name__,
         q=tuple(q.shape),
@@ -164,7 +164,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         operands=tuple(operands.given()),
         pairs=pairs,
         all_pairs=work.all_pairs(),
-        tiles=work.tiles(*row.tile) if row and row.tile else None,
+        tiles=work.tiles(*backend.tile) if backend and backend.tile else None,
         flops_forward=flops(pairs, head_dim, v_dim, "fwd"),
         flops_backward=flops(pairs, head_dim, v_dim, "bwd") if not no_gradient else None,
         bytes_forward=work.bytes_forward(),
@@ -300,8 +300,8 @@ def _table(x: Explanation) -> str:
         if name == x.backend:
             verdict = "runs" + (f" ({x.isa})" if x.isa else "")
         else:
-            held = x.held_back.get(name)
-            could = f"only when named: {held}" if held else "could run"
+            only = x.why_not_auto.get(name)
+            could = f"only when named: {only}" if only else "could run"
             verdict = f"no: {reason}" if reason else could
             if name == x.asked:
                 verdict = f"asked for, but {verdict}"

@@ -1,6 +1,6 @@
 """attention() and varlen_attention(). Next hops: forms.py, which checks a call once and brings it
-to normal form; backends/registry.py, which finds the row that runs it, through
-backends/autograd.py."""
+to normal form; backends/registry.py, which chooses the backend; and
+backends/autograd.py, which calls it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from . import habits
-from .backends import backend, registry
+from .backends import registry
 from .backends.autograd import SimplePlan, attend, attend_simple
+from .backends.backend import Backend
 from .context_parallel import refuse_context_parallel
 from .core import checks
 from .core.call import Call, Result
@@ -181,7 +182,7 @@ def attention(
         if plan is not None:
             out, lse = _run_simple(q, k, v, plan)
             return (out, lse) if return_lse else out
-    call, rank, row, key = dense_form({
+    call, rank, chosen, key = dense_form({
         "q": q, "k": k, "v": v, "scale": scale, "causal": causal, "window": window, "align": align,
         "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
         "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
@@ -190,13 +191,13 @@ def attention(
         "v_descale": v_descale, "return_lse": return_lse, "deterministic": deterministic,
         "backend": backend,
     })  # fmt: skip
-    if row is None:
-        row = registry.pick(backend, call)
+    if chosen is None:
+        chosen = registry.pick(backend, call)
         if key is not None:
-            remember(PLANS, key, (call.spec, rank, row))
+            remember(PLANS, key, (call.spec, rank, chosen))
     if simple is not None and rank == 4 and call.operands is NO_OPERANDS:
-        remember(SIMPLE_PLANS, simple, SimplePlan.of(call, row))
-    out, lse = run(call, row)
+        remember(SIMPLE_PLANS, simple, SimplePlan.of(call, chosen))
+    out, lse = run(call, chosen)
     if rank != 4:
         out, lse = (x.squeeze(1) if rank == 3 else x[0, 0] for x in (out, lse))
     return (out, lse) if return_lse else out
@@ -292,7 +293,7 @@ def varlen_attention(
         bias: float, likewise.
         alibi_slopes: [Hq] or [N, Hq] float32.
         kv_lens: [N] int32: keys of sequence n at or past kv_lens[n] do not exist ("seqused_k").
-        document_ids: refused: cu_seqlens say it.
+        document_ids: refused: cu_seqlens separate the sequences.
         key_ranges: (begin, end), int32, each broadcastable to [N, Hq, max_seqlen_q], rows and keys
             counted in their sequence. They may not decrease past a sequence's last row either.
 
@@ -314,29 +315,32 @@ def varlen_attention(
         "return_lse": return_lse, "deterministic": deterministic,
     })  # fmt: skip
     out, lse = run(call, registry.pick(backend, call))
-    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # select's gradient is a copy
+    out, lse = (
+        out.squeeze(0).transpose(0, 1),
+        lse.squeeze(0),
+    )  # not [0], whose backward copies
     return (out, lse) if return_lse else out
 
 
-def run(call: Call, row: backend.Backend) -> Result:
-    """The result of a checked call, whatever its strides; out in q's memory order."""
+def run(call: Call, backend: Backend) -> Result:
+    """The result of a checked call with any strides; out has q's memory order."""
     refuse_context_parallel()
     try:
-        return _in_order(call.q, attend(call, row))
-    except RuntimeError:  # a layout, say, where a call alike but for it was remembered
+        return _in_order(call.q, attend(call, backend))
+    except RuntimeError:  # perhaps a sparse layout, which the plan of a strided call did not check
         if call.operands.descales is None:
             checks.same_kind(q=call.q, k=call.k, v=call.v)
         raise
 
 
 def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
-    """run() of a call that `plan` was made for. What the kernel does not take as it is (a sparse
-    layout, say) goes through torch's dispatcher, and gets an answer or a sentence there."""
+    """run() of a call that `plan` was made for. Tensors that the kernel rejects (of a sparse
+    layout, say) go through torch's dispatcher, which runs them or raises a clear error."""
     refuse_context_parallel()
     try:
         return _in_order(q, attend_simple(q, k, v, plan))
     except RuntimeError:
-        return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.row)
+        return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.backend)
 
 
 def _in_order(q: Tensor, result: Result) -> Result:

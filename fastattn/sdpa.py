@@ -84,8 +84,8 @@ def scaled_dot_product_attention(
         except (TypeError, RuntimeError):  # a tensor without shape, or what no check accepts
             plan_key = plan = None
         if plan is not None:
-            spec, row = plan
-            return run(Call(query, key, value, spec, NO_OPERANDS), row).out
+            spec, backend = plan
+            return run(Call(query, key, value, spec, NO_OPERANDS), backend).out
     return _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, plan_key)
 
 
@@ -129,12 +129,12 @@ def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
             dropout_seed=checks.dropout_key(None, query.device) if spec.dropout_p else None,
         )
     call = Call(q4, k4, v4, spec, operands)
-    row = registry.pick(None, call)
+    backend = registry.pick(None, call)
     if plan_key is not None and q4 is query and k4 is key and v4 is value:
         if len(_PLANS) >= _MAX_PLANS:
             _PLANS.clear()
-        _PLANS[plan_key] = (spec, row)
-    out = run(call, row).out
+        _PLANS[plan_key] = (spec, backend)
+    out = run(call, backend).out
     return out if out.shape == shape else out.reshape(shape)
 
 

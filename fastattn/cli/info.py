@@ -130,7 +130,7 @@ def _backends() -> list[dict]:
 
 def _plain(backend) -> dict:
     """For _sample(): a call in fp32, or in bf16 where the backend has no fp32."""
-    return {} if backend.refuses(_sample()) is None else {"dtype": torch.bfloat16}
+    return {} if backend.unsupported_reason(_sample()) is None else {"dtype": torch.bfloat16}
 
 
 def _proof() -> dict[str, dict[str, str] | None]:
@@ -219,26 +219,28 @@ def _sample(
 def support() -> dict[str, dict[str, str | None]]:
     """feature -> backend -> its reason for not supporting it, None where it does.
 
-    Asked of `refuses`, the part of why_not that looks at the call alone: the same on every machine.
+    It comes from `unsupported_reason`, which looks at the call alone, so that the table is the same
+    on every machine.
     A backend without fp32 is asked for the other features in bf16.
     """
     table: dict[str, dict[str, str | None]] = {feature: {} for feature, _ in SUPPORT}
-    for row in registry.BACKENDS:
-        plain = _plain(row)
+    for backend in registry.BACKENDS:
+        plain = _plain(backend)
         for feature, changes in SUPPORT:
             base = {} if feature == "fp32" else plain
-            table[feature][row.name] = row.refuses(_sample(**(base | changes)))
+            call = _sample(**(base | changes))
+            table[feature][backend.name] = backend.unsupported_reason(call)
     return table
 
 
 def support_markdown() -> str:
     """the support table of docs/backends.md."""
-    names = [row.name for row in registry.BACKENDS]
+    names = [backend.name for backend in registry.BACKENDS]
     lines = [f"| | {' | '.join(names)} |", "|---|" + ":-:|" * len(names)]
     for feature, row in support().items():
         cells = ["yes" if row[name] is None else "no" for name in names]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
-    roles = (f"{row.name}: {row.role}" for row in registry.BACKENDS)
+    roles = (f"{backend.name}: {backend.role}" for backend in registry.BACKENDS)
     return "\n".join([*lines, "", f"{'; '.join(roles)}."])
 
 

@@ -191,19 +191,21 @@ def backends_here(gpu: bool = True) -> Iterator[tuple[str, str, str | None]]:
     """(backend, device, why it does not run there) for each backend on its best device. gpu: or
     else no GPU is touched. One that has not passed its self-tests might never come back."""
     devices = ["cuda", "cpu"] if gpu and torch.cuda.is_available() else ["cpu"]
-    for row in registry.BACKENDS:
+    for backend in registry.BACKENDS:
         reasons = {}
         for device in devices:
             x = torch.zeros(1, 1, 1, 64, device=device)
-            if row.refuses(Call(x, x, x, Spec(0.125), NO_OPERANDS)):  # it has no fp32
+            if backend.unsupported_reason(
+                Call(x, x, x, Spec(0.125), NO_OPERANDS)
+            ):  # it has no fp32
                 x = x.bfloat16()
-            reasons[device] = row.why_not(Call(x, x, x, Spec(0.125), NO_OPERANDS))
+            reasons[device] = backend.why_not(Call(x, x, x, Spec(0.125), NO_OPERANDS))
         able = [device for device in devices if reasons[device] is None]
         device = able[0] if able else devices[-1]
         reason = reasons[device]
-        if reason is None and row.name == "cuda":
+        if reason is None and backend.name == "cuda":
             reason = proof.why_not(torch.cuda.current_device(), PROVEN)
-        yield row.name, device, reason
+        yield backend.name, device, reason
 
 
 @dataclass(frozen=True)

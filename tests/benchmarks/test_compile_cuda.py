@@ -134,7 +134,7 @@ def test_differences_are_shown():
 
 def refusal(dtype=torch.bfloat16, dim=64, v_dim=64, rows=64, spec=None, **operands):
     q, k, v = (torch.empty(1, 2, rows, d, dtype=dtype, device="meta") for d in (dim, dim, v_dim))
-    return cuda.refuses(Call(q, k, v, spec or Spec(0.125), Operands(**operands)))
+    return cuda.unsupported_reason(Call(q, k, v, spec or Spec(0.125), Operands(**operands)))
 
 
 def test_what_the_kernels_serve():
