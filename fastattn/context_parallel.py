@@ -1,7 +1,7 @@
-"""torch's context_parallel, under which a call of fastattn's would see one shard of the sequence.
+"""Refuses calls under torch's context_parallel, where fastattn would see one shard of the sequence.
 
 It replaces F.scaled_dot_product_attention and tells DTensor how to run aten's attention operators
-over all shards; of fastattn's functions it knows nothing. So they refuse while it is active.
+over all shards; it does not know fastattn's functions, so these raise while it is active.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _modules = sys.modules
 
 
 def refuse_context_parallel() -> None:
-    """Raises where torch's context_parallel is active. Costs a look into a dict where the program
-    has not imported it."""
+    """Raises if torch's context_parallel is active. Costs one dict lookup where the program has not
+    imported it."""
     if _MODULE in _modules and _is_active():
         raise NotImplementedError(
             "torch's context_parallel is active, and fastattn would attend to this rank's shard of "
@@ -26,7 +26,8 @@ def refuse_context_parallel() -> None:
 
 
 def _is_active() -> bool:
-    """Has DTensor handlers for aten's attention? Both of torch's ways to turn it on set them."""
+    """Whether DTensor has handlers for aten's attention, which both of torch's ways to enable
+    context_parallel set."""
     dispatcher = torch.distributed.tensor.DTensor._op_dispatcher
     handlers = dispatcher._custom_op_handlers
     return torch.ops.aten._scaled_dot_product_flash_attention.default in handlers

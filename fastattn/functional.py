@@ -87,7 +87,7 @@ def attention(
         k: [B, Hkv, Skv, D], Hq % Hkv == 0: query head h reads kv head h // (Hq // Hkv).
         v: [B, Hkv, Skv, Dv].
         scale: multiplies q.k; a number in [-1e30, 1e30]. None: 1 / sqrt(D).
-        causal: the window's right side is 0. With a window that looks ahead it is refused.
+        causal: sets the window's right side to 0; refused with a window that looks ahead.
         window: (left, right): row i sees keys j with i + o - left <= j <= i + o + right. None or a
             negative number on a side: unbounded.
         align: where the diagonal lies. "end": o = Skv - Sq, the last row sees the last key
@@ -95,7 +95,7 @@ def attention(
         mask: bool, broadcastable to [B, Hq, Sq, Skv], True = attend. Expanded masks cost nothing.
         bias: float, broadcastable to [B, Hq, Sq, Skv], added to the scores. Differentiable; its
             gradient is reduced over the broadcast dimensions in float32. -inf masks, and no
-            finite number does. docs/backends.md says what size of scores keeps its meaning.
+            finite number does. docs/backends.md says how large scores may be.
         alibi_slopes: [Hq] or [B, Hq] float32, ALiBi's distance penalty, up to 2e28 in size. No
             gradient.
         softcap: s -> softcap * tanh(s / softcap), before bias and mask; 0 is off. 1e-30 to 1e30.
@@ -104,33 +104,32 @@ def attention(
         kv_lens: [B] int32 in [0, Skv]: keys at or past kv_lens[b] do not exist and are never read.
             With align="end", o = kv_lens[b] - Sq.
         document_ids: [B, S] or [S] int32, non-decreasing, for self-attention: tokens see their own
-            document only. The diagonal stays the whole row's.
+            document only. The diagonal stays that of the whole sequence.
         key_ranges: (begin, end), int32 tensors, each broadcastable to [B, Hq, Sq] and neither
-            decreasing along the rows: of the keys that the rest of the call shows it, row i sees
-            begin <= j < end, as a mask would say. Tiles of keys outside are never touched.
-            fastattn.masks.prefix, .chunked and .block_causal make them. On a GPU, where looking
-            at the values would wait, row i's number is the largest of those of rows 0 to i.
-        head_origin: (first, total): these are heads first, first + 1, ... of total, a part of the
-            whole (tensor parallelism). Dropout counts heads of the whole, so that processes with
-            one dropout_seed (or one state of their generators) drop what one process would. mask,
-            bias, alibi_slopes, sinks and key_ranges may have all `total` heads; these are then
-            taken from them. None: they are the whole.
-        dropout_p: probability in [0, 1) that a weight is dropped; kept ones are divided by the
-            exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
-        dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one key drops the
-            same weights on every backend, device, dtype and D. None: drawn from the default
+            decreasing along the rows: of the keys that all other options leave visible, row i
+            sees begin <= j < end, as with a mask. Tiles of keys outside are never read.
+            fastattn.masks.prefix, .chunked and .block_causal make them. On a GPU, where checking
+            the values would wait, row i uses the largest of the numbers of rows 0 to i.
+        head_origin: (first, total): q's heads are heads first, first + 1, ... of total (tensor
+            parallelism). Dropout counts all `total` heads, so that processes with one dropout_seed
+            (or one state of their generators) drop what a single process would. mask,
+            bias, alibi_slopes, sinks and key_ranges may have all `total` heads, of which this
+            call's are then used. None: q has all heads.
+        dropout_p: probability in [0, 1) of dropping a softmax probability; kept ones are divided by
+            the exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
+        dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one pair drops the
+            same probabilities on every backend, device, dtype and D. None: drawn from the default
             generator of q's device. Without dropout it has no effect.
-        q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is what is
-            stored times the scale of its kv head. None: 1. No gradient; out is bfloat16. Triton
-            multiplies q.k in 8 bits on GPUs that can and weights with v in bfloat16; "cuda" does
-            both in 8 bits, with weights rounded to float8; the other backends widen q, k and v to
-            float32.
+        q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is the
+            stored number times the scale of its kv head. None: 1. No gradient; out is bfloat16.
+            Triton multiplies q.k in FP8 on GPUs that can, and P with v in bfloat16; "cuda" does both in
+            FP8, with P rounded to FP8; the other backends widen q, k and v to float32.
         k_descale: the same for k.
         v_descale: the same for v.
         return_lse: also return lse.
-        deterministic: accepted for every value: every backend here always gives the same bits.
+        deterministic: any value is accepted, because every backend always gives the same bits.
         backend: "cuda", "triton", "cpu" or "reference". None: the environment's FASTATTN_BACKEND,
-            or the fastest that can run the call. One that cannot run it raises and says why.
+            or the fastest that can run the call. A named one that cannot run it raises and says why.
 
     Returns:
         out [B, Hq, Sq, Dv] (q's rank) in q's dtype (bfloat16 for float8), in q's memory order where

@@ -1,8 +1,8 @@
 """Rotary embedding on a GPU: fastattn::rotate. Its reference is in fastattn/fused/norm.py, the
 CPU's kernel is rotate in csrc/cpu/fused.inl.
 
-A program turns BLOCK_S positions of HEADS heads, so that a row of cos and sin is loaded once for
-them all. Channels past the pairs are copied. A position that the tables do not have gives NaN.
+A program rotates BLOCK_S positions of HEADS heads, so that a row of cos and sin is loaded once for
+all of them. Channels past the pairs are copied. A position outside the tables gives NaN.
 """
 
 from __future__ import annotations
