@@ -114,8 +114,8 @@ def decode_attention(
             expanded are refused. So are, where values can be checked, tokens that do not fit, two
             new keys for one slot, and NaN for an int8 cache. On a GPU, where a check would wait,
             and in a compiled call the caller has to avoid these: tokens that do not fit are not
-            written, and NaN becomes 0. k and the other operands may share the caches' memory: their values from
-            before the call are used.
+            written, and NaN becomes 0. k and the other operands may share the caches' memory:
+            their values from before the call are used.
         v: [B, Hkv, Snew, Dv].
         page_table: int32 [B, max_pages]: slot s of entry b is slot s % page_size of page
             page_table[b, s // page_size].

@@ -122,14 +122,14 @@ def attention(
             generator of q's device. Without dropout it has no effect.
         q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is the
             stored number times the scale of its kv head. None: 1. No gradient; out is bfloat16.
-            Triton multiplies q.k in FP8 on GPUs that can, and P with v in bfloat16; "cuda" does both in
-            FP8, with P rounded to FP8; the other backends widen q, k and v to float32.
+            Triton multiplies q.k in FP8 on GPUs that can, and P with v in bfloat16; "cuda" does both
+            in FP8, with P rounded to FP8; the other backends widen q, k and v to float32.
         k_descale: the same for k.
         v_descale: the same for v.
         return_lse: also return lse.
         deterministic: any value is accepted, because every backend always gives the same bits.
         backend: "cuda", "triton", "cpu" or "reference". None: the environment's FASTATTN_BACKEND,
-            or the fastest that can run the call. A named one that cannot run it raises and says why.
+            or the fastest that can run the call. A named one that cannot run it says why.
 
     Returns:
         out [B, Hq, Sq, Dv] (q's rank) in q's dtype (bfloat16 for float8), in q's memory order where
