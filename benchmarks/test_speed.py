@@ -19,8 +19,8 @@ from fastattn.benchmarks.measure.machine import MEMORY, Machine, machine_facts, 
 from fastattn.benchmarks.report import record
 
 import fastattn
-from fastattn.cli import verify
 from fastattn.core.reference import reference
+from fastattn.core.tolerance import Tolerance
 
 try:
     from cases import select
@@ -92,7 +92,7 @@ def test_option(case, benchmark) -> None:
     if case.packed:
         want, plain = (x[0].transpose(0, 1) for x in (want, plain))
         lse = lse[0].T
-    tolerance = verify.Tolerance(*(x.nan_to_num() for x in problem[:3]), problem.spec.scale, lse)
+    tolerance = Tolerance(*(x.nan_to_num() for x in problem[:3]), problem.spec.scale, lse)
     compared = tolerance.compare("out", out, want, plain)
     assert compared.passed, f"wrong, so not timed: {compared}"
     benchmark.group = "one option each"

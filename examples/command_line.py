@@ -31,7 +31,7 @@ import fastattn
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option accepts; infinity and nan are in no range."""
+    """The numbers that an option accepts. No range includes infinity or nan."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -70,7 +70,7 @@ def option(
 
 @dataclass
 class Options:
-    """What every example takes; each adds its own."""
+    """The options that all examples share; each example adds its own."""
 
     out: str = option("", "folder of this run: checkpoints, log, model", free=True)
     fresh: bool = option(False, "delete what a run left in --out and start over", free=True)
@@ -105,7 +105,7 @@ def flag(name: str) -> str:
 
 
 def setting(name: str, value: Any) -> str:
-    """What gives the option this value, as a shell reads it."""
+    """The words that give the option this value, quoted for a shell."""
     if isinstance(value, bool):
         return flag(name) if value else flag("no_" + name)
     return f"{flag(name)} {shlex.quote(str(value))}"
@@ -137,7 +137,7 @@ def parse(kind: type[O], text: str, argv: list[str] | None) -> O:
 
 
 def mistaken(options: Options) -> str:
-    """A sentence about the first option that is not accepted; "" where all are."""
+    """A sentence about the first option that is not accepted, or ""."""
     for f in fields(options):
         accepts, x = f.metadata["accepts"], getattr(options, f.name)
         if isinstance(accepts, Range) and x not in accepts:
@@ -155,7 +155,7 @@ def mistaken(options: Options) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came; what Ctrl-C unwinds, it unwinds too."""
+    """SIGTERM arrived. It unwinds what Ctrl-C unwinds."""
 
 
 class Alone(Exception):
@@ -175,7 +175,7 @@ SENTENCES = {Terminated: "stopped by SIGTERM", KeyboardInterrupt: "stopped by Ct
 
 
 def same_command() -> str:
-    """The command line that was given, without --fresh: it goes on from the last checkpoint."""
+    """The given command line without --fresh, which continues from the last checkpoint."""
     words = [word for word in sys.orig_argv if word != "--fresh"]
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's own words are not known here
         nodes = os.environ["GROUP_WORLD_SIZE"]
@@ -188,7 +188,7 @@ def same_command() -> str:
 
 
 def _ours(error: Exception) -> bool:
-    """Whether the code of the examples or of fastattn raised it, and so says what is accepted."""
+    """Whether code of the examples or of fastattn raised it, so that its message is for users."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     folders = (Path(__file__).parent, Path(fastattn.__file__).parent)
     return any(Path(frame.f_code.co_filename).is_relative_to(folder) for folder in folders)
@@ -196,7 +196,8 @@ def _ours(error: Exception) -> bool:
 
 @contextmanager
 def _together():
-    """A collective that fails is Alone; gloo's errors have no class, but name their source."""
+    """A failed collective counts as Alone. gloo's errors have no class, but name their source
+    file."""
     try:
         yield
     except RuntimeError as error:
@@ -207,7 +208,7 @@ def _together():
 
 
 def run(main: Callable[[list[str]], object]) -> None:
-    """main() with the command line; SystemExit after a sentence where it does not end well."""
+    """Runs main() with the command line. Ends with SystemExit and a sentence if main() fails."""
     rank = os.environ.get("RANK", "0")
 
     def stop(number: int, frame: object) -> None:

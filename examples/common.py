@@ -76,8 +76,8 @@ class Task:
 
 
 def share_of_loss(task: Task, model: nn.Module, piece: Batch, whole: Batch) -> Tensor:
-    """What some rows of a step add to its loss: each of their means in the proportion of the things
-    that it is over, so that the shares' sum is the means over all things of the step."""
+    """The weight of some rows' loss in a step: each mean is weighted by its share of the
+    targets, so that the parts add up to the means over all targets of the step."""
     means, counts, totals = (
         x if isinstance(x, dict) else {"loss": x}
         for x in (task.loss(model, piece), task.weight(piece), task.weight(whole))
@@ -89,7 +89,7 @@ def share_of_loss(task: Task, model: nn.Module, piece: Batch, whole: Batch) -> T
 
 
 def learning_rate(step: int, options: Options) -> float:
-    """Linear warm-up, then a cosine to a tenth of the highest at the last step."""
+    """Linear warm-up, then a cosine to a tenth of the peak at the last step."""
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
     done = (step - options.warmup) / max(1, options.steps - options.warmup)
@@ -102,7 +102,8 @@ def processes() -> int:
 
 
 def rows_of_a_pass(options: Options) -> int:
-    """How many rows a process takes at once; ValueError where they are not as many every time."""
+    """How many rows a process takes at once. Raises ValueError unless all parts are equally
+    large."""
     if options.batch % (processes() * options.accumulate):
         raise ValueError(
             f"--batch is {options.batch}; it must be a multiple of processes x --accumulate = "
@@ -112,7 +113,7 @@ def rows_of_a_pass(options: Options) -> int:
 
 
 def device() -> torch.device:
-    """This process's: a GPU of its own where the machine has any, else the CPU."""
+    """This process's device: its own GPU if the machine has any, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     here, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -143,14 +144,15 @@ def _world() -> tuple[int, int]:
 
 @contextmanager
 def run_folder(options: Options):
-    """options.out for this run alone, as files.own says; of several processes the first has it."""
+    """Locks options.out for this run, see files.own; of several processes the first holds the
+    lock."""
     with own(Path(options.out), options.fresh) if _world()[0] == 0 else nullcontext():
         yield
 
 
 @contextmanager
 def first_process_first():
-    """Rank 0 runs the block alone (it may write files), then the others run it."""
+    """Rank 0 runs the block alone, since it may write files; then the other ranks run it."""
     rank, world = _world()
     if rank > 0:
         dist.barrier()
@@ -201,7 +203,7 @@ class Stepper:
 
     @contextmanager
     def _synchronised(self, last: bool):
-        """Gradients travel between processes in a step's last part only."""
+        """Synchronises gradients between processes only in the last micro-batch of a step."""
         if self.world > 1 and self.options.parallel == "fsdp":
             self.model.set_requires_gradient_sync(last)
         elif self.world > 1 and not last:
@@ -247,7 +249,7 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The task's numbers, in eval mode."""
+        """The results of the task's evaluate(), in eval mode."""
         self.model.eval()
         with self._autocast():
             return self.task.evaluate(self.model) if self.task.evaluate else {}
@@ -255,7 +257,8 @@ class Stepper:
     # ---- its state, the same whatever the number of processes -----------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the step; whole tensors on the CPU (rank 0's count)."""
+        """What a checkpoint contains besides the step: whole tensors on the CPU (rank 0 saves
+        them)."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, optimizer = get_state_dict(self.model, self.optimizer, options=whole)
         return {"model": model, "optimizer": optimizer}
@@ -277,7 +280,8 @@ class Stepper:
             raise CheckpointError(f"{what} has no state of this optimizer: {error}") from error
 
     def _check_optimizer(self, saved: dict[str, Any], what: str) -> None:
-        """It has a state for every parameter: torch takes one without, and starts anew."""
+        """Checks that every parameter has a state: torch would accept a missing one and restart
+        it."""
         names = {name for name, p in self.bare.named_parameters() if p.requires_grad}
         try:
             grouped = {name for group in saved["param_groups"] for name in group["params"]}
@@ -293,7 +297,7 @@ class Stepper:
 
 @dataclass
 class Result:
-    """What train() hands back."""
+    """The result of train()."""
 
     losses: list[float]  # of every step, those before a resumption included; rank 0 only
     evaluation: dict[str, float]
@@ -301,7 +305,7 @@ class Result:
 
 
 def identity(options: Options, data: str) -> dict[str, Any]:
-    """What the numbers of a run depend on; data: the fingerprint of its data."""
+    """What the results of a run depend on; data: the fingerprint of its data."""
     chosen = {f.name: getattr(options, f.name) for f in fields(options) if not f.metadata["free"]}
     return chosen | {"data": data}
 
@@ -380,7 +384,7 @@ def _train(stepper: Stepper, task: Task, options: Options) -> Result:
 
 
 class _Display:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, otherwise a line now and then."""
 
     def __init__(self, console: Console, options: Options, done: int) -> None:
         self.console, self.every, self.steps = console, options.log_every, options.steps

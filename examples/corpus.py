@@ -63,7 +63,7 @@ def read_folder(folder: str, megabytes: float, seed: int = 0) -> list[str]:
 
 
 def fingerprint(*parts: Iterable[object]) -> str:
-    """Eight hexadecimal digits that change with anything in the parts."""
+    """Eight hexadecimal digits that change with any of the parts."""
     crc = 0
     for part in parts:
         for x in part:
@@ -148,7 +148,7 @@ def _train_tokenizer(
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a file; ValueError says when there is none in it."""
+    """The tokenizer in a file. Raises ValueError if there is none in it."""
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
@@ -159,13 +159,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of range(count), another one for each epoch."""
+    """A permutation of range(count), a different one in each epoch."""
     generator = torch.Generator().manual_seed(seed * 7919 + epoch)
     return torch.randperm(count, generator=generator)
 
 
 def pick(count: int, step: int, batch: int, seed: int) -> Tensor:
-    """The `batch` items of a step, of `count`: an epoch sees each once, in an order of its own."""
+    """The `batch` items of a step, out of `count`. An epoch visits each item once, in its own
+    order."""
     parts, first = [], step * batch
     while batch:
         epoch, at = divmod(first, count)
@@ -236,7 +237,7 @@ def pad(rows: Sequence[Sequence[int]], value: int = PAD, length: int = 0) -> Ten
 
 @dataclass
 class Labelled:
-    """Texts and the number of the label of each, most of them to train on."""
+    """Texts with the number of each one's label; most texts are for training."""
 
     names: list[str]  # of the labels
     train: list[tuple[str, int]]
@@ -244,7 +245,7 @@ class Labelled:
 
     @classmethod
     def split(cls, pairs: Sequence[tuple[str, str]], seed: int, count: int = 0) -> Labelled:
-        """A fifth is for testing, at most 500; count: how many pairs to take, 0: all."""
+        """A fifth is for testing, at most 500; count: how many pairs to take, 0 for all."""
         pairs = [pairs[i] for i in shuffled(len(pairs), seed, 0).tolist()][: count or None]
         names = sorted({label for _, label in pairs})
         if len(names) < 2:

@@ -1,4 +1,4 @@
-"""What attention costs: the same training steps with fastattn's and with torch's, side by side."""
+"""The time of attention: the same training steps with fastattn and with torch, in turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def now() -> float:
-    """The time in seconds, once a GPU has done all that it was given."""
+    """The time in seconds, after a GPU has finished all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -83,20 +83,20 @@ class Side:
     attention: list[float] = field(default_factory=list)  # seconds
 
     def medians(self) -> tuple[float, float]:
-        """(step, attention) in ms; the first step, which warms up, does not count."""
+        """(step, attention) in ms, without the first step, which is the warm-up."""
         late = slice(1 if len(self.steps) > 1 else 0, None)
         return 1000 * median(self.steps[late]), 1000 * median(self.attention[late])
 
 
 @dataclass
 class Cost:
-    """What compare() found."""
+    """The result of compare()."""
 
     sides: dict[str, Side]
 
     @property
     def difference(self) -> float:
-        """The largest between the losses of a step."""
+        """The largest difference between the losses of a step."""
         return max(abs(a - b) for a, b in zip(*(side.losses for side in self.sides.values())))
 
     def table(self) -> Table:
@@ -138,7 +138,7 @@ def compare(build: Callable[[Options], Task], options: Options) -> Cost:
 
 
 def report(build: Callable[[Options], Task], options: Options, console: Console) -> Cost | None:
-    """compare(), printed; None where options.compare is 0 or there are several processes."""
+    """Runs and prints compare(); None if options.compare is 0 or there are several processes."""
     from common import processes
 
     if not options.compare or processes() > 1:

@@ -101,7 +101,7 @@ class MapOfLastLayer:
 
 
 def bert(options: DistillOptions, data: Data, size: int) -> BERT:
-    """`size` times the student."""
+    """`size` times the size of the student."""
     torch.manual_seed(options.seed + size)
     return BERT(
         vocab_size=data.vocabulary, max_len=options.length, dim=options.dim * size,

@@ -74,7 +74,7 @@ def _lock(file, out: Path) -> None:
 
 
 def tidy(out: Path, fresh: bool) -> None:
-    """Removes what no run reads: files half written, and with `fresh` what a run has left."""
+    """Removes files that were left half written and, with `fresh`, everything of an earlier run."""
     for folder in (out, out / "checkpoints", out / "model"):
         for path in folder.glob(".*.tmp"):
             if PARTIAL.fullmatch(path.name):
@@ -87,13 +87,13 @@ def tidy(out: Path, fresh: bool) -> None:
 
 
 def started(out: Path) -> bool:
-    """Whether a run in `out`, or the teacher's in it, has come to a checkpoint."""
+    """Whether a run in `out`, or the one of the teacher in it, has written a checkpoint."""
     return any(any(out.glob(f"{place}{name}")) for place in ("", "teacher/") for name in STARTED)
 
 
 @contextmanager
 def writing(path: Path):
-    """What cannot be written is an OSError with a sentence, whichever library's it was."""
+    """Turns errors of writing, from any library, into an OSError with a sentence."""
     try:
         yield
     except Exception as error:
@@ -128,7 +128,7 @@ def check_identity(
 
 
 class Checkpoints:
-    """out/checkpoints/step-N.pt: written whole or not at all, the newest KEEP kept."""
+    """out/checkpoints/step-N.pt: written atomically; the newest KEEP are kept."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
@@ -137,7 +137,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.pt"))
 
     def clear(self) -> None:
-        """Deletes them all."""
+        """Deletes all checkpoints."""
         self._delete(self.paths())
 
     def save(self, step: int, state: dict[str, Any]) -> None:

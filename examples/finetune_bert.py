@@ -62,7 +62,7 @@ class FinetuneOptions(Options):
 
 
 def folder_of(options: FinetuneOptions) -> Path | None:
-    """Where the weights to start from are; None: nowhere, the model starts from nothing."""
+    """The folder of the initial weights, or None for random weights."""
     from importlib.util import find_spec
 
     there = find_spec(PACKAGE) is not None
@@ -147,7 +147,7 @@ def model_of(options: FinetuneOptions, data: Data) -> BertForSequenceClassificat
 
 
 def time_attention(model: BertForSequenceClassification, clock: Clock) -> None:
-    """The model's attention function, timed, under a name of its own."""
+    """The model's attention function, timed, under a separate name."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -181,7 +181,7 @@ def build(options: FinetuneOptions, data: Data) -> Task:
 
 
 def ask(result: Result, data: Data, options: FinetuneOptions, console: Console) -> None:
-    """Three tested texts through the pipeline that a user would write."""
+    """Classifies three of the test texts with transformers' pipeline, as a user would."""
     with writing(result.folder):
         data.tokenizer.save_pretrained(result.folder)
     classify = pipeline(

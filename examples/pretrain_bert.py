@@ -57,7 +57,7 @@ class BERTOptions(Options):
 
 
 class Pairs:
-    """Pairs of sentences as token lists: [a, b, 0 where b follows a and 1 where it does not]."""
+    """Pairs of sentences as token lists: [a, b, 0 if b follows a, else 1]."""
 
     def __init__(self, documents: list[list[list[int]]], seed: int) -> None:
         following = [pair for sentences in documents for pair in pairwise(sentences)]
@@ -71,7 +71,8 @@ class Pairs:
         return len(self.following)
 
     def get(self, index: int, order: int) -> tuple[list[int], list[int], int]:
-        """Pair `index`; order, the how manieth it is in the run, decides whether it is torn."""
+        """Pair `index`. `order`, its place in the run, decides whether b is replaced by another
+        sentence."""
         chance = random.Random(self.seed * 1_000_003 + order)
         first, second = self.following[index]
         if chance.random() < 0.5:
@@ -119,7 +120,7 @@ class Data:
         }
 
     def mask(self, ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(what the model sees, what it has to guess), each [B, S]."""
+        """(the model's input, the words to predict), each [B, S]."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
 
         def chance() -> Tensor:
@@ -182,7 +183,7 @@ def build(options: BERTOptions, data: Data) -> Task:
 
 
 def guess(folder: Path, data: Data, text: str) -> str:
-    """What the trained model puts in the place of [MASK]."""
+    """The words that the trained model predicts for [MASK]."""
     model = BERT.from_pretrained(folder)
     ids = torch.tensor([[CLS, *data.tokenizer.encode(text).ids, SEP]])
     if ids.shape[1] > data.options.length:

@@ -111,7 +111,7 @@ def build(options: GPTOptions, data: Data) -> Task:
 
 
 def write(folder: Path, data: Data, options: GPTOptions) -> str:
-    """What the trained model makes of the prompt."""
+    """How the trained model continues the prompt."""
     model = GPT.from_pretrained(folder)
     ids = torch.tensor([data.prompt])
     room = min(options.sample, options.length - ids.shape[1])

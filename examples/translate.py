@@ -73,7 +73,7 @@ class TranslateOptions(Options):
 
 
 class Data:
-    """Numbers of every length, as many of one as of another; none is trained on and tested."""
+    """Numbers, equally many of every length; the training and test sets are disjoint."""
 
     def __init__(self, options: TranslateOptions) -> None:
         self.options, half = options, 10**options.digits // 2
@@ -144,7 +144,7 @@ def build(options: TranslateOptions, data: Data) -> Task:
 
 
 def show(folder: Path, options: TranslateOptions, data: Data) -> str:
-    """Some of the tested numbers, by the model in `folder`."""
+    """Translates some of the test numbers with the model in `folder`."""
     model = EncoderDecoder.from_pretrained(folder)
     numbers = sorted(data.tested)[-5:]
     guesses = translate(model, numbers, options.beams)

@@ -1,5 +1,5 @@
-"""transformers' Trainer in the place of the loop in common.py: the same options, log and lock, and
-it too goes on exactly from its last whole checkpoint."""
+"""transformers' Trainer in place of the loop in common.py: it has the same options, log and
+lock, and also continues exactly from its last complete checkpoint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Checkpoints:
         return 0, None
 
     def begin(self) -> None:
-        """Notes whose the checkpoints are from here on."""
+        """Records which run the checkpoints from here on belong to."""
         text = json.dumps(self.identity, indent=2, sort_keys=True) + "\n"
         with writing(self.note):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Checkpoints:
 
     @staticmethod
     def _problem(path: Path) -> str:
-        """What is wrong with a checkpoint that a kill may have cut short; "": nothing."""
+        """What is wrong with a checkpoint whose writing may have been interrupted, or ""."""
         try:
             if json.loads((path / STATE).read_text())["global_step"] != int(path.name[11:]):
                 return f"{STATE} is of another step"
@@ -112,8 +112,8 @@ class ExactTrainer(Trainer):
 
 
 class Report(TrainerCallback):
-    """Sets the learning rate, writes out/log.jsonl and prints, as the loop in common.py does; a
-    loss that is no number stops the run, before Trainer saves what it has come to."""
+    """Sets the learning rate, writes out/log.jsonl and prints, like the loop in common.py. Stops
+    the run at a loss that is not a number, before Trainer saves the result."""
 
     def __init__(self, log: Log | None, options: Options, say: Callable[[str], None]) -> None:
         self.log, self.options, self.say = log, options, say
@@ -147,7 +147,7 @@ class Report(TrainerCallback):
 
 
 def evaluation(metrics: dict[str, float]) -> dict[str, float]:
-    """The task's numbers among Trainer's."""
+    """Adds the task's results to Trainer's."""
     return {name: metrics[f"eval_{name}"] for name in ("accuracy", "f1")}
 
 

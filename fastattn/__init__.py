@@ -2,11 +2,11 @@
 
 out = fastattn.attention(q, k, v, causal=True)          # functional.py
 out = fastattn.scaled_dot_product_attention(q, k, v)    # torch's signature: sdpa.py
-fastattn.enable()                                       # every program that calls SDPA: override.py
-print(fastattn.swap(model))                             # a built model, in place: swapping.py
+fastattn.enable()                                       # for every call of SDPA: override.py
+print(fastattn.swap(model))                             # for a built model, in place: swapping.py
 print(fastattn.explain(q, k, v, causal=True))           # what would run, and why: explanation.py
 
-fastattn.flash_attn, .hf and .models are imported when they are first used.
+fastattn.flash_attn, .hf and .models are imported on first use.
 """
 
 from importlib import import_module
@@ -49,14 +49,14 @@ __all__ = [
 
 _LAZY = ("flash_attn", "hf", "models")
 
-if not TYPE_CHECKING:  # a checker would take it to give any name
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 
     def __getattr__(name: str):
         if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
             return import_module(f"{__name__}.{name}")
-        except ImportError as error:  # hasattr() and dir()'s readers expect no other
+        except ImportError as error:  # hasattr() expects an AttributeError
             raise AttributeError(str(error)) from error
 
 

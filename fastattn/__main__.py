@@ -27,7 +27,7 @@ EXTRAS = {"demo": "demo", "bench": "bench"}  # the optional dependencies that a 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options before the command; what follows the command is the command's own."""
+    """The parser of the options before the command; each command parses those after it."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
     top = argparse.ArgumentParser(
@@ -43,13 +43,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; its exit code is the program's. Ctrl-C and a reader that has seen enough
-    end it without a traceback, as they end other programs."""
+    """Runs one command and returns its exit code. Ctrl-C and a closed pipe end it without a
+    traceback."""
     try:
         try:
             return _run(argv)
         finally:
-            if sys.stdout is not None:  # the shell's >&- closes it
+            if sys.stdout is not None:  # closed by the shell's >&-
                 sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """What is left in stdout's buffer goes nowhere, since the interpreter writes it at its end."""
+    """Redirects stdout to /dev/null, because the interpreter flushes its buffer at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,7 +1,8 @@
-"""Refuses calls under torch's context_parallel, where fastattn would see one shard of the sequence.
+"""Raises under torch's context_parallel, where fastattn would see only one shard of the sequence.
 
-It replaces F.scaled_dot_product_attention and tells DTensor how to run aten's attention operators
-over all shards; it does not know fastattn's functions, so these raise while it is active.
+context_parallel replaces F.scaled_dot_product_attention and registers DTensor handlers that run
+aten's attention operators over all shards. It does not know fastattn's functions, so they raise
+while it is active.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ _modules = sys.modules
 
 
 def refuse_context_parallel() -> None:
-    """Raises if torch's context_parallel is active. Costs one dict lookup where the program has not
-    imported it."""
+    """Raises if torch's context_parallel is active. If it was never imported, this costs one lookup
+    in a dict."""
     if _MODULE in _modules and _is_active():
         raise NotImplementedError(
-            "torch's context_parallel is active, and fastattn would attend to this rank's shard of "
-            "the sequence alone; call F.scaled_dot_product_attention without fastattn.enable(), or "
-            "attend outside of context_parallel"
+            "torch's context_parallel is active, and fastattn would attend only to this rank's "
+            "shard of the sequence; call F.scaled_dot_product_attention without fastattn.enable(), "
+            "or attend outside of context_parallel"
         )
 
 

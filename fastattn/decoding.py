@@ -303,7 +303,7 @@ def cached_form(given: dict) -> tuple[Call, Append | None]:
         descales=Descales(None, k_descale, v_descale) if narrow else None,
     )
     caches, append = (k_cache, v_cache), None
-    if new_len and batch:
+    if k is not None and v is not None and new_len and batch:
         append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale)).checked()
         q = copied_if_overlapping(q, *caches)
         operands = _apart(operands, caches)
@@ -387,7 +387,7 @@ def merge_states(
                              f"last size, {list(out_a.shape[:-1])}")  # fmt: skip
     tensors = (out_a, lse_a, out_b, lse_b)
     if _merges_by_kernel(*tensors):
-        from .kernels.combine import merge
+        from .kernels.combine import merge  # pyright: ignore[reportMissingImports]  # kernels/
 
         return merge(*tensors)
     double = torch.float64 in (out_a.dtype, out_b.dtype, lse_a.dtype, lse_b.dtype)

@@ -3,9 +3,9 @@
 import fastattn.diffusers
 transformer.set_attention_backend("fastattn")
 
-diffusers tells the name to those attention processors that ask its dispatch_attention_fn (Flux,
-Wan, Qwen-Image and most of the newer models), and passes over the others (UNet's, DiT's, SD3's),
-whatever the backend. With "fastattn" those are swapped as well, until another backend is set.
+In diffusers a backend applies to the attention processors that call dispatch_attention_fn (Flux,
+Wan, Qwen-Image and most newer models); those of UNets, DiT and SD3 ignore it. The backend
+"fastattn" also swaps the latter, until another backend is set.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SERVED = ("dropout_p", "is_causal", "scale", "enable_gqa")
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options
 ) -> Tensor:
-    """The backend: attention over [B, S, H, D], as diffusers' processors call it.
+    """The backend's function: attention over [B, S, H, D], as diffusers' processors call it.
 
     Args:
         query: [B, Sq, Hq, D]; key: [B, Skv, Hkv, D]; value: [B, Skv, Hkv, Dv].
@@ -50,8 +50,8 @@ def attention(
         [B, Sq, Hq, Dv].
 
     Raises:
-        NotImplementedError: another option that is not None or False, as return_lse=True, the
-            window of another backend, or a configuration of context parallelism; it is named.
+        NotImplementedError: any other option, which is named, is not None or False: return_lse, the
+            window of another backend, or a configuration of context parallelism.
     """
     for name, x in options.items():
         if name not in _SERVED and x is not None and x is not False:
@@ -61,26 +61,27 @@ def attention(
             )
     served = {name: options[name] for name in _SERVED if name in options}
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
-        attn_mask = attn_mask[:, None, None]  # of the keys, as diffusers reads it
+        attn_mask = attn_mask[:, None, None]  # a padding mask, as in diffusers
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return scaled_dot_product_attention(q, k, v, attn_mask, **served).transpose(1, 2)
 
 
 @functools.wraps(THEIR_DISPATCH)
 def dispatch_attention_fn(*arguments, backend=None, **options) -> Tensor:
-    """diffusers' function, whatever backend is set: what swapped processors call."""
+    """diffusers' function with the backend "fastattn", for swapped processors."""
     return THEIR_DISPATCH(*arguments, backend=_MEMBER, **options)
 
 
 class _Everything(set):
-    """The arguments that the backend is given: diffusers drops those not in it without a word."""
+    """The set of arguments that the backend accepts. It contains everything, because diffusers
+    silently drops arguments that are not in it."""
 
     def __contains__(self, name) -> bool:
         return True
 
 
 def _register():
-    """Adds "fastattn" to diffusers' backends, an Enum and a table; returns its member."""
+    """Adds "fastattn" to diffusers' Enum and table of backends; returns the Enum's member."""
     names, table = theirs.AttentionBackendName, theirs._AttentionBackendRegistry
     if NAME not in names._value2member_map_:
         member = str.__new__(names, NAME)
@@ -94,7 +95,8 @@ def _register():
 
 
 def _reaching_all(set_backend):
-    """ModelMixin's method that sets a backend, also of processors that ask for none."""
+    """Wraps ModelMixin's method that sets a backend, so that it also reaches the processors that
+    ignore backends."""
 
     @functools.wraps(set_backend)
     def reaching_all(self, *backend, **options) -> None:
@@ -103,7 +105,7 @@ def _reaching_all(set_backend):
         left = {type(x).__name__: None for x in _processors(self) if not _switch(x, ours)}
         if left:
             warnings.warn(
-                f"{', '.join(left)} of {type(self).__name__} asks diffusers for no backend, and "
+                f"{', '.join(left)} of {type(self).__name__} ignores diffusers' backends, and "
                 "swap() cannot serve it: its attention is computed as before",
                 UserWarning,
                 stacklevel=backend.caller_level(),
@@ -113,13 +115,14 @@ def _reaching_all(set_backend):
 
 
 def _processors(model) -> list:
-    """Those that know no backend, each once."""
+    """The processors that ignore backends, each once."""
     found = {id(x): x for x in (getattr(module, "processor", None) for module in model.modules())}
     return [x for x in found.values() if x is not None and not hasattr(x, "_attention_backend")]
 
 
 def _switch(processor, ours: bool) -> bool:
-    """Swaps a processor, or takes back what this swapped. False: swap() cannot serve it."""
+    """Swaps a processor, or undoes an earlier swap by this function. Returns False if swap() cannot
+    serve it."""
     if ours and not is_swapped(processor):
         cls, _ = swapped_class(processor)
         if cls is None:

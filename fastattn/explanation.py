@@ -143,7 +143,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         chosen = asked if reasons[asked] is None else None
     else:
         chosen = registry.auto_select(checked).name
-    backend = registry.BY_NAME.get(chosen)
+    backend = None if chosen is None else registry.BY_NAME[chosen]
     work = _Work(checked)
     pairs, head_dim, v_dim = count_pairs(checked), q.shape[3], v.shape[3]
     no_gradient = operands.paged or operands.descales or function is decoding.decode_attention
@@ -199,13 +199,15 @@ class _Work:
         self.pieces = list(pieces(q, k, operands))
         whole = len(self.pieces) == 1 and self.pieces[0].sequence is None
         self.copies = q.shape[0] if whole else 1  # batch entries that each piece stands for
-        self.slots = k.shape[2] * (operands.page_table.shape[1] if operands.paged else 1)
+        table = operands.page_table
+        self.slots = k.shape[2] * (1 if table is None else table.shape[1])
 
     def keys_of(self, piece: Piece) -> int:
         """Key slots of the piece's sequence, filled or not."""
-        if not self.operands.packed:
+        cu = self.operands.cu_seqlens_k
+        if cu is None or piece.sequence is None:
             return self.slots
-        begin, end = self.operands.cu_seqlens_k[piece.sequence : piece.sequence + 2].tolist()
+        begin, end = cu[piece.sequence : piece.sequence + 2].tolist()
         return end - begin
 
     def heads_of(self, piece: Piece):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +140,7 @@ def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> 
     if bias is not None:
         bias = checks.bias(bias, full, q, rank)
     if slopes is not None:
-        slopes = checks.slopes(slopes, *full[:2], q.device)
+        slopes = checks.slopes(slopes, full[0], full[1], q.device)
     if sinks is not None:
         sinks = checks.sinks(sinks, full[1], q)
     own = {"mask": mask, "bias": bias, "alibi_slopes": slopes, "sinks": sinks}
@@ -217,7 +218,7 @@ def autocast(*tensors):
     return [autocast_to(checks.tensor("q, k or v", x), dtype) for x in tensors]
 
 
-def simple_plan(q, k, v, asked: tuple) -> tuple[tuple | None, tuple | None]:
+def simple_plan(q, k, v, asked: tuple) -> tuple[tuple | None, Any]:
     """(key, plan) in SIMPLE_PLANS of a call without operands; asked has its numbers, flags and
     backend. Looking a plan up costs less than checking the arguments, and it takes no dict of them.
     (None, None): the call is to be checked."""

@@ -4,7 +4,7 @@ backends/autograd.py, which calls it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -122,8 +122,8 @@ def attention(
             generator of q's device. Without dropout it has no effect.
         q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is the
             stored number times the scale of its kv head. None: 1. No gradient; out is bfloat16.
-            Triton multiplies q.k in FP8 on GPUs that can, and P with v in bfloat16; "cuda" does both
-            in FP8, with P rounded to FP8; the other backends widen q, k and v to float32.
+            Triton multiplies q.k in FP8 on GPUs that can, and P with v in bfloat16; "cuda" does
+            both in FP8, with P rounded to FP8; the other backends widen q, k and v to float32.
         k_descale: the same for k.
         v_descale: the same for v.
         return_lse: also return lse.
@@ -342,7 +342,7 @@ def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
         return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.backend)
 
 
-def _in_order(q: Tensor, result: Result) -> Result:
+def _in_order(q: Tensor, result: Any) -> Result:
     if q.is_contiguous() or q.stride(3) == 1:
         return result
     return Result(in_memory_order_of(q, result[0]), result[1])

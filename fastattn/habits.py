@@ -1,5 +1,5 @@
-"""What people try out of habit, each answered in one sentence: the arguments of other libraries'
-attention, and torch.jit.script.
+"""Helpful errors for habits from other libraries: argument names of their attention functions, and
+torch.jit.script. Each error says in one sentence what to use instead.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from difflib import get_close_matches
 
 from .backends.gpu import constant
 
-_MASK = "mask= takes bool, True where a row sees a key, and bias= takes what is added to the scores"
-_PADDING = "kv_lens= takes each entry's number of keys, and mask= bool [B, 1, 1, S], True for a key"
+_MASK = "mask= is bool, True where a row sees a key, and bias= is added to the scores"
+_PADDING = (
+    "kv_lens= is each sequence's number of keys, and mask= is bool [B, 1, 1, S], True for a key"
+)
 _SCALE, _SOFTCAP, _SINKS = "scale= is its name", "softcap= is its name", "sinks= is its name"
 _DROPOUT = "dropout_p= is its name"
 _LSE = "return_lse=True returns (out, lse)"
-_WINDOW = "window=(left, right) takes how many keys a row sees on each side"
+_WINDOW = "window=(left, right) is how many keys a row sees on each side"
 _TABLE = "page_table= is its name, in varlen_attention() and decode_attention()"
-_PROBS = "weights are never stored here, and fastattn.nn.MultiheadAttention returns them"
+_PROBS = "attention weights are never stored; fastattn.nn.MultiheadAttention can return them"
 _OURS = {
     "is_causal": "causal= is its name, with align='start' for torch's diagonal from the top left",
     "attn_mask": _MASK,
@@ -30,7 +32,7 @@ _OURS = {
     "dropout": _DROPOUT,
     "attention_dropout": _DROPOUT,
     "p": _DROPOUT,
-    "enable_gqa": "k and v may have fewer heads than q, without asking",
+    "enable_gqa": "k and v may always have fewer heads than q",
     "softmax_scale": _SCALE,
     "sm_scale": _SCALE,
     "scaling": _SCALE,
@@ -51,7 +53,7 @@ _OURS = {
     "seqused_k": "kv_lens= is its name",
     "rotary_cos": "rotary=(cos, sin) is its form, in decode_attention()",
     "rotary_sin": "rotary=(cos, sin) is its form, in decode_attention()",
-    "generator": "dropout_seed=(seed, offset) names the weights to drop",
+    "generator": "dropout_seed=(seed, offset) decides which weights are dropped",
     "cu_seqlens": "cu_seqlens_q= and cu_seqlens_k= are its names, in varlen_attention()",
 }  # fmt: skip
 
@@ -59,8 +61,8 @@ _PUBLIC: list[Callable] = []
 
 
 def public(function: Callable) -> Callable:
-    """A function that takes its unknown keywords as **unknown, for refuse_unknown() to name ours.
-    Its signature does not show them."""
+    """Decorates a public function that takes unknown keywords as **unknown and passes them to
+    refuse_unknown(). They are removed from its visible signature."""
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = signature.replace(parameters=shown)
@@ -69,12 +71,12 @@ def public(function: Callable) -> Callable:
 
 
 def refuse_unknown(function: Callable, unknown) -> None:
-    """Raises TypeError for the first of these keywords that the function does not take."""
+    """Raises TypeError for the first of these keywords that the function does not accept."""
     if sentence := _why_unknown(function, tuple(unknown)):
         raise TypeError(sentence)
 
 
-@constant  # Dynamo cannot trace difflib, and shows what is raised
+@constant  # Dynamo cannot trace difflib
 def _why_unknown(function: Callable, unknown: tuple[str, ...]) -> str | None:
     known = inspect.signature(function).parameters
     name = next((x for x in unknown if x not in known), None)
@@ -99,8 +101,8 @@ _NO_SCRIPT = (
 
 
 def unscriptable(x):
-    """A function or a class of modules, which torch.jit.script refuses in one sentence, in whatever
-    it is used. (Without this it would show the first line that it does not understand.)"""
+    """Makes torch.jit.script fail on a function or a module class with one clear sentence, wherever
+    it is used, instead of showing the first line that it cannot compile."""
     if isinstance(x, type):
         x.__prepare_scriptable__ = _refuse_script
     else:

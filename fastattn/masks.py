@@ -1,14 +1,14 @@
-"""Common masks as key_ranges, two int32 tensors instead of a [rows, keys] mask:
+"""Common masks as key_ranges: two int32 tensors instead of a [rows, keys] mask.
 
     ranges = fastattn.masks.chunked(8192, q_len=32768, device=q.device)
     out = fastattn.attention(q, k, v, causal=True, key_ranges=ranges)
 
 Each function returns (begin, end) of the smallest shapes that broadcast to [B, heads, rows]. Rows
-and keys are counted as positions in the sequence, and `offset` is the position of row 0 among the
-keys: 0 where rows and keys are the same tokens; kv_len - q_len where the last row meets the last
-key, which is align="end"; the number of keys in a cache that more tokens follow. It is an int or,
-where entries differ, an int tensor [B] (of packed sequences, one for each). No value is read, so
-nothing waits for a GPU. Next hop: core/ranges.py, which checks what attention() gets.
+(queries) and keys are counted as positions in the sequence, and `offset` is the position of row 0
+among the keys: 0 where rows and keys are the same tokens; kv_len - q_len where the last row is at
+the last key (align="end"); or the number of keys in a cache before new tokens. It is an int, or an
+int tensor [B] (for packed sequences, [N]) where sequences differ. No value is read, so nothing
+synchronizes with a GPU. Next hop: core/ranges.py, which checks key_ranges.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def prefix(
 ) -> tuple[Tensor, Tensor]:
     """A prefix that all rows see, and causal attention after it (prefix-LM, PaliGemma).
 
-    The row at position p sees keys j < max(prefix_len, p + 1): within the prefix attention goes
-    both ways. Causality is in it: causal=True would hide what a prefix's rows see ahead of them.
+    The row at position p sees keys j < max(prefix_len, p + 1): attention within the prefix is
+    bidirectional. Do not add causal=True, which would make the prefix causal too.
 
     Args:
-        prefix_lens: int tensor [B], each entry's prefix, or an int for all.
-        q_len: rows of q, Sq (of packed sequences, max_seqlen_q).
-        offset: the position of row 0, an int or [B]; see the module.
+        prefix_lens: int tensor [B], the prefix length of each sequence, or an int for all.
+        q_len: rows of q, Sq (for packed sequences, max_seqlen_q).
+        offset: the position of row 0, an int or [B]; see the module's docstring.
         device: of the results; None: that of the tensors given, else the CPU.
 
     Returns:
@@ -45,7 +45,7 @@ def prefix(
     [[2, 2, 3, 4], [1, 2, 3, 4]]
     """
     device = _device_of(device, prefix_lens, offset)
-    lengths = _per_entry("prefix_lens", prefix_lens, device)
+    lengths = _per_sequence("prefix_lens", prefix_lens, device)
     end = torch.maximum(_positions(q_len, offset, device) + 1, lengths)
     return _zero(device), end
 
@@ -58,16 +58,17 @@ def chunked(
     first: Tensor | int = 0,
     device=None,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of `chunk_size` tokens that see only themselves (Llama 4's local layers).
+    """Attention within chunks of `chunk_size` tokens (Llama 4's local layers).
 
     The row at position p sees keys [c, c + chunk_size), where c = chunk_size * (p // chunk_size) is
-    the start of its chunk. With causal=True attention within a chunk is causal, as in Llama 4.
+    the start of its chunk. Add causal=True for causal attention within a chunk, as in Llama 4.
 
     Args:
         chunk_size: tokens of a chunk, at least 1.
-        q_len: rows of q, Sq (of packed sequences, max_seqlen_q).
-        offset: the position of row 0, an int or [B]; see the module.
-        first: the position at which chunks begin, an int or [B]: the padding on an entry's left.
+        q_len: rows of q, Sq (for packed sequences, max_seqlen_q).
+        offset: the position of row 0, an int or [B]; see the module's docstring.
+        first: the position where the first chunk begins, an int or [B]: the length of a sequence's
+            padding on the left.
         device: of the results; None: that of the tensors given, else the CPU.
 
     Returns:
@@ -79,7 +80,7 @@ def chunked(
     """
     chunk_size = _size("chunk_size", chunk_size)
     device = _device_of(device, offset, first)
-    start = _per_entry("first", first, device)
+    start = _per_sequence("first", first, device)
     chunk = torch.div(_positions(q_len, offset, device) - start, chunk_size, rounding_mode="floor")
     begin = chunk * chunk_size + start
     return begin, begin + chunk_size
@@ -88,14 +89,14 @@ def chunked(
 def block_causal(
     block_sizes: int | Sequence[int], q_len: int, *, offset: Tensor | int = 0, device=None
 ) -> tuple[Tensor, Tensor]:
-    """Blocks that see all of themselves and of the blocks before them (frames of a video, scales of
-    an image, the blocks of a block diffusion model).
+    """Each block sees all of itself and of the blocks before it (frames of a video, scales of an
+    image, blocks of a block diffusion model).
 
     Args:
-        block_sizes: tokens of every block, or a sequence with the tokens of each. Rows past the
-            last block count to it.
-        q_len: rows of q, Sq (of packed sequences, max_seqlen_q).
-        offset: the position of row 0, an int or [B]; see the module.
+        block_sizes: tokens of every block, or a list with the tokens of each. Rows past the last
+            block belong to it.
+        q_len: rows of q, Sq (for packed sequences, max_seqlen_q).
+        offset: the position of row 0, an int or [B]; see the module's docstring.
         device: of the results; None: that of the tensors given, else the CPU.
 
     Returns:
@@ -121,10 +122,10 @@ def block_causal(
 def _positions(q_len: int, offset: Tensor | int, device) -> Tensor:
     """The position of each row: int32 [B or 1, 1, q_len]."""
     rows = torch.arange(checks.length("q_len", q_len), dtype=torch.int32, device=device)
-    return rows + _per_entry("offset", offset, device)
+    return rows + _per_sequence("offset", offset, device)
 
 
-def _per_entry(name: str, x: Tensor | int, device) -> Tensor:
+def _per_sequence(name: str, x: Tensor | int, device) -> Tensor:
     """An int or int tensor [B] as int32 [B or 1, 1, 1]."""
     if not isinstance(x, Tensor):
         if not -checks.MAX_LENGTH < checks.integer(name, x) < checks.MAX_LENGTH:

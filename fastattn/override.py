@@ -25,6 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -48,7 +49,8 @@ _BORROWED = {  # aten's operators that ops_aten.cpp has kernels for, and the sch
     "Tensor philox_offset, float dropout_p, bool[4] grad_input_mask, bool is_causal=False, *, "
     "float? scale=None) -> (Tensor, Tensor, Tensor, Tensor)",
 }
-_choice, _attend = torch._fused_sdp_choice, torch._scaled_dot_product_efficient_attention
+_torch: Any = torch  # its stubs lack what is private
+_choice, _attend = _torch._fused_sdp_choice, _torch._scaled_dot_product_efficient_attention
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 _PATIENCE = 500  # times 10 ms: how long the first enable() waits for threads that compile
@@ -57,7 +59,8 @@ _lock = threading.RLock()
 _depth = 0
 _on = False  # the switch, which the kernels read
 _registered = False
-_torchs = _torchs_functorch = None  # torch's composite kernel, and functorch's entry to it
+_torchs: Any = None
+_torchs_functorch: Any = None  # torch's composite kernel, and functorch's entry to it
 _borrowed = False  # whether our kernels are registered for _BORROWED
 _warned = False
 
@@ -148,7 +151,7 @@ def _register() -> None:
         _borrowed = True
     # Not a torch.library.Library, which deregisters at interpreter exit, while threads may still
     # run. The extra reference keeps this one until the process ends.
-    aten = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    aten: Any = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(aten))
     with warnings.catch_warnings():  # "Overriding a previously registered kernel" is intended
         warnings.simplefilter("ignore")
@@ -197,7 +200,7 @@ _TAG = "fastattn-sdpa"
 
 def _tag_caches(on: bool) -> None:
     """Tags torch.compile's disk cache, whose entries are valid for one state of the switch."""
-    config = torch.compiler.config
+    config: Any = torch.compiler.config
     entry = config._config["cache_key_tag"]
     unset = entry.env_value_default is entry.env_value_force  # neither is set by the environment
     entry.env_value_default = _tagged("" if unset else entry.env_value_default, on)  # every thread
@@ -268,11 +271,11 @@ def _guard() -> None:
     """Where Dynamo traces this call, adds a guard on the state of the switch. Guards make switching
     safe while threads run compiled code, which a reset of Dynamo would free."""
     dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
-    if dynamo is not None and torch._guards.TracingContext.try_get() is not None:
+    if dynamo is not None and _torch._guards.TracingContext.try_get() is not None:
         translator = dynamo.InstructionTranslator.current_tx()
-        switch = torch._dynamo.source.AttrSource(translator.import_source(__name__), "_on")
-        guard = switch.make_guard(torch._dynamo.guards.GuardBuilder.CONSTANT_MATCH)
-        torch._dynamo.guards.install_guard(guard)
+        switch = _torch._dynamo.source.AttrSource(translator.import_source(__name__), "_on")
+        guard = switch.make_guard(_torch._dynamo.guards.GuardBuilder.CONSTANT_MATCH)
+        _torch._dynamo.guards.install_guard(guard)
 
 
 def _serves(query, key, value) -> bool:

@@ -1,11 +1,11 @@
-"""Copies of methods that call other functions than the originals do. swapping.py gives them to
-classes.
+"""Copies of methods in which calls of certain functions are replaced by calls of others.
+swapping.py puts the copies into classes.
 
-How a function gets at another one stands in its bytecode: by a global name or a variable of the
-function around it, perhaps through modules (torch.nn.functional.x), or as a default. What a name
-stands for is looked up, so its spelling does not matter. The functions that a method calls are
-followed, whatever module they are of, and those that lead to a replaced one are copied too; the
-copies call each other. Nothing changes for those who call the originals.
+A function's bytecode shows how it refers to another one: by a global name or a variable of the
+enclosing function, perhaps through modules (torch.nn.functional.x), or as a default. Names are
+resolved to their values, so that spelling does not matter. The functions that a method calls are
+followed into any module, and those that lead to a replaced function are copied too; the copies call
+each other. The originals do not change.
 """
 
 from __future__ import annotations
@@ -26,44 +26,46 @@ _CELLS = ("LOAD_DEREF", "LOAD_CLASSDEREF")
 
 @dataclass(frozen=True)
 class Redirected:
-    """What redirect() found."""
+    """The result of redirect()."""
 
-    methods: dict[tuple[type, str], Any]  # copies, by the class that has the original, and its name
-    reached: tuple[Callable, ...]  # which of the replaced functions the originals call
-    names: frozenset[str]  # global names and attributes that they mention
-    lost: tuple[str, ...]  # sentences: calls of replaced functions that a copy would make as well
+    methods: dict[tuple[type, str], Any]  # copies by (class that defines the original, name)
+    reached: tuple[Callable, ...]  # the functions to replace that the originals call
+    names: frozenset[str]  # global names and attributes that the originals mention
+    lost: tuple[str, ...]  # sentences about calls that a copy cannot redirect
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a function gets at another: names[0] in `space`, and from there through attributes."""
+    """How a function refers to another: names[0] in `space`, and from there by attributes."""
 
-    space: str  # "global", "cell" (a variable of the function around it) or "default"
+    space: str  # "global", "cell" (a variable of the enclosing function) or "default"
     names: tuple
     value: Any
-    open: bool = True  # may a copy find another value there?
+    open: bool = True  # whether a copy can be given another value there
 
 
 @dataclass
 class Scan:
-    """What the bytecode of one function says."""
+    """What was found in the bytecode of one function."""
 
-    ways: list[Way] = field(default_factory=list)  # to functions
+    ways: list[Way] = field(default_factory=list)  # references to functions
     names: set[str] = field(default_factory=set)
     lost: list[str] = field(default_factory=list)
 
 
 def redirect(cls: type, entries: Iterable[str], instead: dict[Callable, Callable]) -> Redirected:
-    """Copies of those methods of cls that lead to a key of `instead`; they call its value.
+    """Copies those methods of cls that lead to a key of `instead`; the copies call its value.
 
-    Looked at are the methods named `entries` and those whose names they mention, whatever stands
-    before the dot: one too many may be copied, but none too few. A base's method that another one
-    hides counts where super() may get at it. Classes of torch are left out.
+    It starts from the methods named `entries` and follows every name that they mention as if it
+    were a method of cls, whatever the object: it may copy too many methods, but never too few. A
+    base's method that is overridden counts where super() may reach it. Methods of torch's own
+    classes are left out.
     """
     methods: dict[tuple[type, str], FunctionType] = {}
     scans: dict[FunctionType, Scan] = {}
     copied, reached = {}, {}
-    todo, seen = [(name, None) for name in entries], set()  # (name, the class behind which it is)
+    # (name, class whose bases are searched for it; None: cls and its bases)
+    todo, seen = [(name, None) for name in entries], set()
     while todo:
         name, below = todo.pop()
         owner = next((x for x in _behind(cls, below) if name in vars(x)), None)
@@ -109,7 +111,7 @@ def _behind(cls: type, owner: type | None) -> tuple[type, ...]:
 
 
 def leads(function: Any, instead: dict[Callable, Callable]) -> bool:
-    """Is it a function that calls a key of `instead`, itself or through others?"""
+    """Is this a function that calls a key of `instead`, directly or through others?"""
     if not _is_function(function, instead):
         return False
     scans: dict[FunctionType, Scan] = {}
@@ -128,7 +130,7 @@ def _leading(scans: dict[FunctionType, Scan], instead: dict) -> set[FunctionType
 
 
 def _follow(function: FunctionType, scans: dict, instead: dict) -> list[FunctionType]:
-    """The function and those that it leads to, as far as they had no scan yet."""
+    """Scans the function and those that it leads to; returns the ones that had no scan yet."""
     new, todo = [], [function]
     while todo:
         function = todo.pop()
@@ -140,7 +142,7 @@ def _follow(function: FunctionType, scans: dict, instead: dict) -> list[Function
 
 
 def _is_followed(value: Any, instead: dict) -> bool:
-    """A plain function, of no library's own unless it wraps another one."""
+    """Is it a Python function of no library in _LIBRARIES, or one that wraps another function?"""
     if not isinstance(value, FunctionType) or value in instead:
         return False
     return _library(value.__globals__.get("__name__")) not in _LIBRARIES or hasattr(
@@ -192,7 +194,7 @@ def _is_function(value: Any, instead: dict) -> bool:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code, and that of the functions defined in it, which share its global names."""
+    """The code and that of the functions defined in it, which share its globals."""
     yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -200,8 +202,8 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _steps(function: FunctionType, code: CodeType):
-    """Each step, the way to what it loads (None: not known before it runs), and whether that is an
-    attribute of the function's first argument."""
+    """(instruction, the Way to what it loads or None if that is known only at run time, whether it
+    is an attribute of the function's first argument) for each instruction."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
     way, before = None, None
     for step in dis.get_instructions(code):
@@ -229,7 +231,7 @@ def _content(cell: CellType) -> Any:
 
 
 def _attribute(way: Way, name: str) -> Way | None:
-    """What a module or a class has by this name. Modules that load lazily are not made to."""
+    """The Way to a module's or class's attribute. Lazy modules are not made to load."""
     if isinstance(way.value, ModuleType):
         value, is_open = vars(way.value).get(name, _NOTHING), way.open
     elif isinstance(way.value, type):
@@ -243,7 +245,7 @@ def _attribute(way: Way, name: str) -> Way | None:
 
 
 class _View(ModuleType):
-    """A module as it is at any time, but for some names."""
+    """A live view of a module in which some names have other values."""
 
     def __init__(self, module: ModuleType, names: dict[str, Any]):
         super().__init__(module.__name__, module.__doc__)
@@ -254,12 +256,12 @@ class _View(ModuleType):
 
 
 def _copies(leading: set, scans: dict, instead: dict) -> dict[FunctionType, FunctionType]:
-    spaces: dict[int, dict] = {}  # copies of global names, by the identity of the originals
-    trees: dict[int, dict] = {}  # what is another value in those
+    spaces: dict[int, dict] = {}  # copies of globals, by the id of the originals
+    trees: dict[int, dict] = {}  # the values that differ in them
     copies, closures = {}, {}
     for function in leading:
         names = spaces.setdefault(id(function.__globals__), dict(function.__globals__))
-        names.pop("__name__", None)  # torch.compile would look names up in the module of this name
+        names.pop("__name__", None)  # torch.compile would look names up in that module
         ways = [x for x in scans[function].ways if x.open and _leads(x, leading, instead)]
         closures[function] = _cells(function, {x.names[0] for x in ways if x.space == "cell"})
         copies[function] = _copy(function, names, tuple(closures[function].values()))
@@ -292,7 +294,7 @@ def _cells(function: FunctionType, others: set[str]) -> dict[str, CellType]:
 def _copy(function: FunctionType, names: dict, cells: tuple[CellType, ...]) -> FunctionType:
     copy = FunctionType(function.__code__, names, function.__name__, None, cells or None)
     vars(copy).update(vars(function))
-    lazy = hasattr(function, "__annotate__")  # Python 3.14 computes annotations when asked
+    lazy = hasattr(function, "__annotate__")  # Python 3.14 computes annotations lazily
     annotations = "__annotate__" if lazy else "__annotations__"
     for attribute in (annotations, "__doc__", "__module__", "__qualname__"):
         setattr(copy, attribute, getattr(function, attribute))
@@ -300,7 +302,7 @@ def _copy(function: FunctionType, names: dict, cells: tuple[CellType, ...]) -> F
 
 
 def _seen(value: Any, tree: Any) -> Any:
-    """The value as the copies see it: a function as it is, a module with other functions in it."""
+    """What the copies see: the replacing function, or a view of the module with replacements."""
     if not isinstance(tree, dict):
         return tree
     return _View(value, {name: _seen(vars(value)[name], x) for name, x in tree.items()})

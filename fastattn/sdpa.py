@@ -1,11 +1,12 @@
-"""scaled_dot_product_attention() with torch's signature and semantics. override.py puts it under
-programs that call torch's. Next hop: backends/registry.py.
+"""scaled_dot_product_attention() with torch's signature and semantics. override.py makes programs
+that call torch's function use it. Next hop: backends/registry.py.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention, served by fastattn.
+    """torch.nn.functional.scaled_dot_product_attention, computed by fastattn.
 
     Args:
         query: (N, ..., Hq, L, E); leading dimensions broadcast, ranks may differ, at least 2.
@@ -45,21 +46,23 @@ def scaled_dot_product_attention(
         value: (N, ..., H, S, Ev).
         attn_mask: broadcastable to (N, ..., Hq, L, S): bool (True = attend), or float32 or query's
             dtype, added to the scores and differentiable. torch.nn.attention.bias works too.
-        dropout_p: probability in [0, 1] of dropping a weight; applied whenever it is above 0.
-        is_causal: row i sees keys 0 to i (top-left), also where L != S.
+        dropout_p: probability in [0, 1] of dropping an attention weight, in training and evaluation
+            alike.
+        is_causal: row i sees keys 0 to i (aligned top-left), also where L != S.
         scale: None is 1 / sqrt(E).
-        enable_gqa: heads of key and of value must each divide query's.
+        enable_gqa: allows H < Hq; the heads of key and of value must each divide query's.
 
     Returns:
         (N, ..., Hq, L, Ev) in query's dtype and, where Ev = E and query is dense, memory order.
 
-    Differs from torch where torch is wrong or refuses: is_causal together with attn_mask applies
+    It differs from torch where torch is wrong or raises: is_causal together with attn_mask applies
     both; a mask may have one dimension or none; a row that sees no key gives 0 with every backend;
-    NaN never disappears; value must be as long as key; a NaN or infinite scale is refused; and it
-    has every derivative (double backward, torch.func). Jagged NestedTensors of 4 dimensions without
-    a mask are served by varlen kernels; other NestedTensors by torch itself.
+    NaN always propagates; value must be as long as key; a NaN or infinite scale raises; and every
+    derivative exists (double backward, torch.func). Jagged NestedTensors of 4 dimensions without a
+    mask are computed by varlen_attention(), other NestedTensors by torch.
 
-    Raises what torch raises: RuntimeError for shapes, dtypes and devices, TypeError for types.
+    Raises:
+        RuntimeError for shapes, dtypes and devices, TypeError for types, as torch does.
     """
     if torch._C._is_any_autocast_enabled() and isinstance(query, Tensor) and not query.is_nested:
         query, key, value = autocast(query, key, value)
@@ -81,7 +84,7 @@ def scaled_dot_product_attention(
                 type(is_causal), type(enable_gqa), registry.forced(),
             )  # fmt: skip
             plan = _PLANS.get(plan_key)
-        except (TypeError, RuntimeError):  # a tensor without shape, or what no check accepts
+        except (TypeError, RuntimeError):  # an argument that the checks below reject
             plan_key = plan = None
         if plan is not None:
             spec, backend = plan
@@ -98,8 +101,9 @@ def _general(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     if attn_mask is not None and type(attn_mask) not in _PLAIN:
         attn_mask, is_causal, align_end = _causal_bias(attn_mask, is_causal, query, key)
     _check_kinds(query, key, value, attn_mask, dropout_p)
-    if query.dtype not in checks.DTYPES:  # torch's math decides, and raises its own errors
-        return torch._C._nn.scaled_dot_product_attention(
+    if query.dtype not in checks.DTYPES:  # torch computes it, or raises its own error
+        torchs = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
+        return torchs.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     lead, heads, kv_heads = _broadcast(query, key, value, enable_gqa)
@@ -186,7 +190,7 @@ def _check_kinds(query, key, value, attn_mask, dropout_p) -> None:
 
 
 def _number(name, x) -> float:
-    """A float, or what torch takes for one: ints, numpy's numbers, tensors without dimensions."""
+    """x as a float; like torch, accepts ints, numpy's numbers and 0-dimensional tensors."""
     try:
         if not isinstance(x, (str, Tensor)) or (isinstance(x, Tensor) and x.dim() == 0):
             return float(x)
@@ -240,7 +244,7 @@ def _broadcast(query, key, value, enable_gqa):
 
 
 def _common(what, query, key, value, *sizes) -> int:
-    """The size that all broadcast to."""
+    """The size to which all broadcast."""
     common = next((n for n in sizes if n != 1), 1)
     if any(n not in (1, common) for n in sizes):
         raise RuntimeError(
@@ -251,7 +255,7 @@ def _common(what, query, key, value, *sizes) -> int:
 
 
 def _four(x, lead, heads, repeat=False):
-    """x as [batch, heads, length, channels]; a copy only where no strides describe it."""
+    """x as [batch, heads, length, channels]; a view where strides can describe it, else a copy."""
     if x.dim() == 2:
         x = x.unsqueeze(0)
     if x.shape[-3] != heads:
@@ -267,7 +271,7 @@ def _four(x, lead, heads, repeat=False):
 
 
 def _four_mask(mask, full, rank):
-    """attn_mask as [batch, heads, rows, keys], each size 1 or full."""
+    """attn_mask as [batch, heads, rows, keys], each size 1 or full, where rows are queries."""
     shape = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
     if mask.dim() > rank or any(n not in (1, m) for n, m in zip(shape, full)):
         raise RuntimeError(
@@ -282,7 +286,7 @@ def _four_mask(mask, full, rank):
 
 
 def _zeros(shape, query, *others):
-    """Zeros that autograd connects to every input, with zero gradients."""
+    """Zeros that depend on every input in autograd, with zero gradients."""
     zero = sum(x[..., :0].sum() for x in (query, *others) if x is not None and x.requires_grad)
     return query.new_zeros(shape) + zero
 
@@ -291,7 +295,8 @@ def _zeros(shape, query, *others):
 
 
 def _causal_bias(mask, is_causal, query, key):
-    """(mask, is_causal, align_end) for torch.nn.attention.bias.CausalBias; others stay."""
+    """(mask, is_causal, align_end) for a torch.nn.attention.bias.CausalBias; any other mask is
+    returned unchanged."""
     module = sys.modules.get("torch.nn.attention.bias")
     if module is None or not isinstance(mask, module.CausalBias):
         return mask, is_causal, False
@@ -307,7 +312,7 @@ def _causal_bias(mask, is_causal, query, key):
 
 
 def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    """Jagged (B, H, ragged, D) goes to the packed kernels, any other NestedTensor to torch."""
+    """Jagged (B, H, ragged, D) by varlen_attention(), any other NestedTensor by torch."""
 
     def packable(x):
         return (
@@ -332,7 +337,8 @@ def _nested(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     if dtype is not None:
         query, key, value = (tensors.autocast_to(x, dtype) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, ragged, H, D]
-    cu_q, cu_k, cu_v = query.offsets(), key.offsets(), value.offsets()
+    nested: tuple[Any, ...] = (query, key, value)
+    cu_q, cu_k, cu_v = (x.offsets() for x in nested)
     if cu_k is not cu_v and not torch.equal(cu_k, cu_v):
         raise RuntimeError("Expected nested key and value to have the same lengths")
     longest = [int(cu.diff().max()) if cu.numel() > 1 else 0 for cu in (cu_q, cu_k)]

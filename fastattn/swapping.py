@@ -1,11 +1,11 @@
-"""swap(): a built model computes its attention with fastattn, in place. unswap() takes it back.
+"""swap() makes a built model compute its attention with fastattn, in place; unswap() undoes it.
 
-A module is swapped by changing its class. It stays the same object: parameters, buffers, hooks,
-training flag, whoever holds it, and what is assigned to it later. (A new module in its place would
-need all of that copied, and every reference to the old one found.) The new class is a subclass of
-the old one in which `forward`, or the methods that call attention for it, alone are others, so
-isinstance() and unknown methods work on, and names its original, so going back needs no record.
-Objects that modules hold and call, as diffusers' attention processors, are swapped in the same way.
+A module is swapped by changing its class. It stays the same object with its parameters, buffers,
+hooks and training flag, and every reference to it stays valid. (A new module would need all of that
+copied and every reference replaced.) The new class is a subclass of the old one that overrides only
+`forward`, or the methods that call attention for it, so isinstance() and other methods still work.
+It refers to the original class, so that unswap() needs no record. Objects that modules hold and
+call, such as diffusers' attention processors, are swapped in the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -28,19 +29,19 @@ from .nn.transformer import OURS
 from .redirect import Redirected, leads, redirect
 from .sdpa import scaled_dot_product_attention
 
-_ORIGINAL = "_fastattn_original"  # on a swapped class: the class that it stands for
-_HELD = "_fastattn_held"  # and the attributes of the instance that it replaces
-_BEFORE = "_fastattn_attn_implementation"  # on a transformers model: what it ran before
+_ORIGINAL = "_fastattn_original"  # on a swapped class: the original class
+_HELD = "_fastattn_held"  # on a swapped class: the instance's attributes that it overrides
+_BEFORE = "_fastattn_attn_implementation"  # on a transformers model: its previous implementations
 _SDPA = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True, repr=False)
 class SwapReport:
-    """What swap() or unswap() did. Rows are (module's name, its class, what happened or why not);
-    str() is a table, and so is what a console or a notebook shows."""
+    """What swap() or unswap() did, in rows (module's name, its class, what happened or why not).
+    str() and repr() are a table."""
 
-    swapped: tuple[tuple[str, str, str], ...]  # or swapped back
-    left: tuple[tuple[str, str, str], ...]  # attention modules left alone
+    swapped: tuple[tuple[str, str, str], ...]  # what changed; by unswap(), what was swapped back
+    left: tuple[tuple[str, str, str], ...]  # attention modules that did not change
     done: str = "swapped"
 
     def __str__(self) -> str:
@@ -57,33 +58,33 @@ class SwapReport:
 
 
 def swap(model: nn.Module) -> SwapReport:
-    """Makes fastattn compute the attention of a built model, in place; unswap() takes it back.
+    """Makes fastattn compute the attention of a built model, in place; unswap() undoes it.
 
-    Swapped are
+    It swaps
 
-    - torch.nn.MultiheadAttention and torch.nn's Transformer classes, and subclasses that have no
-      forward of their own: fastattn.nn's forward runs, with its two differences (a row that sees
-      nothing gives no NaN, is_causal never discards a mask);
-    - modules whose forward calls torch's scaled_dot_product_attention, in any spelling, in its
-      other methods or in the functions that it calls by name, as timm's attention blocks do: their
-      own code runs on fastattn's, and a `fused_attn` flag reads True;
-    - objects that a module holds and calls, where their __call__ does so, or calls diffusers'
+    - torch.nn.MultiheadAttention, torch.nn's Transformer classes, and subclasses that do not
+      override forward: fastattn.nn's forward runs, with its differences from torch (a row that sees
+      no key gives no NaN, is_causal never discards a mask);
+    - modules whose forward calls torch's scaled_dot_product_attention by any name, directly or in
+      methods and functions that it calls by name, such as timm's attention blocks: their own code
+      runs with fastattn's function, and a `fused_attn` flag is True;
+    - objects that a module holds and calls, if their __call__ does the same or calls diffusers'
       dispatch_attention_fn: the attention processors of diffusers' models;
-    - transformers' PreTrainedModels: fastattn.hf.enable().
+    - transformers' PreTrainedModels, by fastattn.hf.enable().
 
-    Weights are shared, hooks, parametrizations, flags, dtypes and devices stay, and the model can
-    be copied, pickled, quantised and compiled as before. Calling it again changes nothing.
+    Parameters, hooks, parametrizations, flags, dtypes and devices do not change, and the model can
+    be copied, pickled, quantized and compiled as before. A second call changes nothing.
 
     Returns:
-        a report of every module that changed and every attention module left alone, with the
-        reason. str() is a table.
+        A report of every module that changed, and of every attention module that did not, with the
+        reason.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
     """
-    swapped, left, served = [], [], []  # served: prefixes of transformers models
-    refused = {}  # configurations of those that are not, which models inside may share
-    found, rows = {}, {}  # what each class reaches; what the report names
+    swapped, left, served = [], [], []  # served: name prefixes of enabled transformers models
+    refused = {}  # the configurations of refused ones, which inner models may share
+    found, rows = {}, {}  # redirect() of each class; the modules in the report
     for name, module in _parts(model):
         kind, inside = type(module).__name__, name.startswith(tuple(served))
         if _is_transformers_model(module) and not inside:
@@ -106,7 +107,7 @@ def swap(model: nn.Module) -> SwapReport:
 
 
 def _only_holds(rows: dict, name: str, found: dict) -> bool:
-    """Is this module named for the attention that a part of it computes, which has a row?"""
+    """Does this module only hold the module that computes its attention, which has its own row?"""
     module = rows[name]
     by_hand = "softmax" in found[_without_parametrization(module)].names
     if by_hand or not isinstance(module, nn.Module):
@@ -116,10 +117,16 @@ def _only_holds(rows: dict, name: str, found: dict) -> bool:
 
 
 def unswap(model: nn.Module) -> SwapReport:
-    """Takes swap() back: every class, and every transformers implementation, is what it was.
+    """Undoes swap(): restores every class, and every attn_implementation of transformers' models.
 
-    fastattn.nn's own modules stay. Returns a report, as swap() does; left alone are modules whose
-    class something else has wrapped since.
+    Modules of fastattn.nn stay.
+
+    Returns:
+        A report as swap() returns. Modules whose class was changed again after swap() are left
+        alone.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
     """
     back, left = [], []
     for name, module in _parts(model):
@@ -140,8 +147,8 @@ def unswap(model: nn.Module) -> SwapReport:
 _ROOT = "(model)"
 
 
-def _parts(model) -> list[tuple[str, object]]:
-    """The modules, and the objects with a __call__ of their own that they hold, each once."""
+def _parts(model) -> list[tuple[str, Any]]:
+    """(name, part) of the modules, and of the callable objects that they hold, each once."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; accepted is a torch.nn.Module")
     parts = {}
@@ -157,17 +164,18 @@ def _parts(model) -> list[tuple[str, object]]:
 
 def _report(swapped, left, done) -> SwapReport:
     if swapped and "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # what was compiled belongs to the other classes
+        torch._dynamo.reset()  # code compiled for the previous classes is stale
     return SwapReport(tuple(swapped), tuple(left), done)
 
 
 # ---- which class -------------------------------------------------------------------------------
 
 
-def swapped_class(module: object, found: dict | None = None) -> tuple[type | None, str | None]:
-    """(the class to change to, what it is), or (None, why not), or (None, None): no attention.
+def swapped_class(module: Any, found: dict | None = None) -> tuple[type | None, str | None]:
+    """(the class to change to, a description), or (None, why not), or (None, None) if the module
+    computes no attention.
 
-    found: what classes looked at before reach, to be added to.
+    found: the results of redirect() by class; new ones are added.
     """
     found = {} if found is None else found
     cls = _without_parametrization(module)
@@ -176,7 +184,7 @@ def swapped_class(module: object, found: dict | None = None) -> tuple[type | Non
         return None, _ALREADY
     if isinstance(module, torch.jit.ScriptModule):
         known = module.original_name in {theirs.__name__ for theirs in OURS}
-        return None, "is compiled by TorchScript; swap before that" if known else None
+        return None, "is compiled by TorchScript; swap before compiling" if known else None
     held, why = (), None
     if ours is None:
         if cls not in found:
@@ -200,12 +208,12 @@ def swapped_class(module: object, found: dict | None = None) -> tuple[type | Non
     return _with_parametrization(module, _class_of(cls, held)), what
 
 
-BELOW_AUTOGRAD = re.compile("(^|_)(k|kv|qk|qkv|key)(_|$)")
+_KEY_NAMES = re.compile("(^|_)(k|kv|qk|qkv|key)(_|$)")
 
 
 def _by_hand(found: Redirected) -> bool:
-    """Does the code take a softmax and mention keys? Then it is attention, whatever its name."""
-    return "softmax" in found.names and any(map(BELOW_AUTOGRAD.search, found.names))
+    """Does the code compute a softmax and mention keys? Then it is attention, whatever its name."""
+    return "softmax" in found.names and any(map(_KEY_NAMES.search, found.names))
 
 
 def _ours(cls: type) -> type | None:
@@ -223,8 +231,8 @@ _made: WeakValueDictionary[tuple, type] = WeakValueDictionary()
 
 
 def _class_of(cls: type, held: tuple[str, ...] = ()) -> type:
-    """The subclass of cls, alike but for the methods that attend: fastattn.nn's, or cls' own on
-    fastattn. held: attributes of the instance that are torch's function."""
+    """The subclass of cls whose attention is fastattn's: with fastattn.nn's forward, or with the
+    methods of cls redirected. held: attributes of the instance that are torch's function."""
     made = _made.get((cls, held))
     if made is None:
         content = {_ORIGINAL: cls, _HELD: held, "__reduce_ex__": _reduce, "__module__": __name__}
@@ -233,7 +241,7 @@ def _class_of(cls: type, held: tuple[str, ...] = ()) -> type:
         if issubclass(cls, nn.Module):
             on = "fastattn" if ours is None else f"fastattn.nn.{ours.__name__}"
             shown = on if cls in OURS else f"{cls.__name__}[{on}]"
-            content["_get_name"] = lambda module: shown  # what print(model) calls it
+            content["_get_name"] = lambda module: shown  # shown by print(model)
         if ours is None:
             bases, methods = _on_fastattn(cls, held)
             content |= methods
@@ -243,23 +251,23 @@ def _class_of(cls: type, held: tuple[str, ...] = ()) -> type:
     return made
 
 
-def is_swapped(module: object) -> bool:
-    """Is it of a class that swap() made?"""
+def is_swapped(module: Any) -> bool:
+    """Is the module of a class that swap() made?"""
     return _original(_without_parametrization(module)) is not None
 
 
-def unswap_object(module: object) -> None:
-    """Gives a swapped module, or an object that one holds, its own class back."""
-    original = _original(_without_parametrization(module))
-    module.__class__ = _with_parametrization(module, original)
+def unswap_object(module: Any) -> None:
+    """Restores the class of a swapped module, or of a swapped object that a module holds."""
+    if (original := _original(_without_parametrization(module))) is not None:
+        module.__class__ = _with_parametrization(module, original)
 
 
 def _original(cls: type) -> type | None:
     return vars(cls).get(_ORIGINAL)
 
 
-# torch.nn.utils.parametrize gives a module a class of its own, with a property for each tensor,
-# and takes the first base when it goes. That class is made again, over another base.
+# torch.nn.utils.parametrize gives a module its own class with a property for each tensor, and
+# restores the first base when it is removed. So that class is made again with another base.
 
 
 def _without_parametrization(module: nn.Module) -> type:
@@ -283,10 +291,10 @@ def _has_own_class(module: nn.Module) -> bool:
 
 
 def _reduce(self, protocol: int):
-    """Pickled and copied as the original class, which can be imported, and swapped again."""
+    """Pickles and copies as the original class, which can be imported, and swaps again at load."""
     cls = next(base for base in type(self).__mro__ if _ORIGINAL in vars(base))
     make, arguments, *rest = super(cls, self).__reduce_ex__(max(2, protocol))
-    if make is copyreg.__newobj__ and arguments[0] is cls:
+    if make is vars(copyreg)["__newobj__"] and arguments[0] is cls:
         make, arguments = _revive, (_original(cls), vars(cls)[_HELD], *arguments[1:])
     return (make, arguments, *rest)
 
@@ -300,7 +308,7 @@ def _revive(original: type, held: tuple[str, ...] = (), *arguments):
 
 
 def _instead() -> dict[Callable, Callable]:
-    """{a function that others call for their attention: fastattn's}."""
+    """Attention functions of other libraries, with fastattn's replacements."""
     functions = {getattr(F, _SDPA): scaled_dot_product_attention}
     if "diffusers.models.attention_dispatch" in sys.modules:
         from . import diffusers
@@ -313,20 +321,20 @@ def _methods_of(cls: type) -> Redirected:
     return redirect(cls, ("forward", "__call__"), _instead())
 
 
-def _held(module: object, found: Redirected) -> tuple[tuple[str, ...], str | None]:
-    """(attributes of the instance that are torch's function, what cannot be replaced)."""
+def _held(module: Any, found: Redirected) -> tuple[tuple[str, ...], str | None]:
+    """(attributes of the instance that are torch's function, why it cannot be swapped or None)."""
     instead, held, lost = _instead(), [], list(found.lost)
     for name in sorted(found.names & vars(module).keys()):
         value = vars(module)[name]
         if any(value is theirs for theirs in instead):
             held.append(name)
-        elif leads(getattr(value, "func", value), instead):  # a partial's, or itself
+        elif leads(getattr(value, "func", value), instead):  # of a functools.partial
             lost.append(f"its attribute {name} is a function that calls it")
     return tuple(held), next(iter(lost), None)
 
 
 def _on_fastattn(cls: type, held: tuple[str, ...]) -> tuple[tuple[type, ...], dict]:
-    """(bases, content) of the subclass of cls whose methods attend with fastattn."""
+    """(bases, attributes) of the subclass of cls whose methods call fastattn's attention."""
     found, content, shadowed = _methods_of(cls), {}, {}
     for (owner, name), method in found.methods.items():
         first = next(base for base in cls.__mro__ if name in vars(base))
@@ -336,7 +344,7 @@ def _on_fastattn(cls: type, held: tuple[str, ...]) -> tuple[tuple[type, ...], di
         content[name] = _of_instance(name, lambda module, name=name: _ours_for(vars(module)[name]))
     if "fused_attn" in found.names:
         content["fused_attn"] = _FUSED
-    # Methods that super() gets at come from a class between those of cls and their owner.
+    # Methods reached by super() come from a class between cls and their owner.
     between = [
         type(owner.__name__, (owner,), {**shadowed[owner], "__module__": __name__})
         for owner in cls.__mro__
@@ -350,7 +358,7 @@ def _ours_for(value):
 
 
 def _of_instance(name: str, get: Callable) -> property:
-    """An attribute of the class that hides the instance's own, which waits for unswap()."""
+    """A property that hides the instance's attribute of this name, which unswap() uncovers."""
 
     def store(module, value) -> None:
         vars(module)[name] = value
@@ -358,7 +366,7 @@ def _of_instance(name: str, get: Callable) -> property:
     return property(get, store)
 
 
-# timm's flag for the branch that calls it
+# timm's flag for the branch that calls scaled_dot_product_attention
 _FUSED = _of_instance("fused_attn", lambda module: True)
 
 
@@ -370,18 +378,18 @@ def _is_transformers_model(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
-def _enable(model: nn.Module, refused: dict) -> str:
+def _enable(model: Any, refused: dict) -> str:
     """Calls fastattn.hf.enable(); returns _ENABLED, or why not.
 
-    refused: {id of a configuration: class of the refused model that reads it}. One configuration
-    often serves an encoder, a decoder and the model around them, and names one implementation.
+    refused: {id of a configuration: class of the refused model that has it}. An encoder, a decoder
+    and the model around them often share one configuration, which names one implementation.
     """
     if _BEFORE in vars(model):
         return _ALREADY
     try:
         from . import hf
     except ImportError as error:
-        return f"fastattn.hf is not to be had: {error}"
+        return f"fastattn.hf cannot be imported: {error}"
     if id(model.config) in refused:
         return f"shares its configuration with {refused[id(model.config)]}, which is refused"
     before = _implementations(model.config)
@@ -395,7 +403,8 @@ def _enable(model: nn.Module, refused: dict) -> str:
 
 
 def _implementations(config) -> dict:
-    """What set_attn_implementation() takes to bring back what runs now, sub-models included."""
+    """The argument of set_attn_implementation() that restores the present implementations,
+    sub-models included."""
     inner = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
     inner = {name: _implementations(x) for name, x in inner.items() if x is not None}
     return {"": config._attn_implementation, **inner}

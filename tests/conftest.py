@@ -1,6 +1,6 @@
-"""What every test shares: one thread, fixed seeds, and the mark `native` (needs the C++ code).
-Triton's kernels are interpreted where there is no GPU, which is decided as they are imported. What
-the C++ library allocates starts as NaN, so that whatever it does not write shows."""
+"""Shared by all tests: one thread, fixed seeds, and the mark `native` (needs the C++ code). Without
+a GPU, Triton's kernels are interpreted, which is decided when they are imported. The C++ library's
+allocations start as NaN, so that elements that it fails to write show."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ import torch
 import fastattn
 
 os.environ["FASTATTN_POISON"] = "1"  # read when the library first allocates, and in its children
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, say
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell, for example
     signal.signal(signal.SIGINT, signal.default_int_handler)  # and Ctrl-C reaches what tests start
 
 
 def _import_interpreted_kernels() -> None:
-    """Where there is no GPU, Triton's kernels are interpreted, which is decided as they are
-    imported. Afterwards the variable is gone: tests that set it see the backend on the CPU."""
+    """Without a GPU, Triton's kernels are interpreted, which is decided when they are imported. The
+    variable is removed afterwards: tests that set it see the backend on the CPU."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -39,13 +39,13 @@ def _import_interpreted_kernels() -> None:
 
 
 def _replace_the_language_once() -> None:
-    """The interpreter replaces triton.language's functions in every call of a device function, as
-    if the launch had not: 40% of its time. Where they are replaced already, nothing is to be done.
-    """
+    """The interpreter patches triton.language in every call of a device function although the
+    launch has done so already, which takes 40 % of its time. If it is patched, this does
+    nothing."""
     from triton import language
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton's
+    if not hasattr(interpreter, "_LangPatchScope"):  # a different Triton
         return
     replace = interpreter._patch_lang
 
@@ -91,7 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # `make test` runs several processes, which must agree on the names
+    for item in items:  # `make test` runs several processes, whose test names must agree
         if re.search(r" at 0x[0-9a-f]{6}", item.nodeid):
             raise pytest.UsageError(f"{item.nodeid} has an address in its name: give it an id")
     if native_is_built():
@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """One thread and the same seeds for each test; a test that wants more threads asks for them."""
+    """One thread and the same seeds for each test; tests that need more threads set them."""
     torch.set_num_threads(1)
     random.seed(0)
     numpy.random.seed(0)

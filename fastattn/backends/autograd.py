@@ -20,7 +20,7 @@ the kernel takes 14 and the C++ around it 20.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class SimplePlan(NamedTuple):
     in values and strides share one."""
 
     spec: Spec
-    backend: Backend
+    backend: Any  # a Backend; `numbers` says whether its `simple` is there
     numbers: tuple | None  # the spec's; None where backend.simple does not take these calls
 
     @classmethod
@@ -97,7 +97,7 @@ def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result |
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
     ):
         return attend(Call(q, k, v, plan.spec, NO_OPERANDS), plan.backend)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -206,8 +206,9 @@ class Attention(torch.autograd.Function):
 
 # Skips Function.apply, whose inspect.signature() costs more than the operator itself. It only adds
 # support for functorch and for default arguments, which these calls do not need.
-_apply_eager = super(torch.autograd.Function, Attention).apply
-_apply_simple = super(torch.autograd.Function, SimpleAttention).apply
+_of: Any = super  # type checkers take super()'s result for a plain object
+_apply_eager = _of(torch.autograd.Function, Attention).apply
+_apply_simple = _of(torch.autograd.Function, SimpleAttention).apply
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -336,9 +337,9 @@ def _of_tensors(function, args):
 def pull_back(function, primals, cotangents):
     """The gradient of each primal (None for None). A cotangent of None counts as zero."""
     of_tensors, tensors, places = _of_tensors(function, primals)
-    outputs, vjp = torch.func.vjp(of_tensors, *tensors)
+    outputs, vjp = torch.func.vjp(of_tensors, *tensors)[:2]
     grads = vjp(tuple(torch.zeros_like(y) if c is None else c for y, c in zip(outputs, cotangents)))
-    result = [None] * len(primals)
+    result: list[Any] = [None] * len(primals)
     for n, grad in zip(places, grads):
         result[n] = grad
     return tuple(result)
@@ -348,8 +349,8 @@ def push_forward(function, primals, tangents):
     """Tangents of the outputs, computed as the vjp of the vjp, because torch.func.jvp cannot run
     inside a forward-mode level that the user opened, and vjp can."""
     of_tensors, tensors, places = _of_tensors(function, primals)
-    outputs, vjp = torch.func.vjp(of_tensors, *tensors)
-    _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(y) for y in outputs))
+    outputs, vjp = torch.func.vjp(of_tensors, *tensors)[:2]
+    _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(y) for y in outputs))[:2]
     given = (tangents[n] for n in places)
     (result,) = transposed(
         tuple(torch.zeros_like(x) if t is None else t for x, t in zip(tensors, given))

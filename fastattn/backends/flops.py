@@ -40,13 +40,15 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
-        execute = spec.loader.exec_module
+        if spec is None or (loader := spec.loader) is None:
+            return spec
+        execute = loader.exec_module
 
         def exec_module(module):
             execute(module)
             self.action()
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 

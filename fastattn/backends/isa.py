@@ -32,10 +32,11 @@ def _ask(name: str) -> str | None:
     try:
         function = getattr(library.NATIVE, f"fastattn_cpu_{name}")
     except AttributeError:
+        path = getattr(library.NATIVE, "_name", None)
         raise RuntimeError(
-            f"the native CPU library {library.NATIVE._name} is older than the Python files beside "
-            "it and does not say its instruction sets: build it again (python setup.py build_ext "
-            "--inplace, or pip install)"
+            f"the native CPU library {path} is older than the Python files beside it and does not "
+            "say its instruction sets: build it again (python setup.py build_ext --inplace, or "
+            "pip install)"
         ) from None
     function.restype = ctypes.c_char_p
     answer = function()
@@ -44,7 +45,7 @@ def _ask(name: str) -> str | None:
 
 @functools.cache
 def _facts() -> dict:
-    return {} if library.NATIVE is None else json.loads(_ask("facts"))
+    return {} if library.NATIVE is None else json.loads(_ask("facts") or "{}")
 
 
 def features() -> dict[str, bool] | None:

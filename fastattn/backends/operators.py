@@ -52,7 +52,7 @@ def _backward_fake(dout, dlse, out, lse, *args):
     _one_device(x.q, _BACKWARD_TENSORS, (dout, dlse, out, lse, *args))
     dtype, leaves = accumulate_dtype(x.q.dtype), Operands(*x.tensors).leaves()
     own = (
-        x.q.new_empty(leaf.shape if need else (0,), dtype=dtype)
+        x.q.new_empty((0,) if leaf is None or not need else leaf.shape, dtype=dtype)
         for leaf, need in zip(leaves, x.rest)
     )
     return *(torch.empty_like(unit_stride(y)) for y in (x.q, x.k, x.v)), *own
@@ -84,7 +84,7 @@ def _forward_grad(backward, ctx, dout, dlse):
     own = {
         name: dx.to(x.dtype)
         for name, dx, x, need in zip(LEAVES, grads[3:], Operands(*tensors).leaves(), needs)
-        if need
+        if need and x is not None
     }
     return *grads[:3], *(own.get(name) for name in OPERANDS), *(None,) * (_M + ctx.rest)
 

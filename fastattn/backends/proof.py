@@ -121,7 +121,8 @@ def driver() -> str:
         text = ""
     if found := re.search(r"Kernel Module[^\n]*?\s(\d+\.\d[\d.]*)\s", text):
         return found.group(1)
-    return f"for CUDA {torch._C._cuda_getDriverVersion()}"
+    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
+    return f"for CUDA {version}"
 
 
 def gpu_of(index: int) -> Gpu:

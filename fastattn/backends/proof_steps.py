@@ -24,7 +24,7 @@ from ..core.spec import NO_OPERANDS, Descales, Operands, Spec
 from ..core.tolerance import Tolerance
 from . import library
 from .proof import gpu_of
-from .proof_device import BF16, E4M3, FP16, Cuda, Device, Failed, OnCpu
+from .proof_device import BF16, E4M3, FP16, Cuda, Failed, OnCpu
 
 # ---- one call ------------------------------------------------------------------------------------
 
@@ -71,7 +71,8 @@ class Case:
 
         b, d = self.batch, self.dim
         if self.layout == "qkv":
-            return normal(b, self.q_len, 3, self.heads, d).permute(2, 0, 3, 1, 4).unbind()
+            q, k, v = normal(b, self.q_len, 3, self.heads, d).permute(2, 0, 3, 1, 4).unbind()
+            return q, k, v
         if self.layout == "expanded":  # k from one kv head, v from one batch entry
             q = normal(b, self.heads, self.q_len, d)
             k, v = normal(b, 1, self.kv_len, d), normal(1, kv_heads, self.kv_len, d)
@@ -79,7 +80,8 @@ class Case:
         q = (b, self.heads, self.q_len, d)
         k = (b, kv_heads, self.kv_len, d)
         if self.layout == "bshd":
-            return tuple(normal(s[0], s[2], s[1], s[3]).transpose(1, 2) for s in (q, k, k))
+            q, k, v = (normal(s[0], s[2], s[1], s[3]).transpose(1, 2) for s in (q, k, k))
+            return q, k, v
         return normal(*q), normal(*k), normal(*k)
 
 
@@ -90,7 +92,7 @@ def truth(call: Call, dtype, cotangents):
     if operands.sinks is not None:
         leaves.append(operands.sinks.detach().to(dtype).requires_grad_(bool(cotangents)))
         operands = replace(operands, sinks=leaves[3])
-    out, lse = reference(*leaves[:3], call.spec, operands)
+    out, lse = reference(leaves[0], leaves[1], leaves[2], call.spec, operands)
     if not cotangents:
         return out, lse
     dout, dlse = (x.to(dtype) for x in cotangents)
@@ -99,7 +101,7 @@ def truth(call: Call, dtype, cotangents):
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
 
 
-def check(device: Device, case: Case, gradients: bool = False) -> float:
+def check(device: Cuda | OnCpu, case: Case, gradients: bool = False) -> float:
     """The largest error, as a share of what is allowed; raises Failed where that is over 1."""
     call = case.call(*case.tensors(device.where))
     q, sinks = call.q, call.operands.sinks is not None
@@ -128,12 +130,12 @@ def check(device: Device, case: Case, gradients: bool = False) -> float:
     return worst
 
 
-def check_all(device: Device, cases, gradients: bool = False) -> str:
+def check_all(device: Cuda | OnCpu, cases, gradients: bool = False) -> str:
     ratios = [check(device, case, gradients) for case in cases]
     return f"{len(ratios)} calls, the largest error {max(ratios):.2f} of what is allowed"
 
 
-def same_bits(device: Device, what: str, first, again) -> None:
+def same_bits(device: Cuda | OnCpu, what: str, first, again) -> None:
     device.synchronize()
     for x, y in zip(first, again, strict=True):
         if not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
@@ -199,7 +201,7 @@ MASKS = {
 }
 
 
-def driver(d: Device) -> str:
+def driver(d: Cuda | OnCpu) -> str:
     if problem := d.problem():
         raise Failed(problem)
     x = torch.ones(64, 64, device=d.where)
@@ -209,12 +211,11 @@ def driver(d: Device) -> str:
     return "the library is loaded, and torch computes"
 
 
-def tensor_maps(d: Device) -> str:
+def tensor_maps(d: Cuda | OnCpu) -> str:
     number = 0
     for dim, dtype, layout in product(d.dims, (BF16, E4M3), ("bhsd", "bshd", "qkv")):
-        shape = {"batch": 2, "heads": 4, "q_len": 300, "kv_len": 300}
         for case in (
-            Case(dim=dim, dtype=dtype, layout=layout, **shape),
+            Case(300, 300, dim, dtype, layout=layout, batch=2, heads=4),
             Case(5, 5, dim, dtype, layout=layout),  # fewer rows than a box has
         ):
             for x in case.tensors(d.where):
@@ -224,13 +225,13 @@ def tensor_maps(d: Device) -> str:
     return f"{number} maps"
 
 
-def one_tile(d: Device) -> str:
+def one_tile(d: Cuda | OnCpu) -> str:
     few = Case(q_len=64, kv_len=64, splits=1)
     cases = [few, replace(few, kv_len=33), Case(heads=d.heads), Case(100, 90, heads=d.heads)]
     return check_all(d, cases)
 
 
-def loops(d: Device) -> str:
+def loops(d: Cuda | OnCpu) -> str:
     many = [Case(n, n, heads=d.heads, numbers=MASKS[m])
             for n in (256, 384, 449) for m in ("full", "causal")]  # fmt: skip
     few = [Case(64, 1000, splits=splits) for splits in (1, 4, 0)]
@@ -253,20 +254,20 @@ def _shapes(dims, heads: int) -> Iterator[Case]:
         yield replace(base, q_len=1, kv_len=300)
 
 
-def all_shapes(d: Device) -> str:
+def all_shapes(d: Cuda | OnCpu) -> str:
     return check_all(d, _shapes(d.dims, d.heads))
 
 
-def backward(d: Device) -> str:
+def backward(d: Cuda | OnCpu) -> str:
     first = [Case(n, n, heads=2, numbers=MASKS[m]) for n in (128, 256) for m in ("full", "causal")]
     return check_all(d, [*first, *_shapes(d.dims, 4)], gradients=True)
 
 
-def _heavy(d: Device, dim: int) -> Case:
+def _heavy(d: Cuda | OnCpu, dim: int) -> Case:
     return Case(d.length, d.length, dim, batch=2, heads=16, kv_heads=8, numbers={"right": 0})
 
 
-def orders(d: Device) -> str:
+def orders(d: Cuda | OnCpu) -> str:
     runs = 0
     for dim in d.dims:
         case = _heavy(d, dim)
@@ -281,7 +282,7 @@ def orders(d: Device) -> str:
     return f"{runs} runs, and the same bits in all of each kind"
 
 
-def _graph(d: Device, case: Case, function: Callable) -> None:
+def _graph(d: Cuda | OnCpu, case: Case, function: Callable) -> None:
     """function(q, k, v) captured, replayed with other numbers in its tensors, and run aside."""
     tensors = case.tensors(d.where)
     function(*tensors)
@@ -299,7 +300,7 @@ def _graph(d: Device, case: Case, function: Callable) -> None:
     same_bits(d, f"{case}: another stream", [want], [d.aside(lambda: function(*other))])
 
 
-def graphs(d: Device) -> str:
+def graphs(d: Cuda | OnCpu) -> str:
     cases = [
         *(Case(200, 330, dim, heads=d.heads, numbers=MASKS["causal"]) for dim in d.dims),
         Case(1, 1000, heads=8, kv_heads=2),
@@ -309,7 +310,7 @@ def graphs(d: Device) -> str:
     return f"{len(cases)} graphs"
 
 
-def graphs_of_gradients(d: Device) -> str:
+def graphs_of_gradients(d: Cuda | OnCpu) -> str:
     for dim in d.dims:
         case = Case(200, 330, dim, heads=4, numbers=MASKS["causal"])
 
@@ -334,15 +335,15 @@ def _lengths(dims, heads: int) -> Iterator[Case]:
             yield replace(row, q_len=230, kv_len=230, batch=2, operands=documents)
 
 
-def lengths(d: Device) -> str:
+def lengths(d: Cuda | OnCpu) -> str:
     return check_all(d, _lengths(d.dims, d.heads))
 
 
-def gradients_of_lengths(d: Device) -> str:
+def gradients_of_lengths(d: Cuda | OnCpu) -> str:
     return check_all(d, _lengths(d.dims, 4), gradients=True)
 
 
-def pages(d: Device) -> str:
+def pages(d: Cuda | OnCpu) -> str:
     """k and v are made of pages in any order; NaN lies in pages and slots that nobody has."""
     cases = 0
     for dim, size, q_len in product(d.dims, (16, 100), (1, 90)):
@@ -359,7 +360,8 @@ def pages(d: Device) -> str:
                     cache[table[entry, j // size], :, : end - j] = x[entry, :, j:end]
         lens, cases = _ints(q, *lens), cases + 1
         operands = Operands(kv_lens=lens, page_table=table)
-        out, lse = d.forward(Call(q, *caches, case.spec(), operands))
+        k_cache, v_cache = caches
+        out, lse = d.forward(Call(q, k_cache, v_cache, case.spec(), operands))
         d.synchronize()
         alone = Call(q, k, v, case.spec(), Operands(kv_lens=lens))
         want, plain = (truth(alone, dtype, ()) for dtype in (torch.float64, torch.float32))
@@ -371,7 +373,7 @@ def pages(d: Device) -> str:
     return f"{cases} calls"
 
 
-def float8(d: Device) -> str:
+def float8(d: Cuda | OnCpu) -> str:
     """Each probability is rounded to float8 by itself: the error of out is that of their
     squares, of which scores twice as large are the logarithm."""
     cases = 0
@@ -381,8 +383,8 @@ def float8(d: Device) -> str:
         spec, operands = case.spec(), descales(q, k, v)
         out, lse = d.forward(Call(q, k, v, spec, operands))
         d.synchronize()
-        scales = [x.double().repeat_interleave(4 // 2 if n == 0 else 1)[:, None, None]
-                  for n, x in enumerate(operands.descales[:2])]  # fmt: skip
+        given = [x.double() for x in operands.descales or () if x is not None]
+        scales = given[0].repeat_interleave(4 // 2)[:, None, None], given[1][:, None, None]
         q, k, v = q.double() * scales[0], k.double() * scales[1], v.double()
         want, want_lse = reference(q, k, v, spec)
         squares, lse2 = reference(q, k, v.square(), replace(spec, scale=2 * spec.scale))

@@ -26,7 +26,7 @@ NAMES = tuple(BY_NAME)
 
 
 # os.environ.get() costs 1.5 us; the dict behind it, 0.1 us.
-_ENVIRON, _encode = os.environ._data, os.environ.encodekey
+_ENVIRON, _encode = vars(os.environ)["_data"], os.environ.encodekey
 _FORCED = _encode("FASTATTN_BACKEND")
 
 

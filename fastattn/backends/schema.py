@@ -69,7 +69,9 @@ backward = torch.ops.fastattn.flash_attn_bwd.default
 forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
 backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
 forward_float8 = torch.ops.fastattn.flash_attn_fwd_float8.default
-PAIRS = dict(zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton))))
+PAIRS: dict[str, tuple] = dict(
+    zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton)))
+)
 FORWARDS = {end: pair[0] for end, pair in PAIRS.items()} | {FLOAT8: forward_float8}
 
 _N, _M = len(OPERANDS), len(NUMBERS)

@@ -1,7 +1,7 @@
-"""`python -m fastattn info`: what this machine can run, and why not the rest.
+"""`python -m fastattn info`: what this machine can run, and why it cannot run the rest.
 
-`facts()` gathers everything as plain data (that is `--json`), `show()` prints it, and
-`support_markdown()` is the support table of docs/backends.md, asked of the backends' own checks.
+`facts()` collects everything as plain data (`--json`), `show()` prints it, and `support_markdown()`
+is the support table of docs/backends.md, made from the backends' own checks.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from ..core.spec import Operands, Spec
 ENVIRONMENT = {
     "FASTATTN_BACKEND": "forces a backend, as backend= does in a call",
     "FASTATTN_ISA": "forces an instruction set of the CPU library",
-    "FASTATTN_TUNE": "1 times Triton's tile sizes near the table's, once",
+    "FASTATTN_TUNE": "1 times the Triton tile sizes near those in the table, once",
     "FASTATTN_TUNE_CACHE": "file that keeps what FASTATTN_TUNE found",
-    "FASTATTN_PROOF": "file that keeps what verify has proven of the CUDA kernels",
+    "FASTATTN_PROOF": "file that keeps the results of verify's self-tests of the CUDA kernels",
     "FASTATTN_LOG": "1 prints each distinct choice of backend, once, to stderr",
-    "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (a sanitizer build, say)",
-    "FASTATTN_POISON": "1 fills what the native code allocates with NaN first, as the tests do",
+    "FASTATTN_CPU_LIBRARY": "file of the CPU library to load (for example a sanitizer build)",
+    "FASTATTN_POISON": "1 fills memory that the native code allocates with NaN, as the tests do",
     "FASTATTN_BUILD": "when building: auto, cpu, cuda, wheel, none, asan or coverage",
     "FASTATTN_CUDA_ARCHS": "when building: nvcc architectures",
-    "MAX_JOBS": "when building: compilers at a time",
-    "OMP_NUM_THREADS": "threads of torch, hence of the CPU kernels",
+    "MAX_JOBS": "when building: how many compilers run at a time",
+    "OMP_NUM_THREADS": "threads of torch and of the CPU kernels",
 }
 
 
-# ---- gathering --------------------------------------------------------------------------------
+# ---- collecting -------------------------------------------------------------------------------
 
 
 def facts() -> dict:
-    """Everything `info` knows, as JSON-ready data."""
+    """Everything that `info` shows, as JSON-serializable data."""
     return {
         "machine": _machine(),
         "versions": _versions(),
@@ -67,7 +67,7 @@ def _machine() -> dict:
 
 
 def cpu_name() -> str:
-    """The CPU's model name, or what the platform knows of it."""
+    """The CPU's model name, or what the platform module reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -99,25 +99,25 @@ def _native():
 
 
 def _isas() -> list[dict]:
-    """Every instruction set of the CPU library, best first: what it is to this machine."""
+    """Every instruction set of the CPU library, best first, with its state on this machine."""
     refused = isa.problem()
     chosen = None if refused else isa.selected()
     rows = []
-    for row in isa.isas():
-        if row.name == chosen:
+    for x in isa.isas():
+        if x.name == chosen:
             state = "chosen"
-        elif not row.supported:
-            state = f"this CPU lacks {', '.join(row.lacking)}"
-        elif not row.automatic:
-            state = "for tests, only by FASTATTN_ISA"
+        elif not x.supported:
+            state = f"this CPU lacks {', '.join(x.lacking)}"
+        elif not x.automatic:
+            state = "for tests, chosen only by FASTATTN_ISA"
         else:
             state = "could run"
-        rows.append({"name": row.name, "supported": row.supported, "state": refused or state})
+        rows.append({"name": x.name, "supported": x.supported, "state": refused or state})
     return rows
 
 
 def _backends() -> list[dict]:
-    """Every backend with its reason for not running a plain call on any device here."""
+    """Every backend, with its reason if it cannot run a plain call on any device here."""
     devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     rows = []
     for backend in registry.BACKENDS:
@@ -129,12 +129,12 @@ def _backends() -> list[dict]:
 
 
 def _plain(backend) -> dict:
-    """For _sample(): a call in fp32, or in bf16 where the backend has no fp32."""
+    """Options of _sample() for a plain call: fp32, or bf16 if the backend has no fp32."""
     return {} if backend.unsupported_reason(_sample()) is None else {"dtype": torch.bfloat16}
 
 
 def _proof() -> dict[str, dict[str, str] | None]:
-    """What the CUDA kernels' self-tests have shown on each kind of GPU here; None: nothing yet."""
+    """Results of the CUDA kernels' self-tests on each kind of GPU here; None: they have not run."""
     return {
         gpu.key: None if results is None else {name: str(x) for name, x in results.items()}
         for gpu, results in proof.here()
@@ -156,7 +156,7 @@ def _one_range() -> torch.Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.int32)
 
 
-SUPPORT = [  # (feature, what it changes about a plain call)
+SUPPORT = [  # (feature, how its call differs from a plain one)
     ("fp32", {}),
     ("bf16", {"dtype": torch.bfloat16}),
     ("fp16", {"dtype": torch.float16}),
@@ -192,7 +192,7 @@ def _sample(
     kv_len: int = 64,
     **changes,
 ) -> Call:
-    """A small call in the operators' normal form: what every why_not takes."""
+    """A small call in the operators' normal form, as every backend's why_not takes it."""
     packed = {"packed": torch.tensor([0, 64], dtype=torch.int32)}
     paged = {
         "page_table": torch.zeros(1, 1, dtype=torch.int32),
@@ -217,11 +217,10 @@ def _sample(
 
 
 def support() -> dict[str, dict[str, str | None]]:
-    """feature -> backend -> its reason for not supporting it, None where it does.
+    """feature -> backend -> why it does not support the feature, or None if it does.
 
-    It comes from `unsupported_reason`, which looks at the call alone, so that the table is the same
-    on every machine.
-    A backend without fp32 is asked for the other features in bf16.
+    This asks only the check of the call itself, not that of the machine, so that the table is the
+    same on every machine. A backend without fp32 is asked for the other features in bf16.
     """
     table: dict[str, dict[str, str | None]] = {feature: {} for feature, _ in SUPPORT}
     for backend in registry.BACKENDS:
@@ -234,11 +233,11 @@ def support() -> dict[str, dict[str, str | None]]:
 
 
 def support_markdown() -> str:
-    """the support table of docs/backends.md."""
+    """The support table of docs/backends.md."""
     names = [backend.name for backend in registry.BACKENDS]
     lines = [f"| | {' | '.join(names)} |", "|---|" + ":-:|" * len(names)]
-    for feature, row in support().items():
-        cells = ["yes" if row[name] is None else "no" for name in names]
+    for feature, reasons in support().items():
+        cells = ["yes" if reasons[name] is None else "no" for name in names]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
     roles = (f"{backend.name}: {backend.role}" for backend in registry.BACKENDS)
     return "\n".join([*lines, "", f"{'; '.join(roles)}."])
@@ -248,8 +247,8 @@ def support_markdown() -> str:
 
 
 def show(gathered: dict, console: Console) -> None:
-    """The facts as a readable page: sections of (name, value, remark). Lines are broken between
-    words for a terminal's width, and nowhere else: who reads a pipe searches whole lines."""
+    """Prints the facts in sections of (name, value, remark). Lines are wrapped to the width of a
+    terminal; in a pipe they are not, so that whole lines can be searched."""
     sections = {
         "machine": _machine_rows(gathered),
         "instruction sets, best first": [(i["name"], i["state"]) for i in gathered["isas"]],
@@ -259,7 +258,7 @@ def show(gathered: dict, console: Console) -> None:
         "environment": _environment_rows(gathered["environment"]),
     }
     width = max(len(name) for rows in sections.values() for name, *_ in rows)
-    blank = ""  # before every section but the first
+    blank = ""  # printed before every section but the first
     for title, rows in sections.items():
         if rows:
             console.print(Text(f"{blank}{title}", style="bold"), soft_wrap=True)
@@ -287,7 +286,7 @@ def _machine_rows(gathered: dict) -> list[tuple[str, str]]:
     machine, versions = gathered["machine"], gathered["versions"]
     features = machine["features"]
     if features is None:
-        listed = "unknown (the native CPU library tells, and there is none)"
+        listed = "unknown (the native CPU library detects them, and it was not built)"
     else:
         listed = " ".join(name for name, has in features.items() if has) or "none that matter here"
     return [
@@ -325,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m fastattn info`: status 1 where FASTATTN_ISA lets no kernel run."""
     parser = argparse.ArgumentParser(
         prog="python -m fastattn info",
-        description="What this machine can run, and why not the rest.",
+        description="What this machine can run, and why it cannot run the rest.",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything, as JSON")
@@ -341,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if not options.json:
         console = Console()
-        with console.capture() as page:  # rich would end with 1 where the reader leaves
+        with console.capture() as page:  # rich would exit with 1 if the pipe is closed
             show(facts(), console)
         print(page.get(), end="")
     return 0

@@ -1,27 +1,23 @@
-"""`python -m fastattn verify --model`: a user's model, swapped, held to float64 layer by layer.
+"""`python -m fastattn verify --model`: compares a user's model, after swap(), with float64 layer by
+layer.
 
-Three copies run the same inputs: the model in float64 (the truth), the model in its dtype (what
-rounding alone does to it) and the swapped model in its dtype. What a layer gives may be as far from
-the truth as core/tolerance.py's rule says: a multiple of the plain model's error, plus a few
-roundings. An error goes on through all the layers that follow, so the one to look at is the first,
-and innermost, that was given what is right and gave what is wrong: outputs for inputs, and on the
-way back gradients for gradients.
+Three copies run on the same inputs: the model in float64 (the truth), the plain model in its dtype
+(the effect of rounding alone) and the swapped model in its dtype. The error of a layer's output may
+be a multiple of the plain model's error plus a few roundings (core/tolerance.py). An error
+propagates to all later layers, so the report names the first and innermost layer whose inputs are
+right and whose outputs are wrong; in the backward pass, the same for gradients.
 
-One plain run does not show all that rounding may do: where a ReLU's input is within a rounding of 0
-the gradient is one thing or another, and the swapped model may be on the other side. So before a
-layer is called wrong, the plain model runs again, NUDGES times, with its parameters moved by a
-rounding each; its error is then the largest of these.
+One plain run does not show every effect of rounding: if a ReLU's input is within a rounding of 0,
+its gradient may go either way, and the swapped model may take the other one. So before a layer
+fails, the plain model runs NUDGES more times with each parameter moved by one rounding, and its
+error is the largest of all runs.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,21 +26,21 @@ from torch import Tensor, nn
 from ..core import tolerance
 from ..swapping import SwapReport, swap
 
-KINDS = {"output": "result", "gradient": "gradient"}  # in core/tolerance.py's words
+KINDS = {"output": "result", "gradient": "gradient"}  # kinds of core/tolerance.py
 NUDGES = 8
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of one layer: the worst of what it gave, against what rounding may do to it."""
+    """One call of one layer: its output or gradient with the largest error / allowed error."""
 
     name: str
     kind: str  # the layer's class
     what: str  # "output", or "gradient": of its inputs and its own parameters
     error: float  # largest, relative to the largest true value
-    plain_error: float  # the same of the model that was not swapped
+    plain_error: float  # the same error of the plain model
     allowed: float
-    given_right: bool  # whether what it was given (inputs, its output's gradients) passed
+    given_right: bool  # whether its inputs (for gradients, its output's gradients) passed
 
     @property
     def passed(self) -> bool:
@@ -59,12 +55,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every layer compared, outputs in the order in which they were computed, then gradients on
-    their way back. str() is a report."""
+    """All compared layers: outputs in the order of the forward pass, then gradients in the order of
+    the backward pass. str() is a report."""
 
     layers: tuple[Layer, ...]
     swapped: SwapReport
-    gradients: str | None  # why there are none to compare
+    gradients: str | None  # why gradients could not be compared, or None
 
     @property
     def passed(self) -> bool:
@@ -72,7 +68,7 @@ class Audit:
 
     @property
     def first(self) -> Layer | None:
-        """The first layer that gives what is wrong for what is right, the innermost of them."""
+        """The first, innermost layer with right inputs and wrong outputs; None if all passed."""
         for what in ("output", "gradient"):
             failed = [x for x in self.layers if x.what == what and not x.passed]
             guilty = [x for x in failed if x.given_right]
@@ -85,7 +81,7 @@ class Audit:
         return None
 
     def as_dict(self) -> dict:
-        """JSON-ready."""
+        """The result as JSON-serializable data."""
         first = self.first
         return {
             "passed": self.passed,
@@ -122,8 +118,11 @@ def audit(model: nn.Module, inputs: dict | tuple, dtype: torch.dtype = torch.flo
     Args:
         model: any module; it is copied, not changed. Dropout is off (eval mode).
         inputs: the arguments of its forward, a dict by name or a tuple by position. Floating-point
-            tensors are given in each copy's dtype.
-        dtype: of the plain and of the swapped copy.
+            tensors are converted to each copy's dtype.
+        dtype: that of the plain and the swapped copy, default float32.
+
+    Returns:
+        The Audit.
 
     Raises:
         ValueError: the model does not run on these inputs, or swap() changed nothing in it.
@@ -150,7 +149,7 @@ def audit(model: nn.Module, inputs: dict | tuple, dtype: torch.dtype = torch.flo
 
 @dataclass
 class _Call:
-    """What one call of one layer took and gave; gradients by position, where they came."""
+    """The inputs and outputs of one call of one layer, and their gradients by position."""
 
     kind: str
     inputs: list[Tensor]
@@ -161,9 +160,9 @@ class _Call:
 
 
 class _Trace:
-    """What one copy computed: its layers' calls by (name, number), in the order in which they
-    finished, and the gradients of a fixed sum of the outputs. nudge: not 0, the seed by which each
-    parameter is moved up or down by a rounding."""
+    """One run of one copy: the calls of its layers by (name, number), in the order in which they
+    finished, with the gradients of a fixed random projection of the outputs. nudge: if not 0, a
+    seed with which each parameter is moved up or down by one rounding."""
 
     def __init__(
         self, model: nn.Module, inputs: dict | tuple, dtype: torch.dtype, nudge: int = 0
@@ -198,8 +197,8 @@ class _Trace:
                     )
 
     def _backward(self, outs: list[Tensor]) -> str | None:
-        """Gradients of the outputs weighted with fixed random numbers, the same in each copy; or
-        why there are none."""
+        """Computes gradients of the outputs weighted with fixed random numbers, the same in each
+        copy. Returns why it cannot, or None."""
         draw = torch.Generator().manual_seed(0)
         weighted = [
             (out * torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out)).sum()
@@ -207,7 +206,7 @@ class _Trace:
         ]
         losses = [loss for loss in weighted if loss.requires_grad]
         if not losses:
-            return "no output needs any"
+            return "no output requires grad"
         try:
             torch.stack(losses).sum().backward()
         except (RuntimeError, NotImplementedError) as error:
@@ -215,12 +214,12 @@ class _Trace:
         return None
 
     def given(self, key: tuple[str, int], what: str) -> list[Tensor | None]:
-        """What a call was given, on its way there or back."""
+        """A call's inputs, or for gradients those of its outputs."""
         call = self.calls[key]
         return call.inputs if what == "output" else _by_place(call.output_gradients)
 
     def gave(self, key: tuple[str, int], what: str) -> list[Tensor | None]:
-        """What a call gave, on its way there or back."""
+        """A call's outputs, or for gradients those of its inputs and parameters."""
         call = self.calls[key]
         if what == "output":
             return call.outputs
@@ -240,7 +239,7 @@ def _by_place(gradients: dict[int, Tensor]) -> list[Tensor | None]:
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output, whatever it is wrapped in."""
+    """The floating-point tensors in nested dicts, tuples and lists."""
     if isinstance(thing, Tensor):
         if thing.is_floating_point():
             yield thing
@@ -253,7 +252,7 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
 
 
 def _in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
-    """A copy of the inputs, its floating-point tensors in that dtype, with gradients."""
+    """A copy of the inputs; floating-point tensors are in that dtype and require grad."""
     if isinstance(inputs, Tensor):
         copied = inputs.detach().clone()
         return copied.to(dtype).requires_grad_() if copied.is_floating_point() else copied
@@ -265,7 +264,7 @@ def _in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
 
 
 def _layers(truth: _Trace, plains: list[_Trace], ours: _Trace, dtype) -> tuple[Layer, ...]:
-    """Every call of every layer that all copies have made: outputs, then gradients."""
+    """A Layer for every call that all copies made: outputs, then gradients."""
     traces = (truth, plains, ours)
     calls = [key for key in truth.calls if all(key in x.calls for x in (*plains, ours))]
     layers = [_layer(key, "output", traces, dtype) for key in calls]
@@ -275,7 +274,7 @@ def _layers(truth: _Trace, plains: list[_Trace], ours: _Trace, dtype) -> tuple[L
 
 
 def _layer(key: tuple[str, int], what: str, traces: tuple, dtype: torch.dtype) -> Layer | None:
-    """The worst of what a call gave; None where it gave nothing that all have."""
+    """The Layer of a call's worst tensor; None where the copies have no tensor in common."""
     truth, plains, ours = traces
 
     def errors(side) -> list[tuple[float, float, float]]:
@@ -290,8 +289,8 @@ def _layer(key: tuple[str, int], what: str, traces: tuple, dtype: torch.dtype) -
 
 
 def _errors(truth, plains, ours, what: str, dtype) -> list[tuple[float, float, float]]:
-    """(error, plain error, allowed) of each tensor, relative to the largest value of them all: a
-    gradient that is 0 in exact arithmetic, as that of a key's bias, has no size of its own."""
+    """(error, plain error, allowed) of each tensor, relative to the largest value of all tensors: a
+    gradient that is 0 in exact arithmetic, such as that of a key's bias, has no size of its own."""
     wanted = [want for want in truth if want is not None and want.numel()]
     sizes = [float(want.abs().nan_to_num().max()) for want in wanted]
     size, found = max([1e-30, *sizes]), []
@@ -312,92 +311,9 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def _off(got: Tensor, want: Tensor) -> Tensor:
-    """The largest difference; infinite where shapes differ or NaN stands where want has none."""
+    """The largest difference; infinite if shapes differ or NaN is not where want has it."""
     if got.shape != want.shape:
         return torch.tensor(torch.inf, dtype=torch.float64)
     got = got.double()
     same = (got == want) | (got.isnan() & want.isnan())
     return torch.where(same, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf).max()
-
-
-# ---- a model and inputs from the command line ---------------------------------------------------
-
-
-def load_model(text: str) -> nn.Module:
-    """The module that `--model` names; ValueError, one sentence, where there is none.
-
-    A file of torch.save is unpickled, which runs its code: give only files that you trust.
-    """
-    place, _, name = text.rpartition(":")
-    path = Path(place or text)
-    try:
-        if path.suffix == ".py" and path.exists():
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            thing = getattr(module, name)
-        elif path.exists() and path.is_file():
-            thing = torch.load(path, weights_only=False, map_location="cpu")
-        elif place and _importable(place):
-            thing = getattr(importlib.import_module(place), name)
-        else:
-            thing = _from_hub(text)
-    except ValueError:
-        raise
-    except Exception as error:
-        sentence = str(error).split("\n")[0]
-        raise ValueError(f"--model: {text!r} cannot be loaded: {sentence}") from error
-    if not isinstance(thing, nn.Module) and callable(thing):
-        thing = thing()
-    if not isinstance(thing, nn.Module):
-        raise ValueError(f"--model: {text!r} gives a {type(thing).__name__}, not a module")
-    return thing
-
-
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _from_hub(name: str) -> nn.Module:
-    if not _importable("transformers"):
-        raise ValueError(
-            f"--model: {name!r} is no file and no importable module:name, and for a hub id the "
-            "package transformers is needed"
-        )
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(name)
-
-
-INPUT = re.compile(r"(\w+)=(\d+(?:x\d+)*)(?:<(\d+))?")
-
-
-def load_inputs(words: list[str]) -> dict | tuple:
-    """--inputs: one file of torch.save with a tensor, a tuple or a dict; or NAME=SHAPE of normal
-    values and NAME=SHAPE<LIMIT of integers below LIMIT, drawn from a fixed seed."""
-    if len(words) == 1 and "=" not in words[0]:
-        try:
-            found = torch.load(words[0], weights_only=True, map_location="cpu")
-        except Exception as error:
-            sentence = str(error).split("\n")[0]
-            raise ValueError(f"--inputs: {words[0]!r} cannot be loaded: {sentence}") from error
-        return found if isinstance(found, (dict, tuple)) else (found,)
-    draw, inputs = torch.Generator().manual_seed(0), {}
-    for word in words:
-        match = INPUT.fullmatch(word)
-        if match is None:
-            raise ValueError(
-                f"--inputs: got {word!r}; accepted are a file, NAME=SHAPE such as x=2x50x64, and "
-                "NAME=SHAPE<LIMIT such as input_ids=2x128<30522"
-            )
-        name, shape, limit = match.groups()
-        shape = tuple(map(int, shape.split("x")))
-        inputs[name] = (
-            torch.randint(int(limit), shape, generator=draw)
-            if limit
-            else torch.randn(shape, generator=draw, dtype=torch.float64)
-        )
-    return inputs

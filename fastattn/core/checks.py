@@ -64,7 +64,7 @@ def number(name, x) -> float:
     try:
         return float(x)
     except OverflowError:  # an int beyond the largest float
-        return math.inf if x > 0 else -math.inf
+        return -math.inf if x <= 0 else math.inf
 
 
 def flag(name, x) -> bool:
@@ -76,7 +76,7 @@ def flag(name, x) -> bool:
 def integer(name, x) -> int:
     if isinstance(x, bool) or not isinstance(x, (Integral, torch.SymInt)):
         raise TypeError(f"{name} is of type {type(x).__name__}; accepted is an int")
-    return x if isinstance(x, (int, torch.SymInt)) else int(x)  # numpy's integers
+    return x if isinstance(x, (int, torch.SymInt)) else int(x)  # pyright: ignore[reportReturnType]
 
 
 def said(x) -> str:

@@ -55,7 +55,9 @@ def share_memory(x, y) -> bool:
     halves of each row of one tensor."""
     if not overlap(span(x), span(y)):
         return False
-    return np.may_share_memory(_Addresses(x).array(), _Addresses(y).array(), max_work=10**5)
+    first, second = _Addresses(x).array(), _Addresses(y).array()
+    # numpy's stubs know two special values of max_work, and no number.
+    return np.may_share_memory(first, second, max_work=10**5)  # pyright: ignore[reportArgumentType]
 
 
 class _Addresses:

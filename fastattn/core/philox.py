@@ -9,6 +9,7 @@ in C++: csrc/philox.h; in Triton: kernels/philox.py.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +52,8 @@ def keep_mask(seed, heads_total: int, q_len: int, kv_len: int, p: float, *, devi
         heads_total: batch * heads; with tensor parallelism, the heads of the whole model.
         p: the probability of dropping, in [0, 1).
     """
-    lengths = (heads_total, q_len, kv_len)
-    return keep_block(seed, *(torch.arange(n, device=device) for n in lengths), p)
+    bh, i, j = (torch.arange(n, device=device) for n in (heads_total, q_len, kv_len))
+    return keep_block(seed, bh, i, j, p)
 
 
 def keep_block(seed, bh: Tensor, i: Tensor, j: Tensor, p: float) -> Tensor:
@@ -91,7 +92,7 @@ def keep_rows(seed, rows: int, columns: int, p: float, *, device=None) -> Tensor
     return bits.flatten(1)[:, :columns] < keep_threshold(p)
 
 
-def philox4x32(counter, key):
+def philox4x32(counter, key) -> Any:
     """Ten rounds of Philox4x32: counter (four 32-bit words) and key (two) give four words. Each is
     an int, or an int64 tensor; tensors broadcast."""
     c0, c1, c2, c3 = counter

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .call import Call, Result
+from .spec import Descales
 
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
 RANGES = {INT8: (-128.0, 127.0), E4M3: (-448.0, 448.0)}
@@ -25,7 +26,7 @@ def check(name: str, x: Tensor | None, batch: int | None, kv_heads: int, device)
     checks.on_device(name, x, device)
     if x.dtype != torch.float32:
         raise TypeError(f"{name} is {x.dtype}; accepted is torch.float32")
-    shapes = {"[kv_heads]": (kv_heads,)}
+    shapes: dict[str, tuple[int, ...]] = {"[kv_heads]": (kv_heads,)}
     if batch is not None:
         shapes["[B, kv_heads]"] = (batch, kv_heads)
     if tuple(x.shape) not in shapes.values():
@@ -53,16 +54,14 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
     8-bit k and v are dequantized to q's dtype. An FP8 q is dequantized to fp32, and so are its k
     and v; out is then bfloat16. Of a cache, only the slots that some sequence uses are read.
     """
-    descales, q = call.operands.descales, call.q
+    descales, q = call.operands.descales or Descales(), call.q
     call = _used(call.but(operands=replace(call.operands, descales=None)))
     dtype = torch.float32 if q.dtype == E4M3 else q.dtype
     out_dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
     if q.dtype == E4M3:
         own = descales.q
-        if own is not None:
-            own = own.repeat_interleave(
-                q.shape[1] // max(1, call.k.shape[1]), -1
-            )  # one for each query head
+        if own is not None:  # one for each query head
+            own = own.repeat_interleave(q.shape[1] // max(1, call.k.shape[1]), -1)
         q = widen(q, own, dtype)
     k, v = widen(call.k, descales.k, dtype), widen(call.v, descales.v, dtype)
     out, lse = forward(call.but(q=q, k=k, v=v))
@@ -80,7 +79,7 @@ def _used(call: Call) -> Call:
         slots = max(operands.kv_lens.tolist(), default=0)
     if table is not None:
         used = table[:, : -(-slots // size)].long().clamp(0, k.shape[0] - 1)  # [B, pages]
-        # Indexed as bytes, which every device can; [B, kv_heads, pages * size, *].
+        # Indexed as bytes, because not every device can index FP8; [B, kv_heads, pages * size, *].
         k, v = (x.view(INT8)[used].view(x.dtype).transpose(1, 2).flatten(2, 3) for x in (k, v))
     mask, bias = (
         x if x is None or x.shape[3] == 1 else x[..., :slots]

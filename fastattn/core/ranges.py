@@ -27,9 +27,7 @@ def _end_of(name: str, x, full, device, rank: int) -> Tensor:
     checks.on_device(name, x, device)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {x.dtype}; accepted is torch.int32")
-    wide = (
-        x.unsqueeze(1) if rank == 3 and x.dim() == 2 else x
-    )  # 3-D calls have no dimension of heads
+    wide = x.unsqueeze(1) if rank == 3 and x.dim() == 2 else x  # 3-D calls have no heads
     while wide.dim() < 3:
         wide = wide.unsqueeze(0)
     if wide.dim() > 3 or any(n != 1 and n != m for n, m in zip(wide.shape, full)):

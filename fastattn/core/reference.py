@@ -40,7 +40,7 @@ def reference(
         raise ValueError("document_ids came with cu_seqlens: packed sequences take cu_seqlens only")
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_len, _ = q.shape
-    wide = [x.to(compute) for x in (q, k, v)]
+    wide = (q.to(compute), k.to(compute), v.to(compute))
     outs, lses = [], []
     with _no_autocast(q.device.type):
         for piece in pieces(q, k, operands):
@@ -83,10 +83,11 @@ def pieces(q: Tensor, k: Tensor, operands: Operands) -> Iterator[Piece]:
     batch, _, q_len, _ = q.shape
     x = operands
     if all(y is None for y in (x.kv_lens, x.kv_starts, x.document_ids, x.cu_seqlens_q)):
-        kv_len = k.shape[2] * (operands.page_table.shape[1] if operands.paged else 1)
+        table = operands.page_table
+        kv_len = k.shape[2] * (1 if table is None else table.shape[1])
         yield Piece(None, range(q_len), range(kv_len), 0, 0, q_len, kv_len)
         return
-    if operands.packed:
+    if operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None:
         rows, keys = operands.cu_seqlens_q.tolist(), operands.cu_seqlens_k.tolist()
         q_lens = [end - start for start, end in pairwise(rows)]
         kv_lens = [end - start for start, end in pairwise(keys)]
@@ -138,7 +139,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     visible = (j >= spec.lo(i, *lengths)) & (j < spec.hi(i, *lengths))  # [m, n]
     if operands.mask is not None:
         visible = visible & part_of(operands.mask, piece)
-    if operands.key_begin is not None:
+    if operands.key_begin is not None and operands.key_end is not None:
         begin, end = part_of(operands.key_begin, piece), part_of(operands.key_end, piece)
         visible = visible & (j >= begin) & (j < end)
     scores = torch.where(visible, scores, -torch.inf)
@@ -154,8 +155,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     probs = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])  # [b, heads, m, n]
     if spec.dropout_p > 0:
         first = piece.sequence or 0
-        bh = heads_of(operands.dropout_seed, range(first, first + q.shape[0]), q.shape[1])
-        kept = keep_block(operands.dropout_seed, bh, i[:, 0], j, spec.dropout_p)
+        if (seed := operands.dropout_seed) is None:
+            raise ValueError("dropout_p came without dropout_seed, which says what is dropped")
+        bh = heads_of(seed, range(first, first + q.shape[0]), q.shape[1])
+        kept = keep_block(seed, bh, i[:, 0], j, spec.dropout_p)
         probs = probs * kept.view_as(probs) / keep_probability(spec.dropout_p)
     return probs @ v, lse.squeeze(-1)
 
@@ -189,7 +192,7 @@ def _span(positions: range, base: int) -> slice:
 
 def _existing(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
     """The piece's keys of k or v: [b, kv_heads, n, *]."""
-    if not operands.paged:
+    if operands.page_table is None:
         return x[_batch(operands, piece), :, _span(piece.j, piece.key)]
     page_size = x.shape[2]
     used = operands.page_table[piece.sequence, : -(-piece.j.stop // max(1, page_size))].long()

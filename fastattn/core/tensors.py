@@ -10,7 +10,9 @@ from .reference import AUTOCAST
 try:
     from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
 except ImportError:  # the name in older releases
-    from torch._prims_common import is_non_overlapping_and_dense as is_dense
+    from torch._prims_common import (
+        is_non_overlapping_and_dense as is_dense,  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""FlashAttention 2's functions, served by fastattn on every device and dtype that it serves.
+"""FlashAttention 2's functions, on every device and dtype of fastattn.
 
 from fastattn.flash_attn import flash_attn_func, flash_attn_varlen_func
 from fastattn.flash_attn.bert_padding import pad_input, unpad_input
@@ -18,7 +18,7 @@ from .flash_attn_interface import (
     flash_attn_with_kvcache,
 )
 
-__version__ = "2.8.4"  # the release of flash_attn whose interface this is, for programs that ask
+__version__ = "2.8.4"  # the flash_attn release with this interface, for programs that check
 
 __all__ = [
     "bert_padding",

@@ -1,4 +1,5 @@
-"""Names of flash_attn 2 that are not here: importing one says why, and what serves in its place."""
+"""Names of flash_attn 2 that do not exist here. Importing one raises an error that says why, and
+what to use instead."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from types import FrameType
 
 _ABSENT = {
     r"_(wrapped_)?flash_attn_(varlen_)?(forward|backward)(_fake)?":
-        "it is one pass of FlashAttention's kernels, and the functions here differentiate by "
-        "autograd; call flash_attn_func or flash_attn_varlen_func",
+        "it is a single pass of FlashAttention's kernels, and the functions here are "
+        "differentiated by autograd; call flash_attn_func or flash_attn_varlen_func",
     r"FlashAttn\w*Func":
         "it is the autograd.Function behind a public function; call that function, "
         "flash_attn_func and the like",
@@ -25,15 +26,15 @@ _ABSENT = {
     r"[iI]ndex_?[pP]ut_?[fF]irst_?[aA]xis":
         "it is a part of pad_input; call pad_input",
     r"[iI]ndex_?[fF]irst_?[aA]xis(_?[rR]esidual)?":
-        "call index_first_axis, which differentiates by autograd",
+        "call index_first_axis, which autograd differentiates",
     r"rearrange|repeat":
         "it is einops', which fastattn does not need; import it from einops",
 }  # fmt: skip
 
 
 def absent(module: str, name: str) -> Exception:
-    """What a module's __getattr__ raises for this name: an ImportError to `from module import
-    name`, an AttributeError to everything else, so that hasattr() says False."""
+    """The exception that a module's __getattr__ raises for this name: an ImportError for `from
+    module import name`, otherwise an AttributeError, so that hasattr() is False."""
     reason = next((why for names, why in _ABSENT.items() if re.fullmatch(names, name)), None)
     if reason is None:
         return AttributeError(f"module {module!r} has no attribute {name!r}")

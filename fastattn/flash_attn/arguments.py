@@ -1,5 +1,5 @@
-"""Arguments of flash_attn's functions: what fastattn would see transposed is checked here, and what
-it refuses is said with flash_attn's names.
+"""Checks of the arguments of flash_attn's functions. Shapes are checked here, because fastattn
+would see them transposed, and the errors of fastattn's functions get flash_attn's argument names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.core import checks
 
-# fastattn's names in its sentences, and flash_attn's for the same.
+# fastattn's names in error messages, and flash_attn's names for the same.
 _NAMES = {
     "scale": "softmax_scale",
     "window": "window_size",
@@ -27,7 +27,7 @@ _THEIRS = re.compile(r"\b(" + "|".join(_NAMES) + r")\b")
 
 
 def call_named(function, *args, **options):
-    """The function's result; its refusals name the arguments as flash_attn does."""
+    """The function's result; its error messages name the arguments as flash_attn does."""
     try:
         return function(*args, **options)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -43,10 +43,9 @@ def _ranked(name, x, accepted) -> Tensor:
 
 
 def unpacked(name, x, accepted) -> tuple[Tensor, ...]:
-    """The two or three tensors that lie along the third last dimension, as views."""
+    """The two tensors of kv, or the three of qkv, along the third-last dimension, as views."""
     checks.same_kind(**{name: _ranked(name, x, accepted)})
-    parts = len(name)  # kv, qkv
-    if x.shape[-3] != parts:
+    if x.shape[-3] != len(name):  # kv or qkv
         raise ValueError(f"{name} has shape {checks.show(x)}; accepted is {accepted}")
     return x.unbind(-3)
 
@@ -96,27 +95,27 @@ def cache_shapes(q, k_cache, v_cache, k, v, block_table) -> None:
 
 
 def max_length(name, x) -> int:
-    """max_seqlen_*: transformers passes tensors of one integer."""
+    """max_seqlen_q or max_seqlen_k as an int; transformers passes tensors of one integer."""
     if isinstance(x, Tensor) and x.numel() == 1 and not x.is_floating_point():
         x = int(x)
     return checks.length(name, x)
 
 
 def pair(window_size):
-    """window_size as numbers: programs pass tensors and arrays of two integers too."""
+    """window_size as a pair of numbers; programs also pass tensors and arrays of two integers."""
     if isinstance(window_size, (tuple, list)):
         return tuple(_plain(side) for side in window_size)
     return _plain(window_size)
 
 
 def _plain(x):
-    """A tensor's or an array's numbers; anything else as it is."""
+    """The numbers of a tensor or an array; anything else unchanged."""
     return x.tolist() if hasattr(x, "tolist") else x
 
 
 def undifferentiable(function):
-    """The function, which refuses inputs that require grad, on such inputs too: what it returns
-    then raises where its gradient is asked for."""
+    """Wraps a function that raises for inputs that require grad. The wrapper accepts them and
+    raises only in the backward pass."""
 
     def call(q, k, v, *args, **options):
         wanted = [x for x in (q, k, v) if isinstance(x, Tensor) and x.requires_grad]
@@ -132,7 +131,7 @@ def undifferentiable(function):
 
 
 class _NoGradient(torch.autograd.Function):
-    """A tensor as it is, with a gradient that raises."""
+    """The identity, whose backward raises."""
 
     @staticmethod
     def forward(x, *inputs):
@@ -145,6 +144,6 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         raise NotImplementedError(
-            "a gradient was asked of flash_attn_varlen_func with block_table, which has none; "
-            "gather the blocks into k and v [Tk, kv_heads, D], or detach the inputs"
+            "flash_attn_varlen_func with block_table has no gradient; gather the blocks into k and "
+            "v [Tk, kv_heads, D], or detach the inputs"
         )

@@ -1,4 +1,4 @@
-"""From padded batches to packed tokens and back, as flash_attn.bert_padding does it.
+"""From padded batches to packed tokens and back: the functions of flash_attn.bert_padding.
 
 Imports are absolute so that the file also loads as flash_attn.bert_padding, where the package
 stands in for flash_attn.
@@ -23,13 +23,13 @@ def unpad_input(
     Args:
         hidden_states: [B, S, ...], any dtype.
         attention_mask: [B, S] bool or int; nonzero tokens are kept.
-        unused_mask: [B, S] bool or int; tokens that are kept too (they have their place in the
-            packed tensor), but that `seqused` does not count.
+        unused_mask: [B, S] bool or int; nonzero tokens are also kept in the packed tensor, but
+            seqused does not count them.
 
     Returns:
-        (tokens, indices, cu_seqlens, max_seqlen, seqused), FlashAttention 2.7's five:
-        tokens [T, ...], differentiable; indices [T] int64, their places among the B * S;
-        cu_seqlens [B + 1] int32; max_seqlen, an int; seqused [B] int32.
+        (tokens, indices, cu_seqlens, max_seqlen, seqused), as in FlashAttention 2.7: tokens
+        [T, ...], differentiable; indices [T] int64, their positions among the B * S; cu_seqlens
+        [B + 1] int32; max_seqlen, an int; seqused [B] int32.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype or shape.
@@ -46,16 +46,16 @@ def unpad_input(
 def unpad_input_for_concatenated_sequences(
     hidden_states: Tensor, attention_mask_in_length: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """unpad_input() of rows that hold several sequences each.
+    """unpad_input() for batch rows that hold several sequences each.
 
     Args:
-        hidden_states: [B, S, ...]: each row is its sequences, one after the other, then padding.
-        attention_mask_in_length: [B, S] int: the lengths of the row's sequences, and zeros. In a
-            row of 6, [2, 3, 0, 0, 0, 0] says two tokens, three tokens and one of padding.
+        hidden_states: [B, S, ...]: a row has its sequences one after the other, then padding.
+        attention_mask_in_length: [B, S] int: the lengths of the row's sequences, then zeros. With
+            S = 6, [2, 3, 0, 0, 0, 0] means two tokens, three tokens and one of padding.
 
     Returns:
-        (tokens, indices, cu_seqlens, max_seqlen) as unpad_input's; cu_seqlens [N + 1] counts the N
-        sequences of all rows.
+        (tokens, indices, cu_seqlens, max_seqlen) as in unpad_input; cu_seqlens [N + 1] is for the
+        N sequences of all rows.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype or shape, or lengths that are
@@ -75,14 +75,18 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """unpad_input's inverse: tokens at their places, zeros elsewhere. Differentiable.
+    """The inverse of unpad_input: tokens at their positions, zeros elsewhere. Differentiable.
 
     Args:
         hidden_states: [T, ...], any dtype.
-        indices: [T] int64 or int32: where each token goes among the batch * seqlen.
+        indices: [T] int64 or int32: the position of each token among the batch * seqlen.
+        batch, seqlen: sizes of the result.
 
     Returns:
         [batch, seqlen, ...].
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
     """
     batch, seqlen = checks.length("batch", batch), checks.length("seqlen", seqlen)
     rows = checks.tensor("hidden_states", hidden_states).shape[:1]
@@ -99,7 +103,10 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     """input[indices] for input [N, ...] and indices [T]: [T, ...], differentiable.
 
-    An index that comes twice gets the sum of both gradients (FlashAttention keeps one of them).
+    The gradient of a repeated index is the sum of its gradients (FlashAttention keeps one of them).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
     """
     if checks.tensor("input", input).dim() < 1:
         raise ValueError("input has shape []; accepted is [N, ...]")
@@ -121,7 +128,7 @@ def _longest(lens) -> int:
 
 
 def _mask(name, x, hidden_states, dtype=torch.bool):
-    """[B, S] of integers or bools, as bool (or as it is)."""
+    """x, checked to be [B, S] of integers or bools, as bool (unchanged with dtype=None)."""
     if checks.tensor("hidden_states", hidden_states).dim() < 2:
         raise ValueError(
             f"hidden_states has shape {checks.show(hidden_states)}; accepted is [B, S, ...]"
@@ -143,7 +150,7 @@ def _mask(name, x, hidden_states, dtype=torch.bool):
 
 
 def _indices(x, other, rows):
-    """[T] of integers in [0, rows), as int64."""
+    """x, checked to be [T] integers in [0, rows), as int64."""
     if checks.tensor("indices", x).dtype not in (torch.int32, torch.int64) or x.dim() != 1:
         raise TypeError(
             f"indices is {x.dtype} of shape {checks.show(x)}; accepted is int64 (or int32) [T]"

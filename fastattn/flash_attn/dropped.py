@@ -1,7 +1,8 @@
-"""S_dmask, the softmax that flash_attn returns to who asks how dropout fell. O(S^2) memory.
+"""S_dmask, the attention weights that flash_attn returns to show what dropout dropped.
 
-The kernels themselves say it: attention whose value of key j is the j-th unit vector gives the
-weights. Two calls with one dropout key, without and with dropout, tell what was dropped.
+The attention kernels compute it: with the j-th unit vector as the value of key j, the output is the
+attention weights. Comparing two calls, without and with dropout, shows what was dropped. O(S^2)
+memory.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from torch import Tensor
 
 from fastattn.functional import attention, varlen_attention
 
-ROUND = 128  # flash_attn's sizes are whole multiples
+ROUND = 128  # flash_attn rounds the sizes of S_dmask up to multiples of this
 
 
 def signed_weights(weights: Callable[..., Tensor], **dropout) -> Tensor:
-    """The softmax weights without dropout, negative where dropout drops them.
+    """The attention weights without dropout, negative where dropout drops them.
 
-    weights(**dropout) are the weights with that dropout; weights() without.
+    weights(**dropout) computes them with that dropout, and weights() without dropout.
     """
     plain, dropped = weights(), weights(**dropout)
-    return torch.where(dropped == 0, 0.0 - plain, plain)  # 0.0 - 0.0 is not negative
+    return torch.where(dropped == 0, 0.0 - plain, plain)  # not -plain, which makes 0 into -0
 
 
 def dense_weights(q: Tensor, k: Tensor, options: dict) -> Callable[..., Tensor]:
-    """Weights [B, H, Sq, Skv] of attention(q, k, _, **options), both sizes rounded up, by zeros."""
+    """Weights [B, H, Sq, Skv] of attention(q, k, _, **options), Sq and Skv padded with zeros to
+    multiples of ROUND."""
     (batch, kv_heads, keys, _), rows = k.shape, q.shape[2]
     places = torch.arange(keys, device=q.device)
     v = _unit_vectors(places, keys, q.dtype).expand(batch, kv_heads, -1, -1)
@@ -39,21 +41,21 @@ def dense_weights(q: Tensor, k: Tensor, options: dict) -> Callable[..., Tensor]:
 
 
 def packed_weights(q, k, cu_q, cu_k, longest_q, longest_k, page_table, options):
-    """Weights [N, H, longest_q, longest_k], rounded up, of varlen_attention(q, k, _, ...).
-
-    Each sequence's rows and keys count from its own first.
+    """Weights [N, H, longest_q, longest_k] of varlen_attention(q, k, _, ...), padded with zeros to
+    multiples of ROUND. Rows and keys are counted from the first of each sequence.
     """
     sequences, heads = cu_q.shape[0] - 1, q.shape[1]
     height, width = _round(longest_q), _round(longest_k)
     lens = None
-    if page_table is not None:  # the same keys, unpaged, each sequence in longest_k places
+    if page_table is not None:  # the same keys without pages, longest_k slots for each sequence
         lens = cu_k.diff()
         k = _gather(k, page_table, longest_k)
         cu_k = torch.arange(sequences + 1, device=k.device, dtype=torch.int32) * longest_k
     _, place = _places(cu_k, k.shape[0])
     v = _unit_vectors(place, longest_k, q.dtype).unsqueeze(1).expand(-1, k.shape[1], -1)
     n, i = _places(cu_q, q.shape[0])
-    row = torch.where(n < sequences, n * height + i, sequences * height)  # the last is nobody's
+    # Tokens of no sequence go to one more row at the end.
+    row = torch.where(n < sequences, n * height + i, sequences * height)
 
     def weights(**dropout):
         out = varlen_attention(
@@ -71,20 +73,20 @@ def _round(n: int) -> int:
 
 
 def _unit_vectors(places: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-    """[T] -> [T, W]: row t is 1 at places[t]. W is ROUND or more, as no head dimension is 0."""
+    """[T] -> [T, W]: row t is 1 at places[t]. W is at least ROUND, since no head dimension is 0."""
     columns = torch.arange(max(_round(longest), ROUND), device=places.device)
     return (places.unsqueeze(1) == columns).to(dtype)
 
 
 def _places(cu: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """For each of `total` packed tokens, its sequence (N for those in none) and place there."""
+    """(sequence, position in it) of each of `total` packed tokens; N for tokens of no sequence."""
     token = torch.arange(total, device=cu.device)
     n = torch.bucketize(token, cu[1:].contiguous(), right=True)
     return n, token - cu[n]
 
 
 def _gather(k: Tensor, page_table: Tensor, longest: int) -> Tensor:
-    """k [pages, page_size, heads, D] -> [N * longest, heads, D]; what is past a length is any."""
+    """k [pages, page_size, heads, D] -> [N * longest, heads, D]; padding slots hold anything."""
     j = torch.arange(longest, device=k.device)
     page = page_table[:, (j // k.shape[1]).clamp(max=page_table.shape[1] - 1)].long()
     return k[page.clamp(0, k.shape[0] - 1), j % k.shape[1]].flatten(0, 1)

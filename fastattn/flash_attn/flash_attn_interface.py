@@ -1,7 +1,7 @@
-"""FlashAttention 2's seven functions. Next hop: attention.py and cache.py.
+"""FlashAttention 2's seven functions. Next hop: ../functional.py and ../decoding.py.
 
-Tensors are [B, S, heads, D] here and [B, heads, S, D] there: strided views, nothing is copied on
-the way in. What differs from FlashAttention's own kernels is in docs/flash_attn.md.
+Tensors are [B, S, heads, D] here and [B, heads, S, D] in fastattn's own functions, which read the
+transposed views without a copy. docs/flash_attn.md lists the differences from FlashAttention.
 
 Imports are absolute so that the file also loads as flash_attn.flash_attn_interface, where the
 package stands in for flash_attn.
@@ -45,28 +45,28 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """Attention over [B, S, heads, D], differentiable as fastattn.attention is.
+    """Attention over [B, S, heads, D] tensors, with all derivatives of fastattn.attention.
 
     Args:
-        q: [B, Sq, Hq, D] float32, bfloat16, float16 or float64; any strides with a unit last one.
+        q: [B, Sq, Hq, D] float32, bfloat16, float16 or float64; any strides, the last of them 1.
         k: [B, Skv, Hkv, D], Hq % Hkv == 0: query head h reads kv head h // (Hq // Hkv).
         v: [B, Skv, Hkv, Dv].
-        dropout_p: probability in [0, 1) that a weight is dropped.
+        dropout_p: probability in [0, 1) of dropping an attention weight.
         softmax_scale: None is 1 / sqrt(D).
         causal: row i sees keys j <= i + Skv - Sq (the last row sees the last key).
         window_size: (left, right), or a tensor or array of the two: i + Skv - Sq - left <= j <=
             i + Skv - Sq + right. A negative side is unbounded; causal makes the right side 0.
         softcap: s -> softcap * tanh(s / softcap) of the scaled scores; 0 is off.
         alibi_slopes: [Hq] or [B, Hq] float32: -slope * |i + Skv - Sq - j| is added to the scores.
-        deterministic: accepted; the same call always gives the same bits.
+        deterministic: either value; results are always bitwise reproducible.
         return_attn_probs: also return softmax_lse and S_dmask.
 
     Returns:
         out [B, Sq, Hq, Dv], contiguous. With return_attn_probs (out, softmax_lse, S_dmask):
         softmax_lse [B, Hq, Sq] float32 (float64 for float64), differentiable, the natural log of
         the softmax denominator. S_dmask, where dropout_p > 0, is [B, Hq, Sq, Skv] in q's dtype,
-        Sq and Skv rounded up to multiples of 128 with zeros: the softmax before dropout, negative
-        where dropout dropped it; no gradient, O(Sq * Skv) memory. Else it is empty.
+        Sq and Skv padded with zeros to multiples of 128: the attention weights before dropout,
+        negative where dropped, without gradient, in O(Sq * Skv) memory; empty without dropout.
         A row that sees no key gives out = 0 and softmax_lse = +inf.
 
     Raises:
@@ -163,17 +163,17 @@ def flash_attn_varlen_func(
         cu_seqlens_k: [N + 1] int32, the same for keys; with block_table only the lengths count.
         max_seqlen_q, max_seqlen_k: the longest lengths or more, ints or tensors of one integer.
         block_table: [N, max_blocks] int32: key j of sequence n is slot j % block_size of block
-            block_table[n, j // block_size]. Who asks for its gradient is refused, at backward.
+            block_table[n, j // block_size]. Such a call has no gradient; backward raises.
         The other arguments are flash_attn_func's; alibi_slopes [Hq] or [N, Hq].
 
     Returns:
         out [Tq, Hq, Dv], contiguous. With return_attn_probs (out, softmax_lse [Hq, Tq], S_dmask);
-        S_dmask, where dropout_p > 0, is [N, Hq, max_seqlen_q, max_seqlen_k], rounded up, with rows
-        and keys counted from each sequence's first.
+        S_dmask, where dropout_p > 0, is [N, Hq, max_seqlen_q, max_seqlen_k], padded as above, with
+        rows and keys counted from the first of each sequence.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
-        NotImplementedError: at backward, a gradient was asked of a call with block_table.
+        NotImplementedError: in the backward pass of a call with block_table.
     """
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     longest = (max_length("max_seqlen_q", max_seqlen_q), max_length("max_seqlen_k", max_seqlen_k))
@@ -229,7 +229,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """flash_attn_varlen_func() of qkv [T, 3, heads, D]; cu_seqlens and max_seqlen are q's and k's.
+    """flash_attn_varlen_func() of qkv [T, 3, heads, D], with one cu_seqlens and one max_seqlen.
 
     qkv's gradient is packed too, by one copy.
     """
@@ -262,34 +262,35 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Writes k and v into the cache in place, then attends to all it holds. No gradient.
+    """Appends k and v to the cache in place, then attends to all its keys. Without gradients.
 
     Args:
         q: [B, Sq, Hq, D].
-        k_cache: [Bc, Smax, Hkv, D], Bc = B unless cache_batch_idx says otherwise; with block_table
+        k_cache: [Bc, Smax, Hkv, D], where Bc = B without cache_batch_idx; with block_table
             [blocks, block_size, Hkv, D], blocks of any size.
         v_cache: the same with Dv.
         k: [B, Snew, Hkv, D], written to slots cache_seqlens[b] + i; v: [B, Snew, Hkv, Dv].
         rotary_cos, rotary_sin: [positions, rotary_dim / 2]: rotate the first rotary_dim channels of
-            k, at position cache_seqlens[b] + i, and of q: there too with causal or a window, else
-            all at cache_seqlens[b].
-        cache_seqlens: [B] int32, or one int for all: keys in the cache before the call. None: it is
-            full (then k must be None).
-        cache_batch_idx: [B] int32: entry b lives in row cache_batch_idx[b] of the cache.
+            k at position cache_seqlens[b] + i, and those of q at the same positions with causal or
+            a window, else all of them at cache_seqlens[b].
+        cache_seqlens: [B] int32, or one int for all: keys in the cache before the call. None: the
+            cache is full, and k must be None.
+        cache_batch_idx: [B] int32: batch entry b is in row cache_batch_idx[b] of the cache.
         cache_leftpad: [B] int32: slots before it do not exist; positions count them.
-        block_table: [B, max_blocks] int32: slot s of entry b is slot s % block_size of block
+        block_table: [B, max_blocks] int32: slot s of batch entry b is slot s % block_size of block
             block_table[b, s // block_size].
         rotary_interleaved: pairs are channels (2i, 2i + 1); False: (i, i + rotary_dim / 2).
-        num_splits: parts of the keys attended to separately, then merged; 0: the kernel chooses.
+        num_splits: splits of the keys, attended to in parallel and then merged (split-KV); 0: the
+            kernel chooses.
         return_softmax_lse: also return softmax_lse.
-        The other arguments are flash_attn_func's, with Skv the entry's keys, new ones included.
+        The other arguments are flash_attn_func's, with Skv the sequence's keys, new ones included.
 
     Returns:
         out [B, Sq, Hq, Dv], contiguous; with return_softmax_lse (out, softmax_lse [B, Hq, Sq]).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
-        NotImplementedError: an input wants a gradient.
+        NotImplementedError: an input requires grad.
     """
     cache_shapes(q, k_cache, v_cache, k, v, block_table)
     checks.flag("return_softmax_lse", return_softmax_lse)
@@ -316,15 +317,16 @@ def flash_attn_with_kvcache(
     return (out, _unseen_is_inf(lse)) if return_softmax_lse else out
 
 
-# ---- what they share -----------------------------------------------------------------------------
+# ---- shared by the functions ---------------------------------------------------------------------
 
 
 def _results(call, weights, swapped, q, dropout_p, return_attn_probs) -> Result:
-    """out, or (out, softmax_lse, S_dmask). call(**dropout, return_lse=) attends, weights() gives
-    what signed_weights takes, swapped are the two dimensions of out in another order here."""
+    """out, or (out, softmax_lse, S_dmask). call(**dropout, return_lse=) computes attention,
+    weights() returns the first argument of signed_weights, and `swapped` are two dimensions of out
+    to transpose."""
 
     def arranged(out):
-        # A view, and contiguous already, but for q of a packed tensor and for Dv != D.
+        # A contiguous view, except for q of a packed tensor and for Dv != D.
         return (out if swapped is None else out.transpose(*swapped)).contiguous()
 
     if not checks.flag("return_attn_probs", return_attn_probs):
@@ -341,7 +343,7 @@ def _results(call, weights, swapped, q, dropout_p, return_attn_probs) -> Result:
 
 
 def _unseen_is_inf(lse: Tensor) -> Tensor:
-    """FlashAttention 2 says +inf, fastattn -inf, of a row that sees no key."""
+    """The lse of a row that sees no key is +inf in FlashAttention 2, and -inf in fastattn."""
     return torch.where(lse == -torch.inf, torch.inf, lse)
 
 

@@ -321,9 +321,7 @@ def _total_gradient(ctx, dtotal, *_):
     if dtotal is None:
         return nothing
     hidden, weight, bias, labels, scale, *grads = ctx.saved_tensors
-    if (
-        torch.is_grad_enabled()
-    ):  # create_graph: the gradients depend on all inputs, not on dtotal only
+    if torch.is_grad_enabled():  # create_graph: the gradients depend on all inputs
 
         def total(*x):
             return (reference(*x, labels, *ctx.numbers).sum() * scale,)

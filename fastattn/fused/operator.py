@@ -51,9 +51,8 @@ def arrived(x: Tensor | None) -> Tensor | None:
 
 def has_kernel(first: Tensor, *others: Tensor | None) -> bool:
     """Do the kernels take these tensors in the present mode?"""
-    if (
-        torch.compiler.is_compiling() or torch._C._is_tracing()
-    ):  # tested first, so that nothing below is traced
+    # Tested first, so that nothing below is traced.
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     on_cpu = first.is_cpu
     return (

@@ -29,8 +29,8 @@ from .masks import CompactMask, attention_mask
 from .models import check_names, refusal
 
 NAME = "fastattn"
-# "flash" in the name enables the packed branches of vision models, "/" and "flash-attn" the
-# sequence parallelism of accelerate, and "2" the fast path of continuous batching. T5 and models
+# "flash" in the name enables the packed branches of vision models, "/" and "flash-attn" enable
+# accelerate's sequence parallelism, and "2" the fast path of continuous batching. T5 and models
 # derived from it accept only NAME.
 FLASH_NAME = "fastattn/flash-attn2"
 M = TypeVar("M", bound=PreTrainedModel)

@@ -305,9 +305,7 @@ def _refuse_with_lengths(lengths, mask, position_bias, wants_weights) -> None:
     padded = mask is not None
     if isinstance(mask, CompactMask):
         padded = mask.keys is not None or mask.given is not None
-    if (
-        padded and not torch.compiler.is_compiling()
-    ):  # under tracing, transformers always makes a mask
+    if padded and not torch.compiler.is_compiling():  # traced, transformers always makes a mask
         raise ValueError(
             "attention_mask came with cu_seq_lens_q; packed sequences have no padding, and "
             "cu_seq_lens separate them: pass one of the two"

@@ -1,12 +1,12 @@
 """fastattn.models: whole models made of fastattn.nn's blocks, small enough to read.
 
-GPT             writes: gpt.py, generation.py
-BERT            reads, with the heads it is trained and used with: bert.py
-EncoderDecoder  reads one sequence and writes another: encoder_decoder.py
-FusionEncoder   reads text beside images or sound: fusion.py
+GPT             decoder-only language model: gpt.py, generation.py
+BERT            bidirectional encoder with task heads: bert.py
+EncoderDecoder  sequence-to-sequence model: encoder_decoder.py
+FusionEncoder   text encoder with cross-attention to images or sound: fusion.py
 
-Each takes its configuration or the configuration's fields as keyword arguments, and transformers'
-names in forward(). base.py has what they share.
+Each takes its configuration, or the configuration's fields as keyword arguments. forward() has
+transformers' argument names. base.py has what they share.
 """
 
 from .base import Config, Model, ModelOutput

@@ -1,5 +1,5 @@
-"""What every model shares: its configuration, its output, the start of its weights, its folder.
-Next hop: checkpoint.py for the folder, torch_attention.py for attention="torch".
+"""What all models share: configuration, output, initialisation, saving and loading.
+Next hop: checkpoint.py for the files, torch_attention.py for attention="torch".
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from . import checkpoint
 from .torch_attention import TorchCache, torch_attention
 
 IMPLEMENTATIONS = {"fastattn": (attention, KVCache), "torch": (torch_attention, TorchCache)}
-STD = 0.02  # of every matrix at the start (GPT-2's and BERT's)
+STD = 0.02  # initial standard deviation of matrices (GPT-2, BERT)
 
 
 class ModelOutput(OrderedDict):
-    """What forward() gives: a dict of the tensors there are, also as attributes, None where there
-    is none, and by number; transformers' names.
+    """The result of forward(): a dict of the tensors that were computed, by transformers' names.
+    They are also attributes, which are None if not computed, and can be indexed by number.
 
     loss: a scalar, float32, when labels are given.
-    logits: the model's or its head's.
-    seq_relationship_logits: [B, 2]: follows, does not.
+    logits: of the model or its head.
+    seq_relationship_logits: [B, 2]: the second sentence follows, or does not.
     start_logits, end_logits: [B, S].
     last_hidden_state: [B, S, dim].
 
-    An OrderedDict, because FSDP1 makes a plain dict of every other.
+    It is an OrderedDict, because FSDP1 converts any other dict to a plain one.
     """
 
     NAMES = (
@@ -56,7 +56,7 @@ class ModelOutput(OrderedDict):
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
 
-# Sharded training and torch.compile look for tensors inside what a model returns.
+# So that sharded training and torch.compile find the tensors in a model's output.
 register_pytree_node(
     ModelOutput,
     lambda output: (list(output.values()), list(output)),
@@ -66,10 +66,11 @@ register_pytree_node(
 
 
 class NormalStart:
-    """A module's reset_parameters(): Normal(0, std) weight, zero bias.
+    """A module's reset_parameters(): weight from Normal(0, std), bias zero.
 
-    An attribute of the module, whose class stays torch's own: quantisation and adapters look for
-    that. The module is held weakly, so that its memory goes with its last user."""
+    It is an attribute of the module, because the class must stay torch's own: quantization and
+    adapters go by the class. It holds the module weakly, to make no reference cycle.
+    """
 
     def __init__(self, module: nn.Module, std: float) -> None:
         self.module, self.std = weakref.ref(module), std
@@ -80,26 +81,29 @@ class NormalStart:
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 
-    def __reduce__(self):  # copied and pickled with its module, it is the copy's
+    def __reduce__(self):  # copied with its module, it refers to the copy
         return NormalStart, (self.module(), self.std)
 
 
 @dataclass(kw_only=True)
 class Config:
-    """Sizes that every model has.
+    """The options that every model has.
 
     Args:
-        vocab_size: tokens that there are.
-        max_len: the longest sequence.
-        dim: size of a token's vector.
-        heads: attention heads; dim is a multiple.
-        kv_heads: heads of keys and values, which divide heads. None: as many.
-        layers: transformer blocks.
-        hidden: width of the feed-forward blocks; None: their own default.
-        dropout: of embeddings, of what each sublayer adds and of attention weights, in training.
-        attention: whose attention: "fastattn", or "torch" for torch's
-            scaled_dot_product_attention. The weights are the same, and so are the results up to
-            rounding; Model.set_attention switches a built model.
+        vocab_size: size of the vocabulary.
+        max_len: length of the longest sequence, default 1024.
+        dim: size of a token's vector, default 768.
+        heads: attention heads, default 12; dim must be a multiple.
+        kv_heads: heads of keys and values, of which heads must be a multiple. None: heads.
+        layers: transformer blocks, default 12.
+        hidden: width of the feed-forward blocks; None: their default.
+        dropout: probability of dropping an element of embeddings and sublayer outputs, and an
+            attention weight, in training; default 0.
+        attention: "fastattn", or "torch" for torch's scaled_dot_product_attention. Parameters are
+            the same, and results up to rounding; Model.set_attention switches a built model.
+
+    Raises:
+        ValueError or TypeError: a field, which is named, is not accepted.
     """
 
     vocab_size: int
@@ -136,11 +140,11 @@ M = TypeVar("M", bound="Model")
 
 
 class Model(nn.Module):
-    """A model made of blocks. A subclass has config_class and build(config).
+    """The base of the models. A subclass defines config_class and build(config).
 
     Args:
-        config: a config_class; None: one made of the keyword arguments.
-        fields: config_class's fields by name; they win over config's.
+        config: an instance of config_class; None: it is made from the keyword arguments.
+        fields_: fields of config_class by name; they take precedence over config's.
     """
 
     config_class: ClassVar[type[Config]]
@@ -167,14 +171,16 @@ class Model(nn.Module):
 
     def build(self, config: Config) -> None:
         """Makes the submodules."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it is made of")
+        raise NotImplementedError(f"{type(self).__name__} does not implement build()")
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02) matrices, zero biases; what is added to the residual stream starts
-        smaller by sqrt(number of additions), so that its size does not grow with depth (GPT-2).
+        """Initialises matrices from Normal(0, 0.02) and biases with zero. The standard deviation of
+        projections into the residual stream is divided by sqrt(number of such projections), so that
+        activations do not grow with depth (GPT-2).
 
-        Every part's own reset_parameters() gives the same distribution, so a model made on the meta
-        device may also be started part by part, as FSDP does it."""
+        The reset_parameters() of each submodule gives the same distribution, so a model made on the
+        meta device may also be initialised module by module, as FSDP does.
+        """
         added = [m for n, m in self.named_modules() if n.endswith(("o_proj", "down_proj"))]
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -184,11 +190,11 @@ class Model(nn.Module):
             own = next(module.parameters(recurse=False), None) is not None
             if own and module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        for module in added:  # again, so that a seed keeps giving the weights it gave
+        for module in added:  # again, so that a seed gives the same weights as in older versions
             module.reset_parameters()
 
     def set_attention(self, name: str) -> None:
-        """Whose attention computes from now on: "fastattn" or "torch"."""
+        """Selects the attention of all blocks: "fastattn" or "torch"."""
         attend, _ = _implementation(name)
         self.config.attention = name
         for module in self.modules():
@@ -196,18 +202,18 @@ class Model(nn.Module):
                 module.attend = attend
 
     def new_caches(self, layers: list[Attention], batch: int, max_len: int) -> list[KVCache]:
-        """An empty cache for each of some attention layers."""
+        """An empty cache for each of the given attention layers."""
         _, kind = _implementation(self.config.attention)
         return [layer.make_cache(batch, max_len, kind=kind) for layer in layers]
 
-    # ---- its folder ---------------------------------------------------------------------------
+    # ---- saving and loading -------------------------------------------------------------------
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Writes model.safetensors and config.json into `folder`, made if it is missing.
+        """Writes model.safetensors and config.json into `folder`, which is created if missing.
 
-        An interrupted save leaves the files that were there. state_dict: the weights, where this
+        An interrupted save leaves the previous files intact. state_dict: the weights, if this
         module does not hold all of them (sharded training); None: its own.
         """
         state = self.state_dict() if state_dict is None else state_dict
@@ -216,12 +222,15 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[M], folder: str | os.PathLike[str], **changes: Any) -> M:
-        """The model that save_pretrained wrote, in eval mode, in the dtype it was saved in.
+        """The model that save_pretrained wrote, in eval mode and in the saved dtype.
 
-        changes: fields of the configuration to set otherwise (dropout, attention, ...). With
-        another `head` or `num_labels` the new head starts anew and the rest is loaded.
+        Args:
+            folder: where save_pretrained wrote it.
+            changes: fields of the configuration to change (dropout, attention, ...). With another
+                `head` or `num_labels`, the head is newly initialised and the rest is loaded.
 
-        Raises CheckpointError where files are missing, corrupted, or another model's.
+        Raises:
+            CheckpointError: files are missing, corrupted, or of another model.
         """
         state, saved = checkpoint.load(folder)
         name = saved.pop("model", None)
@@ -231,10 +240,10 @@ class Model(nn.Module):
                 f"{folder} holds {held}; {cls._kind()}.from_pretrained accepts a {cls._kind()}'s "
                 "folder"
             )
-        anew = [n for n in ("head", "num_labels") if n in changes and changes[n] != saved.get(n)]
+        new_head = any(n in changes and changes[n] != saved.get(n) for n in ("head", "num_labels"))
 
         def kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: x for n, x in tensors.items() if not (anew and n.startswith("head."))}
+            return {n: x for n, x in tensors.items() if not (new_head and n.startswith("head."))}
 
         expected = cls._without_memory(saved, changes, state, folder).state_dict()
         checkpoint.match(kept(expected), kept(state), str(folder))
@@ -246,12 +255,12 @@ class Model(nn.Module):
     def _without_memory(
         cls, saved: dict[str, Any], changes: dict[str, Any], state: Mapping[str, Tensor], folder
     ) -> Model:
-        """The model on the meta device, where sizes cost nothing: a broken configuration is a
-        CheckpointError whatever is in it, and what is wrong with changes is their own error."""
+        """The model on the meta device, where tensors take no memory. Any error from the saved
+        configuration becomes a CheckpointError; an error from `changes` is raised as it is."""
         numbers = sum(x.numel() for x in state.values())
 
         def build(fields_: dict) -> Model:
-            for name, x in fields_.items():  # layers, and what rotary counts, cost memory here too
+            for name, x in fields_.items():  # layers and rotary tables take memory even on meta
                 most = len(state) if name == "layers" else numbers
                 if isinstance(x, int) and x > most and name != "max_len":
                     raise ValueError(f"{name} is {x}, and the weights are {len(state)} tensors of "
@@ -266,24 +275,25 @@ class Model(nn.Module):
                 build(saved)
             except Exception:
                 raise checkpoint.CheckpointError(
-                    f"the configuration in {folder} makes no {cls._kind()}: {error}"
+                    f"the configuration in {folder} is not that of a {cls._kind()}: {error}"
                 ) from error
-            raise  # without changes it makes one
+            raise  # the saved configuration is right, so the error is from changes
 
     @classmethod
     def _kind(cls) -> str:
-        """The model's name in config.json: that of the class with the config_class, because
-        fully_shard() makes a class of its own."""
+        """The model's name in config.json: that of the class that defines config_class, because
+        fully_shard() makes a subclass."""
         return next(c.__name__ for c in cls.__mro__ if "config_class" in vars(c))
 
     def load_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Takes the weights in `folder`; one that does not fit raises and changes nothing."""
+        """Loads the weights in `folder`; if they do not fit it raises and changes nothing."""
         state, _ = checkpoint.load(folder)
         checkpoint.match(self.state_dict(), state, str(folder))
         self.load_state_dict(state)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold; transformers' arguments, as its Trainer asks."""
+        """The number of elements of all parameters. transformers' Trainer calls it with these
+        arguments."""
         tables = (nn.Embedding, LearnedPositionalEncoding)
         skipped = {id(m.weight) for m in self.modules() if isinstance(m, tables)}
         return sum(

@@ -1,4 +1,4 @@
-"""BERT: a bidirectional encoder with the heads it is trained and used with.
+"""BERT: a bidirectional encoder with heads for pretraining, classification and question answering.
 Next hop: nn.TransformerBlock.
 """
 
@@ -28,13 +28,13 @@ from .inputs import (
 
 @dataclass(kw_only=True)
 class BERTConfig(Config):
-    """Config's fields, and
+    """The fields of Config and:
 
     Args:
-        type_vocab_size: token types (first and second sentence).
-        head: "pretraining" (masked language model and next sentence), "classification" of the
-            sequence, "question_answering", or "none".
-        num_labels: of "classification". 1 is regression.
+        type_vocab_size: number of token types, default 2 (first and second sentence).
+        head: "pretraining" (masked language model and next sentence; the default),
+            "classification" of the sequence, "question_answering", or "none".
+        num_labels: labels of "classification", default 2; 1 is regression.
     """
 
     max_len: int = 512
@@ -49,8 +49,8 @@ class BERTConfig(Config):
 
 
 class PretrainingHead(nn.Module):
-    """Masked tokens through a transform and the embedding's matrix; the first token through a
-    pooler to "follows" or "does not"."""
+    """Logits of masked tokens by a transform and the embedding's matrix, and logits for whether the
+    second sentence follows, from the first token by a pooler."""
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PretrainingHead(nn.Module):
         self.next_sentence = nn.Linear(config.dim, 2)
 
     def reset_parameters(self) -> None:
-        """The vocabulary's bias 0; the parts start by themselves."""
+        """Sets the vocabulary's bias to 0; submodules initialise themselves."""
         nn.init.zeros_(self.bias)
 
     def forward(
@@ -72,7 +72,7 @@ class PretrainingHead(nn.Module):
         next_sentence_label: Tensor | None,
         skip_logits: bool,
     ) -> ModelOutput:
-        """x [B, S, dim], words [vocab_size, dim], the embedding's matrix."""
+        """ModelOutput for x [B, S, dim] and the embedding's matrix words [vocab_size, dim]."""
         losses = []
         follows = self.next_sentence(self.pooler(x[:, 0]).tanh())
         logits = None
@@ -80,7 +80,7 @@ class PretrainingHead(nn.Module):
             logits = F.linear(self._transformed(x), words, self.bias)
         if labels is not None:
             labels = labels_like("labels", labels, x.shape[:2], words.shape[0])
-            if skip_logits:  # only the rows that count
+            if skip_logits:  # only the rows with a label
                 masked = labels != IGNORED
                 hidden = self._transformed(x[masked])
                 losses.append(head_loss(hidden, words, labels[masked], self.bias))
@@ -99,7 +99,7 @@ class PretrainingHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """The first token through a pooler to num_labels logits."""
+    """num_labels logits from the first token, by a pooler."""
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ class ClassificationHead(nn.Module):
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of logits [B, num_labels]: cross-entropy for integer labels [B], the squared error for one
-    label, and binary cross-entropy for several at once, floating [B, num_labels]."""
+    """The loss of logits [B, num_labels]: cross-entropy for integer labels [B], squared error if
+    num_labels is 1, and binary cross-entropy for floating labels [B, num_labels] (multi-label)."""
     if logits.shape[-1] == 1:
         return F.mse_loss(wide(logits.squeeze(-1)), wide(labels.reshape(-1)))
     if checks.tensor("labels", labels).is_floating_point():
@@ -127,7 +127,7 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class QuestionAnsweringHead(nn.Module):
-    """Every token to a start and an end logit."""
+    """A start logit and an end logit for every token."""
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class QuestionAnsweringHead(nn.Module):
     def forward(self, x: Tensor, starts: Tensor | None, ends: Tensor | None) -> ModelOutput:
         start, end = self.span(x).unbind(-1)  # [B, S] each
         if (starts is None) != (ends is None):
-            raise ValueError("start_positions and end_positions come together, and one came alone")
+            raise ValueError("one of start_positions and end_positions came alone; pass both")
         loss = None
         if starts is not None:
             starts = labels_like("start_positions", starts, x.shape[:1], x.shape[1])
@@ -145,7 +145,7 @@ class QuestionAnsweringHead(nn.Module):
         return ModelOutput(loss=loss, start_logits=start, end_logits=end, last_hidden_state=x)
 
 
-HEADS = {  # name: (module, the labels that it takes)
+HEADS = {  # name: (module, the labels that it accepts)
     "pretraining": (PretrainingHead, ("labels", "next_sentence_label")),
     "classification": (ClassificationHead, ("labels",)),
     "question_answering": (QuestionAnsweringHead, ("start_positions", "end_positions")),
@@ -193,20 +193,23 @@ class BERT(Model):
         end_positions: Tensor | None = None,
         skip_logits: bool = False,
     ) -> ModelOutput:
-        """ModelOutput with last_hidden_state and what the head gives.
+        """ModelOutput with last_hidden_state and the outputs of the head.
 
         Args:
             input_ids: integers [B, S].
             attention_mask: [B, S], 1 for a real token, 0 for padding.
             token_type_ids: integers [B, S]; None: all 0.
-            labels: "pretraining": integers [B, S], the tokens that were masked, -100 elsewhere.
-                "classification": see label_loss.
-            next_sentence_label: integers [B], 0: the second sentence follows the first.
+            labels: for "pretraining", integers [B, S]: the original tokens where masked, -100
+                elsewhere. For "classification", see label_loss.
+            next_sentence_label: integers [B]; 0 says that the second sentence follows the first.
             start_positions, end_positions: integers [B]; -100 is ignored.
-            skip_logits: "pretraining" with labels: the loss without the logits of the vocabulary,
-                whose [B, S, vocab_size] are then never in memory. For training.
+            skip_logits: for "pretraining" with labels: computes the loss without the logits, so
+                that [B, S, vocab_size] is never in memory.
 
-        The loss is the sum over the labels given (the mean of start's and end's).
+        The loss is the sum over the labels given; those of start and end are averaged.
+
+        Raises:
+            ValueError: labels do not fit the head, or shapes, dtypes or values are not accepted.
         """
         given = {
             "labels": labels,
@@ -221,7 +224,8 @@ class BERT(Model):
             raise ValueError(f"{surplus[0]} came to a BERT with head={self.config.head!r}, which "
                              f"takes {takes}")  # fmt: skip
         if skip_logits and labels is None:
-            raise ValueError("skip_logits came without labels, so that nothing is left to compute")
+            raise ValueError("skip_logits came without labels, so that nothing is left to compute; "
+                             "pass labels")  # fmt: skip
         x = self.encode(input_ids, attention_mask, token_type_ids)
         if self.config.head == "pretraining":
             words = whole(self.words.weight)
@@ -239,7 +243,7 @@ class BERT(Model):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, dim], what the heads read; forward()'s arguments."""
+        """[B, S, dim], the input of the heads. The arguments are those of forward()."""
         c = self.config
         input_ids = tokens("input_ids", input_ids, c.vocab_size, c.max_len)
         options = padding("attention_mask", attention_mask, input_ids)

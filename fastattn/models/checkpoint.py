@@ -1,8 +1,8 @@
-"""Weights in a folder: model.safetensors with its configuration inside, config.json for readers.
+"""A model in a folder: model.safetensors, and config.json as a readable copy of its configuration.
 
-model.safetensors alone is the model: it carries the configuration and a checksum, and it arrives in
-one rename, so an interrupted save leaves the last good one. config.json is a copy for people and
-tools; the weights' own configuration wins, and a difference is said.
+model.safetensors is the whole model: it contains the configuration and a checksum, and is written
+atomically, so an interrupted save leaves the previous one. config.json is for people and tools;
+where it differs, the configuration in model.safetensors is used, with a warning.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ SHOWN = 4  # names in an error message
 
 
 class CheckpointError(ValueError):
-    """A folder does not hold what was asked for: missing, corrupted, or another model's."""
+    """A folder does not contain the expected model: missing, corrupted, or another model."""
 
 
 def save(
     folder: str | os.PathLike[str], state: Mapping[str, Tensor], config: dict[str, Any]
 ) -> None:
-    """Writes `state` and `config` into `folder`, which is made if it is missing.
+    """Writes `state` and `config` into `folder`, which is created if missing.
 
     Args:
-        state: name to tensor; tensors are copied to the CPU, and must not share memory.
-        config: what JSON can hold.
+        state: tensors by name; they are copied to the CPU, and must not share memory.
+        config: JSON-serializable values by name.
+
+    Raises:
+        CheckpointError: `folder` is a file.
     """
     from safetensors.torch import save_file
 
@@ -57,39 +60,43 @@ def save(
 
 
 def _sort_about(path: Path) -> None:
-    """Puts what a .safetensors file says about itself in order, which safetensors leaves to a hash
-    table, so that equal models are equal files. Nothing else moves."""
+    """Sorts the metadata of a .safetensors file in place, so that equal models give equal files;
+    safetensors writes it in the order of a hash table."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # which it is; spaces may follow a header
+        if len(text) <= size:  # always so; a header may be padded with spaces
             file.seek(8)
             file.write(text.ljust(size))
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state, config) of a folder that save() wrote, checked; raises CheckpointError.
+    """(state, config) from a folder that save() wrote, with its checksums verified.
 
-    A model.safetensors from elsewhere, without configuration, takes config.json's, which must then
-    be there; without checksum, its bytes are believed.
+    For a model.safetensors of another program, without a configuration, config.json must exist;
+    without a checksum, nothing is verified.
+
+    Raises:
+        CheckpointError: a file is missing or corrupted.
     """
     from safetensors import safe_open
 
     path = Path(folder) / WEIGHTS
     try:
         there = path.is_file()
-    except (OSError, ValueError) as error:  # a folder that may not be looked into, and the like
+    except (OSError, ValueError) as error:  # e.g. a folder without read permission
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     if not there:
-        raise CheckpointError(f"{folder} has no {WEIGHTS}; accepted is what save_pretrained wrote")
+        raise CheckpointError(f"{folder} has no {WEIGHTS}; accepted is a folder that "
+                              "save_pretrained wrote")  # fmt: skip
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = checksum(state)
-    except Exception as error:  # whatever a broken file makes of its reader
+    except Exception as error:  # a broken file may raise anything
         raise CheckpointError(f"{path} is corrupted or cut short: {error}") from error
     saved = about.get("config")
     if about.get("crc32", found) != found or (
@@ -113,29 +120,29 @@ def _crc32(text: str) -> str:
 
 
 def _config(path: Path, saved: str | None) -> dict[str, Any]:
-    """The weights' own configuration; config.json's where they carry none."""
+    """The configuration saved with the weights, or that of config.json if there is none."""
     if saved is None:
         if not path.exists():
-            raise CheckpointError(f"{path} is missing, and {WEIGHTS} carries no configuration")
+            raise CheckpointError(f"{path} is missing, and {WEIGHTS} contains no configuration")
         return _parsed(path, None)
     config = _parsed(path.with_name(WEIGHTS), saved)
     try:
         edited = _parsed(path, None)
-    except CheckpointError:  # it is for readers, and may be missing
+    except CheckpointError:  # config.json is a copy, and may be missing
         edited = None
     if isinstance(edited, dict) and edited != config:
         names = sorted(n for n in edited.keys() | config.keys() if edited.get(n) != config.get(n))
         changes = ", ".join(f"{n} = {edited.get(n)!r}, saved {config.get(n)!r}" for n in names)
         warnings.warn(
             f"{path} differs from what {WEIGHTS} was saved with ({changes}); the saved values are "
-            "used; give others to from_pretrained by name",
+            "used; to change them, pass them to from_pretrained by name",
             stacklevel=4,
         )
     return config
 
 
 def _parsed(path: Path, text: str | None) -> dict[str, Any]:
-    """The configuration in a text of the file `path`, or in the file itself."""
+    """The configuration as a dict, from `text`, or from the file `path` if text is None."""
     try:
         config = json.loads(path.read_text("utf-8") if text is None else text)
     except (OSError, ValueError, RecursionError) as error:
@@ -149,7 +156,7 @@ def _parsed(path: Path, text: str | None) -> dict[str, Any]:
 def match(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     """Raises CheckpointError, naming names and shapes, unless `state` fits `expected` exactly.
 
-    Called before anything is copied, so that a model which refuses a state is as it was.
+    Call it before anything is copied, so that a model that does not fit stays unchanged.
     """
     problems = []
     missing = [name for name in expected if not isinstance(state.get(name), Tensor)]
@@ -159,7 +166,7 @@ def match(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str
         for name, x in expected.items()
         if isinstance(state.get(name), Tensor) and state[name].shape != x.shape
     ]
-    for names, say in ((missing, "lacks"), (surplus, "has besides"), (shapes, "has other shapes:")):
+    for names, say in ((missing, "lacks"), (surplus, "also has"), (shapes, "has other shapes:")):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             problems.append(f"{say} {', '.join(names[:SHOWN])}{more}")

@@ -1,4 +1,4 @@
-"""EncoderDecoder: a sequence to another, for translation and summarisation.
+"""EncoderDecoder: a sequence-to-sequence model, for translation and summarisation.
 Next hop: nn.TransformerBlock; generation.py for generate.
 """
 
@@ -20,14 +20,14 @@ from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, tok
 
 @dataclass(kw_only=True)
 class EncoderDecoderConfig(Config):
-    """Config's fields, layers for the encoder, and
+    """The fields of Config, whose layers are the encoder's, and:
 
     Args:
-        decoder_layers: None: as layers.
-        mlp: TransformerBlock's, "swiglu".
-        pad_token_id: fills the ends of rows.
-        bos_token_id: what the decoder starts with.
-        eos_token_id: what ends its output.
+        decoder_layers: blocks of the decoder; None: as many as layers.
+        mlp: the mlp of TransformerBlock, default "swiglu".
+        pad_token_id: the padding token, default 0.
+        bos_token_id: the token that the decoder starts with, default 1.
+        eos_token_id: the token that ends its output, default 2.
     """
 
     decoder_layers: int | None = None
@@ -38,8 +38,8 @@ class EncoderDecoderConfig(Config):
 
 
 class EncoderDecoder(Generates, Model):
-    """An encoder, and a decoder that attends to its output; pre-norm, rotary positions, one
-    embedding for both sides and the head.
+    """An encoder, and a decoder with cross-attention to its output: pre-norm blocks with rotary
+    positions, and one embedding matrix for both sides and the head.
 
     EncoderDecoder(EncoderDecoderConfig(vocab_size=...)) or EncoderDecoder(vocab_size=..., ...).
     """
@@ -76,22 +76,25 @@ class EncoderDecoder(Generates, Model):
         labels: Tensor | None = None,
         skip_logits: bool = False,
     ) -> ModelOutput:
-        """ModelOutput with loss, logits [B, T, vocab_size] and last_hidden_state, the decoder's.
+        """ModelOutput with loss, logits [B, T, vocab_size] and the decoder's last_hidden_state.
 
         Args:
             input_ids: integers [B, S], the source.
             attention_mask: [B, S], 1 for a real token, 0 for padding.
-            decoder_input_ids: integers [B, T]; None: labels moved right by one behind bos, with
-                pad for -100.
-            decoder_attention_mask: [B, T]; None: all real, which padding at the end does not need.
-            labels: integers [B, T], the target with its eos; -100 is ignored.
-            skip_logits: gives loss without logits, which are then never in memory. For training.
+            decoder_input_ids: integers [B, T]; None: labels shifted right by one after bos, with
+                pad in place of -100.
+            decoder_attention_mask: [B, T]; None: all are real. Padding at the end needs no mask.
+            labels: integers [B, T], the target including its eos; -100 is ignored.
+            skip_logits: computes the loss without the logits, which are then never in memory.
+
+        Raises:
+            ValueError: shapes, dtypes or values are not accepted.
         """
         c = self.config
         if labels is None and (decoder_input_ids is None or skip_logits):
             name = "skip_logits" if skip_logits else "input_ids"
-            raise ValueError(f"{name} came without labels, so that there is nothing to compute: "
-                             "decoder_input_ids or labels are needed, or generate()")  # fmt: skip
+            raise ValueError(f"{name} came without labels, so that there is nothing to compute; "
+                             "pass decoder_input_ids or labels, or call generate()")  # fmt: skip
         if labels is not None:
             shape = (labels if decoder_input_ids is None else decoder_input_ids).shape
             labels = labels_like("labels", labels, shape, c.vocab_size)
@@ -112,7 +115,7 @@ class EncoderDecoder(Generates, Model):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """([B, S, dim], which of it is real: the decoder blocks' context_mask or context_lens)."""
+        """(context [B, S, dim], its padding as context_mask or context_lens of decoder blocks)."""
         ids = tokens("input_ids", input_ids, self.config.vocab_size, self.config.max_len)
         options = padding("attention_mask", attention_mask, ids)
         x = self.drop(self.embed(ids))
@@ -122,11 +125,11 @@ class EncoderDecoder(Generates, Model):
         return self.encoder_norm(x), {names[name]: mask for name, mask in options.items()}
 
     def _decode(self, ids, mask, context, seen, caches=None, context_caches=None):
-        """[B, T, dim] of the decoder."""
+        """The decoder's output [B, T, dim]."""
         ids = tokens("decoder_input_ids", ids, self.config.vocab_size, self.config.max_len)
         if context is not None and ids.shape[0] != context.shape[0]:
             raise ValueError(f"decoder_input_ids has shape {checks.show(ids)} and input_ids has "
-                             f"{context.shape[0]} rows; they must be equally many")  # fmt: skip
+                             f"{context.shape[0]} rows; the batch sizes must be equal")  # fmt: skip
         options = padding("decoder_attention_mask", mask, ids)
         x = self.drop(self.embed(ids))
         for i, block in enumerate(self.decoder):
@@ -137,7 +140,7 @@ class EncoderDecoder(Generates, Model):
         return self.norm(x)
 
     def start(self, input_ids: Tensor, attention_mask: Tensor | None, room: int) -> Decoding:
-        """The source encoded and in the cross-attention's caches, for Generates.generate."""
+        """The encoded source in the caches of cross-attention, for Generates.generate."""
         c = self.config
         if room > c.max_len:
             raise ValueError(f"max_new_tokens is {room}; accepted is at most max_len = {c.max_len}")
@@ -155,5 +158,5 @@ class EncoderDecoder(Generates, Model):
             seen.update({name: x.repeat_interleave(beams, 0) for name, x in seen.items()})
 
         logits = step(first, context)
-        seen.pop("context_lens", None)  # the caches hold no more than that
+        seen.pop("context_lens", None)  # the caches have these lengths now
         return Decoding(first, logits, step, caches, held, repeat)

@@ -1,4 +1,4 @@
-"""FusionEncoder: text that attends to another modality, image patches or audio frames.
+"""FusionEncoder: text that attends to another modality, such as image patches or audio frames.
 Next hop: nn.TransformerBlock.
 """
 
@@ -17,14 +17,14 @@ from .inputs import padding, tokens
 
 @dataclass(kw_only=True)
 class FusionConfig(Config):
-    """Config's fields, and
+    """The fields of Config and:
 
     Args:
         feature_dim: size of the other modality's vectors.
-        max_features: learned positions for so many of them; 0: they carry their own, or have no
-            order.
-        num_labels: classifies the pair into so many; 1 is regression, 0 has no head.
-        mlp: TransformerBlock's, "swiglu".
+        max_features: number of learned positions for them; 0, the default: they already contain
+            positions, or have no order.
+        num_labels: labels of the classification head; 1 is regression, 0, the default, is no head.
+        mlp: the mlp of TransformerBlock, default "swiglu".
     """
 
     feature_dim: int
@@ -34,7 +34,7 @@ class FusionConfig(Config):
 
 
 class FusionEncoder(Model):
-    """In each block the text attends to itself, in both directions, then to the features.
+    """In each block the text attends to itself, without a causal mask, and then to the features.
 
     FusionEncoder(FusionConfig(vocab_size=..., feature_dim=...)) or FusionEncoder(vocab_size=...,
     feature_dim=..., ...).
@@ -78,8 +78,12 @@ class FusionEncoder(Model):
             input_ids: integers [B, S].
             attention_mask: [B, S], 1 for a real token, 0 for padding.
             features: [B, F, feature_dim], floating.
-            features_mask: [B, F], 1 for a real feature. A row without any attends to nothing.
+            features_mask: [B, F], 1 for a real feature. A sequence without features attends to
+                none.
             labels: see bert.label_loss; needs num_labels.
+
+        Raises:
+            ValueError: shapes, dtypes or values are not accepted.
         """
         c = self.config
         ids = tokens("input_ids", input_ids, c.vocab_size, c.max_len)
@@ -110,7 +114,7 @@ class FusionEncoder(Model):
 
     @staticmethod
     def _mean(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """[B, dim], the mean over real tokens."""
+        """The mean over real tokens, [B, dim]."""
         if attention_mask is None:
             return x.mean(1)
         weights = (attention_mask != 0).to(x.dtype).unsqueeze(-1)

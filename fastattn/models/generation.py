@@ -1,6 +1,6 @@
-"""Choosing tokens: greedy, sampled and beam search, over any model that can take one step.
+"""Generation of tokens: greedy, sampling and beam search, for any model with a step function.
 
-A step is a function of tokens [B, 1] to logits [B, V] that moves the model's caches on.
+A step takes tokens [B, 1], appends them to the model's caches and returns logits [B, V].
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Step = Callable[[Tensor], Tensor]
 
 @dataclass
 class Decoding:
-    """A model that has read its prompts: the step, and the caches that it moves on."""
+    """The state of a model that has read its prompts: its step function and caches."""
 
-    prefix: Tensor  # int64 [B, P], what the result begins with
+    prefix: Tensor  # int64 [B, P], the beginning of the result
     logits: Tensor  # [B, V] after the prompts
     step: Step
-    caches: list[KVCache]  # of what has been written, for beams to reorder
-    shared: list[KVCache] = field(default_factory=list)  # the same for all beams of an entry
-    repeat: Callable[[int], object] = lambda beams: None  # for what is in no cache
+    caches: list[KVCache]  # of the generated tokens; beam search reorders them
+    shared: list[KVCache] = field(default_factory=list)  # equal for all beams of a sequence
+    repeat: Callable[[int], object] = lambda beams: None  # repeats state outside of the caches
 
 
 class Generates:
@@ -51,20 +51,24 @@ class Generates:
         pad_token_id: int | None = None,
         streamer: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """Tokens int64 [B, P + new], new at most max_new_tokens; the first P are input_ids, or the
-        start token where there is an encoder.
+        """Generates tokens: int64 [B, P + new] with new <= max_new_tokens. The first P are
+        input_ids, or the start token of a model with an encoder.
 
         Args:
             input_ids: integers [B, S].
+            max_new_tokens: the most tokens to generate, default 20.
             attention_mask: [B, S], 1 for a real token. A decoder's prompts may be padded on the
                 left or on the right; new tokens come after column S in both cases.
-            do_sample, temperature, top_k, top_p, generator: see Choice. Without any, the likeliest
-                token is taken.
-            num_beams, length_penalty, early_stopping: above 1, see beam_search.
-            eos_token_id: ends a row; None: the configuration's.
-            pad_token_id: follows it; None: the configuration's.
-            streamer: called with the new tokens int64 [B] of every step. An object with put(), as
-                transformers' streamers are, has put() called, and end() at the end.
+            do_sample, temperature, top_k, top_p, generator: see Choice. Without any of them,
+                decoding is greedy.
+            num_beams, length_penalty, early_stopping: for num_beams above 1, see beam_search.
+            eos_token_id: the token that ends a sequence; None: the configuration's.
+            pad_token_id: the token after the end; None: the configuration's.
+            streamer: called with the new tokens int64 [B] of every step. For an object with put(),
+                such as transformers' streamers, put() is called instead, and end() at the end.
+
+        Raises:
+            ValueError: an argument, which is named, is not accepted.
         """
         choice = Choice(do_sample, temperature, top_k, top_p, generator)
         eos, pad = self._ends(eos_token_id, pad_token_id)
@@ -74,10 +78,12 @@ class Generates:
         if num_beams > 1 and (choice.samples or streamer is not None):
             what = "sampling" if choice.samples else "a streamer"
             raise ValueError(
-                f"{what} came with num_beams={num_beams}; beam search has no use for it"
+                f"{what} came with num_beams={num_beams}; beam search accepts neither sampling nor "
+                "a streamer"
             )
         if num_beams == 1 and (length_penalty != 1.0 or early_stopping):
-            raise ValueError("length_penalty or early_stopping came without beams; set num_beams")
+            raise ValueError("length_penalty or early_stopping came without beams; pass num_beams "
+                             "above 1")  # fmt: skip
         with evaluating(self):
             run = self.start(input_ids, attention_mask, max_new_tokens)
             if num_beams > 1:
@@ -115,7 +121,7 @@ class Generates:
         with evaluating(self):
             run = self.start(input_ids, attention_mask, max_new_tokens)
 
-        def step(new: Tensor) -> Tensor:  # the mode holds within a step, not between two
+        def step(new: Tensor) -> Tensor:  # eval mode within a step only, not between steps
             with evaluating(self):
                 return run.step(new)
 
@@ -128,7 +134,7 @@ class Generates:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; the mode is put back afterwards."""
+    """Eval mode without gradients; the previous mode is restored afterwards."""
     training = model.training
     model.eval()
     try:
@@ -139,7 +145,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(ids, lens): prompts padded on either side, moved to the left, and their lengths [B]."""
+    """(ids, lens): prompts that were padded on either side, moved to the left, and lengths [B]."""
     batch, length = input_ids.shape
     padding("attention_mask", attention_mask, input_ids)  # for its checks
     if attention_mask is None:
@@ -161,7 +167,7 @@ def prompts(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, T
 
 
 def widened(run: Decoding, beams: int) -> tuple[Step, Callable[[Tensor], None], Tensor]:
-    """(step, reorder, logits) with every entry repeated `beams` times."""
+    """(step, reorder, logits) with every sequence repeated `beams` times."""
     rows = torch.arange(run.logits.shape[0], device=run.logits.device).repeat_interleave(beams)
     for cache in run.caches + run.shared:
         cache.reorder(rows)
@@ -179,14 +185,14 @@ def widened(run: Decoding, beams: int) -> tuple[Step, Callable[[Tensor], None], 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen; transformers' names. Sampling when any of the first four asks.
+    """How the next token is chosen, with transformers' names.
 
     Args:
-        do_sample: True samples, False takes the likeliest; None: samples when another is given.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: only the top_k likeliest tokens are drawn from.
-        top_p: only the likeliest tokens whose probabilities together reach top_p.
-        generator: torch's default one when None.
+        do_sample: True samples, False is greedy; None samples if another option is given.
+        temperature: logits are divided by it; 0 is greedy.
+        top_k: sample only from the top_k most likely tokens.
+        top_p: sample only from the most likely tokens whose probabilities add up to top_p.
+        generator: of torch's; None: the default one.
 
     Sources: top-k in Fan et al., arXiv:1805.04833; top-p in Holtzman et al., arXiv:1904.09751.
     """
@@ -227,7 +233,7 @@ class Choice:
         probabilities = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
-            before = ordered.cumsum(-1) - ordered  # a token stays when those before it fall short
+            before = ordered.cumsum(-1) - ordered  # a token stays if this is below top_p
             ordered = ordered.masked_fill(before >= self.top_p, 0.0)
             probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(-1)
@@ -236,9 +242,9 @@ class Choice:
 def one_by_one(
     step: Step, logits: Tensor, choice: Choice, max_new_tokens: int, eos: int | None, pad: int
 ) -> Iterator[Tensor]:
-    """Yields tokens int64 [B], max_new_tokens times or until every row has given eos.
+    """Yields tokens int64 [B], max_new_tokens times or until every sequence has ended with eos.
 
-    A row that has ended gives pad. `logits` [B, V] are the prompt's last.
+    A sequence that has ended yields pad. `logits` [B, V] are those after the prompt.
     """
     ended = torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     for n in range(max_new_tokens):
@@ -263,28 +269,28 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The best sequence found of each entry, by sum(log p) / length ** length_penalty.
+    """The best sequence for each prompt, by sum(log p) / length ** length_penalty.
 
     Args:
-        step: tokens [B * beams, 1] to logits [B * beams, V].
-        reorder: called with int64 [B * beams], the row that each row goes on from.
-        logits: [B * beams, V], the prompts' last, every prompt repeated `beams` times.
-        early_stopping: True ends an entry with its first `beams` ended sequences; False goes on
-            until no running beam can still overtake them.
+        step: takes tokens [B * beams, 1] and returns logits [B * beams, V].
+        reorder: called with int64 [B * beams]: the row that each row continues.
+        logits: [B * beams, V] after the prompts, every prompt repeated `beams` times.
+        early_stopping: True stops a prompt once `beams` sequences have ended; False continues until
+            no running beam can score higher than the best of those.
 
     Returns:
-        (tokens int64 [B, <= max_new_tokens], eos included and padded with pad, scores [B]).
+        (tokens int64 [B, <= max_new_tokens], with eos and padded with pad; scores [B]).
     """
     batch, vocabulary = logits.shape[0] // beams, logits.shape[1]
     device = logits.device
     found: list[list[tuple[float, Tensor]]] = [[] for _ in range(batch)]
     total = torch.full((batch, beams), -torch.inf, device=device)
-    total[:, 0] = 0.0  # the beams start equal: one of them stands for all
+    total[:, 0] = 0.0  # beams start equal, so only one is expanded at first
     tokens = torch.zeros(batch, beams, 0, dtype=torch.int64, device=device)
     first_row = torch.arange(batch, device=device)[:, None] * beams
     for length in range(1, max_new_tokens + 1):
         scores = logits.float().log_softmax(-1).view(batch, beams, -1) + total[..., None]
-        # at most `beams` of the best 2 * beams end here, so enough go on
+        # At most `beams` of the best 2 * beams end at this step, so at least `beams` continue.
         best, index = scores.flatten(1).topk(min(2 * beams, beams * vocabulary))
         beam, token = index // vocabulary, index % vocabulary
         grown = torch.cat((tokens.gather(1, _like(beam, tokens)), token[..., None]), dim=-1)
@@ -304,17 +310,17 @@ def beam_search(
         reorder((first_row + beam.gather(1, rank)).flatten())
         logits = step(tokens[..., -1].reshape(-1, 1))
     for b, ends in enumerate(found):
-        if len(ends) < beams or not early_stopping:  # the best running beam competes as it is
+        if len(ends) < beams or not early_stopping:  # the best running beam competes too
             ends.append((total[b, 0].item() / length**length_penalty, tokens[b, 0]))
     winners = [max(ends, key=lambda end: end[0]) for ends in found]
-    rows = [row for _, row in winners]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    sequences = [sequence for _, sequence in winners]
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad)
     return padded, torch.tensor([score for score, _ in winners], device=device)
 
 
-def _like(index: Tensor, rows: Tensor) -> Tensor:
-    """index [B, n] repeated over the last dimension of rows [B, beams, length], for gather."""
-    return index[..., None].expand(-1, -1, rows.shape[-1])
+def _like(index: Tensor, tokens: Tensor) -> Tensor:
+    """index [B, n] repeated over the last dimension of tokens [B, beams, length], for gather."""
+    return index[..., None].expand(-1, -1, tokens.shape[-1])
 
 
 def _settled(ends: list, hope: float, beams: int, early_stopping: bool) -> bool:

@@ -17,16 +17,16 @@ from .inputs import IGNORED, cross_entropy, head_loss, labels_like, padding, seq
 
 @dataclass(kw_only=True)
 class GPTConfig(Config):
-    """Config's fields, and
+    """The fields of Config and:
 
     Args:
-        norm, mlp: TransformerBlock's, "rms" and "swiglu".
+        norm, mlp: those of TransformerBlock, default "rms" and "swiglu".
         qk_norm: RMSNorm of queries and keys, default False.
-        window: how many tokens a token sees before itself; None: all.
-        rotary_base: of the rotary position embedding.
-        tie_embeddings: the head's matrix is the embedding's, default True.
-        eos_token_id: the token that ends what generate() writes; None: none does.
-        pad_token_id: what follows it.
+        window: how many tokens before itself a token sees; None: all.
+        rotary_base: base of the rotary position embedding, default 10000.
+        tie_embeddings: whether the head uses the embedding's matrix, default True.
+        eos_token_id: the token at which generate() ends a sequence; None: no token does.
+        pad_token_id: the token after the end, default 0.
     """
 
     norm: str = "rms"
@@ -40,7 +40,7 @@ class GPTConfig(Config):
 
 
 class GPT(Generates, Model):
-    """Tokens to the logits of the next: pre-norm blocks with rotary positions (Llama's layout).
+    """Next-token logits by pre-norm blocks with rotary positions (Llama's architecture).
 
     GPT(GPTConfig(vocab_size=...)) or GPT(vocab_size=..., dim=..., ...).
     """
@@ -79,13 +79,16 @@ class GPT(Generates, Model):
         Args:
             input_ids: integers [B, S].
             attention_mask: [B, S], 1 for a real token, 0 for padding.
-            labels: integers [B, S], input_ids themselves: token i is predicted from those before
-                it. -100 is ignored, and with document_ids each document's first token.
-            document_ids: [B, S] or [S] int32, non-decreasing: documents packed into a row see
-                their own tokens only.
-            cache: from make_caches(): input_ids go on where it ends.
-            skip_logits: gives loss without logits, whose [B, S, vocab_size] are then never in
-                memory. For training.
+            labels: integers [B, S], usually input_ids themselves: the model shifts them, so that
+                token i is predicted from those before it. -100 is ignored, and so is the first
+                token of each document.
+            document_ids: [B, S] or [S] int32, non-decreasing: tokens see only their own document.
+            cache: from make_caches(): input_ids continue the tokens in it.
+            skip_logits: computes the loss without the logits, so that [B, S, vocab_size] is never
+                in memory.
+
+        Raises:
+            ValueError: shapes, dtypes or values are not accepted, or labels came with a cache.
         """
         c = self.config
         input_ids = tokens("input_ids", input_ids, c.vocab_size, c.max_len)
@@ -95,7 +98,8 @@ class GPT(Generates, Model):
             raise ValueError(f"{what} came with a cache; accepted is padding on the right, and no "
                              "labels")  # fmt: skip
         if skip_logits and labels is None:
-            raise ValueError("skip_logits came without labels, so that nothing is left to compute")
+            raise ValueError("skip_logits came without labels, so that nothing is left to compute; "
+                             "pass labels")  # fmt: skip
         x = sequence_parts(self.drop(self.embed(input_ids)), input_ids)
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache[i]
@@ -103,7 +107,7 @@ class GPT(Generates, Model):
         x = self.norm(x)  # [B, S, dim]
         head = self.embed if self.head is None else self.head
         loss = logits = None
-        if not skip_logits:  # a head of its own is called: a plan may have wrapped it
+        if not skip_logits:  # a separate head is called, because a plan may have wrapped it
             logits = F.linear(x, whole(head.weight)) if self.head is None else head(x)
         if labels is not None:
             targets = self._targets(labels, input_ids, document_ids)
@@ -114,7 +118,7 @@ class GPT(Generates, Model):
         return ModelOutput(loss=loss, logits=logits, last_hidden_state=x)
 
     def _targets(self, labels, input_ids, document_ids):
-        """Row i's target is token i + 1, unless that begins another document."""
+        """The target of position i: token i + 1, or IGNORED if that begins another document."""
         labels = labels_like("labels", labels, input_ids.shape, self.config.vocab_size)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if document_ids is None:
@@ -122,15 +126,16 @@ class GPT(Generates, Model):
         ends = F.pad(document_ids[..., 1:] != document_ids[..., :-1], (0, 1), value=True)
         return targets.masked_fill(ends, IGNORED)
 
-    # ---- generating ---------------------------------------------------------------------------
+    # ---- generation ---------------------------------------------------------------------------
 
     def make_caches(self, batch: int, max_len: int | None = None) -> list[KVCache]:
-        """Empty caches for `cache=`, one a layer, with room for max_len tokens (config's)."""
+        """Empty caches for `cache=`, one for each layer, with room for max_len tokens (None: the
+        configuration's)."""
         layers = [block.attn for block in self.blocks]
         return self.new_caches(layers, batch, max_len or self.config.max_len)
 
     def start(self, input_ids: Tensor, attention_mask: Tensor | None, room: int) -> Decoding:
-        """The prompts in caches with `room` for new tokens, for Generates.generate."""
+        """The prompts in caches with room for `room` new tokens, for Generates.generate."""
         input_ids = tokens("input_ids", input_ids, self.config.vocab_size, self.config.max_len)
         ids, lens = prompts(input_ids, attention_mask)
         total = ids.shape[1] + room

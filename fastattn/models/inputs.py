@@ -1,4 +1,4 @@
-"""What models check and make of their inputs: tokens, padding masks, labels."""
+"""Checks and conversion of models' inputs: tokens, padding masks, labels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from ..core import checks
 from ..nn import LinearCrossEntropy
 
-IGNORED = -100  # a label that counts for nothing
+IGNORED = -100  # a label without a loss
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def tokens(name: str, ids: Tensor, vocab_size: int, max_len: int) -> Tensor:
-    """ids, [B, S] integers in [0, vocab_size) with S at most max_len; their range is looked at on
-    the CPU only, where that costs no wait."""
+    """ids as int64, checked to be integers [B, S] in [0, vocab_size) with S at most max_len. Values
+    are checked only on the CPU, where reading them does not synchronize."""
     if checks.tensor(name, ids).dim() != 2 or ids.dtype not in INTEGERS:
         raise ValueError(f"{name} is {ids.dtype} {checks.show(ids)}; accepted are integers [B, S]")
     if ids.shape[1] > max_len:
@@ -29,10 +29,11 @@ def tokens(name: str, ids: Tensor, vocab_size: int, max_len: int) -> Tensor:
 
 
 def padding(name: str, mask: Tensor | None, like: Tensor) -> dict[str, Tensor]:
-    """A padding mask as attention's keyword: {}, {"kv_lens": [B]} or {"mask": bool [B, S]}.
+    """A padding mask as an option of Attention: {}, {"kv_lens": [B]} or {"mask": bool [B, S]}.
 
-    mask: [B, S] as `like` has it, bool or 0 and 1, of which 1 is a real token; None: all are. Where
-    its values may be looked at, padding on the right becomes lengths, which are cheaper.
+    mask is [B, S], the first two sizes of `like`, bool or 0 and 1, where 1 is a real token; None
+    says that all are real. Where its values may be read, padding on the right becomes lengths,
+    which are cheaper.
     """
     if mask is None:
         return {}
@@ -41,12 +42,14 @@ def padding(name: str, mask: Tensor | None, like: Tensor) -> dict[str, Tensor]:
         raise ValueError(f"{name} has shape {checks.show(mask)}; accepted is {list(wanted)}, 1 for "
                          "a real token and 0 for padding")  # fmt: skip
     if mask.device != like.device:
-        raise ValueError(f"{name} is on {mask.device} and its tokens on {like.device}")
+        raise ValueError(f"{name} is on {mask.device} and its tokens on {like.device}; one device "
+                         "is accepted")  # fmt: skip
     real = mask if mask.dtype == torch.bool else mask != 0
     if not checks.has_values(mask):
         return {"mask": real}
     if mask.dtype != torch.bool and not torch.equal(real.to(mask.dtype), mask):
-        raise ValueError(f"{name} holds other numbers than 0 and 1; 1 is a real token")
+        raise ValueError(f"{name} holds other numbers than 0 and 1; accepted are 1 for a real "
+                         "token and 0 for padding")  # fmt: skip
     lens = real.sum(1, dtype=torch.int32)
     if torch.equal(real, torch.arange(mask.shape[1], device=mask.device) < lens[:, None]):
         return {} if real.all() else {"kv_lens": lens}
@@ -54,18 +57,18 @@ def padding(name: str, mask: Tensor | None, like: Tensor) -> dict[str, Tensor]:
 
 
 def sequence_parts(x: Tensor, ids: Tensor) -> Tensor:
-    """x, the embedded ids. A plan of sequence parallelism leaves each process its part of the rows;
-    torch takes parts of one size for granted, and would stop the process."""
+    """x, the embedded ids, checked for sequence parallelism, which gives each process a part of the
+    rows: torch assumes equal parts, and would abort the process otherwise."""
     rows, here = ids.shape[1], x.shape[1]
     if here != rows and (here == 0 or rows % here):
         raise ValueError(f"sequences of {rows} tokens came to a plan of sequence parallelism that "
-                         f"leaves {here} here; accepted are lengths that the number of processes "
-                         "divides, and no generate()")  # fmt: skip
+                         f"leaves {here} here; accepted are multiples of the number of processes, "
+                         "and no generate()")  # fmt: skip
     return x
 
 
 def labels_like(name: str, labels: Tensor, shape: tuple[int, ...], classes: int) -> Tensor:
-    """labels int64 of that shape, each IGNORED or in [0, classes)."""
+    """labels as int64, checked to have that shape and to be IGNORED or in [0, classes)."""
     if tuple(checks.tensor(name, labels).shape) != tuple(shape) or labels.dtype not in INTEGERS:
         raise ValueError(f"{name} is {labels.dtype} {checks.show(labels)}; accepted are integers "
                          f"{list(shape)}")  # fmt: skip
@@ -78,13 +81,14 @@ def labels_like(name: str, labels: Tensor, shape: tuple[int, ...], classes: int)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labels that are not IGNORED, in float32 or float64; 0 where all are."""
+    """The mean cross-entropy over labels that are not IGNORED, in float32 or float64; 0 if all
+    are."""
     logits = wide(logits.flatten(0, -2))
     return _mean(F.cross_entropy(logits, labels.flatten(), reduction="sum"), labels)
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or float64 if that is what it is in."""
+    """x in float32, or in float64 if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

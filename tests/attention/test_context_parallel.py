@@ -1,4 +1,5 @@
-"""torch's context_parallel, which fastattn does not serve: every call refuses, on two processes."""
+"""torch's context_parallel, which fastattn does not support: every call must raise, on two
+processes."""
 
 from __future__ import annotations
 

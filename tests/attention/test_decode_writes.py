@@ -1,6 +1,6 @@
-"""What decode_attention() writes: all of it right, or nothing. Every check comes before the first
-write, tensors that share memory give what separate ones would, and what cannot be right is refused.
-"""
+"""What decode_attention() writes: everything correctly, or nothing. All checks come before the
+first write, tensors that share memory give the same as separate ones, and calls that cannot be
+correct are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def good(form="dense") -> dict:
 
 
 def hostile(x) -> list:
-    """Values that some argument or other must refuse; x is a good one."""
+    """Values that at least one argument must refuse; x is a valid one."""
     values = ["some", 2.5, -3, 10**30, True, object(), (1, 2), [], torch.tensor(3), torch.zeros(0)]
     values += [torch.randn(2, 3, dtype=torch.complex64), torch.eye(4).to_sparse(),
                torch.nested.nested_tensor([torch.zeros(2, 8), torch.zeros(3, 8)])]  # fmt: skip
@@ -95,8 +95,8 @@ def _no_prototype_warnings():
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_refusal_writes_nothing(name):
-    """Each argument in turn is each kind of wrong thing: documented errors, one sentence, and
-    caches that are bit for bit what they were."""
+    """Gives each argument each kind of wrong value: the call raises a documented error with one
+    sentence, and the caches are unchanged, bit for bit."""
     refused = 0
     for form in FORMS:
         call = good(form)
@@ -113,7 +113,7 @@ def test_a_refusal_writes_nothing(name):
                 assert "\n" not in text.strip(), text
                 for x, old in zip(caches, before):
                     assert torch.equal(bits(x), old), (form, value, text)
-            else:  # it was a good one: start again from what it has written
+            else:  # the value was valid: start again with the caches as they are now
                 before = [bits(x) for x in caches]
     assert refused >= 20
 
@@ -146,7 +146,7 @@ def test_a_refusal_leaves_a_kv_cache(name):
 @pytest.mark.parametrize("wrong", [{"mask": torch.ones(B, 1, 9, 9, dtype=torch.bool)},
                                    {"bias": torch.ones(B, 1, 9, 9)}], ids=str)  # fmt: skip
 def test_a_cross_attention_that_refuses_has_cached_nothing(wrong):
-    """Its first call fills the cache in a call of its own where the context has lengths."""
+    """If the context has lengths, its first call fills the cache separately."""
     m = Attention(16, 4, context_dim=16)
     cache = m.make_cache(B, 11)
     x, context = torch.randn(B, 2, 16), torch.randn(B, 5, 16)
@@ -180,7 +180,7 @@ def refused(sentence, call, kind=ValueError, function=fastattn.decode_attention)
 
 @pytest.mark.parametrize("table", [((0, 1), (0, 2), (3, 4)), ((5, 5), (0, 1), (2, 3))], ids=str)
 def test_two_new_keys_of_one_place_are_refused(table):
-    """Of two entries, and of one that crosses into a page it is in already."""
+    """Of two entries, and of one entry that writes into a page that it already uses."""
     call = good("paged")
     call["page_table"] = ints(*sum(table, ())).view(3, 2)
     call["cache_lens"] = ints(3, 3, 0) if table[0][0] == 0 else ints(5, 3, 0)
@@ -194,7 +194,7 @@ def test_two_new_keys_of_one_place_are_refused(table):
 
 
 def test_pages_may_be_shared_where_nothing_is_written():
-    """A common prefix: pages that several entries read."""
+    """A common prefix: pages that several entries share."""
     call = good("paged")
     call["page_table"] = ints(0, 1, 0, 2, 0, 3).view(3, 2)
     call["cache_lens"] = ints(7, 9, 8)
@@ -246,7 +246,7 @@ SHARED = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
 @pytest.mark.parametrize("lens", [(5, 8, 0), (4, 4, 4)], ids=str)
 @pytest.mark.parametrize("name", SHARED)
 def test_operands_in_the_caches_memory_are_read_as_they_were(name, lens):
-    """New keys that are slices of the cache, one place further on, are the hardest."""
+    """New keys that are slices of the cache, shifted by one position, are the hardest case."""
     call = good() | {"cache_lens": ints(*lens), "rotary": None}
     call["v_cache"] = torch.rand(B, HKV, SLOTS, DV)
     if name in ("k", "v"):

@@ -39,7 +39,7 @@ class Call:
         )
 
     def poison(self, rows):
-        """What is past an entry's length, or in no entry's row, is NaN."""
+        """Values beyond an entry's length, or in a row of no entry, are NaN."""
         for cache in (self.k_cache, self.v_cache):
             for row in range(cache.shape[0]):
                 cache[row, :, self.lens[rows.index(row)] if row in rows else 0 :] = torch.nan
@@ -150,7 +150,7 @@ def test_left_padding_hides_slots_and_moves_nothing(backend):
 
 
 def rotate(x, positions, cos, sin, interleaved):
-    """Rotary embedding by complex numbers: another way than the library's."""
+    """Rotary embedding by complex numbers, an implementation independent of the library's."""
     half = cos.shape[1]
     turned, rest = x[..., : 2 * half].double(), x[..., 2 * half :]
     pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).mT
@@ -211,7 +211,7 @@ def test_masks_bias_and_half_precision_under_autocast():
     caches = call.k_cache.clone(), call.v_cache.clone()
     want = fastattn.decode_attention(call.q, *caches, **options, k=call.k, v=call.v)
     options |= {"k": call.k.float(), "v": call.v.float()}
-    with torch.autocast("cpu", dtype=torch.float16):  # what meets the cache takes its dtype
+    with torch.autocast("cpu", dtype=torch.float16):  # what is written to the cache takes its dtype
         out = fastattn.decode_attention(call.q.float(), call.k_cache, call.v_cache, **options)
     assert out.dtype == torch.bfloat16 and torch.equal(out, want)
 
@@ -316,7 +316,7 @@ def test_merging_the_parts_gives_the_whole(dtype, backend):
     q, k, v = (torch.randn(2, h, n, D).to(dtype) for h, n in ((HQ, 5), (HKV, 20), (HKV, 20)))
     options = {"return_lse": True, "backend": backend}
     whole = fastattn.attention(q, k, v, **options)
-    cuts = [0, 7, 7, 8, 20]  # one part is empty
+    cuts = [0, 7, 7, 8, 20]  # one of the two is empty
     parts = [
         fastattn.attention(q, k[:, :, a:b], v[:, :, a:b], **options) for a, b in pairwise(cuts)
     ]

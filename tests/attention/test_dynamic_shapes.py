@@ -1,9 +1,10 @@
-"""torch.compile(fullgraph=True) with lengths that change: every public call, every operand.
+"""torch.compile(fullgraph=True) with lengths that change: every public call, every operand, three
+lengths each.
 
-Three lengths each. The compiled function must agree with the plain one, forward and backward, and
-may be compiled twice at most: once for the first length, once for all others. What looks at a
-length where it need not (an error's text, an int() of a size) breaks the graph at the second
-length, or compiles a third time.
+The compiled function must agree with the eager one, forward and backward, and may be compiled at
+most twice: for the first length, and for all others. Code that uses a length unnecessarily (in the
+text of an error, in int() of a size) breaks the graph at the second length or causes a third
+compilation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def tensors(x):
 
 
 def run(function, arguments, grad):
-    """The results, and the gradients of all that wants one."""
+    """The results, and the gradients of everything that requires one."""
     if not grad:
         with torch.no_grad():
             return tensors(function(*arguments))
@@ -36,7 +37,7 @@ def run(function, arguments, grad):
 
 
 def mark(arguments, longer):
-    """Every size that differs from that of the next length is said to be dynamic."""
+    """Marks every size that differs from the next length's as dynamic."""
     for x, y in zip(tensors(arguments), tensors(longer)):
         for n, (a, b) in enumerate(zip(x.shape, y.shape)):
             if a != b:
@@ -86,7 +87,8 @@ QUICK = (
 
 @pytest.mark.parametrize("name", QUICK)
 def test_three_lengths(name):
-    """Some cases, each in one of the three ways to make a size dynamic; all in all with --long."""
+    """Some cases, each with one of the three ways to make a size dynamic; all combinations with
+    --long."""
     check(name, MODES[list(CASES).index(name) % 3], "eager")
 
 

@@ -1,6 +1,6 @@
-"""Bad input to attention() and varlen_attention(): one clear sentence that names the argument, what
-came and what is accepted. decode_attention()'s and the SDPA drop-in's are in their own files.
-"""
+"""Invalid input to attention() and varlen_attention(): one clear sentence that names the argument,
+the given value and what is accepted. The tests of decode_attention() and of the SDPA drop-in are in
+their own files."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_attention(wrong):
     kind, sentence, run = WRONG[wrong]
-    for _ in range(2):  # an error is never remembered as a call that passed
+    for _ in range(2):  # an error is never cached as a checked call
         with pytest.raises(kind, match=sentence) as caught:
             run()
         assert type(caught.value) is kind and "\n" not in str(caught.value)
@@ -262,7 +262,7 @@ def test_varlen_attention(wrong):
 
 
 def test_an_equal_call_that_passed_does_not_excuse_a_wrong_type():
-    """True == 1 == 1.0, so they would find the same remembered call."""
+    """True == 1 == 1.0, so they would hit the same entry of the cache of checked calls."""
     attention(Q, K, K, scale=1.0, causal=True, window=(1, 0), deterministic=False)
     for wrong in ({"scale": True}, {"causal": 1}, {"window": (1.0, 0)}, {"deterministic": 0}):
         right = {"scale": 1.0, "causal": True, "window": (1, 0), "deterministic": False}
@@ -274,7 +274,7 @@ def test_an_equal_call_that_passed_does_not_excuse_a_wrong_type():
 
 
 def test_what_is_not_wrong():
-    """Near the edge of what is refused."""
+    """Close to the limits of what is accepted."""
     attention(Q, K, K, window=[2, 0], causal=True)
     attention(Q, K, K, window=(2, -7), causal=True, scale=0, softcap=0, dropout_p=0)
     attention(Q, K, K, scale=np.float32(0.5), kv_lens=torch.tensor([0, 7]), deterministic=False)
@@ -311,7 +311,7 @@ def test_shapes_are_checked_under_compile_and_values_are_not():
 
 @pytest.mark.native
 def test_the_operator_itself_refuses_what_reaches_it():
-    """Values that no check here may read (a compiled call) are the kernels' to refuse."""
+    """Values that the checks cannot read, in a compiled call, are refused by the kernels."""
     torch._dynamo.reset()
     f = torch.compile(lambda q, k, lens: attention(q, k, k, kv_lens=lens), backend="aot_eager")
     assert torch.equal(f(Q, K, ints(1, 7)), attention(Q, K, K, kv_lens=ints(1, 7)))

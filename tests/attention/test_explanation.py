@@ -1,4 +1,4 @@
-"""explain(): its counts against counting one by one, its choices against what runs."""
+"""explain(): its counts against counting pair by pair, its choices against what runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTED = [
 
 
 def visible(case: Case, problem) -> list[torch.Tensor]:
-    """[rows, keys] of each entry, by the definition: band, lengths, documents; no mask."""
+    """[rows, keys] of each entry, from the definition: band, lengths, documents; no mask."""
     spec, operands = problem.spec, problem.operands
     planes = []
     for n in range(case.entries):
@@ -72,7 +72,7 @@ def test_counts(case, monkeypatch):
     found = Counter()
     for n, plane in enumerate(planes):
         documents = [plane]
-        if case.documents:  # tiles of rows start anew with each document
+        if case.documents:  # each document starts new tiles of rows
             lengths = problem.operands.document_ids[n].unique_consecutive(return_counts=True)[1]
             documents = plane.split(lengths.tolist())
         tiles = [t for rows in documents for r in rows.split(16) for t in r.split(16, dim=1)]

@@ -1,7 +1,8 @@
-"""Numbers at the edge of their range, on every backend: biases down to -finfo.max, which do not
-mask, common scores past any resolution, scales, caps, slopes and sinks as large as they are taken.
+"""Numbers at the limits of their range, on every backend: biases down to -finfo.max, which do not
+mask; common scores beyond any resolution; the largest accepted scales, caps, slopes and sinks.
 
-The truth is attention written out in float64; the yardstick, the same in the call's dtype.
+Results are compared with attention written out in float64; the allowed error comes from the same in
+the call's dtype.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Extreme:
     name: str
     bias: object = None
     options: dict = field(default_factory=dict)
-    common: float = 0.0  # what q.k has in common
+    common: float = 0.0  # the common part of q.k
 
 
 def _rows(values, every: int = 1, keys: int = 1):
@@ -72,7 +73,8 @@ def _mixed(dtype, draw):
 
 
 def _steps(dtype, draw):
-    """The largest numbers, a unit in the last place apart: float32 tells them apart, so we do."""
+    """The largest numbers, one unit in the last place apart: float32 distinguishes them, so we
+    must."""
     bias = torch.full((1, HEADS, ROWS, KEYS), lowest(dtype), dtype=dtype)
     best = torch.randint(KEYS, (1, HEADS, ROWS, 1), generator=draw)
     larger = bias * (1 - torch.finfo(dtype).eps)
@@ -84,7 +86,7 @@ def _keys(value):
 
 
 def _padding(dtype, draw):
-    """A key padding mask as models make it: the last keys, and in one head all of them."""
+    """A key padding mask as models make it: the last keys and, in one head, all keys."""
     bias = torch.zeros(1, HEADS, 1, KEYS, dtype=dtype)
     bias[..., 70:] = lowest(dtype)
     bias[:, 1] = lowest(dtype)
@@ -131,7 +133,7 @@ EXTREMES = [
     Extreme("sinks-scale", None, {"sinks": torch.tensor([1e30, -1e30]), "scale": 1e29}),
 ]
 BY_NAME = {case.name: case for case in EXTREMES}
-TOO_LARGE_FOR_FP16 = {  # the bias, or a gradient times its rounding
+TOO_LARGE_FOR_FP16 = {  # of the bias, or of a gradient times its rounding
     *("common-1e6", "common-6e8", "common-1e9", "common-9e37"),
     *("scale-large", "scale-negative", "sinks-scale"),
 }
@@ -216,8 +218,9 @@ def ours(call: Call, backend: str) -> dict[str, Tensor]:
 
 
 def check(call: Call, got: dict[str, Tensor], rounded=False, bounded=False) -> None:
-    """The results are right. rounded: weights are rounded to halves. bounded: where the rounding of
-    lse is larger than a weight, gradients need only be what weights in [0, 1] give."""
+    """Whether the results are right. rounded: probs are rounded to half precision. bounded:
+    where the rounding of lse is larger than a prob, gradients only need to be what probs in [0,
+    1] give."""
     dtype = call.q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     truth, rough = plain(call, torch.float64), plain(call, wide)
@@ -227,7 +230,7 @@ def check(call: Call, got: dict[str, Tensor], rounded=False, bounded=False) -> N
     assert torch.equal(got["lse"] == -math.inf, ~finite)
     largest = truth["lse"][finite].abs().amax().item()
     bounded = bounded and largest > 1e6
-    # A weight exp(score - lse) has the exponent's rounding, as long as that is less than all of it.
+    # A prob exp(score - lse) has the rounding error of its exponent, limited to the prob itself.
     exponent = 8 * torch.finfo(wide).eps * largest
     exponent = exponent if exponent < 8 else 0.0
     eps = torch.finfo(dtype).eps * (2 if rounded else 1) + exponent
@@ -274,14 +277,14 @@ def test_the_cpu(name, isa, monkeypatch):
         check(call, ours(call, "cpu"))
 
 
-FEW = (  # the interpreter takes seconds for each
+FEW = (  # the interpreter takes seconds per case
     "min-some-rows", "min-causal", "min-and-infinity", "steps", "common-6e8", "common-products",
     "softcap-tiny", "alibi-steep", "sink-3e38", "scale-large",
 )  # fmt: skip
 
 
 @pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflows that are meant
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of overflows that are intended
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in FEW else pytest.mark.long) for n in BY_NAME]
 )
@@ -346,9 +349,9 @@ def test_rows_of_the_lowest_number_are_the_mean_as_in_torch(backend):
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_a_bias_of_doubles_saturates(dtype):
-    """-1e300 is finite, though float32 has no such number."""
+    """-1e300 is finite, although float32 has no such number."""
     call = make(BY_NAME["min"], dtype)
-    for keys in (1, KEYS):  # broadcast along the keys, and not
+    for keys in (1, KEYS):  # broadcast along the keys, or not
         bias = torch.full((1, 1, ROWS, keys), -1e300, dtype=torch.float64)
         for backend in ("cpu", "reference"):
             out, lse = fastattn.attention(
@@ -402,7 +405,7 @@ def test_merging_states_of_large_lse(big):
 
 @names
 def test_weights_are_those_of_the_truth(name):
-    """As attention_weights(), without what it does not take: rows sum to at most 1."""
+    """Like attention_weights(), without what it does not support: rows sum to at most 1."""
     case = BY_NAME[name]
     if "alibi_slopes" in case.options:
         pytest.skip("it takes no slopes: they are a bias there")
@@ -424,7 +427,7 @@ def test_weights_are_those_of_the_truth(name):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.native)])
 def test_forward_mode(backend):
-    """The reference's derivative, of a row of finfo.min."""
+    """The reference's derivative, for a row of finfo.min."""
     call = make(BY_NAME["min"], torch.float32)
     function = lambda v: fastattn.attention(  # noqa: E731
         call.q, call.k, v, bias=call.options["bias"], backend=backend

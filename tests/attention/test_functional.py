@@ -1,6 +1,5 @@
-"""attention() and varlen_attention() as users call them: the normal form they make of a call, what
-autocast, checkpoint, compile and export do to them, and the choice of a backend.
-"""
+"""attention() and varlen_attention() as users call them: the normal form of a call, autocast,
+checkpointing, compile and export, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -369,9 +368,10 @@ def test_export_and_fake_tensors():
 
 @pytest.mark.native
 def test_selective_checkpoint_keeps_the_attention():
-    """Named by its policy, attention runs once: recomputation takes what was kept."""
+    """If the checkpoint policy names it, attention runs once: recomputation uses the saved
+    result."""
 
-    class Ran(TorchDispatchMode):  # below checkpoint's own, which answers for what it kept
+    class Ran(TorchDispatchMode):  # below checkpoint's own mode, which supplies the saved results
         count = 0
 
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):

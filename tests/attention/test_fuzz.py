@@ -1,4 +1,4 @@
-"""The fuzzer runs, and would find what it is for."""
+"""The fuzzer runs, and finds planted faults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fuzz_cases import WRONG, Case, draw
 
 from fastattn import attention
 
-SECONDS = 8  # of each of the seeds: a minute in all, in parts that workers can share
+SECONDS = 8  # of each seed: a minute in all, in parts that workers can share
 
 
 @pytest.mark.native
@@ -31,7 +31,7 @@ def test_more_random_calls_are_right(seed):
 
 
 def wider_window(run):
-    """A fault: one key too many on the left of a window."""
+    """A planted fault: one key too many on the left of a window."""
 
     def wrong(call, row):
         left = call.spec.left + (call.spec.left >= 0)
@@ -42,7 +42,7 @@ def wider_window(run):
 
 @pytest.mark.native
 def test_a_planted_fault_is_found_and_shrunk(monkeypatch):
-    names = attention.__globals__  # the module's own name is the function's
+    names = attention.__globals__  # the module's name is also that of its function
     monkeypatch.setitem(names, "run", wider_window(names["run"]))
     case = Case(call="attention", seed=3, batch=2, group=2, q_len=17, kv_len=33, dim=8, v_dim=5,
                 layout="bshd", window=(2, None), mask="bqk", softcap=3.0, lse=True)  # fmt: skip

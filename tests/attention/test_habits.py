@@ -1,4 +1,4 @@
-"""What people try out of habit: other libraries' arguments, masks of their shapes, TorchScript."""
+"""What users try from habit: other libraries' arguments, masks of their shapes, TorchScript."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name, ours", [
-    ("is_causal", "causal= is its name, with align='start'"), ("attn_mask", "mask= takes bool"),
-    ("key_padding_mask", "kv_lens= takes"), ("dropout", "dropout_p= is its name"),
+    ("is_causal", "causal= is its name, with align='start'"), ("attn_mask", "mask= is bool"),
+    ("key_padding_mask", "kv_lens= is each"), ("dropout", "dropout_p= is its name"),
     ("enable_gqa", "fewer heads than q"), ("window_size", r"window=\(left, right\)"),
     ("softmax_scale", "scale= is its name"), ("s_aux", "sinks= is its name"),
     ("causl", "did you mean causal="), ("seqused_k", "kv_lens= is its name"),
 ])  # fmt: skip
 def test_keywords_of_other_libraries(function, name, ours):
-    """One sentence that begins as Python's and names ours; explain() says the same."""
+    """One sentence that begins like Python's and names our argument; explain() says the same."""
     args, options = FUNCTIONS[function]
     for call in (getattr(fastattn, function), fastattn.explain):
         sentence = rf"^{function}\(\) got an unexpected keyword argument '{name}'; .*{ours}"
@@ -78,7 +78,8 @@ def test_signatures_show_no_unknown_keywords(function):
     "shape, form", [((B, 7), "[:, None, None], or kv_lens"), ((B, S, 7), "[:, None]")]
 )
 def test_masks_of_each_entry(shape, form):
-    """[B, S] and [B, Sq, Skv] are refused with the form that broadcasts, and that form is taken."""
+    """[B, S] and [B, Sq, Skv] are refused, and the message names a shape that broadcasts and
+    works."""
     k, keep = torch.randn(B, H, 7, D), torch.rand(shape) > 0.3
     keep[..., 0] = True
     for name, x in (("mask", keep), ("bias", keep.float())):
@@ -144,7 +145,7 @@ def encoder():
 
 
 class Masked(nn.Module):
-    """Masks that the kernels would take in a form that depends on their values."""
+    """Masks whose form in the kernels would depend on their values."""
 
     def __init__(self, need_weights):
         super().__init__()
@@ -157,7 +158,7 @@ class Masked(nn.Module):
 
 
 def with_masks(batch, length):
-    """Causal and padded at the end for one length, neither for another."""
+    """Causal and padded at the end for one length, neither for the other."""
     hidden, mask = padding(batch, length), torch.ones(length, length, dtype=torch.bool).triu(1)
     if length > 6:
         hidden, mask = hidden.flip(1), mask.flip(0, 1)
@@ -182,7 +183,8 @@ def with_masks(batch, length):
     ids=["attention", "sdpa", "lengths", "Attention", "multihead", "masks", "weights", "encoder"],
 )
 def test_tracing(function, inputs):  # fmt: skip
-    """What is traced once serves other batches, lengths and values, saved, and differentiates."""
+    """A traced function works for other batches, lengths and values, after saving, and with
+    gradients."""
     traced = torch.jit.trace(function, tuple(inputs(2, 5)))
     file = io.BytesIO()
     torch.jit.save(traced, file)

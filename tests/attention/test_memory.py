@@ -1,5 +1,5 @@
-"""Memory that the native code allocates: written before it is read, bounded, given back, and
-refused by the system without harm; and forked children. Much of it takes a process of its own."""
+"""Memory that the native code allocates: written before it is read, bounded, freed, and safe if the
+system refuses it; and forked children. Many of these tests run in separate processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ints(*values: int) -> torch.Tensor:
 
 
 def run(script: str, *arguments: str, **environment: str) -> str:
-    """What the script prints in an interpreter of its own; it must end well, and in time."""
+    """The output of the script in a fresh interpreter, which must succeed within the time limit."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env={**os.environ, **environment},
@@ -44,12 +44,12 @@ def run(script: str, *arguments: str, **environment: str) -> str:
 
 
 def test_new_memory_is_poisoned():
-    """Else the tests of this suite would not see what a kernel forgets to write."""
+    """Otherwise this suite would not notice what a kernel fails to write."""
     assert library.NATIVE.fastattn_poison_on() == 1
 
 
 def test_every_allocation_can_be_poisoned():
-    """Tensors come from tensors.h, other memory from arena.h: both poison it."""
+    """Tensors come from tensors.h and other memory from arena.h: both are poisoned."""
     for path in sorted(CSRC.rglob("*")):
         if path.is_dir() or path.name in ("tensors.h", "arena.h"):
             continue
@@ -115,8 +115,8 @@ def test_what_nothing_sees_has_a_gradient_of_zero(name):
 
 
 def test_rows_of_no_values():
-    """Statistics of empty rows are written; strides of 0 make any number of them, and nothing waits
-    for a loop over those."""
+    """Statistics of empty rows are written. Strides of 0 give any number of rows, and no call may
+    loop over them all."""
     y, _, mean, rstd = torch.ops.fastattn.norm_fwd(
         torch.empty(3, 0), None, None, None, 1e-5, True, None, 0.0
     )
@@ -141,10 +141,11 @@ def test_rows_of_no_values():
     "window", [(-1, -1), (-1, 0), (40, 0), (0, 40), (100, 3), (0, 0), (700, -1)]
 )
 def test_parts_that_see_other_keys_sum_right(window, lengths, dtype):
-    """One head's rows are cut into up to eight parts, each with sums for the keys that it sees."""
+    """The rows of one head are split into up to eight items, each with sums for the keys it
+    sees."""
     q_len, kv_len = lengths
     numbers = {"scale": 0.3, "left": window[0], "right": window[1]}
-    # A bias that two entries of other lengths share: their parts must have the same rows.
+    # Two entries with different lengths share a bias, so their items must split rows alike.
     tensors = {"bias": torch.randn(1, 1, q_len, kv_len), "kv_lens": ints(kv_len, kv_len // 3)}
     q, k, v = (torch.randn(2, 1, n, 16).to(dtype) for n in (q_len, kv_len, kv_len))
     found = []
@@ -212,8 +213,8 @@ BACKWARDS = (  # dtype, length, left, right
 
 @no_sanitizer
 def test_scratch_memory_is_bounded_and_given_back():
-    # Large blocks go back to the system when they are freed. By default malloc moves the size from
-    # which they do with the program's past, and a peak may be that of the call before, or none.
+    # Large blocks go back to the system when they are freed. By default malloc adapts the threshold
+    # to earlier frees, and then a peak may be that of an earlier call, or none at all.
     printed = run(f"BACKWARDS = {BACKWARDS}" + PEAKS, MALLOC_MMAP_THRESHOLD_="131072")
     *backwards, left, splits = map(int, printed.split())
     for (dtype, length, *window), taken in zip(BACKWARDS, backwards, strict=True):
@@ -275,7 +276,8 @@ def refused(call, want):
 
 @no_sanitizer
 def test_a_refused_allocation_harms_no_later_call():
-    """Refused at one size after the other, so at one place after the other; then all is well."""
+    """Allocations fail at one size after another, and so at one place after another; then all
+    works."""
     script = (
         REFUSALS
         + """
@@ -380,5 +382,5 @@ assert status == 0, f"the child ended with {status}"
 
 @pytest.mark.parametrize("when", ["after", "before"])
 def test_a_forked_child_attends(when):
-    """After its parent did, on two threads, which the child does not have; or before."""
+    """After its parent ran on two threads, which the child does not have; or before that."""
     run(FORK, when, OMP_NUM_THREADS="2")

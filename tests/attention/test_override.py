@@ -1,6 +1,5 @@
-"""The switch that puts fastattn under every program that calls SDPA: what it serves, what it leaves
-alone, and that nothing of it stays.
-"""
+"""The switch that serves every SDPA call of a program: what fastattn serves, what it leaves to
+torch, and that disabling it restores everything."""
 
 from __future__ import annotations
 
@@ -28,14 +27,14 @@ BORROWED = "ScaledDotProductEfficientAttentionBackward0"  # of aten's operator w
 
 @pytest.fixture(autouse=True)
 def torch_again():
-    """A test that leaves the switch on must not fail the others too."""
+    """A test that leaves the switch on must not affect the others."""
     yield
     for _ in range(9):
         fastattn.disable()
 
 
 def math(*args, **kwargs):
-    """torch's math path, whatever is switched."""
+    """torch's math path, whether or not the switch is on."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **kwargs)
 
@@ -47,7 +46,7 @@ def qkv(*shape, kv=None, grad=False, dtype=torch.float32):
 
 
 def operator_of(out) -> str:
-    """The autograd node that made out, past views."""
+    """The autograd node that made out, behind views."""
     node = out.grad_fn
     while node.name() in ("TransposeBackward0", "ViewBackward0", "UnsafeViewBackward0"):
         node = node.next_functions[0][0]
@@ -55,7 +54,7 @@ def operator_of(out) -> str:
 
 
 def state() -> tuple:
-    """Whose kernels run, and what compiled programs are cached under."""
+    """Which kernels run, and the tag of compiled programs in caches."""
     q, k, v = qkv(2, 3, 4, 8, grad=True)
     calls = ({}, {"dropout_p": 0.1}, {"attn_mask": torch.ones(4, 4, dtype=torch.bool)})
     served = [operator_of(F.scaled_dot_product_attention(q, k, v, **call)) for call in calls]
@@ -82,7 +81,7 @@ def test_switch_serves_and_restores_exactly():
 
 @pytest.mark.native
 def test_both_ways_run_our_kernels():
-    """The same bits as fastattn's own call, forward and backward; torch's differ in rounding."""
+    """The same bits as fastattn's own call, forward and backward; torch's differ by rounding."""
     q, k, v = qkv(2, 6, 70, 24, kv=(2, 2, 90, 24), grad=True)
     keys = torch.rand(2, 1, 1, 90) > 0.3
     for options in (
@@ -109,7 +108,7 @@ def test_both_ways_run_our_kernels():
 @pytest.mark.native
 @pytest.mark.parametrize("kind", ["no mask", "causal", "keys", "dead rows", "float"])
 def test_a_result_outlives_the_switch(kind):
-    """The backward after the block is right, whose kernel ever runs it by then."""
+    """The backward after the block is right, whichever kernel runs it."""
     q, k, v = qkv(2, 3, 40, 16, grad=True)
     masks = {
         "keys": torch.rand(2, 1, 1, 40) > 0.3,
@@ -135,7 +134,7 @@ def test_switch_counts():
         fastattn.disable()
         assert state() != before  # the block's own enable() still holds
     assert state() == before
-    fastattn.disable()  # one too many has no effect
+    fastattn.disable()  # one disable() too many has no effect
     fastattn.enable()
     assert state() != before
     fastattn.disable()
@@ -202,7 +201,7 @@ def test_contexts_without_flash_are_torchs():
             assert operator_of(out) not in (OURS, BORROWED, FLASH)
             torch.manual_seed(0)
             inside = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # where torch has no kernel
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # where torch has no such kernel
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
             assert operator_of(out) == OURS
     torch.manual_seed(0)
@@ -304,7 +303,7 @@ def test_transforms_are_served():
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["dropout in training", "3-D mask in inference"])
 def test_compiled_functions_follow_the_switch(compiler, kind):
-    """Also past torch's cache of compiled graphs on disk, which inference without dropout uses."""
+    """Also with torch's on-disk cache of compiled graphs, which inference without dropout uses."""
     torch._dynamo.reset()
     training = kind == "dropout in training"
 

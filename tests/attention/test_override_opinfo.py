@@ -1,6 +1,6 @@
-"""torch's own samples under enable(): its OpInfos and ModuleInfos of everything that calls SDPA.
-Values and gradients are compared with torch's; gradients also by gradcheck in float64.
-"""
+"""torch's own samples under enable(): the OpInfos and ModuleInfos of everything that calls SDPA.
+Values and gradients are compared with torch's, and gradients also checked by gradcheck in
+float64."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import fastattn
 from fastattn.core.tolerance import ROUNDINGS, allowed_error
 
-pytest.importorskip("expecttest")  # torch's samples need it
+pytest.importorskip("expecttest")  # required by torch's samples
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
 
-OPERATORS = {  # the others are CUDA's
+OPERATORS = {  # the others are for CUDA
     op.name: op for op in op_db if "attention" in op.name and torch.float32 in op.dtypes
 }
 MODULES = {
     info.name: info for info in module_db if "Transformer" in info.name or "Attention" in info.name
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-EVERY = 7  # one sample in so many runs without --long
+EVERY = 7  # without --long, one sample in this many runs
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def of_gradients(results, inputs):
 
 
 def answer(call, inputs, on=False):
-    """(results, gradients), or what was raised."""
+    """(results, gradients), or the exception."""
     torch.manual_seed(0)
     try:
         if not on:
@@ -67,8 +67,8 @@ def widened(x):
 
 
 def compare(call, inputs, random):
-    """call(*inputs) with the switch and without: equally near to float64's, or both refuse. With
-    dropout, equal are the shapes."""
+    """call(*inputs) with and without the switch: both are equally close to float64, or both refuse.
+    With dropout only the shapes are compared."""
     want, got = answer(call, inputs), answer(call, inputs, on=True)
     if isinstance(want, Exception) or isinstance(got, Exception):
         assert isinstance(want, Exception), f"torch answers, and fastattn raises {got!r}"
@@ -82,7 +82,7 @@ def compare(call, inputs, random):
     product = max(float(x.square().mean()) for x in floats)
     got, want, truth = (tree_flatten(x)[0] for x in (got, want, truth))
     for n, (a, b, exact) in enumerate(zip(got, want, truth, strict=True)):
-        if a is None or b is None:  # the gradient of what was not used
+        if a is None or b is None:  # the gradient of an unused result
             assert all(x is None or not x.any() for x in (a, b))
             continue
         assert a.shape == b.shape and a.dtype == b.dtype

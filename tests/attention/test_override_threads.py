@@ -1,5 +1,5 @@
-"""The switch among threads, forks and at exit, each in a process of its own: a crash there is a
-failure here, as is a hang."""
+"""The switch across threads, forks and exit, each in a separate process, so that a crash or a hang
+is a failed test."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ print("right", flush=True)
 
 
 def run(code, *arguments, limit=120, **environment):
-    """The output of a process; a signal, an error or a hang fails."""
+    """The output of a process. A signal, an error or a hang fails the test."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-X", "faulthandler", "-c", START + code, *arguments],
         env=os.environ | environment,
@@ -243,7 +243,7 @@ print("right")
 
 
 def test_torch_is_bit_for_bit_itself_while_the_switch_is_off():
-    """Values, gradients, nodes and errors, after the first enable() as before it."""
+    """Values, gradients, nodes and errors are the same after the first enable() as before it."""
     efficient = "_scaled_dot_product_efficient_attention"
     operators = ("scaled_dot_product_attention", efficient, efficient + "_backward")
     assert run(OFF, *operators) == ["right"]

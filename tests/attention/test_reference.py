@@ -45,7 +45,7 @@ def kept_numpy(seed: int, offset: int, bh: int, i: int, j: int, p: float) -> boo
 
 
 def naive(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """out and lse of a problem in fp64, written from the contract alone."""
+    """out and lse of a problem in fp64, written only from the contract."""
     q, k, v = (x.double().numpy() for x in problem[:3])
     spec = problem.spec
     o = {}
@@ -128,7 +128,7 @@ def small_enough(case: Case) -> bool:
     return pairs * case.heads * (10 if case.dropout else 1) < 40_000
 
 
-# One in five of the pairs: the loop is slow, and the reference has no branch for any of them.
+# One in five pairs: the loop is slow, and the reference has no branch for any pair.
 NAIVE = [c for c in CASES if not c.name.startswith("pair/")] + select("pair")[::5]
 
 
@@ -141,7 +141,7 @@ def test_against_the_naive_loop(case):
     np.testing.assert_allclose(lse.numpy(), want_lse, rtol=1e-11, atol=1e-12)
 
 
-# The options whose cases are too large for the loop: dropout asks Philox once a pair.
+# The options whose cases are too large for the loop: dropout calls Philox once per pair.
 @pytest.mark.parametrize(
     "settings",
     [
@@ -266,7 +266,7 @@ def differentiable(settings: dict):
     problem = Case("tiny", **{**shape, **settings}).make(torch.float64, seed=3)
     operands = problem.operands
     names = [name for name in ("bias", "sinks") if getattr(operands, name) is not None]
-    # Finite differences touch every number, so NaN and -inf go back in inside the function.
+    # Finite differences touch every number, so the function puts NaN and -inf back in.
     fixed = [*problem[:3], *(getattr(operands, name) for name in names)]
     finite = [x.isfinite() for x in fixed]
     inputs = [torch.where(ok, x, 0.0) for ok, x in zip(finite, fixed, strict=True)]
@@ -329,7 +329,8 @@ def test_vmap():
 
 @pytest.mark.parametrize("case", select("alone", "edge", "everything"), ids=lambda c: c.name)
 def test_absent_keys_and_dead_rows_reach_nothing(case):
-    """make() fills what does not exist with NaN: results and gradients stay finite, dead ones 0."""
+    """make() fills keys and rows that do not exist with NaN: results and gradients stay finite, and
+    empty rows are 0."""
     problem = case.make(torch.float32)
     leaves = [x.requires_grad_() for x in problem[:3]]
     for x in (problem.operands.bias, problem.operands.sinks):
@@ -342,7 +343,7 @@ def test_absent_keys_and_dead_rows_reach_nothing(case):
     assert not out[dead].any()
     gradients = torch.autograd.grad((out.sum(), lse[~dead].sum()), leaves, allow_unused=True)
     for x, gradient in zip(leaves, gradients, strict=True):
-        if gradient is None:  # nothing at all is seen
+        if gradient is None:  # no row sees anything
             assert dead.all()
             continue
         assert gradient.isfinite().all()

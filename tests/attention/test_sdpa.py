@@ -1,4 +1,4 @@
-"""The SDPA drop-in against torch's own samples and semantics. The switch is in test_override.py."""
+"""The SDPA drop-in against torch's own samples and semantics. test_override.py tests the switch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastattn.core.philox import keep_mask, keep_probability
 
 @pytest.fixture(autouse=True)
 def torch_again():
-    """A test that leaves the switch on must not fail the others too."""
+    """A test that leaves the switch on must not affect the others."""
     yield
     for _ in range(9):
         fastattn.disable()
 
 
 def math(*args, **kwargs):
-    """torch's math path, whatever is switched."""
+    """torch's math path, whether or not the switch is on."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **kwargs)
 
@@ -50,7 +50,7 @@ def samples():
 
 
 def dropped(p, seed, query, key, value, **kwargs):
-    """The math path with the very weights dropped that this seed of torch's generator drops."""
+    """The math path with the dropout mask that this seed of torch's generator gives."""
     length = key.shape[-2]
     eye = torch.eye(length, dtype=key.dtype).expand(*key.shape[:-1], length)
     weights = math(query, key, eye, **kwargs)
@@ -179,7 +179,7 @@ def test_rows_that_see_nothing_and_nan():
     for grad in torch.autograd.grad(out.sum(), (q, k, v)):
         assert grad.isfinite().all()
     poisoned = q.detach().clone()
-    poisoned[0, 0, 2] = torch.nan  # a short row of NaN scores: torch's CPU kernel loses it
+    poisoned[0, 0, 2] = torch.nan  # a short row of NaN scores, whose NaN torch's CPU kernel loses
     out = sdpa(poisoned, k, v)
     assert out[0, 0, 2].isnan().all() and out[0, 0, :2].isfinite().all()
 
@@ -219,7 +219,7 @@ def test_memory_order_autocast_and_half_precision():
         assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
     for dtype in (torch.bfloat16, torch.float16):
         half = [x.to(dtype) for x in (q, k, v)]
-        mask = torch.randn(5, 5)  # float32 beside a half query
+        mask = torch.randn(5, 5)  # float32 with half-precision q
         exact = math(*(x.double() for x in half), mask.to(dtype).double())
         results = (f(*half, mask.to(dtype)).double() for f in (sdpa, math))
         error, torchs = ((x - exact).abs().max() for x in results)

@@ -1,4 +1,4 @@
-"""A mask as intervals: fastattn/core/spec.py, its C++ twin, and the definition they stand for."""
+"""A mask as intervals: fastattn/core/spec.py, its C++ twin, and the definition."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sees(i: int, j: int, left: int, right: int, offset: int) -> bool:
 
 
 def tiles(length: int):
-    """Every non-empty half-open part of range(length)."""
+    """Every non-empty half-open interval in range(length)."""
     return ((a, b) for a in range(length) for b in range(a + 1, length + 1))
 
 
@@ -48,7 +48,7 @@ def test_intervals_are_the_definition(left, right, align_end):
 
 @pytest.mark.parametrize("left, right, align_end", CASES)
 def test_tiles_of_keys_are_the_definition(left, right, align_end):
-    """C++'s kv_range: outside it nothing is seen, inside its full part everything is."""
+    """C++'s kv_range: nothing is visible outside of it, and everything inside its full part."""
     spec = Spec(1.0, left=left, right=right, align_end=align_end)
     for q_len, kv_len in SIZES:
         offset = kv_len - q_len if align_end else 0
@@ -66,7 +66,7 @@ def test_tiles_of_keys_are_the_definition(left, right, align_end):
 
 @pytest.mark.parametrize("left, right, align_end", CASES)
 def test_tiles_of_rows_are_the_definition(left, right, align_end):
-    """C++'s q_range, the same question asked by a tile of keys."""
+    """C++'s q_range, the same for a tile of keys."""
     for q_len, kv_len in SIZES:
         offset = kv_len - q_len if align_end else 0
         for k0, k1 in tiles(kv_len):
@@ -106,5 +106,5 @@ def test_largest_lengths_do_not_overflow():
 
 
 def test_module_facts():
-    """What `info` shows comes from here."""
+    """The source of what `info` shows."""
     assert {"compiler", "cxx_standard", "pybind11"} <= _C.build_info().keys()

@@ -1,27 +1,29 @@
-"""What type checkers and consoles see: a user's program under pyright and mypy in their strict
-modes, overloads that say what the signatures say, and the public names.
-"""
+"""What type checkers and consoles see: a user's program under pyright and mypy in strict mode,
+overloads that agree with the signatures, and the public names."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from fresh_python import python
 
 import fastattn
 from fastattn import flash_attn, models, options
+from fastattn.backends import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parents[1] / "support/typed_program.py"
-CALLS = {  # each call: its options, and what overloads name beside them
+CALLS = {  # each call: its options, and the additional ones of its overloads
     fastattn.attention: (options.DenseOptions, {"return_lse"}),
     fastattn.varlen_attention: (options.PackedOptions, {"return_lse"}),
     fastattn.decode_attention: (options.CacheOptions, {"return_lse", "cache_lens"}),
@@ -32,7 +34,8 @@ CALLS = {  # each call: its options, and what overloads name beside them
 
 
 def checker(*names: str) -> str:
-    """The first of these programs in this environment or on the path; else the test is skipped."""
+    """The first of these programs in this environment or on PATH; if there is none, skips the
+    test."""
     places = (f"{Path(sys.executable).parent}", None)
     found = (shutil.which(name, path=place) for name in names for place in places)
     command = next((path for path in found if path), None)
@@ -41,7 +44,7 @@ def checker(*names: str) -> str:
 
 @pytest.fixture
 def program(tmp_path) -> Path:
-    """The program beside the package alone, as in an environment that it is installed in."""
+    """The program next to only the package, as in an environment where it is installed."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/fastattn").symlink_to(ROOT / "fastattn")
     return Path(shutil.copy(PROGRAM, tmp_path))
@@ -55,20 +58,32 @@ def test_the_program_runs_and_uses_every_public_name(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_pyright_strict(program):
+def test_pyright(program):
+    """The program in strict mode, and the package itself in basic mode, where pyproject.toml says
+    so: one run for both, since each would read torch again, which is most of its time."""
     command = checker("pyright", "basedpyright")
-    settings = {"typeCheckingMode": "strict", "include": [program.name], "extraPaths": ["site"]}
+    pattern, project = r"^\[tool\.pyright\].*?^include = (\[.*?\])", ROOT / "pyproject.toml"
+    own = re.search(pattern, project.read_text(), re.MULTILINE | re.DOTALL)[1]
+    folders = [ROOT / path for path in ast.literal_eval(own)]
+    files = [file for path in folders for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    settings = {
+        "typeCheckingMode": "basic",
+        "strict": [program.name],
+        "include": [program.name, *(f"site/{path.relative_to(ROOT)}" for path in folders)],
+        "extraPaths": ["site"],
+    }
     program.with_name("pyrightconfig.json").write_text(json.dumps(settings))
     run = subprocess.run(
         [command, "--pythonpath", sys.executable, "--outputjson"],
         cwd=program.parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     told = json.loads(run.stdout)
-    assert told["summary"]["filesAnalyzed"] == 1 and told["generalDiagnostics"] == []
+    assert told["generalDiagnostics"] == []
+    assert told["summary"]["filesAnalyzed"] == 1 + len(files)
 
 
 def test_mypy_strict(program):
-    """transformers' own sources are left out: minutes and gigabytes for one function."""
+    """transformers' own sources are excluded: checking them takes minutes and gigabytes."""
     command = checker("mypy")
     settings = "[mypy]\nstrict = True\nfollow_imports = silent\nmypy_path = site\n"
     settings += "[mypy-transformers.*]\nfollow_imports = skip\n"
@@ -81,7 +96,8 @@ def test_mypy_strict(program):
 
 
 def test_an_editable_install_is_visible_to_checkers(tmp_path):
-    """They run no import hooks: a plain path leads to the package, and to nothing else."""
+    """Type checkers run no import hooks, so a plain path must lead to the package and to nothing
+    else."""
     tree, skip = tmp_path / "tree", shutil.ignore_patterns("__pycache__", "*.so", "results")
     for folder in ("fastattn", "kernels", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=skip)
@@ -120,6 +136,11 @@ def test_the_overloads_begin_as_the_calls_do(call):
 
     found = get_overloads(call)
     assert len(found) == 3 and all(first(overload) == first(call) for overload in found)
+
+
+def test_the_backends_are_named_in_the_signatures():
+    assert get_args(options.BackendName) == registry.NAMES
+    assert all(f'"{name}"' in inspect.getdoc(fastattn.attention) for name in registry.NAMES)
 
 
 def test_explain_takes_what_the_calls_take():

@@ -1,5 +1,5 @@
-"""Undefined gradients: a function that follows may give none, and of several results often only one
-is used. An undefined gradient is a zero one: nothing crashes, and what it meets is right."""
+"""Undefined gradients: a later function may return none, and often only one of several results is
+used. An undefined gradient counts as zero: nothing crashes, and the other gradients are right."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_no_gradient_of_the_output(name):
 @pytest.mark.parametrize("used", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_one_of_out_and_lse(name, used):
-    """The unused one, dropped or behind a function without a gradient, counts as zero."""
+    """The unused result, dropped or behind a function without a gradient, counts as zero."""
     inputs = qkv(1, 2, 7, 4)
     grads = []
     for drop in (lambda x: 0 * x.sum(), lambda x: GivesNone.apply(x).sum(), None):
@@ -99,7 +99,7 @@ def test_one_of_out_and_lse(name, used):
 @pytest.mark.native
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_second_order_with_undefined_parts(name):
-    """Of the backward's own results too, only some are used."""
+    """Only some of the backward's own results are used."""
     inputs = qkv(1, 2, 7, 4)
     out = ATTENTIONS[name](*inputs)
     grads = torch.autograd.grad(out.sin().sum(), inputs, create_graph=True)
@@ -112,7 +112,7 @@ def test_second_order_with_undefined_parts(name):
 
 
 def fused_calls():
-    """{name: (function, inputs)}; each gives one result or several."""
+    """{name: (function, inputs)}; each function returns one result or several."""
     x, y = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
     weight, bias = (torch.randn(8, requires_grad=True) for _ in range(2))
     table = torch.randn(11, 8, requires_grad=True)
@@ -160,7 +160,8 @@ def results_of(result):
 
 @pytest.mark.native
 def test_direct_calls_name_what_is_missing():
-    """torch makes an undefined tensor of None; where there must be one, it is refused by name."""
+    """torch turns None into an undefined tensor; where a tensor is required, it is refused by
+    name."""
     q = torch.randn(1, 1, 4, 4)
     out, lse = q, torch.zeros(1, 1, 4)
     nothing = (None,) * 13

@@ -1,6 +1,6 @@
 """Every case on the C++ kernels, forward and every gradient, against float64.
 
-The operators are called directly, in their normal form. The rule for errors is verify.Tolerance's.
+The operators are called directly, in their normal form. Errors are held to core/tolerance.py.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def test_shapes_on_other_instruction_sets(case, isa, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_instruction_sets_are_obeyed(dtype, monkeypatch):
-    """They round differently: fused multiply-add or not, bf16 dot product or not."""
+    """They round differently: with or without fused multiply-add and the bf16 dot product."""
     problem = Case("", head_dim=64).make(dtype)
     lse = {}
     for isa in ISAS:
@@ -101,7 +101,7 @@ def test_public_functions_make_the_same_call(case):
     "case", [c for c in CASES if (c.bias or c.sinks) and c.has_backward][::4], ids=name_of
 )
 def test_gradients_not_asked_for(case):
-    """dq, dk and dv do not depend on whether the bias and the sinks want theirs."""
+    """dq, dk and dv do not depend on whether the bias and the sinks need a gradient."""
     problem = case.make(torch.float64)
     dout, _ = cotangents_of(case, problem, False)
     out, lse = forward(problem)
@@ -148,7 +148,7 @@ def test_any_number_of_splits(case, dtype, num_splits):
 @pytest.mark.parametrize("shape", [(1, 37, 130), (3, 200, 97), (2, 1, 600), (4, 16, 16)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_dropout_mask_is_the_reference_one(dtype, shape, seed):
-    """With v the identity, out is the dropped weights themselves."""
+    """If v is the identity, out is the probs after dropout."""
     heads, q_len, kv_len = shape
     p = 0.35
     q, k = torch.randn(2, heads, q_len, 4), torch.randn(2, heads, kv_len, 4)
@@ -220,7 +220,7 @@ def test_nan_stays_in_its_document(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_nan_in_what_does_not_exist_changes_nothing(dtype):
-    """The same bits with NaN and with zeros there: keys, values, bias, unused pages."""
+    """The same bits with NaN as with zeros in keys, values, bias and pages that do not exist."""
     for case in select("alone", "everything"):
         problem = case.make(dtype)
         clean = Problem(*(torch.where(x.isnan(), 0.0, x) for x in problem[:3]), *problem[3:])
@@ -243,7 +243,7 @@ def test_dout_in_any_memory_order(order):
     moved = dout.permute(order).contiguous().permute(inverse)
     for name, x in run_kernels(problem, (moved, dlse)).items():
         assert torch.equal(x, want[name]), name
-    ones = torch.ones(()).expand(dout.shape)  # what out.sum().backward() sends
+    ones = torch.ones(()).expand(dout.shape)  # the gradient that out.sum().backward() passes
     want = run_kernels(problem, (ones.contiguous(), None))
     for name, x in run_kernels(problem, (ones, None)).items():
         assert torch.equal(x, want[name]), name
@@ -251,7 +251,7 @@ def test_dout_in_any_memory_order(order):
 
 @pytest.mark.parametrize("kv_lens", [(), (6, 4)])
 def test_mask_of_packed_sequences_may_be_larger_than_the_longest(kv_lens):
-    """varlen_attention's max_seqlen is an upper bound, and mask and bias are as large as it."""
+    """varlen_attention's max_seqlen is an upper bound, and mask and bias have its size."""
     case = Case("", packed=((5, 9), (7, 4)), kv_lens=kv_lens, mask="full", bias="full")
     small = case.make(torch.float32)
     mask, bias = (
@@ -263,7 +263,8 @@ def test_mask_of_packed_sequences_may_be_larger_than_the_longest(kv_lens):
 
 
 def test_offsets_beyond_two_to_the_31():
-    """Rows of k, v and the mask lie more than 2^31 elements apart; only what is read is touched."""
+    """Rows of k, v and the mask are more than 2^31 elements apart; only what is read is
+    allocated."""
     step, keys = 2**26 + 64, 33
     try:
         memory = torch.empty(step * (keys - 1) + 64, dtype=torch.float16)
@@ -319,7 +320,7 @@ print(peak() - before)
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer takes memory")
 @pytest.mark.parametrize("options", ["plain", "full"])
 def test_memory_is_linear_in_the_lengths(options):
-    """One byte a score would be 256 MiB at these lengths; q, k, v and gradients are 6 MiB."""
+    """At these lengths one byte per score would be 256 MiB; q, k, v and gradients are 6 MiB."""
     run = subprocess.run(
         [sys.executable, "-c", PEAK, options], capture_output=True, text=True, timeout=300
     )
@@ -329,10 +330,10 @@ def test_memory_is_linear_in_the_lengths(options):
 
 @pytest.mark.parametrize("batch, heads", [(0, 2), (2, 0)])
 def test_bias_gradient_of_an_empty_call_is_zero(batch, heads):
-    """Nothing visits its elements, so nothing in the kernels sets them."""
+    """No item covers its elements, so no kernel sets them."""
     q, k, v = (torch.randn(batch, heads, rows, 8) for rows in (50, 70, 70))
     bias = torch.randn(1, 1, 50, 70, requires_grad=True)
-    poison = torch.full((50 * 70,), torch.nan)  # memory that the gradient is likely to get
+    poison = torch.full((50 * 70,), torch.nan)  # memory that the gradient will probably reuse
     del poison
     out = fastattn.attention(q, k, v, bias=bias, backend="cpu")
     (gradient,) = torch.autograd.grad(out.sum(), bias)
@@ -340,7 +341,8 @@ def test_bias_gradient_of_an_empty_call_is_zero(batch, heads):
 
 
 def test_large_bias_gradient():
-    """More than 4 MB, in huge pages where the system has them; the second entry adds to it."""
+    """More than 4 MB, in huge pages if the system has them; the second entry accumulates into
+    it."""
     q, k, v = (torch.randn(2, 2, rows, 8) for rows in (800, 700, 700))
     bias = torch.randn(1, 2, 800, 700, requires_grad=True)
     found = [

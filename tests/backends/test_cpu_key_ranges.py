@@ -1,6 +1,6 @@
 """Key ranges on the C++ kernels: forward and every gradient against float64, and what is skipped.
 
-The truth is the reference with the mask that says the same, so it knows nothing of key ranges.
+The reference results come from an equivalent mask, independently of key ranges.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def _rows(shape) -> Tensor:
 
 
 def _chunks(size: int, step: int = 0) -> Callable:
-    """Chunks of `size` keys that begin every `step` keys: with gaps between where it is larger."""
+    """Chunks of `size` keys that begin every `step` keys, with gaps between them if step is
+    larger."""
 
     def ranges(shape, draw):
         begin = _rows(shape) // size * (step or size)
@@ -42,7 +43,7 @@ def _chunks(size: int, step: int = 0) -> Callable:
 
 
 def _random(entries: bool, heads: bool) -> Callable:
-    """Any ends that never decrease, in part past the keys; many rows see nothing."""
+    """Random ends that never decrease, some of them beyond the keys; many rows see nothing."""
 
     def ranges(shape, draw):
         size = (shape[0] if entries else 1, shape[1] if heads else 1, shape[2], 1)
@@ -53,7 +54,7 @@ def _random(entries: bool, heads: bool) -> Callable:
 
 
 def _banded(shape, draw):
-    """About 40 keys a row, at another place in each head."""
+    """About 40 keys per row, at a different place in each head."""
     size = (*shape[:2], shape[2], 1)
     begin = torch.randint(0, max(1, shape[3]), size, generator=draw).sort(dim=2).values
     return begin, begin + 40
@@ -82,10 +83,10 @@ RANGES: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Ranged(Case):
-    """A case with key ranges; as_mask: with the mask that says the same in their place."""
+    """A case with key ranges or, if as_mask, with the equivalent mask."""
 
     ranges: str = ""
-    expanded: bool = False  # each dimension full, with strides of 0
+    expanded: bool = False  # all dimensions, some with strides of 0
     as_mask: bool = False
 
     def make(self, dtype, seed: int = 0, device: str = "cpu") -> Problem:
@@ -190,7 +191,7 @@ def test_same_bits_for_any_number_of_threads(case):
 
 
 def test_large_lse_in_the_backward():
-    """Logits past 2^12 take the pass that makes each row's sum again, which skips keys as well."""
+    """Logits beyond 2^12 use the pass that recomputes each row's sum, which also skips keys."""
     for kind in ("far_gaps", "random_by_head"):
         check(Ranged("", **LONG, ranges=kind, scale=2000.0), torch.float64)
 
@@ -202,11 +203,11 @@ def test_large_lse_in_the_backward():
 @pytest.mark.parametrize("q_len", [1, 4, 260])
 @pytest.mark.parametrize("kind", ["gaps", "far_gaps", "random_by_head", "one_for_all", "banded"])
 def test_nan_in_keys_that_no_row_sees_changes_nothing(kind, q_len, dtype):
-    """The same bits, also where the ranges of one tile's rows leave a gap between them."""
+    """The same bits, also where the ranges of a tile's rows leave a gap."""
     case = Ranged("", q_len=q_len, kv_len=600, **GQA, ranges=kind)
     clean = case.make(dtype)
     seen = replace(case, as_mask=True).make(dtype).operands.mask.any(2)  # [1 or 2, 1 or 4, keys]
-    seen = seen.expand(2, 4, -1).unflatten(1, (2, 2)).any(2)  # of either head of a kv head
+    seen = seen.expand(2, 4, -1).unflatten(1, (2, 2)).any(2)  # of either head that shares a kv head
     spoiled = (x.masked_fill(~seen[..., None], torch.nan) for x in (clean.k, clean.v))
     spoiled = Problem(clean.q, *spoiled, *clean[3:])
     for num_splits in (0, 3):
@@ -226,7 +227,7 @@ def test_rows_that_see_nothing():
 
 
 def test_a_bias_gradient_is_zero_outside():
-    """Tiles that nothing visits are set all the same: memory from the allocator is not zero."""
+    """Tiles that no item covers are zeroed too: memory from the allocator is not zero."""
     case = Ranged("", q_len=400, kv_len=400, ranges="chunks", bias="plane")
     problem = case.make(torch.float32)
     dbias = run_kernels(problem, cotangents_of(case, problem, False))["dbias"]
@@ -235,7 +236,8 @@ def test_a_bias_gradient_is_zero_outside():
 
 
 def test_rows_past_a_packed_sequence_are_not_looked_at():
-    """The tensors have rows for the longest sequence; a shorter one's may hold anything."""
+    """The tensors have rows for the longest sequence; the rest of a shorter one may hold
+    anything."""
     case = Ranged("", packed=((5, 30), (20, 30)), ranges="random_by_head")
     problem = case.make(torch.float32)
     want = run_kernels(problem, cotangents_of(case, problem, True))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: backends at real sizes, on streams and devices, and in CUDA graphs."""
+"""What only a GPU can test: backends at real sizes, on streams and devices, and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import fastattn
 from fastattn.backends import library
-from fastattn.cli.verify import Tolerance
+from fastattn.core.tolerance import Tolerance
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ("cuda", "triton")
@@ -25,7 +25,7 @@ def run(q, k, v, dout, backend, **options):
 
 
 def skip_what_is_refused(backend, q, k, v, **options):
-    """But not what a library that was built and does not load would refuse."""
+    """Except a library that was built but does not load."""
     reason = fastattn.explain(q, k, v, **options, backend=backend).reasons[backend]
     if backend == "cuda" and (
         fault := library.cuda_fault() or library.cuda_problem(q.get_device())
@@ -64,8 +64,7 @@ def test_real_sizes(backend, dtype, dim, length, options):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float8_at_real_sizes(backend, dim, options):
-    """The error is what comes of weights rounded to float8, each by itself; products lose nothing
-    that shows beside it."""
+    """The error comes from rounding each prob to float8; the rounding of products is negligible."""
     torch.manual_seed(0)
     q, k, v = (draw(1, heads, 4001, dim).to(torch.float8_e4m3fn) for heads in (4, 2, 2))
     scale = torch.rand(2, device="cuda") + 0.5
@@ -75,7 +74,7 @@ def test_float8_at_real_sizes(backend, dim, options):
     q, k, v = (x.double() for x in (q, k, v))
     q = q * scale.double().repeat_interleave(2)[:, None, None]
     want, want_lse = fastattn.attention(q, k, v, **options, backend="reference")
-    # weights^2 v^2: of twice the scores, but for the denominator
+    # probs^2 v^2: with twice the scores, except for the denominator
     options = options | {"scale": 2 * dim**-0.5, "backend": "reference"}
     squares, lse2 = fastattn.attention(q, k, v.square(), **options)
     squares = squares * (lse2 - 2 * want_lse).exp()[..., None]

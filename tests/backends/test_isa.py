@@ -1,4 +1,4 @@
-"""What the CPU library tells of its instruction sets, with and without the module fastattn._C."""
+"""What the CPU library reports of its instruction sets, with and without the module fastattn._C."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_kernels_follow_the_table():
     platform.machine() != "x86_64" or not CPUINFO.exists(), reason="needs Linux on x86-64"
 )
 def test_features_are_what_the_kernel_says():
-    """Under the kernel's names. It clears those whose registers it does not keep."""
+    """Under the kernel's names. The kernel hides features whose registers it does not save."""
     line = next(x for x in CPUINFO.read_text().splitlines() if x.startswith("flags"))
     flags = set(line.partition(":")[2].split())
     assert isa.features() == {name: name in flags for name in isa.features()}
@@ -83,7 +83,7 @@ def python(*command: str, **settings: str) -> subprocess.CompletedProcess:
 
 
 def test_it_is_known_without_the_module():
-    """As in a wheel for every CPython, which has the library and not the module."""
+    """As in a wheel for every CPython, which contains the library but not the module."""
     run = python("-c", WITHOUT_C, FASTATTN_ISA="portable")
     assert run.returncode == 0, run.stderr
     explained, states, recorded, same = json.loads(run.stdout)
@@ -97,7 +97,7 @@ def test_info_ends_where_nothing_can_run():
         assert run.returncode == 1
         (sentence,) = run.stderr.splitlines()
         assert sentence.startswith("FASTATTN_ISA=avx1024 is not one of: avx512_bf16, ")
-        assert bool(run.stdout) == bool(form)  # the rest is for programs, which read --json
+        assert bool(run.stdout) == bool(form)  # the rest is for programs that read --json
     assert all("avx1024" in row["state"] for row in json.loads(run.stdout)["isas"])
 
 

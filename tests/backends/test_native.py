@@ -1,7 +1,7 @@
-"""The native operators on random and on hostile arguments: right or refused, and never a crash.
+"""The native operators with random and with hostile arguments: a right result or a refusal, never a
+crash, which would end the process and so the test run.
 
-A crash ends the process, which is how it shows. `make asan` runs this file with a library that also
-reports reads and writes past an end. A refusal is an ordinary exception with a sentence.
+`make asan` runs this file with the sanitizers. A refusal is an ordinary exception with a sentence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOLERANCES = {  # of the largest value, for draws of a few dozen normal numbers
 FUZZ = settings(
     max_examples=int(os.environ.get("FASTATTN_FUZZ", "150")),
     deadline=None,
-    derandomize=True,  # the same calls in every run; FASTATTN_FUZZ=5000 goes further
+    derandomize=True,  # the same calls in every run; FASTATTN_FUZZ=5000 tries more
     suppress_health_check=list(HealthCheck),
     database=None,
 )
@@ -98,7 +98,7 @@ def test_random_backward_is_right(call, data):
 
     inputs = in_double(call)
     want_out, want_lse = expected(call, inputs)
-    seen = want_lse.isfinite()  # an -inf has no gradient to pass on
+    seen = want_lse.isfinite()  # an -inf has no gradient
     loss = (want_out * dout.double()).sum() + sum(0 * x.sum() for x in inputs[:3])
     if dlse is not None:
         loss = loss + (torch.where(seen, want_lse, 0.0) * dlse.double()).sum()
@@ -116,7 +116,7 @@ def test_random_backward_is_right(call, data):
         assert_close(gradient / scale, want / scale, call.q.dtype, name)
 
 
-# Hostile but harmless: computing what they mean is as right as refusing them.
+# Hostile but harmless: computing them is as right as refusing them.
 LENIENT = {
     "bias in another half",
     "kv_starts huge",
@@ -129,7 +129,8 @@ LENIENT = {
 
 
 def refused(run: Callable[[], Sequence[Tensor]]) -> bool:
-    """Whether `run` raises a sentence. A meta operand may make the call a meta call instead."""
+    """Whether `run` raises with a sentence. A meta operand may instead make the call a meta
+    call."""
     try:
         results = run()
     except REFUSALS as error:
@@ -152,7 +153,7 @@ def test_hostile_forward_is_refused(name):
 
 @pytest.mark.parametrize("name", sorted(SPOILERS.keys() - LENIENT - {"num_splits -1"}))
 def test_hostile_backward_is_refused(name):
-    """The backward is an entry point of its own and checks everything again."""
+    """The backward is a separate entry point and checks everything itself."""
     bases = {"packed": packed, "cu_seqlens": packed, "page": paged}
     good = next((make for word, make in bases.items() if name.startswith(word)), plain)()
     out, lse = good.forward()
@@ -235,7 +236,7 @@ def test_backward_refuses_a_gradient_of_nothing(missing):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", ["q", "k", "v", "bias", "sinks", "alibi_slopes", "lse", "dout"])
 def test_values_that_are_not_finite_do_no_harm(which, value):
-    """NaN and Inf anywhere may make NaN; they reach no index and no loop bound."""
+    """NaN and Inf anywhere may give NaN, but affect no index and no loop bound."""
     call = plain()
     call.tensors = {
         "bias": torch.zeros(2, 4, 7, 33),
@@ -254,7 +255,7 @@ def test_values_that_are_not_finite_do_no_harm(which, value):
     if which == "dout":
         dout[0, 0, 0, 0] = value
     gradients = call.backward(dout, torch.ones_like(lse), out, lse)
-    # Batch entry 1 shares nothing with the first row of entry 0 but sinks and slopes, by head.
+    # Batch entry 1 shares only sinks and slopes with the first row of entry 0.
     assert out[1, 0].isfinite().all()
     assert gradients[0][1, 0].isfinite().all()
 

@@ -1,6 +1,5 @@
 """The operators as torch sees them: schemas, fake kernels, autograd, vmap, autocast, FLOPs; and
-what happens where the native library is missing.
-"""
+what happens without the native library."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ def test_opcheck_backward(case):
     dout = torch.randn_like(out).requires_grad_()
     dlse = None if case.name == "plain" else torch.randn_like(lse).requires_grad_()
     call = (dout, dlse, out, lse, *tensors)
-    if case.name == "mask, bias, sinks":  # slow; and lengths and seeds are read in second order
+    if case.name == "mask, bias, sinks":  # slow; lengths and seeds are read again in second order
         opcheck(BACKWARD.default, (*call, *spec, *needs))
     call = (x if x is None else x.detach() for x in call)
     opcheck(BACKWARD.default, (*call, *spec, *needs))
@@ -87,7 +86,7 @@ def test_opcheck_backward(case):
 @pytest.mark.parametrize("case", select("alone", "layout"), ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
 def test_fake_kernels_say_what_comes(case, dtype):
-    """Shapes, dtypes and strides of all results, also of inputs whose last stride is not 1."""
+    """Shapes, dtypes and strides of all results, also for inputs whose last stride is not 1."""
     tensors, spec = small(case, dtype, grad=False)
     for turned in (False, True):
         if turned:
@@ -219,7 +218,7 @@ def _ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-COUNTED = {  # name: (function, q, k and v, arguments); v's columns are told by the test
+COUNTED = {  # name: (function, q, k and v, arguments); the test sets v's columns
     "band": ("attention", (2, 4, 6, 8), (2, 2, 9, 8), {"causal": True}),
     "window": ("attention", (2, 4, 6, 8), (2, 2, 9, 8), {"window": (2, 1), "align": "start"}),
     "kv_lens": ("attention", (2, 4, 6, 8), (2, 2, 9, 8), {"kv_lens": _ints(2, 9), "causal": True}),
@@ -242,7 +241,7 @@ COUNTED = {  # name: (function, q, k and v, arguments); v's columns are told by 
 @pytest.mark.native
 @pytest.mark.parametrize("name", COUNTED)
 def test_flops_are_the_weights_there_are(name):
-    """The counter, explain() and the weights other than 0 agree: key j's value is 1 in column j."""
+    """The FLOP counter, explain() and the non-zero probs agree: key j's value is 1 in column j."""
     function, q_shape, k_shape, options = COUNTED[name]
     q, k = torch.randn(q_shape), torch.randn(k_shape)
     keys = k.shape[0] if k.dim() == 3 else k.shape[0] * k.shape[2]

@@ -1,5 +1,5 @@
-"""Proof of the CUDA kernels on a GPU (fastattn/backends/proof.py), all of it with a machine that is
-made up: steps that pass, fail, crash and hang, and what comes of them."""
+"""The proof of the CUDA kernels (fastattn/backends/proof.py), tested with a simulated machine:
+steps that pass, fail, crash and hang, and the consequences."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_all_pass_and_everything_is_open(file):
 
 @pytest.mark.parametrize("how", ENDS)
 def test_what_fails_is_named_and_stays_off(how):
-    """And what depends on it is not run; what does not depend on it is, and is open."""
+    """Steps that depend on it are not run; independent ones are, and open their calls."""
     state, said = ENDS[how]
     start = time.monotonic()
     found, machine, _ = prove(backward=how)
@@ -87,13 +87,13 @@ def test_a_first_step_that_fails_closes_everything():
 
 
 def test_of_a_step_that_hangs_nothing_stays_behind(tmp_path):
-    """Not even what it has started itself."""
+    """Not even the processes that it has started."""
     mine = tmp_path / "children"
     script = f"trap '' TERM; sleep 62 & echo $! > {mine}; echo $$ >> {mine}; sleep 62"
     outcome = limited.run(["/bin/sh", "-c", script], 1)
     assert outcome.state == "hung" and outcome.code is None
     for pid in map(int, mine.read_text().split()):
-        for _ in range(100):  # init may take its time to bury it
+        for _ in range(100):  # init may take a while to reap it
             state = Path(f"/proc/{pid}/stat")
             if not state.exists() or state.read_text().split(")")[1].split()[0] == "Z":
                 break
@@ -103,7 +103,7 @@ def test_of_a_step_that_hangs_nothing_stays_behind(tmp_path):
 
 
 def test_a_process_that_cannot_be_killed_is_not_waited_for(monkeypatch):
-    """As one may be that waits for a GPU: then nothing else touches the GPUs."""
+    """Like a process that waits for a GPU; then nothing else may use the GPUs."""
     spared = []
     monkeypatch.setattr(limited, "GRACE", 0.1)
     monkeypatch.setattr(os, "killpg", lambda group, number: spared.append(group))
@@ -185,7 +185,7 @@ def test_where_nothing_can_be_kept_it_says_so(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_cut_off_has_shown_what_it_has(monkeypatch):
-    prove()  # an earlier proof counts no longer, once the kernels may have taken the machine down
+    prove()  # an earlier proof no longer counts after kernels may have crashed the machine
 
     class Cut(Pretended):
         def command(self, step, gpu):
@@ -225,7 +225,7 @@ def test_the_drivers_version(monkeypatch, line):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """verify.main() on such a machine: (exit status, its JSON, what it printed, what run() got)."""
+    """verify.main() on such a machine: (exit status, its JSON, its output, what run() received)."""
     ran = []
 
     def run(quick, console, gpu=True):
@@ -265,7 +265,7 @@ def test_verify_touches_no_gpu_whose_driver_hangs(command):
 
 
 def test_a_machine_without_a_gpu_has_nothing_to_prove():
-    """Nor is a process started to ask, where no library is loaded."""
+    """Without a loaded library, no process is started either."""
     if library.CUDA is not None:
         pytest.skip("the CUDA library is loaded here")
     assert Machine().gpus() == ([], library.cuda_fault())

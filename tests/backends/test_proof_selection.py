@@ -1,4 +1,5 @@
-"""Which calls select the CUDA kernels by themselves: those proven on this GPU, and no others."""
+"""Which calls select the CUDA kernels automatically: those that are proven on this GPU, and no
+others."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ file = pytest.fixture(autouse=True)(pretended.file)
 
 
 class Tensor:
-    """What backends ask of a tensor on a GPU."""
+    """The attributes of a tensor on a GPU that backends use."""
 
     device, is_cuda, is_cpu = torch.device("cuda", 0), True, False
 
@@ -32,7 +33,7 @@ class Tensor:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU on which Triton runs, and the CUDA library seems to be loaded."""
+    """A simulated GPU on which Triton runs and the CUDA library seems to be loaded."""
     monkeypatch.setattr(library, "CUDA_MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton, "gpu_missing", lambda index: None)
@@ -66,13 +67,13 @@ def test_calls_that_the_kernels_do_not_take_say_nothing(gpu):
     assert picked(name="cuda") is registry.BY_NAME["cuda"]
 
 
-CALLS = {  # what a call has, beside the rest: its tensor and operands
+CALLS = {  # the additional tensor and operands of a call
     "call": (Tensor(), {}),
     "lengths": (Tensor(), {"kv_lens": torch.ones(1)}),
     "pages": (Tensor(), {"kv_lens": torch.ones(1), "page_table": torch.ones(1)}),
     "float8": (Tensor(torch.float8_e4m3fn), {"descales": Descales()}),
 }
-BREAKS = {  # of a step that fails: the kinds of calls that run on Triton then
+BREAKS = {  # of a step that fails: the kinds of calls that then run on Triton
     "all shapes": tuple(CALLS),
     "graphs": tuple(CALLS),
     "lengths": ("lengths", "pages", "float8"),
@@ -107,7 +108,7 @@ def test_where_the_backward_cannot_follow_it_is_asked_for(gpu, monkeypatch):
 
 @pytest.mark.parametrize("step", ["backward", "orders", "graphs_of_gradients"])
 def test_gradients_that_are_not_proven_run_on_the_next_backend(gpu, monkeypatch, step):
-    """And where torch.compile may want them, the forward is too."""
+    """If torch.compile may need gradients, the forward goes to Triton too."""
     prove(**{step: "fail"})
     backend = picked()
     assert backend.name == "cuda"
@@ -136,7 +137,7 @@ def test_proven_gradients_run(gpu, monkeypatch):
 
 
 def test_explain_says_why_a_backend_is_not_auto_selected(monkeypatch):
-    """A CPU's tensors are held from Triton's interpreter; the sentence of a GPU's is the same."""
+    """CPU tensors are kept from Triton's interpreter; the sentence for a GPU's is the same."""
     q = torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16)
     held = "their self-test 'graphs' on this GPU, driver and build: failed: x"
     cuda = replace(registry.BACKENDS[0], why_not=lambda *c: None, why_not_auto=lambda *c: held)

@@ -1,6 +1,6 @@
-"""The steps that prove the CUDA kernels on a GPU (fastattn/backends/proof_steps.py), held to the
-CPU ones: each passes, and each sees the faults that it is there for. Some run the CUDA kernels
-themselves, on the emulator."""
+"""The self-tests of the CUDA kernels (fastattn/backends/proof_steps.py), run on the CPU kernels:
+each passes, and each detects the faults that it is for. Some also run the CUDA kernels on the
+emulator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_right_kernels_pass_with_the_gpus_head_dimensions(step):
 
 
 class Faulty(OnCpu):
-    """Kernels with one fault, in what forward or backward returns."""
+    """Kernels with one planted fault, in a result of forward or backward."""
 
     def __init__(self, forward=None, backward=None):
         self.change, self.change_back, self.calls = forward, backward, 0
@@ -68,14 +68,14 @@ def nan_once(d, call, out, lse):
 
 
 def no_mask(d, call, out, lse):
-    """Only what is causal is wrong."""
+    """Only causal calls are wrong."""
     if call.spec.right != 0:
         return out, lse
     return OnCpu.forward(d, call.but(spec=Spec(call.spec.scale, call.spec.softcap)))
 
 
 def unsteady(d, call, out, lse):
-    """In one run of three a bit is another, too little to be an error."""
+    """In one of three runs one bit differs, by too little to exceed the tolerance."""
     if d.calls % 3 == 0:
         out.view(torch.int16)[0, 0, 0, 0] ^= 1
     return out, lse
@@ -141,7 +141,7 @@ def test_faults_are_seen(step, fault):
 
 
 def test_every_step_has_a_fault_that_it_sees():
-    """But for the first two, whose questions only a driver answers: see below."""
+    """Except the first two, which only a driver can answer: see below."""
     assert {step for step, _ in FAULTS} == set(STEPS) - {"driver", "tensor maps"}
 
 
@@ -171,7 +171,7 @@ def test_a_failure_names_the_call_and_the_error(monkeypatch, capsys):
 
 
 class Emulated(OnCpu):
-    """sm_90's kernels for many rows and those of sm_80 for few, as csrc/cuda/ops.cu chooses."""
+    """sm_90's kernels for many rows and sm_80's for few, as csrc/cuda/ops.cu chooses."""
 
     heads = 2
 
@@ -191,7 +191,7 @@ def problem_of(call) -> Problem:
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=f"no emulator: {emulated.why_not()}")
 def test_the_cuda_kernels_pass_on_the_emulator():
-    """The rule for errors fits them, and so does the way in which the steps call them."""
+    """The tolerance rule fits them, and so does the way in which the steps call them."""
     device = Emulated()
     for case in (
         Case(64, 64, splits=1),

@@ -1,8 +1,9 @@
 """The Triton backend against float64: every option, alone and in pairs, forward and backward.
 
-Without a GPU the kernels are interpreted (where products are in fp32, kernels/tile.py), which takes
-a second or more a case: every option, pair and kind is there (tests/support/pairwise.py), but few
-to a case. `pytest --long` runs the whole list, one by one."""
+Without a GPU the kernels are interpreted (with products in fp32, kernels/tile.py), which takes a
+second or more per case. So each case combines several options, and together they cover every
+option, pair and kind (tests/support/pairwise.py). `pytest --long` runs the whole list one by one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def _on_the_cpu_too(monkeypatch):
 
 # ---- every case ---------------------------------------------------------------------------------
 
-ON_GPU = DEVICE == "cuda"  # where nothing is thinned
+ON_GPU = DEVICE == "cuda"  # where nothing is left out
 ONE_BY_ONE = select("alone", "mask", "bias", "layout")
 LIST = [*PAIRWISE, *KINDS, *select("gqa", "edge", "everything"), *(ONE_BY_ONE if ON_GPU else ())]
 
@@ -105,7 +106,7 @@ def test_pairwise_covers_every_pair():
 
 
 def test_kinds_are_all_there():
-    """Each mask, bias and layout, and no bias only where its mask hides everything."""
+    """Each mask, bias and layout; no bias only with a mask that hides everything."""
     assert {c.mask for c in KINDS} == set(MASKS) and {c.layout for c in KINDS} == set(LAYOUTS)
     assert {c.bias for c in KINDS if c.mask != "nothing"} == set(BIASES)
 
@@ -155,7 +156,7 @@ def test_the_same_bits_every_time():
 
 
 def test_lengths_out_of_range_read_nothing_outside():
-    """Nobody looks at values on a GPU: the kernel takes the nearest length there is."""
+    """Values on a GPU are not checked: the kernel clamps lengths to the valid range."""
     q, k = torch.randn(2, 1, 5, 16, device=DEVICE), torch.randn(2, 1, 40, 16, device=DEVICE)
     lens = torch.tensor([-3, 1000], dtype=torch.int32, device=DEVICE)
     right = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)

@@ -1,6 +1,5 @@
-"""8-bit caches and inputs, appending, merging: Triton's kernels and the backends that widen,
-against float64. Without a GPU the kernels are interpreted, as in test_triton.py.
-"""
+"""8-bit caches and inputs, appending, merging: Triton's kernels, and the backends that convert
+first, against float64. Without a GPU the kernels are interpreted, as in test_triton.py."""
 
 from __future__ import annotations
 
@@ -47,12 +46,12 @@ def ints(*values):
 
 
 def stored(x, descale, dtype):
-    """x in a cache of dtype; as it is where that is no 8-bit dtype."""
+    """x in a cache of dtype; unchanged unless that is an 8-bit dtype."""
     return quantize(x, descale, dtype) if dtype in EIGHT else x.to(dtype)
 
 
 class Cached:
-    """A decode call: tensors, arguments, and where each entry's slots lie in the cache."""
+    """A decode call: tensors, arguments, and the position of each entry's slots in the cache."""
 
     def __init__(self, kind, place, dtype, rotary=None, own=False):
         self.kind, self.dtype = kind, dtype
@@ -88,7 +87,7 @@ class Cached:
             self.call["rotary_interleaved"] = rotary
 
     def run(self, backend, **changes):
-        """(out, lse, the caches afterwards); this object's stay."""
+        """(out, lse, the caches afterwards); this object's caches do not change."""
         caches = [x.clone() for x in self.caches]
         results = fastattn.decode_attention(
             self.q, *caches, **{**self.call, **changes}, return_lse=True, backend=backend
@@ -96,7 +95,7 @@ class Cached:
         return *results, caches
 
     def entry(self, caches, b):
-        """[1, HKV, n, *] of float64: the keys and values that entry b has in these caches."""
+        """[1, HKV, n, *] in float64: the keys and values that entry b has in these caches."""
         found = []
         for cache, scale in zip(caches, self.descales):
             scale = scale[b] if scale.dim() == 2 else scale
@@ -133,7 +132,7 @@ def check(case, backend):
 @pytest.mark.parametrize("kind", [INT8, E4M3, None], ids=name_of)
 @pytest.mark.parametrize("backend", ["reference", CPU, TRITON])
 def test_decode(backend, kind, place, rotary):
-    """Values against float64; what is appended against the same in torch."""
+    """Results against float64; appended values against the same in torch."""
     dtype = [torch.bfloat16, torch.float16, torch.float32][["rows", "pages", "dense"].index(place)]
     case = Cached(kind, place, dtype, rotary)
     caches = check(case, backend)
@@ -144,7 +143,7 @@ def test_decode(backend, kind, place, rotary):
         assert {row for row, _ in changed.nonzero().tolist()} <= {row for row, _ in written}
         if rotary is None or n == 1:
             assert torch.equal(cache.view(torch.uint8), want.view(torch.uint8))
-        else:  # rounding of a rotation may move a key to the next number
+        else:  # the rounding of a rotation may give a key's neighbouring number
             step = 1 if kind == INT8 else want.float().abs() * 2.0**-3 + 2.0**-9
             assert ((cache.float() - want.float()).abs() <= step).all()
             assert (cache.float() == want.float()).float().mean() > 0.98
@@ -170,7 +169,7 @@ def test_parts_of_the_keys(kind, num_splits):
 
 @pytest.mark.parametrize("backend", ["reference", CPU, TRITON])
 def test_mask_bias_window_and_padding_of_a_wider_cache(backend):
-    """Operands as wide as the cache, where only part of it is widened."""
+    """Operands as wide as the cache, of which only part is converted."""
     case = Cached(INT8, "pages", torch.float32)
     capacity = 5 * PAGE
     options = {
@@ -197,7 +196,8 @@ def test_mask_bias_window_and_padding_of_a_wider_cache(backend):
 @needs_triton
 @pytest.mark.parametrize("kind", EIGHT, ids=name_of)
 def test_every_rounding(kind):
-    """Ties, subnormals, both ends, past them, and (in float8) NaN: the bits are torch's."""
+    """Ties, subnormals, both ends of the range, numbers beyond, and (in float8) NaN: torch's
+    bits."""
     low, high = RANGES[kind]
     ties = (
         torch.arange(-1200, 1200) / 2 if kind == INT8 else torch.arange(-(1 << 13), 1 << 13) / 2**13
@@ -218,7 +218,7 @@ def test_every_rounding(kind):
 
 @needs_triton
 def test_what_does_not_fit_is_not_written():
-    """Nobody looks at lengths on a GPU; the kernel leaves memory outside alone."""
+    """Lengths on a GPU are not checked; the kernel leaves memory outside of the cache alone."""
     k = torch.ones(4, 1, 3, 8, device=DEVICE)
     caches = [torch.zeros(4, 1, 10, 8, device=DEVICE) for _ in range(2)]
     arguments = (None, None, None, True, None, None)
@@ -273,7 +273,7 @@ def test_float8_attention(backend, options, scales):
 @pytest.mark.parametrize("dim", [16, 40, 300])
 @pytest.mark.parametrize("native", [False, True], ids=["bytes", "float8"])
 def test_float8_by_bits_and_as_such(dim, native):
-    """Both ways in which a kernel reads float8, in tiles and in chunks of channels."""
+    """The two ways in which a kernel reads float8: in tiles, and in chunks of channels."""
     from fastattn.kernels import config, launch
 
     if DEVICE == "cuda" and native and not config.device_of(torch.empty(0, device=DEVICE)).fp8:
@@ -324,7 +324,7 @@ def test_operator_with_descales():
     q, k = torch.randn(2, 2, 5, 16, device=DEVICE), float8(2, 2, 9, 16)
     scale = torch.rand(2, device=DEVICE)
     arguments = (q, k, k, *(None,) * 13, *NUMBERS, 0)
-    whole = k.float().to(INT8)  # the schema's test has no float8
+    whole = k.float().to(INT8)  # the schema test does not know float8
     torch.library.opcheck(
         operator, (q, whole, whole, *arguments[3:], None, scale, None),
         test_utils=("test_schema", "test_faketensor"),

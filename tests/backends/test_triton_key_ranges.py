@@ -51,7 +51,7 @@ COMBINED = [
     for kind in (("chunks", "random_by_head", "prefix") if ON_GPU else ("random_by_head",))
     for name, settings in OPTIONS.items()
 ]
-SHARED = [  # ranges that sequences share, and ranges of all heads
+SHARED = [  # ranges shared by sequences, and ranges shared by heads
     Ranged(f"packed+{kind}", packed=PACKED, causal=causal, ranges=kind)
     for kind, causal in (("chunks", True), ("random_by_entry", False), ("one_for_all", False))
 ]
@@ -87,7 +87,7 @@ def test_tiles_of_other_sizes(tile):
 
 @pytest.mark.parametrize("kind", ["far_gaps", "chunks_of_a_tile"])
 def test_tiles_outside_are_never_touched(kind):
-    """NaN in the tiles that no tile of rows needs changes no bit of anything."""
+    """NaN in tiles of keys that no tile of rows needs changes no bit of any result."""
     case = Ranged("", q_len=64, kv_len=256, ranges=kind)
     clean = case.make(torch.float32, device=DEVICE)
     seen = replace(case, as_mask=True).make(torch.float32).operands.mask[0, 0]  # [rows, keys]
@@ -108,7 +108,7 @@ def test_tiles_outside_are_never_touched(kind):
 
 
 def test_hostile_ends_read_nothing_outside():
-    """Nobody looks at values on a GPU. Ends outside of the keys are clamped, and ends that decrease
+    """Values on a GPU are not checked. Ends outside of the keys are clamped; ends that decrease
     give each row no more than its own range in the forward pass."""
     case = Ranged("", **SHORT, ranges="random_by_head")
     problem = case.make(torch.float32, device=DEVICE)

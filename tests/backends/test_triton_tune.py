@@ -1,4 +1,5 @@
-"""Autotuning on request, with a made-up clock: it picks the fastest, remembers, and survives."""
+"""Autotuning on request, with a simulated clock: it picks the fastest, stores it, and survives
+failures."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ ROW = config.Config(32, 64, 4, 2)
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path):
-    """The rows that were timed; 64 rows of a tile are fastest, and 8 warps do not compile."""
+    """The configurations that were timed. Tiles of 64 rows are fastest, and 8 warps do not
+    compile."""
     seen = []
 
     def seconds(row, run):
@@ -70,7 +72,7 @@ def test_neighbours_are_possible():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times for real there")
 def test_calls_are_tuned(timed, monkeypatch, tmp_path):
-    """Forward and both passes of the backward, and the results stay right."""
+    """Forward and both passes of the backward; the results stay right."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q = torch.randn(1, 1, 40, 16, requires_grad=True)
     out = fastattn.attention(q, q, q, causal=True, backend="triton")

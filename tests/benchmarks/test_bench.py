@@ -1,4 +1,4 @@
-"""The benchmark's protocol: statistics on fake clocks, counting of work.
+"""The benchmark's protocol: statistics with fake clocks, and the count of the work.
 
 No test here asserts a time.
 """
@@ -33,7 +33,7 @@ def outside(count: int, k: int) -> Fraction:
 
 @pytest.mark.parametrize("count", range(6, 40))
 def test_interval_is_the_narrowest_that_covers(count):
-    values = list(range(1, count + 1))  # so that a value is its own rank
+    values = list(range(1, count + 1))  # so that each value is its own rank
     random.Random(count).shuffle(values)
     low, high, coverage = timing.median_interval(values)
     assert low + high == count + 1
@@ -44,7 +44,7 @@ def test_interval_is_the_narrowest_that_covers(count):
 
 
 def test_interval_of_many_values():
-    """About median rank +- 0.98 sqrt(n), and no overflow."""
+    """About median rank +- 0.98 sqrt(n), without overflow."""
     low, high, coverage = timing.median_interval(range(1, 5001))
     assert low + high == 5001 and 0.95 <= coverage < 0.951
     assert 2500 - low == pytest.approx(0.98 * 5000**0.5, abs=2)
@@ -71,7 +71,7 @@ def test_order_rotates_and_reverses():
     for position in range(3):
         assert sorted(r[position] for r in rounds) == list("AABBCC")
     pairs = {(a, b) for r in rounds for a, b in itertools.pairwise(r)}
-    assert len(pairs) == 6  # everybody runs after everybody else
+    assert len(pairs) == 6  # every contender runs after every other
 
 
 def test_ratio_on_a_steady_clock():
@@ -92,7 +92,7 @@ def test_ratio_on_a_steady_clock():
 
 
 def test_drift_of_the_machine_cancels():
-    """The clock slows down fourfold during the run: medians move, the ratio stays."""
+    """The clock slows down fourfold during the run: medians change, the ratio does not."""
     clock = FakeClock()
 
     def drifting(base):
@@ -116,7 +116,7 @@ def test_equal_contenders_make_no_difference(seed):
         return 100_000 * rng.lognormvariate(0, 0.3)
 
     contenders = [timing.Contender(name, clock.work(noisy)) for name in "ab"]
-    # At 99.9 % the twenty seeds together are wrong once in fifty; these are not.
+    # At 99.9 %, all twenty seeds together fail once in fifty; these do not.
     result = timing.compare(contenders, rounds=25, min_seconds=0, confidence=0.999, clock=clock)
     assert result.ratio("b").verdict == "no difference"
 
@@ -164,7 +164,7 @@ def test_scope_is_entered_outside_the_clock():
     ]
     result = timing.compare(contenders, rounds=6, clock=clock)
     assert result.ratio("b").value == pytest.approx(1.0)
-    assert len(entered) >= 6 + 1  # the warm-up enters it too
+    assert len(entered) >= 6 + 1  # the warm-up goes into it too
 
 
 def test_refusals_of_compare():
@@ -263,8 +263,8 @@ def test_peaks_are_positive():
 
 
 def noisy_pair(rng: random.Random, slowdown: float, rounds: int = 21) -> timing.Ratio:
-    """A comparison on a machine whose speed wanders slowly (shared by both) and jitters by some
-    percent, with now and then an interruption, as was seen on a shared two-core machine."""
+    """A comparison on a machine whose speed drifts slowly, for both sides alike, and jitters by
+    some percent, with occasional interruptions, as observed on a shared two-core machine."""
     clock = FakeClock()
 
     def work_of(factor: float):
@@ -322,7 +322,7 @@ def test_merged_rounds_are_those_of_both():
 
 
 def test_passes_that_disagree_make_no_difference():
-    """Every round of a process may agree and yet tell of the process only."""
+    """All rounds of a process may agree and yet be typical only of that process."""
     fast, slow = (0.5,) * 30, (1.5,) * 30
     passes = [timing.Comparison({"a": fast, "b": slow}, {}), timing.Comparison(
         {"a": slow, "b": fast}, {}), timing.Comparison({"a": slow, "b": fast}, {})]  # fmt: skip
@@ -335,7 +335,7 @@ def test_passes_that_disagree_make_no_difference():
 
 
 def test_the_best_of_several_turns_sheds_interruptions():
-    """Two calls of three are interrupted, for longer than they take."""
+    """Two of three calls are interrupted, for longer than they take."""
 
     def share_caught(turns: int) -> float:
         caught = 0

@@ -1,4 +1,4 @@
-"""Rows, competitors, and the check that comes before any number. No test here asserts a time."""
+"""Cases, competitors, and the check that comes before timing. No test here asserts a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SDPA = competitors.named("sdpa")
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The shortest run that is still a run."""
+    """The shortest possible run."""
     monkeypatch.setitem(protocol.LEVELS, "quick", (6, 0.0))
     monkeypatch.setattr(devices, "peak_flops", lambda dtype, seconds, device: 1e11)
     monkeypatch.setattr(devices, "peak_bandwidth", lambda size, seconds, device: 1e10)
@@ -83,7 +83,7 @@ def test_select_by_suite_group_modes_and_pattern():
     assert [c.floor for c in both if c.mode == "bwd"] == [
         0.0,
         0.0,
-    ]  # only what was asked
+    ]  # only what was selected
     with pytest.raises(ValueError, match="suite: 'dens' is not known; accepted are all, attention"):
         suites.select("dens")
     with pytest.raises(ValueError, match="'dense' and --model gpt2 both choose cases"):
@@ -132,7 +132,7 @@ def test_pairs_of_a_row_are_those_its_masks_show(name):
 @pytest.mark.parametrize("name", [n for n in TINY if not TINY[n].dropout])
 @pytest.mark.parametrize("who", ["sdpa", "math", "eager"])
 def test_every_way_to_write_a_row_computes_the_same(name, who):
-    """In float64, to rounding: who is compared computes what fastattn computes."""
+    """To rounding in float64, every competitor computes what fastattn computes."""
     problem = Problem(TINY[name]).double()
     competitor = competitors.BY_NAME[who]
     if competitor.why_not(problem):

@@ -1,4 +1,4 @@
-"""The benchmark's command line, its reports, its history and another commit in the same rounds.
+"""The benchmark's command line, its reports, its history, and another commit in the same rounds.
 
 No test here asserts a time.
 """
@@ -188,7 +188,7 @@ def test_a_report_that_cannot_be_written_costs_nothing_else(tiny, capsys):
 # ---- the time there is --------------------------------------------------------------------------
 
 
-def test_a_budget_takes_the_most_informative_cells(monkeypatch):
+def test_a_budget_takes_the_most_informative_cases(monkeypatch):
     """If every case takes ten seconds, five cases and one A/A case fit into a minute."""
     now, measured = [0.0], []
 
@@ -199,8 +199,8 @@ def test_a_budget_takes_the_most_informative_cells(monkeypatch):
 
     monkeypatch.setattr(runner, "measure", take_ten)
     monkeypatch.setattr(runner.Machine, "measure_peaks", lambda *args, **kwargs: None)
-    monkeypatch.setattr(runner, "AA_CELLS", 1)
-    monkeypatch.setattr(runner, "aa_cells", lambda cases, forecast: [SMALL])
+    monkeypatch.setattr(runner, "AA_CASES", 1)
+    monkeypatch.setattr(runner, "aa_cases", lambda cases, forecast: [SMALL])
     monkeypatch.setattr(runner.Forecast, "raw", lambda self, case: 10.0)
     plan = protocol.Plan(devices.Cpu(), named("sdpa"), "quick")
     done = runner.run(suites.CASES, plan, machine(), seconds=60.0, clock=lambda: now[0])
@@ -231,7 +231,7 @@ def test_what_is_slower_comes_first():
     ((entry, name, ratio),) = record.slower(data)
     assert (entry["dtype"], name) == ("bf16", "sdpa") and ratio["value"] == pytest.approx(0.5, 0.1)
     text = table.as_markdown(data, [Change("case", "base", 0.8, 0.7, 0.9)])
-    wrong, slow, changed = (text.index(w) for w in ("Wrong, so", "Slower: the", "Changed:"))
+    wrong, slow, changed = (text.index(w) for w in ("Wrong, so", "Slower:", "Changed:"))
     assert wrong < slow < changed < text.index("<details>")
     assert "case: slower, 25.0% more time (0.70 to 0.90, by base)" in text
     assert "no difference" in text and "| RED |" in text
@@ -286,7 +286,7 @@ def test_two_writers_get_two_numbers(tmp_path):
 
 
 def test_changes_are_the_ratios_change():
-    """torch takes twice as long today, in both runs of the rounds: nothing changed."""
+    """torch takes twice as long in the second run, and so does fastattn: nothing has changed."""
     case = SMALL
     make = lambda ours, theirs: record.as_json(  # noqa: E731
         [result(case, fastattn=ours, sdpa=theirs)], machine(), level="quick", options=[]
@@ -314,7 +314,7 @@ def test_compare_and_fail_if(tiny, monkeypatch, capsys):
         return result(case, fastattn=1e-3 * slowdown[0], sdpa=2e-3)
 
     monkeypatch.setattr(runner, "measure", fixed)
-    assert cli.main(["--compare", "last"]) == 2  # nothing to compare with, and it says so
+    assert cli.main(["--compare", "last"]) == 2  # nothing to compare with, which it reports
     assert "no run of this machine" in capsys.readouterr().out
     slowdown[0] = 1.02
     assert cli.main(["--compare", "last", "--fail-if", "5%"]) == 0
@@ -345,7 +345,7 @@ def test_a_worker_serves_a_row_and_says_what_is_wrong(monkeypatch):
 
 
 class SlowTree:
-    """Stands for base.Pair: two processes whose clocks are made up, one of them slower."""
+    """In place of other_commit.Pair: two processes with simulated clocks, one of them slower."""
 
     slowdown, why_not = 1.0, None
 
@@ -431,13 +431,13 @@ def test_worktrees_are_built_once_and_failures_are_sentences(repository, tmp_pat
     tree = other_commit.prepare("HEAD", tmp_path / "kept", repository, said.append)
     assert (tree / "setup.py").read_text() == "print('built')" and len(said) == 2
     assert other_commit.prepare("HEAD", tmp_path / "kept", repository, said.append) == tree
-    assert len(said) == 2  # not built again
+    assert len(said) == 2  # not built a second time
     with pytest.raises(ValueError, match="needs fastattn to run from a git checkout"):
         other_commit.prepare("HEAD", tmp_path / "kept", tmp_path / "repository" / "fastattn")
 
 
 def test_a_worker_that_dies_leaves_a_sentence(tmp_path):
-    """The tree has no fastattn of its own that could be imported."""
+    """The tree contains no fastattn that could be imported."""
     (tmp_path / "fastattn").mkdir()
     (tmp_path / "fastattn/__init__.py").write_text("raise SystemExit('broken tree')")
     process = other_commit.Worker(tmp_path)
@@ -449,7 +449,7 @@ def test_a_worker_that_dies_leaves_a_sentence(tmp_path):
 
 
 def test_two_trees_in_two_processes(tmp_path):
-    """This checkout against itself, through real processes."""
+    """This checkout compared with itself, through real processes."""
     root = Path(fastattn.__file__).resolve().parents[1]
     process = other_commit.Worker(root)
     try:

@@ -1,4 +1,5 @@
-"""How the benchmark measures on a device: threads, events, graphs, caches, clocks, on stand-ins.
+"""How the benchmark measures on a device: threads, events, graphs, caches and clocks, with
+stand-ins.
 
 No test here asserts a time.
 """
@@ -46,7 +47,7 @@ def test_throttling_is_a_slower_fixed_piece_of_work():
 
 
 class FakeCuda:
-    """torch.cuda's names on a clock that work moves on."""
+    """torch.cuda's names, on a simulated clock that work advances."""
 
     def __init__(self, clock: FakeClock, capture: bool = True) -> None:
         self.clock, self.capture, self.log = clock, capture, []
@@ -125,7 +126,7 @@ class Flushed:
 
     def zero_(self):
         self.log.append(f"flush {self.size}")
-        self.clock.now += 50_000_000  # must not be in the time
+        self.clock.now += 50_000_000  # may not be part of the time
 
 
 def cuda(capture=True, **options):

@@ -1,4 +1,5 @@
-"""The benchmark's page and figures: whole, alone, drawn by a browser where there is one."""
+"""The benchmark's page and figures: well-formed, self-contained, and laid out by a browser if there
+is one."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def test_the_page_stands_alone(html):
     names = figures.drawn(example(), runs(example()))
     assert set(names) >= {"heat-map", "roofline", "memory", "error", "history"}
     assert sum(name.startswith("speed-") for name in names) == 2
-    assert reader.tags.count("svg") == len(names) - 1  # the heat map is a table
+    assert reader.tags.count("svg") == len(names) - 1  # the page has the heat map as a table
     assert len(set(reader.ids)) == len(reader.ids)
     assert all(link.startswith("#") for link in reader.links)
     assert not {"script", "link", "img", "iframe"} & set(reader.tags) and "@import" not in html
@@ -100,7 +101,7 @@ def test_the_heat_table_says_what_the_heat_map_does(html):
 
 @pytest.fixture(scope="module")
 def drawn(html, tmp_path_factory):
-    """(the browser, its folder with both pages)."""
+    """(the browser, the folder with both pages)."""
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "bench.html").write_text(html, encoding="utf-8")
     (folder / "demo.html").write_text(report.page(demo_example()), encoding="utf-8")
@@ -111,7 +112,7 @@ def drawn(html, tmp_path_factory):
 
 LOOKS = [(name, width, scheme) for name in ("bench", "demo") for width in (390, 1280)
          for scheme in ("light", "dark")]  # fmt: skip
-# Every piece of text that is laid out: [its contrast with what is behind it, its height, itself].
+# Every visible piece of text: [its contrast with its background, its height, the text].
 TEXTS = """(() => {
   const numbers = colour => colour.match(/[\\d.]+/g).map(Number)
   const light = colour => numbers(colour).slice(0, 3).map(x => x / 255)
@@ -138,7 +139,8 @@ TEXTS = """(() => {
 
 @pytest.mark.parametrize("name, width, scheme", LOOKS)
 def test_a_browser_draws_the_page(drawn, name, width, scheme):
-    """Nothing is wider than a phone, and everything can be read, in both schemes."""
+    """Nothing is wider than a phone's screen, and all text is legible, in light and dark
+    schemes."""
     browser, folder = drawn
     browser.show(folder / f"{name}.html", width, scheme)
     assert browser.ask("innerWidth") == width == browser.ask("document.body.parentNode.scrollWidth")

@@ -1,4 +1,5 @@
-"""What nvcc makes of the CUDA kernels, where nvcc is; and what the "cuda" backend takes."""
+"""What nvcc makes of the CUDA kernels, if nvcc is here; and which calls the "cuda" backend
+supports."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def stored():
 
 
 def test_the_stored_table_is_of_these_sources():
-    """Nothing is compiled here: the table is, when it is made, and --long compares it."""
+    """Nothing is compiled here: making the table does that, and --long compares it."""
     stale = compiled.stale(stored())
     again = "where nvcc is, `make gpu-audit ARGS=--write` makes the table again"
     assert stale == [], f"{compiled.STORED.name} was made from other sources: {again}"
@@ -61,7 +62,7 @@ def test_kernels_compile_as_stored():
 
 @needs_nvcc
 def test_another_nvcc_compiles_a_sample():
-    """The one file that takes least: unlike the table's nvcc, this one was never seen."""
+    """Compiles the quickest file. The nvcc here may differ from the one that made the table."""
     if compiled.nvcc_version() == stored()["nvcc"]:
         pytest.skip("the stored table is of this nvcc")
     rows = compiled.rows_of(next(s for s in compiled.sources() if s.stem == "forward_sm80"))
@@ -70,7 +71,7 @@ def test_another_nvcc_compiles_a_sample():
 
 @needs_nvcc
 def test_only_what_changed_is_compiled(monkeypatch):
-    """A file whose key differs, nothing else; all of them where another nvcc made the table."""
+    """Only files whose key differs are compiled; with another nvcc than the table's, all are."""
     asked = []
     monkeypatch.setattr(compiled, "rows_of", lambda source: asked.append(source.name) or [])
     names = [source.name for source in compiled.sources()]
@@ -98,7 +99,7 @@ def test_only_what_changed_is_compiled(monkeypatch):
         ({"HGMMA": 0}, "no HGMMA"),
         ({"UTMASTG": 0}, "no UTMASTG"),
         ({"name": "forward_sm80 bf16 D 64", "LDGSTS": 0}, "no LDGSTS"),
-        ({"overlapped": 0}, "0 exponentials run beside"),
+        ({"overlapped": 0}, "0 exponentials overlap"),
     ],
 )
 def test_problems_are_named(change, word):

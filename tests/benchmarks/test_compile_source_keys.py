@@ -1,4 +1,4 @@
-"""The keys of stored audits: what a compiler would see changes them, and nothing else does."""
+"""The keys of stored audits: they change with what a compiler sees, and with nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kernel(x):
 
 @pytest.fixture
 def key(tmp_path, monkeypatch):
-    """The key of kernel with something replaced in the two modules' text."""
+    """The key of the kernel after a replacement in the text of the two modules."""
     made = []
 
     def of(old: str = "", new: str = "") -> str:

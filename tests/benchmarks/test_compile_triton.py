@@ -1,4 +1,5 @@
-"""The Triton kernels compiled for GPUs that are not here: `make gpu-audit`, and its own tests."""
+"""`make gpu-audit`: the Triton kernels compiled for GPUs that are not here, and the tests of the
+audit."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ SAMPLE = "forward_kernel bf16 128 causal"
 
 
 def compiled(*arguments: str) -> subprocess.CompletedProcess:
-    """A process that does not interpret, as this one may."""
+    """A process without the interpreter, which this one may use."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "150"}
     environment.setdefault("TRITON_CACHE_DIR", str(triton.CACHE))
     command = [sys.executable, *arguments]
@@ -29,21 +30,29 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def audit(*arguments: str) -> str:
-    """What the command prints, where it succeeds."""
+    """What the command prints; it must succeed."""
     run = compiled("-m", "fastattn.benchmarks.compile.triton", *arguments)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return run.stdout
 
 
 def test_no_stored_row_is_stale():
-    """Each was made from the source, configuration and compilers that are here, and is clean. Where
-    Triton is another, nothing can be said of them, and the sample below has to do."""
+    """Each entry was made from the current source, configuration and compilers, and has no problem.
+    With another Triton nothing can be said of the stored entries, and only the sample below is
+    tested."""
     said = audit("--stale")
     assert "0 stale rows" in said or "not compared" in said
 
 
+def test_every_module_with_subjects_is_compiled():
+    kernels = (ROOT / "kernels").glob("*.py")
+    assert {p.stem for p in kernels if "\ndef audit_subjects(" in p.read_text()} == set(
+        triton.MODULES
+    )
+
+
 def test_a_sample_compiles_within_its_limits():
-    """One kernel for each architecture: as stored, where the compilers are the same."""
+    """One kernel per architecture, which equals the stored entry if the compilers are the same."""
     said = audit("--only", SAMPLE, "--all")
     assert f"{len(ARCHES)} kernels, {len(ARCHES)} of them compiled, 0 with problems, 0 chan" in said
 
@@ -114,7 +123,7 @@ LISTING = """
 
 @pytest.mark.parametrize("inside, in_loops", [("", 0), ("/*0040*/ STL [R1], R5 ;", 1)])
 def test_spills_in_loops(inside, in_loops):
-    """Those of the innermost loop that multiplies, not those around it."""
+    """Those in the innermost loop with matrix instructions, not those in the loops around it."""
     assert triton.spills_in_loops(LISTING.format(inside=inside)) == in_loops
 
 
@@ -123,7 +132,7 @@ def test_spills_where_no_loop_multiplies():
 
 
 def test_what_it_sees(tmp_path):
-    """Matrix instructions, spills and compilers' errors, of kernels that have them."""
+    """Matrix instructions, spills and compiler errors, of kernels that have them."""
     file = tmp_path / "kernels.py"
     file.write_text(KERNELS)
     run = compiled(str(file))
@@ -178,7 +187,7 @@ print(json.dumps(audit(pairs)))
 
 
 def test_float64_and_the_smallest_shapes_compile(tmp_path):
-    """Lengths and strides of 1 are constants to Triton, and float64 calls other functions."""
+    """Lengths and strides of 1 are constants to Triton, and float64 calls different functions."""
     file = tmp_path / "edges.py"
     file.write_text(EDGES)
     run = compiled(str(file))
@@ -219,7 +228,7 @@ def test_changes():
 
 
 def test_stale_rows(monkeypatch, capsys):
-    """Changed, new and gone ones; of another compiler all are to be made again."""
+    """Changed, new and removed entries; with another compiler, all entries are stale."""
     here = {"triton": "3.7.1", "ptxas": "12.8"}
     monkeypatch.setattr(triton, "compilers", lambda: here)
     arch = ARCHES[0]
@@ -240,7 +249,7 @@ def test_stale_rows(monkeypatch, capsys):
     assert triton.show_stale(names) == 1 and triton.show_stale([]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"stale: {names[0]}" and said[-1] == "0 stale rows in gpu-audit.json"
-    again = "`make gpu-audit ARGS=--write` makes them again"
+    again = "`make gpu-audit ARGS=--write` updates them"
     assert said[-2] == f"3 stale rows in gpu-audit.json: {again}"
 
 

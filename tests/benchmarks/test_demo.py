@@ -1,4 +1,4 @@
-"""The demo end to end on real weights in a tiny setting, its encoder, and its report.
+"""The demo with real weights at a tiny size, its encoder, and its report.
 
 No test here asserts a time.
 """
@@ -41,7 +41,7 @@ def test_docstrings_are_many_and_distinct():
     assert all(len(t.whole.split()) >= 5 and "\n" not in t.whole for t in texts)
     by_name = {t.name: t for t in texts}
     assert by_name["textwrap.TextWrapper.fill"].summary.startswith("fill(text : string)")
-    assert sum(len(t.body.split()) >= main.LONG for t in texts) > 50  # to fine-tune on
+    assert sum(len(t.body.split()) >= main.LONG for t in texts) > 50  # for fine-tuning
 
 
 def test_spread_is_even_and_bounded():
@@ -217,7 +217,7 @@ def test_written_files(page, tmp_path):
     paths = report.write(example(), tmp_path / "out")
     assert [p.name for p in paths] == ["demo.json", "demo.html"]
     assert json.loads(paths[0].read_text()) == example()
-    assert paths[1].read_text() == page  # the same data, the same page
+    assert paths[1].read_text() == page  # the same data gives the same page
 
 
 def printed(data: dict) -> str:
@@ -242,4 +242,4 @@ def test_wrong_results_print_no_speed():
     assert "WRONG" in text and "no number: the results above are wrong" in text
     for shown in (text, page):
         assert " ms" not in shown.replace("ms a batch", "") and "1.50 x" not in shown
-    assert Reader(page).tags.count("svg") == 2  # no figure of a speed
+    assert Reader(page).tags.count("svg") == 2  # no figures of speed

@@ -1,4 +1,4 @@
-"""`make gpu` (benchmarks/gpu_session.py): it outlives its stages, and always has a report."""
+"""`make gpu` (benchmarks/gpu_session.py): it survives its stages, and always writes a report."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_session_that_is_killed_has_its_report(tmp_path):
     )
     session = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     try:
-        last = tmp_path / "report.md"  # of the two files that are written
+        last = tmp_path / "report.md"  # the second of the two files that are written
         for _ in range(1200):
             if last.exists() and "| hangs | running |" in last.read_text():
                 break
@@ -73,7 +73,7 @@ def test_a_session_that_is_killed_has_its_report(tmp_path):
             "fine": "passed", "hangs": "running",
         }  # fmt: skip
     finally:
-        session.send_signal(signal.SIGINT)  # as Ctrl-C does: the stage goes with the session
+        session.send_signal(signal.SIGINT)  # like Ctrl-C: the running stage ends with the session
         session.wait(60)
 
 

@@ -1,4 +1,4 @@
-"""setup.py, the build backend and what says why nothing is built, on trees of a few lines."""
+"""setup.py, the build backend, and the reasons why nothing is built, on trees of a few lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TREE = (
     "setup.py", "build_backend.py", "build_tools.py", "pyproject.toml", "README.md", "LICENSE",
 )  # fmt: skip
-ODD = "a b 'y' #1"  # what a shell, ninja and make would take apart
+ODD = "a b 'y' #1"  # characters that a shell, ninja or make would interpret
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def python(tree: Path, *arguments, **environment) -> subprocess.CompletedProcess
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 def test_it_builds_below_a_path_that_a_shell_would_take_apart(tree):
-    """The tree's own, and torch's; and what was compiled is not compiled again."""
+    """The tree's own library, linked to torch; compiled files are not compiled again."""
     site = tree.parent / "site $packages"
     site.mkdir()
     (site / "torch").symlink_to(Path(torch.__file__).parent)
@@ -117,7 +117,7 @@ def clone(tmp_path):
 
 
 def installed(site: Path, monkeypatch, **facts) -> Path:
-    """A copy in a folder of packages, as pip leaves it."""
+    """A copy in a site-packages folder, as pip leaves it."""
     (site / "fastattn").mkdir(parents=True)
     (site / "fastattn-1.dist-info").mkdir()
     (site / "fastattn-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: fastattn\n")

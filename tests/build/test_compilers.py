@@ -1,6 +1,7 @@
-"""The CPU kernels by clang, for aarch64 and in the tuning program; and what a unit must not leak.
+"""The CPU kernels with clang, for aarch64 and in the tuning program; and what an object file must
+not leak.
 
-Each test that compiles is skipped where its compiler is missing.
+Tests that compile are skipped if their compiler is missing.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def by_reference(q, k, v, dout, spec: Spec, operands: Operands, dtype: torch.dty
 @pytest.mark.parametrize("dtype", kernels_alone.DTYPES, ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_attention(alone, name, dtype):
-    """Grouped heads, sizes that fill no vector, forward and backward, in every dtype."""
+    """Grouped heads and sizes that fill no vector, forward and backward, in every dtype."""
     torch.manual_seed(3)
     numbers, tensors = CALLS[name]
     made = {operand: make() for operand, make in tensors.items()}
@@ -101,7 +102,7 @@ def test_attention(alone, name, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", kernels_alone.DTYPES, ids=str)
 def test_rotation(alone, dtype, interleaved):
-    """Its shuffles of lanes are written with the compiler's own builtin."""
+    """Its vector shuffles use the compiler's own builtin."""
     x = torch.randn(5, 74).to(dtype)
     compute = torch.promote_types(dtype, torch.float32)
     angle = torch.randn(5, 37, dtype=torch.float64)
@@ -114,7 +115,7 @@ def test_rotation(alone, dtype, interleaved):
 
 
 def test_facts(alone):
-    """The library's own account: as a GCC build's here, and portable alone on another platform."""
+    """The library's own report: as in a GCC build here, and only portable on other platforms."""
     facts, selected = alone.facts()
     supported = [row["name"] for row in facts["isas"] if not row["lacking"]]
     if len(alone.command) > 1:
@@ -128,7 +129,7 @@ def test_facts(alone):
 
 
 def vector_code_outside(binary: Path) -> dict[str, str]:
-    """Functions that are of no instruction set's namespace -> an AVX instruction in each."""
+    """Functions outside of the instruction sets' namespaces -> an AVX instruction in each."""
     command = ["objdump", "-dC", "--no-show-raw-insn", binary]
     run = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     own, name, found = re.compile(r"fastattn::cpu::(avx\w+)::"), "", {}
@@ -145,8 +146,8 @@ def vector_code_outside(binary: Path) -> dict[str, str]:
 @pytest.mark.skipif(not (X86 and shutil.which("objdump")), reason="needs objdump, on x86-64")
 @pytest.mark.parametrize("kind", ["library", "clang"])
 def test_no_other_code_has_an_instruction_set(kind, made):
-    """Inline functions and std templates have one copy in a library: the linker may keep a unit's,
-    and a CPU without that unit's instructions would meet them."""
+    """A library has one copy of each inline function and std template. The linker may keep an
+    object file's copy, and a CPU without that file's instruction set would run it."""
     if kind == "library" and library.NATIVE is None:
         pytest.skip(str(library.NATIVE_MISSING))
     binary = library.NATIVE._name if kind == "library" else made(kind).command[0]
@@ -157,14 +158,14 @@ def test_no_other_code_has_an_instruction_set(kind, made):
 
 
 def plan(folder: Path, **settings: str) -> subprocess.CompletedProcess:
-    """setup.py makes its plan, and compiles nothing; Python files go to the folder."""
+    """setup.py plans the build but compiles nothing; it copies the Python files."""
     settings = {**os.environ, "FASTATTN_BUILD": "cpu", **settings}
     command = [sys.executable, "setup.py", "build_py", "--build-lib", str(folder / "lib")]
     return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
 
 
 def fake(path: Path, macros: str) -> Path:
-    """A compiler that only says which it is."""
+    """A compiler that only prints its version."""
     path.write_text(f"#!/bin/sh\necho '{macros}'\n")
     path.chmod(0o755)
     return path
@@ -197,7 +198,7 @@ def test_a_newer_compiler_is_found_beside_an_old_one(tmp_path):
 @pytest.mark.native
 @pytest.mark.skipif(CLANG is None, reason="needs clang++")
 def test_the_whole_library_by_clang(tmp_path):
-    """setup.py builds it, and it passes the tests of the CPU kernels."""
+    """setup.py builds with it, and the CPU kernels' tests pass."""
     for name in ("csrc", "kernels", "benchmarks", "fastattn"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
     for name in ("setup.py", "build_tools.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,5 @@
-"""The table of make coverage: what is a line, when it ran, and whose it is."""
+"""The table of `make coverage`: which lines count, when a line has run, and the row it belongs
+to."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def test_rows_of_folders_and_of_files():
     rows = coverage_table.by_folder(lines, {"avx2": avx2})
     cells = {" ".join(row[:28].split()): row[28:].split() for row in rows[1:]}
     assert cells == {
-        "csrc": ["1", "1", "100.00%"],  # its own files: csrc/cpu has a row of its own
+        "csrc": ["1", "1", "100.00%"],  # excludes csrc/cpu, which has its own row
         "csrc/cpu": ["10", "6", "60.00%"],
         "avx2": ["4", "2", "50.00%"],
         "csrc/cuda": ["0", "0", "-"],

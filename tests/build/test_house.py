@@ -1,4 +1,4 @@
-"""The house: README's code runs, the command line answers, the package builds, budgets hold."""
+"""README's code runs, the command line works, the package builds, and budgets and rules hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def code_of(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda p: p.stem)
 def test_the_pages_code_runs(page):
-    """Every python block, in order, in one namespace, warnings of ours included as errors."""
+    """Runs every python block of a page in order, in one namespace, with our warnings as errors."""
     blocks = code_of(page)
     run = python("-W", "error::UserWarning:fastattn", "-c", "\n".join(blocks), OMP_NUM_THREADS="1")
     assert run.returncode == 0, run.stderr
@@ -89,7 +89,7 @@ def test_readme_names_files_that_exist():
 
 
 def test_support_is_what_the_backends_say(monkeypatch):
-    """Of the call alone, on any machine: never a guess, nor a matter of what runs here."""
+    """The table depends on the call alone, and not on the machine that makes it."""
     from fastattn.backends import backend, registry
     from fastattn.cli import info
 
@@ -221,7 +221,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pure(wheel, tmp_path_factory) -> Path:
-    """The pure-Python wheel, unpacked into a folder of its own."""
+    """The pure-Python wheel, unpacked into its own folder."""
     target = tmp_path_factory.mktemp("target")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
@@ -251,12 +251,12 @@ def test_wheel_has_what_it_must(wheel):
     assert "](docs/" not in metadata and "docs/huggingface.md" in metadata  # no link to nowhere
 
 
-# An editable install of the tree would lend its own _C to the wheel under test.
+# An editable install of the tree would supply its own _C to the wheel under test.
 ALONE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
 
 
 def test_no_compiler_installs_and_says_so(pure):
-    """The package imports, computes on the reference with a warning, and info gives the reason."""
+    """The package imports, computes with the reference and a warning, and info gives the reason."""
     code = ALONE + (
         "import torch, warnings, fastattn\n"
         "q = torch.randn(1, 2, 5, 8, requires_grad=True)\n"
@@ -327,14 +327,14 @@ def test_license_is_apache():
 
 
 def test_versions_agree():
-    """fastattn.__version__ is the only place; setuptools reads it from there."""
+    """fastattn.__version__ is the only source; setuptools reads it from there."""
     run = python("setup.py", "--version", FASTATTN_BUILD="none")
     assert run.stdout.split()[-1] == fastattn.__version__, run.stderr
     assert f"Unreleased ({fastattn.__version__})" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_no_path_of_a_machine_in_the_tree():
-    """No absolute path of somebody's checkout, home or build folder."""
+    """No absolute path of a checkout, a home or a build folder."""
     pattern = re.compile(r"(?<![\w.])/(?:work|home|root|Users|mnt|workspace)/\w")
     found = []
     for folder in FOLDERS:
@@ -348,7 +348,7 @@ def test_no_path_of_a_machine_in_the_tree():
 
 
 def test_every_public_name_is_documented():
-    """Everything in fastattn.__all__ has a docstring of its own, and so has every module."""
+    """Every name in fastattn.__all__ has its own docstring, and so has every module."""
     for name in fastattn.__all__:
         thing = getattr(fastattn, name)
         if not isinstance(thing, (str, int, float)):

@@ -1,5 +1,5 @@
-"""The Makefile's environment: which folders it makes, and which it removes. Nothing is installed:
-in place of Python is a script that makes a folder."""
+"""The Makefile's environment: which folders it makes and which it removes. Nothing is installed: a
+script that makes a folder replaces Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make was n
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A folder with the Makefile and the script, its path one that shells would take apart."""
+    """A folder with the Makefile and the script, with a path that is hard to quote in a shell."""
     folder = tmp_path / "a b 'y' \"z\" #1"
     folder.mkdir()
     shutil.copy(ROOT / "Makefile", folder)
@@ -56,7 +56,7 @@ def test_what_make_made_is_removed(tree):
 
 def test_an_environment_named_to_make_is_removed_where_make_made_it(tree):
     folder = made(tree, "VENV=mine", venv="mine")
-    assert make(tree, "distclean").returncode == 0 and folder.exists()  # another is named
+    assert make(tree, "distclean").returncode == 0 and folder.exists()  # a different one is named
     assert make(tree, "distclean", "VENV=mine").returncode == 0 and not folder.exists()
 
 
@@ -82,7 +82,7 @@ def test_an_exported_environment_is_left_even_where_make_made_it(tree):
 
 
 def test_a_copy_of_what_make_made_is_left(tree):
-    """It carries the stamp, of another place."""
+    """It contains the stamp of another place."""
     shutil.copytree(made(tree), tree / "copy")
     assert make(tree, "distclean", "VENV=copy").returncode == 0 and (tree / "copy/bin").exists()
 

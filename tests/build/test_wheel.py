@@ -1,7 +1,7 @@
 """The wheel of `make wheel`: one for every CPython and torch, installed into a clean environment.
 
-The environment's torch is the one here; and the one of the Python that FASTATTN_OTHER_TORCH names,
-where it is set: a wheel built against one torch has to serve another.
+That environment has the torch of this one or, if FASTATTN_OTHER_TORCH names a Python, that
+Python's: a wheel built against one torch has to work with another.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def site_packages_of(python: str) -> str:
 def test_a_clean_environment(wheel, tmp_path, python):
     if python is None:
         pytest.skip("FASTATTN_OTHER_TORCH does not name a Python that has another torch")
-    # Of the environment's own Python: torch is built for one.
+    # The environment's own Python, because torch is built for one version.
     base = run(python, "-c", "import sys; print(sys._base_executable)").strip()
     run(base, "-m", "venv", "--without-pip", tmp_path / "env")
     clean = tmp_path / "env/bin/python"
@@ -118,7 +118,7 @@ def library_of(libraries, kind: str) -> Path:
 @pytest.mark.skipif(elf.why_not() is not None, reason=str(elf.why_not()))
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_what_a_library_needs_of_torch_is_in_the_libraries_that_it_names(libraries, kind):
-    """Nor does it name one that a torch without CUDA lacks."""
+    """It also names no library that a torch without CUDA lacks."""
     path = library_of(libraries, kind)
     torchs = {name for name in elf.needed(path) if "torch" in name or "c10" in name}
     assert torchs == {"libtorch_cpu.so"} and elf.not_provided(path) == set()
@@ -133,7 +133,7 @@ MANYLINUX_2_28 = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11),
 )
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_a_library_needs_no_newer_glibc_than_torch_does(libraries, kind):
-    """Nor carries it the symbols of its own functions: it is stripped."""
+    """It also has no symbols of its own functions: it is stripped."""
     path = library_of(libraries, kind)
     newest = elf.newest_versions(path)
     too_new = {x: v for x, v in newest.items() if v > MANYLINUX_2_28[x]}
@@ -157,7 +157,7 @@ for name, arguments in (("torch_problem", ()), ("cuda_problem", (0,))):
 
 
 def test_the_cuda_library_loads_and_says_what_is_not_here(libraries):
-    """In any torch: with a CPU build of it, there are no streams; without a driver, no GPU."""
+    """With any torch: a CPU build has no streams; without a driver there is no GPU."""
     path = library_of(libraries, "cuda")
     run = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -171,7 +171,7 @@ def test_the_cuda_library_loads_and_says_what_is_not_here(libraries):
 
 
 def test_a_tensor_map_is_asked_for_by_ctypes(libraries):
-    """On a machine without a driver the answer is that there is none: the arguments arrive."""
+    """Without a driver the answer is that there is none, which shows that the arguments arrive."""
     path = library_of(libraries, "cuda")
     if Path("/proc/driver/nvidia").exists():
         pytest.skip("there is a driver, which may well make the map")

@@ -1,4 +1,4 @@
-"""python -m fastattn: what it prints into a pipe, and how it ends."""
+"""python -m fastattn: its output into a pipe, and its exit status."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_ctrl_c_ends_quietly(monkeypatch, capsys):
     "arguments, code", [(("--help",), 0), (("info",), 141), (("info", "--json"), 141)]
 )
 def test_a_reader_that_leaves_is_no_fault(arguments, code):
-    """As `| head` does: the end of the pipe that is read is closed before anything is written."""
+    """Like `| head`: the reading end of the pipe is closed before anything is written."""
     back, out = os.pipe()
     os.close(back)
     try:

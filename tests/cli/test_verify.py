@@ -1,4 +1,4 @@
-"""The rule for errors (fastattn/cli/verify.py) and `python -m fastattn verify`."""
+"""The tolerance rule (fastattn/core/tolerance.py) and `python -m fastattn verify`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from fastattn import attention
 from fastattn.backends import registry
-from fastattn.cli import verify
-from fastattn.cli.verify import Tolerance
+from fastattn.cli import features, verify
 from fastattn.core.reference import reference
 from fastattn.core.spec import Spec
+from fastattn.core.tolerance import Tolerance
 
 # torch's forward-mode derivatives of logsumexp and softmax still go through torch.jit.script
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
@@ -65,7 +65,7 @@ def test_tolerance_sees_errors(change):
 
 
 def test_tolerance_sees_a_small_error_in_a_small_row():
-    """One part in a thousand, of a row a thousand times smaller than the rest."""
+    """A relative error of 1e-3 in a row that is a thousand times smaller than the others."""
     want = torch.ones(1, 1, 50, 8, dtype=torch.float64)
     want[0, 0, 7] = 1e-3
     got = want.clone()
@@ -93,7 +93,7 @@ def test_verify_fails_where_a_call_is_wrong_or_raises(monkeypatch):
         out, lse = attention(q, *tensors, causal=causal, **options)
         return (out * 1.001 if causal and q.dtype == torch.float32 else out), lse
 
-    monkeypatch.setattr(verify, "attention", broken)
+    monkeypatch.setattr(features, "attention", broken)
     monkeypatch.setattr(verify, "QUICK", ("plain", "causal", "dropout"))
     stream = io.StringIO()
     assert not verify.verify(stream, quick=True)
@@ -104,7 +104,7 @@ def test_verify_fails_where_a_call_is_wrong_or_raises(monkeypatch):
 
 
 def test_features_to_verify_are_named_once():
-    names = [feature.name for feature in verify.FEATURES]
+    names = [feature.name for feature in features.FEATURES]
     assert len(set(names)) == len(names) and set(verify.QUICK) <= set(names)
 
 
@@ -132,7 +132,7 @@ def test_what_a_backend_declines_is_no_failure(monkeypatch):
             raise NotImplementedError("not with <this>")
         return attention(*args, backend=backend, **options)
 
-    monkeypatch.setattr(verify, "attention", declines)
+    monkeypatch.setattr(features, "attention", declines)
     monkeypatch.setattr(verify, "QUICK", ("plain",))
     found = verify.run(quick=True)
     refused = [cell for cell in found.cells if cell.refused]

@@ -1,4 +1,4 @@
-"""`verify --model`: a swapped model layer by layer, and the layer that is wrong by name."""
+"""`verify --model`: compares a swapped model layer by layer and names the layer that is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swap_models import Block
 from torch import nn
 
 from fastattn.backends import isa
-from fastattn.cli import verify, verify_model
+from fastattn.cli import model_loading, verify, verify_model
 from fastattn.core import tolerance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
@@ -25,7 +25,7 @@ def encoder(layers: int = 2) -> nn.Module:
 
 
 class Stack(nn.Module):
-    """Blocks in timm's manner between other layers, the second called by keyword."""
+    """Blocks as in timm between other layers; the second is called by keyword."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ X = drawn(0)
 
 
 def wrong_in(monkeypatch, forward: float = 1.0, backward: float = 1.0, call: int = 1):
-    """The swapped blocks' call number `call` scales its output, or its gradients, by a little."""
+    """Call number `call` of the swapped blocks scales its output, or its gradients, by a little."""
 
     class Bent(torch.autograd.Function):
         @staticmethod
@@ -57,7 +57,7 @@ def wrong_in(monkeypatch, forward: float = 1.0, backward: float = 1.0, call: int
         def backward(ctx, grad):
             return grad * backward
 
-    module, calls = sys.modules["fastattn.swapping"], []  # it gives this function to swapped code
+    module, calls = sys.modules["fastattn.swapping"], []  # gives this function to swapped code
     function = module.scaled_dot_product_attention
 
     def bent(*args, **kwargs):
@@ -84,8 +84,8 @@ def test_a_swapped_model_is_right(dtype):
 
 @pytest.mark.native
 def test_a_relu_that_rounding_flips_is_no_fault(monkeypatch):
-    """With avx512 the swapped model's hidden unit is on the other side of 0 than the plain one's:
-    linear1's gradient differs by 12 % of the largest, where one plain run shows 0.7 %."""
+    """With avx512, a hidden unit of the swapped model falls on the other side of 0 than the plain
+    one's: linear1's gradient differs by 12 % of the largest, where one plain run shows 0.7 %."""
     names = [name for name in isa.supported() if "avx512" in name]
     if not names:
         pytest.skip("the fault shows with avx512 alone, which this processor lacks")
@@ -106,7 +106,7 @@ def test_the_model_itself_is_left_as_it_was():
 
 @pytest.mark.parametrize("call, layer", [(1, "first"), (2, "second")])
 def test_the_first_wrong_layer_is_named(call, layer, monkeypatch):
-    """Between projections inside a module: neither they nor what follows is to blame."""
+    """Between projections inside a module: neither they nor later layers are wrong."""
     wrong_in(monkeypatch, forward=1.001, call=call)
     found = verify_model.audit(Stack(), (X["src"],))
     assert not found.passed and (found.first.name, found.first.what) == (layer, "output")
@@ -137,7 +137,7 @@ def test_what_cannot_be_audited_is_a_sentence():
         verify_model.audit(encoder(), {"sauce": torch.zeros(3)})
     frozen = encoder().requires_grad_(False)
     found = verify_model.audit(frozen, {"src": torch.randn(2, 6, 16, dtype=torch.float64)})
-    assert found.passed  # the inputs have gradients still
+    assert found.passed  # the inputs still have gradients
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -198,13 +198,13 @@ def test_bad_models_and_inputs_are_sentences(model, inputs, says, folder, capsys
 
 
 def test_hub_ids_need_transformers(monkeypatch):
-    monkeypatch.setattr(verify_model, "_importable", lambda name: False)
-    with pytest.raises(ValueError, match="for a hub id the package transformers is needed"):
-        verify_model.load_model("some/model")
+    monkeypatch.setattr(model_loading, "_importable", lambda name: False)
+    with pytest.raises(ValueError, match="for a hub id, install the package transformers"):
+        model_loading.load_model("some/model")
 
 
 def test_integers_are_drawn_below_their_limit():
-    inputs = verify_model.load_inputs(["input_ids=2x300<7", "x=3"])
+    inputs = model_loading.load_inputs(["input_ids=2x300<7", "x=3"])
     assert inputs["input_ids"].shape == (2, 300) and inputs["input_ids"].dtype == torch.int64
     assert set(inputs["input_ids"].unique().tolist()) == set(range(7))
     assert inputs["x"].dtype == torch.float64

@@ -1,7 +1,7 @@
-"""The CUDA forward kernels, on the emulator, against float64: masks, shapes, layouts, schedules.
+"""The CUDA forward kernels on the emulator, against float64: masks, shapes, layouts, schedules.
 
-Each case runs with one of the emulator's three ways to time asynchronous work, and with one or two
-multiprocessors, so that CTAs take one tile or many.
+Each case runs with one of the emulator's three timings of asynchronous work, and with one or two
+multiprocessors, so that a CTA takes one tile or many.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def test_moments_of_asynchronous_work(arch, dim, seed):
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_schedule_gives_the_same_bits(arch, dim):
-    """Neither the moments of asynchronous work nor the number of CTAs change a bit."""
+    """Neither the timing of asynchronous work nor the number of CTAs changes a bit."""
     case = Case("cuda/bits", q_len=200, kv_len=300, head_dim=dim, causal=True)
     problem = case.make(torch.float16)
-    grids = (1, 3, 99) if arch == "sm90" else (1, 2, 4)  # with more, another plan may be best
+    grids = (1, 3, 99) if arch == "sm90" else (1, 2, 4)  # with more, another plan may be better
     results = [emulated.forward(problem, seed, grid, arch) for seed, grid in enumerate(grids)]
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
@@ -93,8 +93,8 @@ def test_what_no_copy_can_read_is_named(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_expanded_tensors_reach_no_tensor_map(arch):
-    """One kv head that was expanded is one head again. What else is expanded, a copy must come
-    before on sm_90, and is refused where none did; sm_80's kernels have no tensor maps."""
+    """One kv head that was expanded becomes one head again. Other expanded tensors must be copied
+    first for sm_90, and are refused if they were not; sm_80's kernels use no tensor maps."""
     shape = {"batch": 2, "heads": 2, "kv_heads": 2, "q_len": 70, "kv_len": 90}
     case = Case("cuda/expanded", head_dim=64, causal=True, **shape)
     problem = case.make(torch.float16)

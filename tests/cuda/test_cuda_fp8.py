@@ -1,4 +1,5 @@
-"""The CUDA forward kernels of float8_e4m3fn, on the emulator, against float64 of what is meant."""
+"""The CUDA forward kernels for float8_e4m3fn, on the emulator, against float64 of the descaled
+values."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ SCALES = {
 
 
 def make(case: Case, scales: str, seed: int) -> Problem:
-    """The case in float8, the spread of its values being 1 again when descaled."""
+    """The case in float8; the standard deviation of its values is 1 after descaling."""
     q, k, v, spec, x = case.make(torch.float32, seed)
     draw = torch.Generator().manual_seed(seed)
     one, each = (
@@ -65,7 +66,7 @@ def test_scores_all_alike_where_a_scale_is_zero():
 
 
 def test_nan_stays_where_it_is():
-    """A key's NaN reaches the rows that see it, a value's its channel, and no others."""
+    """NaN in a key reaches the rows that see it, and NaN in a value its channel, but no others."""
     case = Case("fp8/nan", batch=1, q_len=130, kv_len=130, causal=True, head_dim=64)
     problem = make(case, "none", 1)
     nan = 0x7F
@@ -87,7 +88,7 @@ def test_documents(name):
 @pytest.mark.parametrize("name", [name for name, case in PACKED.items() if "packed" in case])
 @pytest.mark.parametrize("dim", DIMS)
 def test_packed_sequences_are_the_same_alone(dim, name):
-    """Bit for bit, each sequence with scales of its own."""
+    """Bit for bit, each sequence with its own scales."""
     seed = DIMS.index(dim) + list(PACKED).index(name)
     case = Case("fp8/packed", head_dim=dim, **PACKED[name])
     problem = make(case, "sequences", seed)
@@ -109,7 +110,7 @@ def test_packed_sequences_are_the_same_alone(dim, name):
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_every_schedule_gives_the_same_bits(dim):
-    """Neither the moments of asynchronous work nor the number of CTAs change a bit."""
+    """Neither the timing of asynchronous work nor the number of CTAs changes a bit."""
     problem = make(Case("fp8/bits", q_len=200, kv_len=600, head_dim=dim, causal=True), "heads", 2)
     schedules = ((0, 1), (1, 1), (2, 1), (1, 3), (2, 99))
     results = [emulated.forward(problem, seed, grid) for seed, grid in schedules]

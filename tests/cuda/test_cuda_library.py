@@ -1,6 +1,6 @@
-"""The CUDA library, where no GPU is: it loads wherever torch does, and says what it lacks.
+"""The CUDA library without a GPU: it loads wherever torch does, and reports what is missing.
 
-What needs the built library is in tests/build/test_wheel.py.
+Tests that need the built library are in tests/build/test_wheel.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from fastattn.backends import cuda, library, proof, registry
 
 ROOT = Path(__file__).resolve().parents[2]
-# What csrc/cuda/ops.cu looks up while it runs, of libraries that it does not name.
+# Looked up by csrc/cuda/ops.cu at run time, in libraries that it is not linked to.
 LOOKED_UP = {"aoti_torch_get_current_cuda_stream"}
 
 
@@ -38,7 +38,7 @@ def library_of(folder: Path, text: str) -> Path:
 
 @needs_tools
 def test_a_symbol_of_libtorch_cuda_is_found_missing(tmp_path, monkeypatch):
-    """The fault that kept this library from loading anywhere; and it is said in full."""
+    """The error that kept this library from loading anywhere is reported in full."""
     code = 'extern "C" int {0}(int, void**); int use() {{ return {0}(0, nullptr); }}'
     path = library_of(tmp_path, code.format("aoti_torch_get_current_cuda_stream"))
     assert elf.not_provided(path) == LOOKED_UP
@@ -60,7 +60,7 @@ def test_the_reason_is_said_once_and_with_its_causes():
 
 
 def test_links_fail_where_a_symbol_is_missing():
-    """`-z defs` is among the flags of both libraries on the stable ABI."""
+    """`-z defs` is among the link flags of both libraries on the stable ABI."""
     text = (ROOT / "setup.py").read_text()
     assert '"-Wl,-z,defs"' in text
     ninja = ROOT / "build/native/build.ninja"
@@ -72,7 +72,7 @@ def test_links_fail_where_a_symbol_is_missing():
 
 
 def test_a_built_library_that_does_not_load_is_a_fault(monkeypatch):
-    """Of `verify` and of tests/backends/test_gpu.py, which skip only what was never built."""
+    """For `verify` and tests/backends/test_gpu.py, which skip only if it was never built."""
     reason = "the native CUDA library x.so does not load: undefined symbol: y"
     monkeypatch.setattr(library, "CUDA_MISSING", reason)
     monkeypatch.setattr(library, "CUDA", None)
@@ -112,7 +112,7 @@ def test_a_driver_that_does_not_serve_the_library_is_named(monkeypatch):
 
 
 def test_its_questions_are_the_ones_that_python_asks():
-    """Names of C functions, which no compiler compares."""
+    """Names of C functions, which no compiler checks."""
     asked = {"fastattn_torch_problem", "fastattn_cuda_problem", "fastattn_cuda_tensor_map"}
     source = (ROOT / "csrc/cuda/ops.cu").read_text()
     folder = ROOT / "fastattn/backends"

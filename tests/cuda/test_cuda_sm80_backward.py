@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
 
-# By head dimension and the shared memory there is.
+# By head dimension and available shared memory.
 KERNELS = {
     f"{dim}-{'small' if small else 'large'}": Kernel("sm80", dim, (ctypes.c_bool(small),))
     for dim, small in [(64, False), (64, True), (128, False), (128, True), (256, False)]
@@ -26,7 +26,7 @@ NUMBERS = {
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
-# Every shape with the two most used kernels; with all, the one that ends in the midst of tiles.
+# Every shape with the two most used kernels; with all others, the one that ends within tiles.
 @pytest.mark.parametrize(
     "kernel_and_shape, mask",
     thinned(

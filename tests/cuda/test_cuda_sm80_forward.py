@@ -53,7 +53,7 @@ def test_few_rows(dim, option, splits):
     thinned(DIMS, [n for n in DECODE if n not in ("bshd", "one-kv-head")], [1, 16, 24, 256]),
 )
 def test_pages(dim, option, page_size):
-    """What is in unused pages, and in the unused part of a page, is NaN."""
+    """Unused pages, and the unused part of a page, contain NaN."""
     seed = DIMS.index(dim) + list(DECODE).index(option) + page_size
     case = decode(dim, option, list(HEADS)[seed % 3], page_size=page_size)
     case = case if case.kv_lens else replace(case, kv_lens=(300, 177))
@@ -73,7 +73,7 @@ def test_pages_for_many_rows(dim):
 def test_packed_sequences_of_few_rows(dim, splits, page_size):
     packed = ((1, 300), (0, 70), (4, 4), (70, 150), (3, 0))
     shape = {"heads": 6, "kv_heads": 2, "head_dim": dim, "page_size": page_size}
-    if page_size:  # all sequences have places for the longest
+    if page_size:  # every sequence has room for the longest
         shape |= {"kv_len": 300, "kv_lens": tuple(n for _, n in packed)}
     case = Case("cuda/packed", packed=packed, causal=True, sinks=True, **shape)
     check_forward(case, torch.float16, dim + splits, arch="sm80", num_splits=splits)
@@ -97,7 +97,7 @@ def test_page_numbers_that_no_key_needs_are_not_read():
 
 
 def test_a_gpu_is_filled():
-    """Unasked, keys are cut where rows leave multiprocessors idle."""
+    """By default, keys are split if the rows leave multiprocessors idle."""
     case = decode(64, "plain", "gqa", kv_len=2100, batch=1)
     check_forward(case, torch.float16, 1, grid=100, arch="sm80")
 
@@ -124,7 +124,7 @@ FEW, MANY = {"few": 1, "pack_gqa": 1, "splits": 1}, {"few": 0, "pack_gqa": 1, "s
     ],
 )
 def test_plans(shape, expected):
-    """Of 132 multiprocessors: 264 CTAs for few rows have room. D does not matter and is small."""
+    """With 132 multiprocessors: 264 CTAs with few rows fit. D does not matter and is small."""
     case = Case("cuda/plan", **{"batch": 1, "heads": 2, "kv_heads": 2, "head_dim": 1, **shape})
     assert emulated.plan(case.make(torch.float16), 132) == expected
 

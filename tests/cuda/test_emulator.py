@@ -1,4 +1,4 @@
-"""The emulator of tests/emulator: single instructions, and faults planted in a small kernel."""
+"""The emulator in tests/emulator: single instructions, and faults planted in a small kernel."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
 
-SEEDS = range(3)  # asynchronous work at once, as late as allowed, in between
+SEEDS = range(3)  # asynchronous work completes at once, as late as allowed, or in between
 
 
 def call(name: str, *arguments, **tensors: torch.Tensor) -> str:
-    """The report of the C function `name`; it may touch these tensors only."""
+    """The report of the C function `name`, which may access only these tensors."""
     emulated.register(**tensors)
     function = getattr(emulated.library(), name)
     function.restype = ctypes.c_char_p
@@ -26,8 +26,8 @@ def call(name: str, *arguments, **tensors: torch.Tensor) -> str:
 
 # ---- faults ------------------------------------------------------------------------------------
 
-# In the order of Fault in self_test.cpp. What the report says; "" where the result is wrong
-# numbers, and "or" where that depends on the moment at which asynchronous work was done.
+# In the order of Fault in self_test.cpp: the expected report; "" if only the result is wrong; and
+# "or" if it depends on the moment at which asynchronous work completes.
 FAULTS = {
     "none": None,
     "no wait for data": "nobody has written it|a wgmma reads what a tensor load wrote",
@@ -127,7 +127,7 @@ def swizzled(address: int, swizzle: int) -> int:
 @pytest.mark.parametrize("swizzle", range(4))
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int8])
 def test_tma_box(dtype, swizzle, column, row):
-    """A box lies swizzled in shared memory, zeros where it leaves the tensor."""
+    """A box is swizzled in shared memory, with zeros where it exceeds the tensor."""
     size = dtype.itemsize
     columns, rows, box_rows, box_columns = 80, 40, 16, (16 << swizzle) // size
     data = torch.arange(1, columns * rows + 1).to(dtype).view(rows, columns)
@@ -164,7 +164,8 @@ FAULTS8 = {
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("fault", FAULTS8)
 def test_products_of_bytes(fault, seed):
-    """e4m3 from memory and registers, and values transposed in place; one fault at a time."""
+    """e4m3 from memory and registers, values transposed in place, and one planted fault at a
+    time."""
     draw = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(n, 128, generator=draw).to(torch.float8_e4m3fn) for n in (64, 128))
     out = torch.full((64, 128), torch.nan)
@@ -177,7 +178,7 @@ def test_products_of_bytes(fault, seed):
 
 
 def test_bytes_of_e4m3():
-    """To nearest, ties to even, and no larger than 448; back exactly; as torch does it."""
+    """To nearest, ties to even, at most 448; and exact in the other direction, as in torch."""
     exact = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     x = exact[exact.isfinite()].sort().values
     x = torch.cat([x, (x[1:] + x[:-1]) / 2, 60 * torch.randn(2000), torch.tensor([1e9, -449.0])])
@@ -204,7 +205,7 @@ def test_warp_instructions(seed):
 @pytest.mark.parametrize("b_major", ["k", "mn"])
 @pytest.mark.parametrize("a_major", ["k", "mn"])
 def test_products_of_a_warp(a_major, b_major, rows):
-    """Operands either way round, copied with zeros outside the rows that are there."""
+    """Operands in both orders, copied with zeros outside of the existing rows."""
     stored_a, stored_b = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
     out = torch.full((3, 64, 64), torch.nan)
     majors = 2 * (a_major == "mn") + (b_major == "mn")

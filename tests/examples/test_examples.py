@@ -1,4 +1,4 @@
-"""The training examples: each runs, goes on exactly after kill -9, and says what is wrong."""
+"""The training examples: each runs, continues exactly after kill -9, and reports what is wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fastattn.models import BERT, GPT, CheckpointError, EncoderDecoder
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder of Python files, small and the same on every machine."""
+    """A small folder of Python files, the same on every machine."""
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 
@@ -53,7 +53,7 @@ import {name}
 
 @pytest.mark.parametrize("name", SIZES)
 def test_goes_on_exactly_after_a_kill(name, tmp_path, sources):
-    """Straight to the end, and killed and started again: the same losses, bit for bit."""
+    """An uninterrupted run, and one that is killed and continued: the same losses, bit for bit."""
     straight, _ = run(name, tmp_path / "straight", sources)
     assert len(straight.losses) == 6 and len(set(straight.losses)) == 6
     assert straight.evaluation
@@ -69,7 +69,7 @@ def test_goes_on_exactly_after_a_kill(name, tmp_path, sources):
     assert again.losses == straight.losses
     assert again.evaluation == straight.evaluation
     _same_weights(straight.folder, again.folder)
-    finished, _ = run(name, tmp_path / "killed", sources)  # nothing is left to do
+    finished, _ = run(name, tmp_path / "killed", sources)  # nothing is left to train
     assert finished.losses == straight.losses
 
 
@@ -79,7 +79,7 @@ def _same_weights(*folders: Path) -> None:
 
 
 def test_trainer_goes_on_exactly(tmp_path, sources):
-    """transformers' Trainer from its own checkpoint: the same weights in the end."""
+    """transformers' Trainer from its own checkpoint ends with the same weights."""
     straight, _ = run("finetune_bert", tmp_path / "a", sources, "--trainer", "hf")
     assert len(straight.losses) == 6 and {"accuracy", "f1"} <= set(straight.evaluation)
     folder = tmp_path / "a/trainer/checkpoint-6"
@@ -126,7 +126,7 @@ def test_bf16_and_compile(tmp_path, sources, straight):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes(parallel, tmp_path, sources, straight):
-    """Two processes learn what one does, and one goes on from what two have written."""
+    """Two processes learn what one does, and one process continues what two have written."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(EXAMPLES / "pretrain_gpt.py")]
     command += arguments("pretrain_gpt", tmp_path, sources, "--parallel", parallel)
@@ -307,7 +307,7 @@ def test_a_batch_that_cannot_be_cut(tmp_path, sources):
 
 
 def test_losses_agree_over_50_steps(tmp_path, sources):
-    """fp32, the same seed: fastattn's and torch's attention learn along the same curve."""
+    """In fp32 with the same seed, fastattn's and torch's attention give the same loss curve."""
     more = ("--steps", "50", "--compare", "50", "--save-every", "50", "--lr", "3e-3")
     result, found = run("pretrain_gpt", tmp_path, sources, *more)
     assert found.difference < 1e-3
@@ -328,7 +328,7 @@ def test_each_example_compares(name, tmp_path, sources, capsys):
 
 
 def test_the_clock_sees_forward_and_backward(monkeypatch):
-    """On a clock that only moves when told: 1 in the call, 2 in its backward pass, 5 elsewhere."""
+    """On a simulated clock: 1 in the call, 2 in its backward pass, 5 elsewhere."""
     now = [0.0]
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
 
@@ -387,7 +387,7 @@ def test_packing_keeps_every_token_and_every_border():
     order = corpus.shuffled(6, 0, 0).tolist()
     line = torch.cat([documents[i] for i in order])
     assert torch.equal(ids, line[:32].view(4, 8)[corpus.shuffled(4, 1, 0)])
-    across = packed.batch(1, 3)["input_ids"]  # row 3 of this epoch, then the next epoch's
+    across = packed.batch(1, 3)["input_ids"]  # row 3 of this epoch, then those of the next
     assert torch.equal(across[0], ids[3]) and torch.equal(across[1:], packed.batch(4, 1)[
         "input_ids"].new_tensor(packed._epoch(1)[0][:2].tolist()))  # fmt: skip
 
@@ -396,7 +396,7 @@ def test_every_epoch_sees_each_item_once():
     seen = torch.cat([corpus.pick(10, step, 4, 0) for step in range(5)]).view(2, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in seen.tolist())
     assert not torch.equal(*seen)
-    assert len(corpus.pick(3, 0, 8, 0)) == 8  # more than there are
+    assert len(corpus.pick(3, 0, 8, 0)) == 8  # more than exist
 
 
 def test_masked_words(tmp_path, sources):
@@ -426,7 +426,7 @@ def test_numbers_in_words():
 
 
 def test_translation_is_learned(tmp_path):
-    """Numbers of three digits, most of which were never seen, in seconds."""
+    """Three-digit numbers, most of them never seen in training, within seconds."""
     more = "--steps 160 --batch 64 --layers 1 --dim 64 --digits 3 --tested 200 --eval-every 160"
     more += " --compare 0 --threads 1 --warmup 20 --lr 4e-3"
     result, _ = translate.main([*more.split(), "--out", str(tmp_path)])
@@ -447,7 +447,7 @@ def test_scores():
 
 
 def test_the_students_maps_are_attention(tmp_path):
-    """What distill compares is softmax(q k' / sqrt(d)) over real tokens."""
+    """distill compares softmax(q k' / sqrt(d)) over real tokens."""
     import distill
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """The examples on a machine with a GPU: every tensor that meets the model is on its device.
 
-No GPU is needed. Elsewhere gives some tensors a GPU's name, those that are moved or made there and
-what comes of them, and refuses what a GPU refuses: a call that takes tensors of both kinds.
+No GPU is needed. `Elsewhere` labels tensors that are moved to or made on a GPU, and the results of
+their operations, and refuses, as a GPU does, calls that mix labelled and other tensors.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ sys.path.insert(0, str(EXAMPLES))
 import common
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-BETWEEN = {"copy_", "__set__", "_has_compatible_shallow_copy_type"}  # calls that may take both
+BETWEEN = {"copy_", "__set__", "_has_compatible_shallow_copy_type"}  # calls that may mix devices
 
 
 class Elsewhere(TorchFunctionMode):
-    """Gives tensors a GPU's name; they compute on the CPU."""
+    """Labels tensors as being on a GPU; they compute on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Elsewhere(TorchFunctionMode):
             self.storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
 
     def check(self, name: str, tensors: list[Tensor], options: dict) -> None:
-        """Raises what a GPU raises. A number without dimensions, or an index, may be here."""
+        """Raises what a GPU raises. A number without dimensions, or an index, may be on the CPU."""
         if name in BETWEEN or (name == "__getitem__" and self.has(tensors[0])):
             return
         others = [x for x in tensors if x.numel() and x.dim() and not self.has(x)]
@@ -56,7 +56,7 @@ class Elsewhere(TorchFunctionMode):
         there = any(map(self.has, tensors))
         if func == Tensor.device.__get__:
             return GPU if there else func(*args)
-        if name in ("device", "_parse_to"):  # which make or read a device's name
+        if name in ("device", "_parse_to"):  # which create or read a device
             return func(*args, **kwargs)
         if there:
             self.check(name, tensors, kwargs)
@@ -76,7 +76,7 @@ class Elsewhere(TorchFunctionMode):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder of Python files, small and the same on every machine."""
+    """A small folder of Python files, the same on every machine."""
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 

@@ -1,4 +1,4 @@
-"""How a run of an example ends, and what the next one in its folder finds."""
+"""How a run of an example ends, and what the next run finds in its folder."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from fastattn.models import GPT, CheckpointError
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder of Python files, small and the same on every machine."""
+    """A small folder of Python files, the same on every machine."""
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture
 def ends(monkeypatch, capsys):
-    """ends(name, arguments) is (exit status, what was written to stderr) of an example's run."""
+    """ends(name, arguments) is (exit status, what an example's run wrote to stderr)."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def ends(name: str, words: list[str]) -> tuple[int, str]:
@@ -170,7 +170,7 @@ def test_mistakes_end_in_their_sentence(tmp_path, sources, ends):
 
 
 def _process(rank: int, name: str, words: list[str], folder: Path) -> int:
-    """The number of a forked process, one of two, that writes its errors to folder/rank."""
+    """Forks a process, one of two, that writes its errors to folder/rank; its pid."""
     child = os.fork()
     if child:
         return child
@@ -189,7 +189,7 @@ def _process(rank: int, name: str, words: list[str], folder: Path) -> int:
 
 
 def test_a_mistake_of_two_processes(tmp_path, sources):
-    """The first says it; the other says it too, or that the one it waited for has ended."""
+    """The first process reports it; the other reports it too, or that the first has ended."""
     gone = "process 1: another process has ended or cannot be reached: "
     cases = {
         "--vocabulary 9": ("--vocabulary is 9; accepted is at least", gone),
@@ -216,7 +216,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 
 def test_a_full_disk(tmp_path, sources, ends):
-    """The limit of a file's size stands in for it: both are errors of write()."""
+    """A limit on file sizes stands in for a full disk: both are errors of write()."""
     straight = run("pretrain_gpt", tmp_path / "straight", sources)[0]
     given = arguments("pretrain_gpt", tmp_path / "full", sources)
     size = (straight.folder.parent / "checkpoints/step-00000006.pt").stat().st_size
@@ -256,7 +256,7 @@ def test_two_runs_in_one_folder(tmp_path, sources, ends):
     reading, writing = os.pipe()
     waiting, ending = os.pipe()
     child = os.fork()
-    if child == 0:  # another process, which has the folder until it is told to end
+    if child == 0:  # another process, which uses the folder until it is told to end
         with files.own(tmp_path, fresh=False):
             os.write(writing, b"x")
             os.read(waiting, 1)
@@ -291,7 +291,7 @@ def test_fresh_forgets_the_tokenizer_and_half_written_files(tmp_path, sources):
     run("pretrain_gpt", tmp_path, sources, "--fresh")
     assert vocabulary() == 300
     assert other.exists() and not half.exists()
-    for path in (tmp_path / "checkpoints").glob("step-*.pt"):  # and so where nothing has begun
+    for path in (tmp_path / "checkpoints").glob("step-*.pt"):  # also when nothing has started
         path.unlink()
     run("pretrain_gpt", tmp_path, sources, *size)
     assert vocabulary() == 400

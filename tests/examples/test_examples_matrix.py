@@ -1,4 +1,4 @@
-"""Every example, straight and killed, in one process and in two: the same in the end."""
+"""Every example, uninterrupted and killed, in one process and in two: the same results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SCRIPT = Path(__file__).parents[1] / "support/example_matrix.py"
 
 
 def check(folder: Path, *words: str) -> list[str]:
-    """The lines of support/example_matrix.py, all of which must say that runs are the same."""
+    """The output lines of support/example_matrix.py, all of which must say that the runs are
+    equal."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), *words], capture_output=True, text=True,
         timeout=3000, env={**os.environ, "OMP_NUM_THREADS": "1"},

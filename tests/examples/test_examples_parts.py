@@ -1,4 +1,5 @@
-"""A step's rows, cut into parts and over processes, teach the examples' models the same."""
+"""The rows of a step, split into micro-batches and over processes, train the examples' models
+equally."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ import pretrain_bert
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder of Python files, small and the same on every machine."""
+    """A small folder of Python files, the same on every machine."""
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 
@@ -36,13 +37,13 @@ MORE = {  # no dropout, which draws for each part; a teacher whose maps differ f
 
 
 def alike(losses):
-    """Equal but for rounding: of the losses, or of the teacher's maps, whose distances are 1e-3."""
+    """Equal up to rounding, of the losses or of the teacher's maps, whose distances are 1e-3."""
     return pytest.approx(losses, rel=1e-5, abs=3e-7)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_accumulation_changes_nothing(name, tmp_path, sources):
-    """Rows have more and fewer words to guess, and texts are long and short."""
+    """Rows have more or fewer masked words, and texts are long or short."""
     more = MORE.get(name, ())
     whole, _ = run(name, tmp_path / "whole", sources, *more)
     parts, _ = run(name, tmp_path / "parts", sources, *more, "--accumulate", "2")
@@ -60,7 +61,7 @@ def _two(rank: int, names: list[str], out: Path, sources: Path) -> None:
 
 
 def test_two_processes_weigh_every_mean_alike(tmp_path, sources):
-    """Rows with few and with many words to guess, texts short and long: each counts once."""
+    """Rows with few and with many masked words, texts short and long: each target counts once."""
     names = ["pretrain_bert", "distill"]
     mp.spawn(_two, (names, tmp_path, sources), nprocs=2)
     for name in names:
@@ -71,7 +72,8 @@ def test_two_processes_weigh_every_mean_alike(tmp_path, sources):
 
 
 def test_a_part_without_anything_to_guess_counts_for_nothing():
-    """Rows of 0, 1, 2 and 12 masked words, in 1, 2 and 4 parts: one step, the same weights."""
+    """Rows with 0, 1, 2 and 12 masked words, in 1, 2 and 4 micro-batches: the same weights after a
+    step."""
     tokenizer = SimpleNamespace(get_vocab_size=lambda: 30)
     options = pretrain_bert.BERTOptions(
         out="unused", batch=4, layers=1, dim=16, heads=2, length=12, clip=0.0

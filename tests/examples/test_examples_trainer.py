@@ -1,4 +1,4 @@
-"""finetune_bert.py with transformers' Trainer: the options mean what they mean without it."""
+"""finetune_bert.py with transformers' Trainer: the options have the same meaning as without it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastattn.models import CheckpointError
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder of labelled texts, small and the same on every machine."""
+    """A small folder of labelled texts, the same on every machine."""
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 
@@ -45,8 +45,8 @@ def same_weights(*results) -> bool:
 
 
 def test_a_kill_during_a_save_is_passed_over(tmp_path, sources, straight, monkeypatch, capsys):
-    """Killed before Trainer wrote its state, the last file of a checkpoint; then the run goes on
-    from the one before, and on to more steps."""
+    """Killed before Trainer wrote its state, the last file of a checkpoint. The run then continues
+    from the checkpoint before, and on to more steps."""
 
     class Killed(BaseException):
         pass
@@ -78,8 +78,8 @@ def test_a_kill_during_a_save_is_passed_over(tmp_path, sources, straight, monkey
 
 
 def test_the_options_of_the_plain_loop(tmp_path, sources, straight):
-    """Evaluations change nothing; a step has --batch rows, however it is cut; the log is the same;
-    --fresh begins anew."""
+    """Evaluation changes nothing, a step has --batch rows however it is split, the log is the same,
+    and --fresh starts over."""
     pytest.importorskip("tensorboard")
     shutil.copytree(straight.folder.parent / "trainer", tmp_path / "a/trainer")
     often = train(tmp_path / "a", sources, "--eval-every", "1", "--fresh", "--tensorboard")
@@ -91,7 +91,7 @@ def test_the_options_of_the_plain_loop(tmp_path, sources, straight):
     theirs = train(tmp_path / "c", sources, "--dropout", "0")
     parts = train(tmp_path / "d", sources, "--dropout", "0", "--accumulate", "2")
     assert parts.losses == pytest.approx(theirs.losses, rel=1e-5)
-    # the same rows and the same schedule; only AdamW's second beta is Trainer's own
+    # the same rows and schedule; only AdamW's second beta is Trainer's own
     assert theirs.losses[0] == pytest.approx(plain.losses[0], rel=1e-6)
     assert theirs.losses == pytest.approx(plain.losses, rel=0.01)
     rates = [[json.loads(x).get("lr") for x in (tmp_path / n / "log.jsonl").open()] for n in "bc"]

@@ -81,7 +81,7 @@ def test_index_first_axis():
 
 
 def test_padded_attention_by_way_of_packed():
-    """The reason for all this: unpad, attend, pad, as if each entry were alone."""
+    """The purpose of all this: unpad, attend, pad gives what each entry alone gives."""
     qkv = torch.randn(3, 4, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     tokens, indices, cu_seqlens, longest, _ = unpad_input(qkv, MASK)
     packed = flash_attn_varlen_qkvpacked_func(tokens, cu_seqlens, longest, causal=True)

@@ -50,7 +50,7 @@ def dense_inputs(rows, keys, kv_heads=HEADS, dtype=F64, v_dim=DIM):
 
 
 def attend(function, *args, dropout_p=0.0, **options):
-    """(out, lse, what dropout keeps or None), after a look at S_dmask's shape."""
+    """(out, lse, dropout's kept probs or None), after a check of S_dmask's shape."""
     out, lse, s_dmask = function(*args, dropout_p, return_attn_probs=True, **options)
     assert out.is_contiguous() and not s_dmask.requires_grad and s_dmask.dtype == out.dtype
     if not dropout_p:
@@ -82,7 +82,7 @@ def test_dense_options_and_their_pairs(rows, keys):
 
 
 def test_varlen_options_and_their_pairs():
-    """The same over packed sequences, empty ones and ones with more rows than keys among them."""
+    """The same over packed sequences, including empty ones and ones with more rows than keys."""
     cu_q, cu_k = (ends(x) for x in zip(*LENGTHS))
     total_q, total_k, sequences = int(cu_q[-1]), int(cu_k[-1]), len(LENGTHS)
     for name, options in PAIRS.items():
@@ -113,8 +113,9 @@ def test_varlen_options_and_their_pairs():
 
 @pytest.mark.parametrize("name", ["causal", "window, softcap", "alibi, dropout"])
 def test_varlen_in_blocks(name):
-    """block_table: keys scattered over blocks of 4, one of them shared, its spare table entries no
-    blocks, what is not used NaN; the same as the same keys packed, S_dmask included."""
+    """block_table: keys scattered over pages of 4, one of them shared, with invalid spare entries
+    in the table and NaN in unused slots. The result equals that of the packed keys, S_dmask
+    included."""
     options = {"dropout_p": 0.0} | PAIRS[name]
     lengths = (6, 4, 0, 9)
     table = torch.tensor([[5, 2, 99], [5, -1, 99], [-1, -1, 99], [0, 7, 3]], dtype=torch.int32)
@@ -139,7 +140,7 @@ def test_varlen_in_blocks(name):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_block_table_of_inputs_that_require_grad(compiled):
-    """The forward runs; whoever asks for its gradient reads that there is none."""
+    """The forward runs; asking for its gradient raises."""
     function = torch.compile(flash_attn_varlen_func) if compiled else flash_attn_varlen_func
     blocks, table = torch.randn(3, 4, 2, DIM), torch.tensor([[0, 1], [2, 1]], dtype=torch.int32)
     q, cu = torch.randn(5, HEADS, DIM, requires_grad=True), ends((2, 3))
@@ -168,7 +169,7 @@ def test_block_table_of_inputs_that_require_grad(compiled):
     ids=lambda x: type(x).__name__,
 )  # fmt: skip
 def test_windows_in_any_form(window):
-    """Programs write the pair as a tensor or an array too; FlashAttention takes what unpacks."""
+    """Programs also pass the pair as a tensor or an array; FlashAttention accepts what unpacks."""
     x, cu = torch.randn(2, 9, HEADS, DIM), ends((9, 9))
     want = flash_attn_func(x, x, x, window_size=(2, 1))
     assert torch.equal(flash_attn_func(x, x, x, window_size=window), want)
@@ -246,7 +247,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.native
 def test_layouts_are_views():
-    """Nothing is copied on the way in; a packed q costs a copy of out, and one of the gradient."""
+    """Nothing is copied on input; a packed q costs a copy of out and one of the gradient."""
     q, k, v = (torch.randn(BATCH, 9, HEADS, DIM, requires_grad=True) for _ in range(3))
     qkv = torch.randn(BATCH, 9, 3, HEADS, DIM, requires_grad=True)
     cu = ends((5, 4, 9))
@@ -269,7 +270,7 @@ def test_layouts_are_views():
 
 
 def test_dropout_is_fastattns_own():
-    """Keyed by torch's generator: as Philox says, the same with and without S_dmask's call."""
+    """Keyed by torch's generator: the mask is Philox's, with and without S_dmask."""
     inputs = dense_inputs(6, 9)
     torch.manual_seed(3)
     key = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64)
@@ -308,7 +309,7 @@ def test_checkpointing_drops_the_same(reentrant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
-    """Within twice the error of the same attention by torch in that dtype, and a rounding."""
+    """At most twice the error of torch's attention in that dtype, plus a rounding."""
     wide = dense_inputs(33, 65, kv_heads=2)
     inputs = [x.detach().to(dtype).requires_grad_() for x in wide]
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
@@ -372,7 +373,7 @@ def test_autocast():
 
 @pytest.mark.native
 def test_compiles_whole():
-    """Without a graph break, S_dmask included; dropout's key is then the compiler's to draw."""
+    """Without a graph break, S_dmask included; the compiler then draws dropout's key."""
     qkv, q, kv = randn(2, 6, 3, 4, 8), randn(2, 6, 4, 8), randn(2, 9, 2, 2, 8)
     cu = ends((4, 2, 6))
 

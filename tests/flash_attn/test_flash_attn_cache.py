@@ -39,7 +39,8 @@ def turned(x, cos, sin, positions, interleaved):
 
 
 class Cache:
-    """Entries of random length in one of three homes: rows, other rows, or scattered blocks."""
+    """Entries of random length, stored as rows, as other rows (cache_batch_idx), or in scattered
+    pages."""
 
     def __init__(self, home, lens=LENS):
         self.home, self.lens = home, lens
@@ -49,7 +50,7 @@ class Cache:
         for n, length in enumerate(lens):
             self.old[:, n, length:] = torch.nan
         self.rows = [4, 1]
-        self.table = torch.tensor([[6, 0, 3], [2, 5, 1]], dtype=torch.int32)  # blocks of 4
+        self.table = torch.tensor([[6, 0, 3], [2, 5, 1]], dtype=torch.int32)  # pages of 4
         self.caches = [self._laid_out(x) for x in self.old]
         self.where = {
             "rows": {},

@@ -1,4 +1,5 @@
-"""fastattn.flash_attn in flash_attn's place: signatures, refusals, imports, transformers' calls."""
+"""fastattn.flash_attn in place of flash_attn: signatures, refusals, imports, transformers'
+calls."""
 
 from __future__ import annotations
 
@@ -149,7 +150,7 @@ def refused(kind, sentence, function, *arguments, **options):
             flash_attn_with_kvcache, Q.clone().requires_grad_(), CACHE, CACHE),
 ])  # fmt: skip
 def test_refusals(kind, sentence, function, arguments, options):
-    """One sentence, in flash_attn's names and layout; the cache stays as it was."""
+    """One sentence with flash_attn's names and layout; the cache is unchanged."""
     before = CACHE.clone()
     with pytest.raises(kind, match=sentence) as caught:
         function(*arguments, **options)
@@ -162,7 +163,7 @@ def test_refusals(kind, sentence, function, arguments, options):
 
 @pytest.fixture
 def alias(monkeypatch):
-    """sys.modules as docs/flash_attn.md says, and as it was afterwards."""
+    """sys.modules as docs/flash_attn.md says; restored afterwards."""
     monkeypatch.setitem(sys.modules, "flash_attn", fastattn.flash_attn)
     for name in ("bert_padding", "flash_attn_interface"):  # importing replaces these attributes
         monkeypatch.setattr(fastattn.flash_attn, name, getattr(fastattn.flash_attn, name))
@@ -207,7 +208,7 @@ ABSENT = [
 
 @pytest.mark.parametrize("module, name, instead", ABSENT)
 def test_names_that_are_not_here(alias, module, name, instead):
-    """A sentence to who imports them; to who asks whether they are there, no."""
+    """Importing them raises with a sentence; hasattr() is False."""
     with pytest.raises(ImportError, match=rf"{name}: .*{instead}") as caught:
         exec(f"from {module} import {name}")
     assert "\n" not in str(caught.value)
@@ -236,7 +237,8 @@ def test_documentation_runs(alias):
 
 @pytest.fixture
 def loader(alias, monkeypatch):
-    """transformers' flash attention module, believing that flash_attn 2 is installed and runs."""
+    """transformers' flash attention module, made to believe that flash_attn 2 is installed and
+    works."""
     loader = pytest.importorskip("transformers.modeling_flash_attention_utils")
     monkeypatch.setattr(loader, "is_flash_attn_2_available", lambda: True)
     for name in [name for name in vars(loader) if name.startswith("_flash_") or name == "_pad_fn"]:
@@ -281,7 +283,7 @@ def test_transformers_calls(loader):
 
 
 def test_transformers_paged_call(loader):
-    """Decoding in blocks, as continuous batching does it: written and attended to in one call."""
+    """Decoding with pages, as continuous batching does: written and attended to in one call."""
     lens = (5, 2)
     q, k, v = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 8)
     blocks = [torch.randn(4, 4, 2, 8) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The operators around attention against float64, their references and torch's own functions."""
+"""The operators around attention against float64, their references, and torch's own functions."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_gate(dtype, activation):
 
 
 def test_gate_over_the_whole_range():
-    """No overflow, no NaN, and 2 ulp of the larger operand everywhere."""
+    """No overflow, no NaN, and at most 2 ulp of the larger operand everywhere."""
     x = torch.cat((torch.linspace(-200, 200, 40001), torch.tensor([-3e38, 3e38, -1e-30, 0.0])))
     x.requires_grad_()
     for activation, function in gate.GATES.items():
@@ -109,7 +109,7 @@ def test_linear_cross_entropy(dtype, name):
 
 
 def test_half_weight_gradient_is_summed_in_fp32():
-    """256 chunks of one row each: a bf16 sum would stop growing at 256 times the first."""
+    """256 chunks of one row each: a sum in bf16 would stop growing at 256 times the first."""
     hidden = torch.ones(512, 4, dtype=torch.bfloat16)
     weight = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.zeros(512, dtype=torch.long)
@@ -139,7 +139,8 @@ def test_every_instruction_set(isa, dtype, monkeypatch):
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_strides(layout):
-    """Every layout gives what its contiguous copy gives, gradients too, and mixed ones do."""
+    """Every layout gives what its contiguous copy gives, gradients included, and mixed layouts
+    too."""
     view = LAYOUTS[layout]
     x = view(torch.randn(4, 6, 20))
     y = torch.randn(x.shape)
@@ -299,7 +300,7 @@ CASES = ("norm False", "norm False alone", "norm True", "norm True alone", *gate
 
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives(name):
-    """First and second by differences; forward mode and vmap against the plain ones."""
+    """First and second derivatives by differences; forward mode and vmap against plain torch."""
     _, function, inputs = next(case for case in derivative_cases() if case[0] == name)
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, inputs)

@@ -1,4 +1,5 @@
-"""The operators with dropout, norm and activate, against their masks in plain torch and float64."""
+"""The operators with dropout, norm and activation, against their masks in plain torch and
+float64."""
 
 from __future__ import annotations
 
@@ -154,7 +155,7 @@ def test_every_instruction_set(isa, monkeypatch):
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_strides(layout):
-    """The mask goes by logical rows: every layout gives what its contiguous copy gives."""
+    """The mask follows logical rows: every layout gives what its contiguous copy gives."""
     x = LAYOUTS[layout](torch.randn(4, 6, 20))
     y, bias = torch.randn(x.shape), torch.randn(x.shape[-1])
 

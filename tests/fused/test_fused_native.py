@@ -1,6 +1,5 @@
-"""The native operators around attention with hostile arguments: a sentence or a result, no crash.
-`make asan` runs this file under the sanitizers.
-"""
+"""The native operators around attention with hostile arguments: a sentence or a result, never a
+crash. `make asan` runs this file under the sanitizers."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.native
 
 @st.composite
 def tensors(draw, shape):
-    """Of that shape mostly, in a random dtype, dense, strided, transposed or expanded."""
+    """Mostly of that shape, in a random dtype, dense, strided, transposed or expanded."""
     shape = list(shape)
     if draw(st.integers(0, 9)) == 0:
         shape = draw(st.lists(st.integers(0, 5), max_size=4))
@@ -39,7 +38,7 @@ def maybe(strategy):
 
 
 def attempt(operator, *arguments):
-    """The operator's results, read to the end, or None where it refused in a sentence."""
+    """The operator's results, completely read, or None if it refused with a sentence."""
     try:
         results = operator(*arguments)
     except (RuntimeError, NotImplementedError) as error:

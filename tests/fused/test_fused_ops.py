@@ -47,7 +47,7 @@ def test_opcheck():
 
 @pytest.mark.native
 def test_operators_under_compile():
-    """Called by name inside a compiled function, they are nodes of its graph, with gradients."""
+    """If called by name in a compiled function, they are nodes of its graph, with gradients."""
 
     def function(x, weight, gate):
         y, _, _, _ = OPS.norm_fwd(x, None, weight, None, 1e-5, False)
@@ -87,8 +87,8 @@ def test_meta():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements of any tensor that an operator returns, also inside the loss's
-    own operators, whose loops it runs under itself."""
+    """Records the largest number of elements of any tensor that an operator returns. It also enters
+    the loss's own operators, whose loops it runs under itself."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +168,7 @@ def test_errors(name):
 def test_the_operators_check_what_would_crash():
     x = torch.randn(1, 2, 3, 6)
     cos = torch.randn(2, 3)
-    # Each of these would be copied, and the gradients lost with the copy.
+    # Each of these would be copied, and the gradients would be lost with the copy.
     for logits in (_X.t().contiguous().t(), _X.repeat(1, 2)[:, ::2], _X[:1].expand(_X.shape)):
         with pytest.raises(RuntimeError, match="logits must be"):
             OPS.cross_entropy_(logits, _LABELS, None, -100, 0.0, 0.0, 0.0)

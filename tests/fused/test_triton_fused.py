@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 import test_fused as T
 import test_fused_dropout as D
 import torch
+from fresh_python import ROOT
 from fused_cases import LAYOUTS, LOSSES, OPS, check, exact_norm, randn, table
 from torch._subclasses import FakeTensorMode
 
@@ -50,7 +52,7 @@ KERNELS = {
 
 
 def on_device(function):
-    """function, on copies of its arguments on the GPU where there is one to run on."""
+    """The function, on copies of its arguments on the GPU if there is one."""
     if INTERPRETED:
         return function
 
@@ -66,7 +68,7 @@ def on_device(function):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the CPU's kernels by Triton's; the names of those that ran."""
+    """Replaces the CPU's kernels by Triton's; returns the names of those that ran."""
     seen = []
 
     def counted(name, function, *args):
@@ -112,7 +114,7 @@ def test_norm(dtype, calls):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_norm(dtype, calls, monkeypatch):
-    """Rows that no block holds, by column blocks of 128 and 64."""
+    """Rows that fit into no block, by column blocks of 128 and 64."""
     monkeypatch.setattr(norm, "MAX_FORWARD", 64)
     monkeypatch.setattr(norm, "MAX_BACKWARD", 64)
     monkeypatch.setattr(norm, "WIDE", 128)
@@ -141,7 +143,7 @@ def test_rotate(dtype, interleaved, calls):
             dtype,
             interleaved=interleaved,
         )
-    x = randn(1, 1, 2, 1000, dtype=dtype)  # more pairs than a program's
+    x = randn(1, 1, 2, 1000, dtype=dtype)  # more pairs than one program takes
     check(cases.ours_rotate, cases.torch_rotate, (x,), dtype, interleaved=interleaved)
 
 
@@ -186,7 +188,8 @@ def test_activations_over_the_whole_range(calls):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name, count", [("all", True), *((name, False) for name in LOSSES)])
 def test_linear_cross_entropy(dtype, name, count, calls, monkeypatch):
-    """As on a GPU, where ignored rows are not counted and left out, and as elsewhere."""
+    """With ignored rows, both as on a GPU, where they are not counted or skipped, and as
+    elsewhere."""
     monkeypatch.setattr(fused_loss, "_can_count", lambda x: count)
     monkeypatch.setattr(loss_kernels, "BLOCK", 128)  # the longest row takes two steps
     T.test_linear_cross_entropy(dtype, name)
@@ -260,7 +263,8 @@ def test_sums_over_many_rows(calls, monkeypatch):
 
 
 def test_offsets_have_64_bits(calls):
-    """Rows 2^30 elements apart: the third begins past 2^31. Only what is touched takes memory."""
+    """Rows 2^30 elements apart, so the third begins beyond 2^31. Only accessed memory is
+    allocated."""
     apart = 2**30 + 64
     memory = torch.empty(2 * apart + 64, dtype=torch.float16)
     x = memory.as_strided((3, 64), (apart, 1)).copy_(torch.randn(3, 64))
@@ -310,8 +314,8 @@ def _drop_at(out, seed, threshold, row, first, BLOCK_R: tl.constexpr, BLOCK_N: t
 
 @pytest.mark.parametrize("row", [0, 2**31 - 1, 2**32 - 1, 2**40 + 5])
 def test_the_mask_far_down(row, monkeypatch):
-    """Rows count in 64 bits, by Philox itself."""
-    if INTERPRETED:  # decided as a kernel is made, as conftest.py does for the others
+    """Row numbers are 64-bit; compared with Philox itself."""
+    if INTERPRETED:  # decided when a kernel is created, as conftest.py does for the others
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     drop_at = triton.jit(_drop_at)
     seed, offset = D.SEED.tolist()
@@ -358,12 +362,15 @@ def test_why_not_this_gpu(found, sentence, monkeypatch):
 
 
 def test_every_operator_has_a_gpu_kernel():
+    texts = "".join(path.read_text() for path in (ROOT / "fastattn/fused").glob("*.py"))
+    named = re.findall(r'^(?:operator\.)?on_gpu\("\w+", (.*)\)', texts, re.MULTILINE)
+    assert set(re.findall(r'"(\w+)"', "".join(named))) == set(KERNELS)
     for name in KERNELS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}", "CUDA")
 
 
 def test_fake_tensors_ask_no_gpu():
-    """As on a machine that traces for a GPU it does not have."""
+    """As on a machine that traces for a GPU that it does not have."""
     with FakeTensorMode():
         x, head = torch.empty(4, 8, device="cuda"), torch.empty(9, 8, device="cuda")
         assert not operator.has_kernel(x, None)

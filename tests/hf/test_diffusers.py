@@ -1,4 +1,4 @@
-"""diffusers' models by swap() and by the attention backend "fastattn"."""
+"""diffusers' models with swap() and with the attention backend "fastattn"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_nothing_is_imported_unasked():
 
 
 class Count:
-    """How often attention() of fastattn and torch's function run in a block."""
+    """How often fastattn's attention() and torch's function run in a block."""
 
     def __enter__(self):
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
@@ -33,7 +33,7 @@ class Count:
 
 
 def unet(diffusers):
-    """Processors that call torch's function: swapped by either way."""
+    """Processors that call torch's function: swapped in both ways."""
     m = diffusers.UNet2DConditionModel(
         block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, sample_size=8,
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
@@ -44,7 +44,7 @@ def unet(diffusers):
 
 
 def flux(diffusers):
-    """Processors that ask dispatch_attention_fn."""
+    """Processors that call dispatch_attention_fn."""
     m = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
@@ -115,6 +115,6 @@ def test_processors_that_cannot_be_served_are_named():
 
     m, _, _ = unet(diffusers)
     m.set_attn_processor(AttnProcessor())
-    with pytest.warns(UserWarning, match=r"AttnProcessor of UNet2DConditionModel asks diffusers"):
+    with pytest.warns(UserWarning, match=r"AttnProcessor of UNet2DConditionModel ignores"):
         m.set_attention_backend("fastattn")
     m.set_attention_backend("native")

@@ -1,4 +1,4 @@
-"""fastattn.hf while generating: token by token what eager gives, with every cache."""
+"""fastattn.hf in generation: the same tokens as eager, with every cache."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ CACHES = {
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_prompts_in_pieces(name, padding, kind, models, counter):
-    """Several rows at an offset, a tensor in a static cache, and windows that a cache forgets."""
+    """Several rows at an offset, a tensor position in a static cache, and windows whose cache drops
+    keys."""
     model, inputs = models(name), inputs_of(name, padding)
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     rows = torch.ones_like(ids) if mask is None else mask

@@ -34,7 +34,7 @@ def counter(monkeypatch):
 
 
 def qkv(batch=2, heads=4, q_len=5, kv_len=7, dim=8, kv_heads=2, **kind):
-    q = torch.randn(batch, q_len, heads, dim, **kind).transpose(1, 2)  # as models have them
+    q = torch.randn(batch, q_len, heads, dim, **kind).transpose(1, 2)  # as models pass them
     k, v = (torch.randn(batch, kv_heads, kv_len, dim, **kind) for _ in range(2))
     return q, k, v
 
@@ -74,7 +74,8 @@ def test_masks_of_the_users_own(shape, kind):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 @pytest.mark.parametrize("width", [7, 6])
 def test_padding_masks(dtype, width):
-    """[B, S] with the module's causality; keys past S are a static cache's, not there yet."""
+    """[B, S] with the module's causality; keys beyond S belong to a static cache and are not yet
+    written."""
     q, k, v = qkv()
     mask = torch.ones(2, width, dtype=torch.bool)
     mask[1, :2] = False
@@ -118,7 +119,7 @@ def test_position_bias_and_its_gradient(mask):
     own[..., 0] = True
     own = {"none": None, "bool": own, "float": torch.where(own, 0.5, -1e30)}[mask]
     got, _ = attention_forward(CAUSAL, q, k, v, own, position_bias=bias, scaling=1.0)
-    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)  # causal, where no mask says otherwise
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)  # causal, unless a mask says otherwise
     scores = q @ k.mT + bias + (own if mask == "float" else 0)
     hidden = {"none": hidden, "bool": ~own if mask == "bool" else None}.get(mask)
     scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
@@ -166,7 +167,7 @@ def test_weights_in_a_static_cache_have_its_length():
 
 @pytest.mark.parametrize("form", ["none", "compact", "bool", "float", "documents", "more rows"])
 def test_weights_times_values_are_the_output(form):
-    """With dropout, sinks and softcap, and both have the same gradients."""
+    """With dropout, sinks and softcap; both have the same gradients."""
     kv_len = 3 if form == "more rows" else 5
     q, k, v = (x.requires_grad_() for x in qkv(kv_len=kv_len, dtype=torch.float64))
     mask = {
@@ -223,7 +224,7 @@ def test_both_names_are_registered():
     ],
 )
 def test_import_says_what_it_needs(missing, sentence):
-    """Without transformers, or with one before the versions that it knows."""
+    """Without transformers, or with a version older than the supported ones."""
     code = "import sys; sys.modules['transformers'] = None; import fastattn.hf"
     if missing == "old":
         code = (
@@ -273,7 +274,7 @@ def test_models_outside_the_interface_are_refused(model, name):
 
 
 def test_models_that_swap_flash_for_their_own_are_refused():
-    """gpt-oss replaces every flash-named implementation but a few; that is not to be silent."""
+    """gpt-oss replaces all but a few flash-named implementations, which may not happen silently."""
     model = build("gpt_oss", num_hidden_layers=2)
     model._compatible_flash_implementations = ["eager"]
     with pytest.raises(NotImplementedError, match="takes 'eager' instead of 'fastattn/flash"):

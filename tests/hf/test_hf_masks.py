@@ -1,4 +1,4 @@
-"""fastattn.hf's masks: what they stand for is transformers' own mask, and they take no memory."""
+"""fastattn.hf's masks: they represent transformers' own masks without their memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fastattn.hf import CompactMask, attention_mask
 
 
 def remap(function, positions):
-    """Newer versions count rows from each document's start, older ones from the row's."""
+    """Newer versions count rows from the start of each document, older ones from that of the
+    row."""
     known = getattr(theirs, "remap_positions_for_packed_sequence", lambda function, _: function)
     return known(function, positions)
 
@@ -31,7 +32,7 @@ FUNCTIONS = {  # mask_function, local_size
 
 
 def dense(mask, module_is_causal, q_len, kv_len):
-    """What a mask says about [B, 1, q_len, kv_len]; None is causal from the start, or full."""
+    """What a mask means for [B, 1, q_len, kv_len]; None is causal from the start, or full."""
     if mask is None:
         mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
         return mask.tril() if module_is_causal and q_len > 1 else mask
@@ -78,7 +79,8 @@ def test_stands_for_transformers_mask(data):
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("ids", ["prefix", "images", "none"])
 def test_blocks_are_ranges(ids, window, past):
-    """PaliGemma's prefix sees all of itself, as do Gemma 3's images, wider than a window or not."""
+    """PaliGemma's prefix sees all of itself, as do Gemma 3's images, whether or not wider than a
+    window."""
     ids = {
         "prefix": [[0, 0, 0, 0, -1, -1, -1, -1], [0, -1, -1, -1, -1, -1, -1, -1]],
         "images": [[-1, 0, 0, 0, 0, 1, 1, -1], [3, 3, -1, -1, 4, 4, 4, 4]],
@@ -124,7 +126,7 @@ def test_packed_documents_are_recognised(window):
 
 
 def blockwise(ids, function=theirs.causal_mask_function):
-    """The function, or one's own block: what multimodal models make of their images."""
+    """The function, or block ids: what multimodal models make of their images."""
     return theirs.or_masks(function, theirs.blockwise_overlay(torch.tensor(ids)))
 
 
@@ -153,7 +155,7 @@ def test_other_functions_are_materialised(name):
 
 
 def test_use_vmap_is_materialised():
-    """With it the function may be the user's own, under any name."""
+    """Where the mask function may be the user's own, under any name."""
     got = attention_mask(
         2, 6, 6, mask_function=theirs.causal_mask_function, use_vmap=True,
         allow_is_causal_skip=False,
@@ -227,7 +229,7 @@ ARITHMETIC = {
 @pytest.mark.parametrize("name", ARITHMETIC)
 @pytest.mark.parametrize("kind", ["compact", "given"])
 def test_arithmetic_on_masks_is_refused(name, kind):
-    """A model that does it takes the mask for one of floats, and would be wrong without a word."""
+    """A model that does this expects a float mask, and would silently be wrong."""
     function = theirs.causal_mask_function if kind == "compact" else OTHERS["own"]
     mask = attention_mask(2, 5, 5, mask_function=function)
     assert (mask.given is None) == (kind == "compact")
@@ -240,7 +242,7 @@ def test_arithmetic_on_masks_is_refused(name, kind):
 )
 @pytest.mark.parametrize("lengths", [(5, 5), (1, 5), (1, 1), (3, 5)])
 def test_no_mask_is_left_to_the_modules_is_causal(function, lengths):
-    """Decoders exist whose is_causal is False, and encoders without the attribute."""
+    """There are decoders whose is_causal is False, and encoders without the attribute."""
     q_len, kv_len = lengths
     mask = attention_mask(
         2, q_len, kv_len, q_offset=kv_len - q_len, mask_function=function,
@@ -254,7 +256,7 @@ def test_no_mask_is_left_to_the_modules_is_causal(function, lengths):
 
 
 class Largest(TorchDispatchMode):
-    """The largest storage, in bytes, that any operator's result lies in."""
+    """The largest storage, in bytes, of any operator's result."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""fastattn.hf: every family equals eager, forward and every gradient, and ran on fastattn."""
+"""fastattn.hf: every family equals eager, forward and every gradient, and runs on fastattn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = [(name, padding) for name, x in FAMILIES.items() for padding in x.paddin
 
 @pytest.fixture(scope="module")
 def models():
-    """Each family once; tests switch its attention."""
+    """Each family is built once; tests switch its attention."""
     return functools.cache(build)
 
 

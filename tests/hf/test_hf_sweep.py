@@ -1,5 +1,6 @@
-"""Every text, image and seq2seq type of transformers: equal to eager, or refused in a sentence, at
-construction, by enable() and by swap() alike. One type of each mechanism here; all with --long."""
+"""Every text, image and seq2seq type of transformers: equal to eager, or refused with a sentence,
+alike at construction, by enable() and by swap(). One type of each mechanism runs here; all with
+--long."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from fastattn.hf.models import refusal
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 QUICK = {
-    # Once served, with the future or the padding in sight:
+    # Once served, but saw the future or the padding:
     "pegasus_x": "equal", "nllb-moe": "refused", "bigbird_pegasus": "equal",
     "bigbird_pegasus-seq2seq": "refused", "git": "refused", "deepseek_v4": "refused",
     # Once refused by enable() alone, or a KeyError:
@@ -32,7 +33,7 @@ QUICK = {
     "rembert": "refused", "roformer": "refused", "squeezebert": "refused", "tapas": "refused",
     "trocr": "refused", "xglm": "refused",
     # One of each mechanism: sinks, softcap, windows, latent keys, state-space layers, an encoder
-    # with a cache, biases, indices that are refused, chunks, windows over images.
+    # with a cache, biases, selected keys (refused), chunks, windows over images.
     "gpt_oss": "equal", "gemma2": "equal", "mistral": "equal", "deepseek_v3": "equal",
     "jamba": "equal", "bert": "equal", "t5": "equal", "deepseek_v32": "refused",
     "llama4_text": "equal", "swin": "equal", "mamba": "equal", "switch_transformers": "equal",
@@ -81,7 +82,7 @@ def sentence_of(function) -> str:
 
 @pytest.mark.parametrize("case", here(["deepseek_v32", "glm_moe_dsa", "hy_v4"]))
 def test_a_selection_of_keys_is_refused_before_the_first_call(case):
-    """These hand every implementation but eager and sdpa the indices of the keys to attend to."""
+    """These pass the indices of the selected keys to every implementation but eager and sdpa."""
     model = build(case)
     for function in (lambda: fastattn.hf.enable(model), lambda: type(model)._from_config(
         model.config, attn_implementation=fastattn.hf.NAME)):  # fmt: skip
@@ -125,13 +126,14 @@ def test_set_attn_implementation_refuses_what_only_goes_through_in_part():
 
 @pytest.mark.parametrize("case", here(["nllb-moe", "switch_transformers"]))
 def test_tiny_models_have_experts_in_every_layer(case):
-    """NLLB's hand the attention's mask to their routers, so a model without any shows nothing."""
+    """NLLB passes the attention mask to its routers, which does not show in a model without
+    routers."""
     names = [type(x).__name__ for x in build(case).modules()]
     assert sum(name.endswith("Router") for name in names) == 4, names
 
 
 def test_models_of_a_users_own_are_judged_by_their_source():
-    """A subclass elsewhere is what its parts are; one whose source is gone is refused."""
+    """A subclass in another module is judged by its parts; one without source is refused."""
 
     class Mine(transformers.LlamaForCausalLM):
         pass
@@ -143,7 +145,7 @@ def test_models_of_a_users_own_are_judged_by_their_source():
 
     assert "GitSelfAttention computes attention itself" in refusal(Theirs)
     gone = type("Gone", (transformers.BertModel,), {"__module__": "no.such"})
-    gone._can_set_attn_implementation_cached_value = None  # BertModel's own answer, inherited
+    gone._can_set_attn_implementation_cached_value = None  # the answer for BertModel, inherited
     assert "does not go through" in refusal(gone)
 
 
@@ -161,9 +163,9 @@ def test_swap_leaves_models_that_share_a_refused_ones_configuration():
 
 @pytest.mark.parametrize("case", ["pegasus_x"])
 def test_compiled_decoders_see_no_future(case):
-    """Traced masks are transformers' own: None would be read by the module's is_causal."""
+    """Traced masks are transformers' own: None would mean the module's is_causal."""
     torch._dynamo.reset()
-    WANT_EVERY_MASK.clear()  # what other tests have left
+    WANT_EVERY_MASK.clear()  # left over from other tests
     model = build(case)
     inputs = {
         "input_ids": torch.randint(3, 90, (2, 9)),
@@ -184,7 +186,7 @@ def made_with_this() -> bool:
 
 
 def test_the_docs_table_has_every_type():
-    """`python tests/support/hf_sweep.py` makes it; it says with which version."""
+    """`python tests/support/hf_sweep.py` generates it, with the version of transformers."""
     page = PAGE.read_text()
     made = re.search(r"Made with transformers ([\d.]+)\.", page)
     assert made, "docs/huggingface.md has no table: python tests/support/hf_sweep.py prints it"

@@ -47,7 +47,7 @@ def test_checkpointing_drops_the_same_weights(name, reentrant, counter):
     if reentrant:
         model.enable_input_require_grads()
     again, again_grads = gradients(model, inputs)
-    assert counter.take() == 2 * calls  # the forward, and once more for the backward
+    assert counter.take() == 2 * calls  # the forward, and again for the backward
     torch.testing.assert_close(again, out, rtol=1e-6, atol=1e-6)
     largest = max(x.abs().max() for x in grads.values())
     for key in grads:
@@ -143,7 +143,7 @@ def test_compiled_training_step(name, padding):
         rows = inputs["attention_mask"].bool()
         want, got = want[rows], got[rows]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    if name != "llama":  # whose loss here counts rows of padding, too
+    if name != "llama":  # whose loss counts padded rows too in this version
         assert want_grads.keys() == {n.removeprefix("_orig_mod.") for n in got_grads}
         for n, grad in got_grads.items():
             want = want_grads[n.removeprefix("_orig_mod.")]
@@ -151,7 +151,7 @@ def test_compiled_training_step(name, padding):
 
 
 def test_compiled_layers_take_masks_made_outside():
-    """Compiling layer by layer: the mask is made in eager mode and enters the graph."""
+    """Compiling layer by layer: the mask is made in eager mode and passed into the graph."""
     torch._dynamo.reset()
     model, inputs = fastattn.hf.enable(build("llama")), inputs_of("llama", "left")
     want = model(**inputs).logits

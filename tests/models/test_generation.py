@@ -1,4 +1,5 @@
-"""generate() against whole forward passes, sampling against probabilities, beams against all."""
+"""generate() against full forward passes, sampling against probabilities, beams against all
+sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from fastattn.models.generation import Choice, beam_search
 
 
 def greedy(model, x, count):
-    """Without a cache, one whole forward pass a token."""
+    """Without a cache, with one full forward pass per token."""
     for _ in range(count):
         x = torch.cat((x, model(x).logits[:, -1:].argmax(-1)), dim=1)
     return x
@@ -130,7 +131,7 @@ def test_sampling_repeats_with_a_generator():
 
 
 class Chain:
-    """A language model on paper: the next token's logits are a function of the last two."""
+    """A language model as a table: the next token's logits are a function of the last two."""
 
     def __init__(self, vocabulary: int, batch: int, beams: int) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -151,7 +152,7 @@ class Chain:
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 def test_wide_beams_find_the_best_sequence_of_all(penalty):
-    """Beams as many as prefixes: the result is the best of every sequence, ended or not."""
+    """With as many beams as prefixes the result is the best of all sequences, finished or not."""
     vocabulary, length, eos = 4, 4, 2
     beams = vocabulary**length
     chain = Chain(vocabulary, 3, beams)
@@ -189,7 +190,7 @@ def test_one_beam_is_greedy_and_more_are_no_worse():
 
 
 def test_beams_with_padded_prompts_and_masks():
-    """Entries do not see each other: a batch gives what each entry gives alone."""
+    """Entries are independent: a batch gives what each entry gives alone."""
     for model, masks in ((sharp(gpt()), (LEFT, RIGHT)), (sharp(EncoderDecoder(**SMALL)), (HOLES,))):
         for mask in masks:
             x = ids(3, 12)

@@ -86,7 +86,7 @@ def test_torch_attention_gives_the_same(name):
     theirs, their_gradients = outputs(model, inputs)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(my_gradients, their_gradients, rtol=1e-8, atol=1e-8)
-    assert len(my_gradients) >= sum(1 for _ in model.parameters()) - 4  # a head's unused parts
+    assert len(my_gradients) >= sum(1 for _ in model.parameters()) - 4  # the unused parts of a head
     if "labels" in inputs or "start_positions" in inputs:
         assert model(ids(3, 12), **inputs).loss.dim() == 0
 
@@ -117,14 +117,14 @@ def test_gpt_loss_is_the_shifted_cross_entropy():
 
 
 def test_packed_documents_are_as_if_alone():
-    """A document's logits do not depend on its neighbours, and its first token is no target."""
+    """A document's logits do not depend on its neighbours, and its first token is not a target."""
     model, x = gpt().eval(), ids(1, 12)
     out = model(x, labels=x, document_ids=DOCUMENTS[:1])
     alone = [model(x[:, part], labels=x[:, part]) for part in (slice(0, 5), slice(5, 12))]
     torch.testing.assert_close(out.logits, torch.cat([a.logits for a in alone], dim=1))
     wanted = (alone[0].loss * 4 + alone[1].loss * 6) / 10
     torch.testing.assert_close(out.loss, wanted)
-    same = model(x, labels=x, document_ids=DOCUMENTS[0])  # [S] stands for every row
+    same = model(x, labels=x, document_ids=DOCUMENTS[0])  # [S] applies to every row
     torch.testing.assert_close(same.loss, out.loss)
 
 
@@ -153,7 +153,7 @@ def test_classifier_takes_floating_labels(kind):
 
 @pytest.mark.parametrize("name", ["bert", "encoder-decoder", "fusion", "gpt right"])
 def test_padding_does_not_matter(name):
-    """What stands in masked places changes no real token's result."""
+    """The content of masked positions does not change any real token's result."""
     make, inputs = CALLS[name]
     model = make().eval()
     inputs = {k: x for k, x in inputs.items() if k in ("features", "features_mask")}
@@ -288,7 +288,7 @@ def test_transformers_trainer_takes_a_model(name, tmp_path):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[],
         use_cpu=True, disable_tqdm=True, save_steps=2, logging_steps=1, log_level="error",
-        label_names=["labels"],  # BERT.forward takes other labels too
+        label_names=["labels"],  # BERT.forward also has other labels
     )  # fmt: skip
     before = model.num_parameters(), model.norm.weight.clone()
     trainer = transformers.Trainer(

@@ -1,5 +1,5 @@
-"""Folders that are broken or shared: every fault is a CheckpointError, and no save touches a file
-that is not its own."""
+"""Broken or shared folders: every fault is a CheckpointError, and no save changes files that are
+not its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
-    """Under the name that once was used, and under the first that is tried today."""
+    """Under the name that was used earlier, and under the first that is tried today."""
     victim = tmp_path / "victim"
     victim.write_text("keep me")
     folder = tmp_path / "model"
@@ -46,7 +46,7 @@ def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
 
 
 def test_threads_that_save_into_one_folder(tmp_path):
-    """Each writes files of its own; the folder holds one of the models, whole."""
+    """Each process writes its own files; the folder holds one of the models, complete."""
     models = [gpt() for _ in range(4)]
     for n, model in enumerate(models):
         torch.nn.init.constant_(model.embed.weight, n)
@@ -98,9 +98,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
 
 
 def loads(folder, model) -> bool:
-    """False where a sentence says no. What loads must be the model that was saved."""
+    """False if a sentence refuses it. If it loads, it must be the model that was saved."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # config.json that differs is said
+        warnings.simplefilter("ignore")  # a config.json that differs is reported
         try:
             twin = type(model).from_pretrained(folder)
         except CheckpointError as error:
@@ -113,7 +113,7 @@ def loads(folder, model) -> bool:
 
 
 def spoil(content: bytes, first: int, chance: random.Random) -> bytes:
-    """The bytes before `first`, or the file's length, changed in one of five ways."""
+    """Changes the bytes before `first`, or the file's length, in one of five ways."""
     data, place = bytearray(content), chance.randrange(first)
     match chance.randrange(5):
         case 0:
@@ -131,7 +131,7 @@ def spoil(content: bytes, first: int, chance: random.Random) -> bytes:
 
 
 def test_no_broken_bytes_get_through(tmp_path):
-    """The header of the weights and config.json, spoiled at random: 180 files."""
+    """The header of the weights and config.json, corrupted at random: 180 files."""
     model, chance = gpt(), random.Random(1)
     model.save_pretrained(tmp_path)
     weights, config = ((tmp_path / name).read_bytes() for name in (WEIGHTS, CONFIG))
@@ -142,7 +142,7 @@ def test_no_broken_bytes_get_through(tmp_path):
         refused += not loads(tmp_path, model)
     assert refused > 110
     (tmp_path / WEIGHTS).write_bytes(weights)
-    for _ in range(60):  # the weights have a copy of their own, which wins
+    for _ in range(60):  # the copy in the weights' file takes precedence
         (tmp_path / CONFIG).write_bytes(spoil(config, len(config), chance))
         assert loads(tmp_path, model)
 
@@ -155,8 +155,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_broken_configuration_gets_through(name, tmp_path):
-    """Each field of a config.json that the weights depend on, missing and with wrong values. What
-    is another model, and not a broken one (another dropout), may load."""
+    """Each field of a config.json that the weights depend on, missing or with wrong values. A valid
+    description of another model (such as another dropout) may load."""
     model = MODELS[name]()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -184,7 +184,7 @@ def test_a_configuration_that_is_no_object(text, tmp_path):
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / WEIGHTS)
     (tmp_path / CONFIG).write_bytes(text)
-    assert loads(tmp_path, model)  # the weights' own wins
+    assert loads(tmp_path, model)  # the weights' own takes precedence
     save_file(state, tmp_path / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"configuration in .*config\.json is (not JSON|a )"):
         GPT.from_pretrained(tmp_path)
@@ -195,7 +195,7 @@ def test_a_configuration_that_is_no_object(text, tmp_path):
 
 
 def test_a_flipped_bit_of_the_configuration_is_seen(tmp_path):
-    """Still JSON, still fits the weights, and another model: 4 heads or 2."""
+    """Still valid JSON that fits the weights, but another model: 4 heads or 2."""
     model = gpt()
     model.save_pretrained(tmp_path)
     content = (tmp_path / WEIGHTS).read_bytes()
@@ -222,7 +222,7 @@ def test_folders_in_the_place_of_files(tmp_path):
 
 
 def test_wrong_changes_are_the_callers_own(tmp_path):
-    """What is asked for is no fault of the folder's."""
+    """A wrong request is not reported as a fault of the folder."""
     gpt().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="no option 'width'"):
         GPT.from_pretrained(tmp_path, width=3)
@@ -247,7 +247,7 @@ GOOD = {"model": {"w": torch.zeros(3)}, "optimizer": {"state": {}, "param_groups
 
 
 def test_a_checkpoint_that_is_none(tmp_path):
-    """Not a dict, parts missing or of wrong types, another step's, bytes spoiled, a folder."""
+    """Not a dict, missing parts or wrong types, another step's file, corrupted bytes, a folder."""
     saved = checkpoints(tmp_path)
     saved.save(3, GOOD)
     path = tmp_path / "step-00000003.pt"

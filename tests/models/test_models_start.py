@@ -1,5 +1,5 @@
-"""The start of a model's weights: the same distribution from the constructor, from
-reset_parameters(), and from every part's own reset_parameters() after the meta device."""
+"""The initial weights of a model: the same distribution from the constructor, from
+reset_parameters(), and from the reset_parameters() of every submodule after the meta device."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ BLOCKS = {
 
 
 def part_by_part(make) -> nn.Module:
-    """make()'s module as sharded training starts one."""
+    """make()'s module, initialised as in sharded training."""
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")
     for x in [*model.parameters(), *model.buffers()]:
-        nn.init.constant_(x, float("nan"))  # what memory may hold
+        nn.init.constant_(x, float("nan"))  # what uninitialised memory may hold
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -85,7 +85,7 @@ def test_a_copy_starts_itself(how):
     copied.embed.reset_parameters()
     assert torch.equal(model.embed.weight, before)
     assert not torch.equal(copied.embed.weight, before)
-    assert type(copied.embed) is nn.Embedding  # torch's tools ask for exactly that
+    assert type(copied.embed) is nn.Embedding  # torch's tools require exactly that
 
 
 def test_the_start_keeps_no_module_alive():

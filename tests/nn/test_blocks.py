@@ -1,4 +1,4 @@
-"""The blocks for new models, against the same thing in plain torch."""
+"""The blocks for new models, against the same in plain torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plain_attention(m, x, context=None, visible=None, bias=None):
 
 
 def plain_rotary(x, rotary, start=0):
-    """RoPE by complex multiplication, which shares no code with ours."""
+    """RoPE by complex multiplication, an implementation independent of ours."""
     d = rotary.dim
     angles = (torch.arange(x.shape[-2], dtype=torch.float64) + start).unsqueeze(1) * torch.tensor(
         [rotary.base ** (-2 * n / d) for n in range(d // 2)], dtype=torch.float64
@@ -122,7 +122,7 @@ def test_attention_cross():
 
 
 def test_attention_packed():
-    """Packed sequences and documents are the sequences one by one."""
+    """Packed sequences and documents equal the sequences one by one."""
     for options in ({"rotary": True, "causal": True}, {"window": (2, 2), "sinks": True}):
         m = fnn.Attention(16, 2, **options)
         x, cu = torch.randn(11, 16), torch.tensor([0, 4, 4, 11], dtype=torch.int32)

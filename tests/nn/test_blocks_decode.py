@@ -1,4 +1,4 @@
-"""Attention with a KVCache: decoding in steps is the whole sequence at once."""
+"""Attention with a KVCache: decoding in steps equals the whole sequence at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_decoding_is_the_whole_at_once(dtype):
 
 @torch.no_grad()
 def test_decoding_ragged_prompts():
-    """Prompts padded on the right (garbage there), then one token at a time for each."""
+    """Prompts padded on the right (with garbage), then one token at a time for each."""
     m = fnn.Attention(32, 4, **OPTIONS)
     x, lens = torch.randn(2, 9, 32), torch.tensor([5, 2])
     whole = m(x)
@@ -47,7 +47,7 @@ def test_decoding_ragged_prompts():
 
 @torch.no_grad()
 def test_decoding_left_padded():
-    """transformers' way: padding before the prompt, hidden by a mask that grows."""
+    """As in transformers: padding before the prompt, hidden by a mask that grows."""
     m = fnn.Attention(32, 4, rotary=True, causal=True)
     x = torch.randn(2, 8, 32)
     mask = torch.ones(2, 8, dtype=torch.bool)

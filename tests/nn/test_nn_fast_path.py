@@ -1,5 +1,5 @@
-"""torch's fast paths compute attention from the parameters of a MultiheadAttention, past its
-forward: they must not take ours, and ours must still say truthfully what it is."""
+"""torch's fast paths compute attention from the parameters of a MultiheadAttention without calling
+its forward. They must not be used for ours, which must still report its attributes truthfully."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def calls(monkeypatch):
 
 
 def layers():
-    """torch's layer, and a copy around our attention, in evaluation."""
+    """torch's layer, and a copy with our attention, in evaluation mode."""
     theirs = nn.TransformerEncoderLayer(E, H, 16, batch_first=True).eval()
     around = copy.deepcopy(theirs)
     around.self_attn.__class__ = fnn.MultiheadAttention
@@ -68,14 +68,14 @@ def test_torchs_encoder_layer_cannot_bypass_it(calls):
 
 
 class Own(nn.TransformerEncoderLayer):
-    """With a forward of its own, swap() leaves the layer, and swaps the attention within."""
+    """If a layer has its own forward, swap() leaves the layer, but swaps the attention inside."""
 
     def forward(self, src, *args, **kwargs):
         return super().forward(src, *args, **kwargs)
 
 
 class Wrapper(nn.Module):
-    """A module that stands before another, as peft's do, and hands on what it is asked."""
+    """A wrapper around a module, like peft's, that forwards attribute access."""
 
     def __init__(self, inner):
         super().__init__()
@@ -111,9 +111,10 @@ def test_nor_can_a_subclass_or_a_wrapped_one(calls):
 @torch.no_grad()
 @pytest.mark.parametrize("nested", [False, True])
 def test_torchs_encoder_with_and_without_nested_tensors(calls, nested):
-    """torch's encoder makes its input nested in evaluation; the attention within takes it."""
+    """torch's encoder makes its input nested in evaluation mode; the attention inside accepts
+    it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch's, of a layer that it cannot give nested tensors
+        warnings.simplefilter("error")  # torch's warning about a layer that takes no nested tensors
         encoders = [nn.TransformerEncoder(x, 2, enable_nested_tensor=nested) for x in layers()]
     x = torch.randn(B, L, E)
     want, out = (m.eval()(x, src_key_padding_mask=HIDDEN) for m in encoders)
@@ -165,7 +166,7 @@ class Encoder(nn.Module):
 
 
 def adapted(model, targets, swap, folder):
-    """Outputs and gradients of a model over its life with a LoRA adapter."""
+    """Outputs and gradients of a model before, with and after a LoRA adapter."""
     import peft
 
     torch.manual_seed(0)
@@ -204,7 +205,7 @@ def adapted(model, targets, swap, folder):
     (Block, ["attn"]), (Block, ["attn", "out"]), (Encoder, ["self_attn", "linear1"]),
 ])  # fmt: skip
 def test_lora(model, targets, swap, tmp_path, monkeypatch):
-    """Equal to the unswapped model's, whose fast path is off: it ignores adapters."""
+    """Equal to the unswapped model without its fast path, which ignores adapters."""
     pytest.importorskip("peft")
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -214,4 +215,4 @@ def test_lora(model, targets, swap, tmp_path, monkeypatch):
         torch.backends.mha.set_fastpath_enabled(enabled)
     got = adapted(model, targets, swap, tmp_path / "fastattn")
     torch.testing.assert_close(got, want)
-    assert not torch.allclose(want[-6], want[-5])  # the adapter does something
+    assert not torch.allclose(want[-6], want[-5])  # the adapter has an effect

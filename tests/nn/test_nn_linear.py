@@ -1,4 +1,4 @@
-"""Products by oneDNN against torch's: values, derivatives, and when each of them runs."""
+"""Products by oneDNN against torch's: values, derivatives, and when each of the two runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """oneDNN at every size and on every machine; how often it was asked."""
+    """Uses oneDNN at every size and on every machine, and counts its calls."""
     made = []
     operator = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(module, "_ONEDNN", lambda *a: made.append(1) or operator(*a))
@@ -61,7 +61,7 @@ ISAS = cpu_isa.supported()
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1, 255, 258, 4100])  # 4100: packed in two parts
+@pytest.mark.parametrize("rows", [1, 255, 258, 4100])  # 4100: packed in two blocks
 def test_weight_gradients(isa, dtype, rows, monkeypatch):
     monkeypatch.setenv("FASTATTN_ISA", isa)
     for n_out, n_in in ((1, 1), (6, 32), (97, 257), (203, 31)):

@@ -24,7 +24,7 @@ E, H, B, L, S = 12, 3, 2, 5, 7
 
 
 def pair(*args, dtype=torch.float64, **kwargs):
-    """torch's module and ours, of the same seed."""
+    """torch's module and ours, from the same seed."""
     made = []
     for cls in (nn.MultiheadAttention, fnn.MultiheadAttention):
         torch.manual_seed(0)
@@ -38,7 +38,7 @@ def pair(*args, dtype=torch.float64, **kwargs):
 
 
 def inputs(kdim=E, vdim=E, dtype=torch.float64, batch_first=True, batched=True):
-    """query, key and value of their own lengths and widths."""
+    """query, key and value, each with its own length and width."""
     torch.manual_seed(1)
     made = [torch.randn(B, n, c, dtype=dtype) for n, c in ((L, E), (S, kdim), (S, vdim))]
     if not batched:
@@ -49,7 +49,7 @@ def inputs(kdim=E, vdim=E, dtype=torch.float64, batch_first=True, batched=True):
 
 
 def results(module, tensors, **kwargs):
-    """Outputs, and the gradients of a sum that weighs every element of them differently."""
+    """Outputs, and the gradients of a sum that weights every element differently."""
     out = [x for x in module(*tensors, **kwargs) if x is not None]
     loss = sum((x * torch.linspace(1, 2, x.numel()).view_as(x)).sin().sum() for x in out)
     floats = [x for x in kwargs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -65,7 +65,7 @@ def same(modules, tensors, **kwargs):
 
 
 def padding(kind, where="right"):
-    """[B, S]; no row is hidden entirely."""
+    """[B, S]; no row is fully masked."""
     hidden = torch.zeros(B, S, dtype=torch.bool)
     hidden[0, slice(-3, None) if where == "right" else slice(0, 2)] = True
     hidden[1, 3] = where == "holes"
@@ -187,13 +187,13 @@ def test_unbatched_masks_of_each_head():
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("hide", [None, "right", "left"])
 def test_causal(kind, hide, extra):
-    """The mask alone, with the hint, and the hint alone are one thing."""
+    """The mask alone, the mask with the hint, and the hint alone give the same."""
     modules = pair(E, H, batch_first=True, add_bias_kv=extra, add_zero_attn=extra)
     hidden = torch.ones(L, S, dtype=torch.bool).triu(1)
     mask = hidden if kind == "bool" else torch.zeros(L, S).double().masked_fill(hidden, -torch.inf)
     call = {"key_padding_mask": None if hide is None else padding("bool", hide)}
     if hide == "left":
-        call["key_padding_mask"][:, 0] = False  # else row 0 sees nothing: NaN in torch
+        call["key_padding_mask"][:, 0] = False  # otherwise row 0 sees nothing: NaN in torch
     same(modules, inputs(), attn_mask=mask, **call)
     theirs = results(modules[0], inputs(), attn_mask=mask, **call)
     for hint in ({"is_causal": True}, {"is_causal": True, "attn_mask": mask}):
@@ -201,7 +201,8 @@ def test_causal(kind, hide, extra):
 
 
 def test_is_causal_never_discards_a_mask():
-    """torch's need_weights=False drops the mask for the hint, its need_weights=True the hint."""
+    """torch ignores the mask in favour of the hint with need_weights=False, and the hint with
+    True."""
     theirs, ours = pair(E, H, batch_first=True)
     mask = attn_mask("bool", 2)
     both = mask | torch.ones(L, S, dtype=torch.bool).triu(1)
@@ -213,7 +214,7 @@ def test_is_causal_never_discards_a_mask():
 
 
 def test_masks_take_their_cheapest_form():
-    """Nothing of size rows x keys is made of padding or of a causal mask."""
+    """No tensor of size rows x keys is made from padding or a causal mask."""
 
     def form(hide, attn, causal=False, extra=0):
         found = torch_masks.operands(hide, attn, causal, B, H, S, S, extra, torch.float32)
@@ -266,7 +267,7 @@ def test_padding_is_never_read():
 
 @pytest.mark.parametrize("average", [True, False])
 def test_dropout_of_weights_and_output_is_the_same(average):
-    """Drawn once from torch's generator: the weights written out with that very mask."""
+    """Drawn once from torch's generator: the probs written out with exactly that mask."""
     p, n = 0.3, 50
     ours = fnn.MultiheadAttention(E, H, dropout=p, batch_first=True, dtype=torch.float64)
     x = torch.randn(B, n, E, dtype=torch.float64)
@@ -384,7 +385,8 @@ def test_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_double_module_with_parts_of_another_dtype(dtype):
-    """torch takes such a bias, and a float32 mask without weights; ours any float mask."""
+    """torch accepts such a bias, and a float32 mask only without need_weights; ours takes any float
+    mask."""
     modules = pair(E, H, batch_first=True)
     for module in modules:
         module.in_proj_bias.data = module.in_proj_bias.data.to(dtype)
@@ -400,7 +402,7 @@ def test_a_double_module_with_parts_of_another_dtype(dtype):
 
 
 def test_compiles_whole():
-    """fullgraph, with the masks that cannot be looked into there, weights, and dropout."""
+    """fullgraph, with masks that cannot be inspected while compiling, with weights and dropout."""
     _, ours = pair(E, H, batch_first=True, dropout=0.2)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     tensors = inputs()
@@ -419,7 +421,7 @@ def test_compiles_whole():
 
 
 def test_out_proj_is_a_module():
-    """Hooks on it run, and another module in its place takes effect."""
+    """Its hooks run, and replacing the module takes effect."""
     ours = fnn.MultiheadAttention(E, H, batch_first=True)
     x, seen = torch.randn(B, L, E), []
     ours.out_proj.register_forward_hook(lambda *_: seen.append(1))

@@ -33,7 +33,7 @@ def layer(lib, part, **options):
 
 
 def make(lib, name, **options):
-    """One of the five, of the libraries' own parts, all from one seed."""
+    """One of the five modules, from torch or ours, all from one seed."""
     torch.manual_seed(0)
     if name.endswith("Layer"):
         return layer(lib, name[len("Transformer") : -len("Layer")], **options)
@@ -159,7 +159,7 @@ def test_a_causal_mask_needs_no_hint_and_the_hint_no_mask():
 
 
 def test_evaluation_computes_what_training_does():
-    """No fast path: with no_grad and padding, torch's gives 0 at padded places."""
+    """No fast path: with no_grad and padding, torch's gives 0 at padded positions."""
     (src,) = call_of("TransformerEncoder")
     theirs, ours = (make(lib, "TransformerEncoder") for lib in (nn, fnn))
     want = ours(src, src_key_padding_mask=HIDDEN)
@@ -192,7 +192,7 @@ def test_nested_input(layout, name):
     torch.testing.assert_close(list(out.unbind()), want)
     got = torch.autograd.grad(torch.cat(out.unbind()).sin().sum(), leaves)
     torch.testing.assert_close(got, grads, rtol=1e-4, atol=1e-5)
-    if layout == torch.strided:  # torch takes it too, in evaluation
+    if layout == torch.strided:  # torch accepts it too, in evaluation mode
         with torch.no_grad():
             x = torch.nested.as_nested_tensor(rows, layout=layout)
             torchs = make(nn, name).eval()(x)
@@ -213,7 +213,7 @@ def test_torchs_layers_in_our_stacks_become_ours():
 
 
 class AddsMask(nn.Module):
-    """A layer of one's own, which counts on torch's stack giving it float masks."""
+    """A custom layer that relies on torch's stack passing float masks."""
 
     def __init__(self):
         super().__init__()
@@ -295,7 +295,7 @@ def test_fused_dropout_is_torchs_with_the_same_mask(name, options, monkeypatch):
 
 
 def keys_drawn(module, monkeypatch):
-    """How many fused dropouts a forward pass of an encoder layer runs."""
+    """How many fused dropouts run in a forward pass of an encoder layer."""
     drawn, draw = [], checks.dropout_key
     with monkeypatch.context() as patch:
         patch.setattr(checks, "dropout_key", lambda *a: drawn.append(1) or draw(*a))
@@ -311,7 +311,7 @@ class Doubled(nn.LayerNorm):
 
 @pytest.mark.native
 def test_what_is_not_plainly_torchs_is_called(monkeypatch):
-    """Hooks of each kind, replacements, patched instances, other devices' ways."""
+    """Hooks of each kind, replacements, patched instances, other devices."""
     new = partial(make, fnn, "TransformerEncoderLayer", dropout=0.3)
     assert keys_drawn(new(), monkeypatch) == 3
     assert keys_drawn(new().eval(), monkeypatch) == 0
@@ -361,7 +361,7 @@ def test_blocks_of_a_subclass_or_an_instance_are_called():
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_means_are_those_without_dropout(p):
-    """In a layer that is linear in its dropouts: norms and activation replaced."""
+    """In a layer that is linear in its dropouts: norms and activation are replaced."""
     ours = make(fnn, "TransformerEncoderLayer", dropout=p, activation=lambda x: x)
     ours.norm1, ours.norm2, ours.self_attn.dropout = nn.Identity(), nn.Identity(), 0.0
     x = call_of("TransformerEncoderLayer")[0][:1].expand(2000, -1, -1)
@@ -403,7 +403,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("name", ["TransformerEncoder", "TransformerDecoder"])
 def test_compiles_whole(name):
-    """With the causal mask given and no hint, too, where torch's own breaks the graph."""
+    """With a causal mask and no hint too, where torch's own module breaks the graph."""
     ours = make(fnn, name)
     inputs, masks = call_of(name), MASKS[name]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

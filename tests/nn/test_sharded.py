@@ -1,5 +1,5 @@
-"""Models sharded by torch's own tools, and what a part of the heads is:
-tests/support/sharded_cases.py has what needs two processes."""
+"""Models sharded by torch's tools, and calls with some of the heads. tests/support/sharded_cases.py
+has the checks that need two processes."""
 
 from __future__ import annotations
 

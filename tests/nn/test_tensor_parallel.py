@@ -1,5 +1,5 @@
-"""Tensor parallelism: a rank's heads are a part of all heads, and head_origin says which. Dropout
-then drops what one process would drop, on every backend, forward and backward."""
+"""Tensor parallelism: a rank has some of the heads, and head_origin says which. Dropout then drops
+what one process would drop, on every backend, forward and backward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def _interpreted(monkeypatch):
 
 
 def device_of(backend):
-    """Where it runs; skips where it cannot, and explain() knows why."""
+    """The backend that runs it; skips the test if it cannot, in which case explain() gives a
+    reason."""
     gpu = backend == "triton" and torch.cuda.is_available()
     q = torch.zeros(1, 1, 1, 16, device="cuda" if gpu else "cpu")
     if reason := fastattn.explain(q, q, q, backend=backend).reasons[backend]:
@@ -40,7 +41,7 @@ def tensors(batch, heads, kv_heads, q_len, kv_len, device="cpu"):
 
 
 def parts(x, n):
-    """x's heads cut into n parts, [B, heads, ...]."""
+    """x's heads split into n parts, [B, heads, ...]."""
     return x.chunk(n, 1)
 
 
@@ -48,7 +49,7 @@ def parts(x, n):
 
 
 def with_grads(call, q, k, v):
-    """call's out and its gradients, all with heads at 1."""
+    """call's out and its gradients, all with heads in dimension 1."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = call(q, k, v)
     weight = torch.linspace(0.5, 1.5, out[0, 0].numel(), device=out.device).view(out[0, 0].shape)
@@ -75,7 +76,7 @@ def test_dense_parts(backend, q_len):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_parts(backend):
-    """Sequences count too: sequence n, head h is n * total + first + h."""
+    """Sequences count too: head h of sequence n is number n * total + first + h."""
     device = device_of(backend)
     cu = torch.tensor([0, 3, 3, 20], dtype=torch.int32, device=device)
     options = {"dropout_p": 0.4, "dropout_seed": KEY, "backend": backend}
@@ -115,7 +116,7 @@ def test_decoding_parts(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_dropped_is_said_by_keep_mask(backend):
-    """One head in the middle of many, of the second batch entry, against the mask itself."""
+    """One of many heads, in the second batch entry, against the mask itself."""
     device = device_of(backend)
     q, k = (torch.zeros(2, 1, n, 16, device=device) for n in (18, 32))
     v = torch.eye(32, device=device).expand(2, 1, -1, -1)
@@ -134,7 +135,7 @@ def test_transforms(transform):
     def call(q, k, v, seed=seed):
         return fastattn.attention(q, k, v, dropout_p=0.4, dropout_seed=seed, head_origin=(3, 8))
 
-    def whole(q, k, v, seed=seed):  # all eight heads; 3 and 4 are looked at
+    def whole(q, k, v, seed=seed):  # all eight heads; 3 and 4 are compared
         q, k, v = (x.repeat(1, 8 // x.shape[1], 1, 1) for x in (q, k, v))
         q = torch.cat([q[:, 1:], q[:, :1]], 1)  # heads 3 and 4 are q's 0 and 1
         return fastattn.attention(q, k, v, dropout_p=0.4, dropout_seed=seed)[:, 3:5]
@@ -253,7 +254,7 @@ def test_explain_takes_it():
     found = fastattn.explain(q, k, v, head_origin=(4, 8), dropout_p=0.1)
     assert found.operands == ("dropout_seed",)
     reason = fastattn.explain(q, k, v, head_origin=(4, 8), dropout_p=0.1).reasons["cuda"]
-    assert reason  # the CUDA kernels have no dropout, of parts or of the whole
+    assert reason  # the CUDA kernels have no dropout, with or without head_origin
 
 
 # ---- modules ------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ BLOCKS = {
 
 
 def plan_of(block):
-    """torch's plan for a block: what makes heads by columns, what takes them by rows."""
+    """torch's plan for a block: projections to heads by columns, projections from heads by rows."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
     rows = ("o_proj", "down_proj")
@@ -320,7 +321,7 @@ def step(block, inputs, packed):
 
 
 def rank(index, world, folder):
-    """One process: the step alone, and then as its part of two."""
+    """One process: runs the step alone, then its part of the step with two."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=index, world_size=world)
     try:
@@ -347,7 +348,7 @@ def rank(index, world, folder):
             for case, want in zip(cases, alone):
                 for got, one in zip(step(block, *case), want, strict=True):
                     torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-5)
-            for module in block.modules():  # what was wrong: each rank drops as rank 0 does
+            for module in block.modules():  # the earlier fault: each rank dropped as rank 0 does
                 if isinstance(module, Attention):
                     module.head_origin = (0, module.heads)
             assert (step(block, *cases[0])[0] - alone[0][0]).abs().max() > 1e-3

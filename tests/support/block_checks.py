@@ -1,4 +1,4 @@
-"""When two results of a block are equal."""
+"""Whether two results of a block are equal."""
 
 from __future__ import annotations
 

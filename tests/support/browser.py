@@ -1,6 +1,5 @@
-"""A browser for the reports' pages: Chromium without a window, led over its debugging pipe, so that
-pages are laid out for a phone's width and in a dark scheme (a window cannot be that narrow).
-"""
+"""A browser for the reports' pages: headless Chromium, controlled over its debugging pipe, so that
+pages are laid out at a phone's width and in a dark scheme (a window cannot be that narrow)."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ OPTIONS = (
     *("--headless", "--disable-gpu", "--no-sandbox", "--hide-scrollbars", "--no-first-run"),
     *("--disable-dev-shm-usage", "--disable-extensions", "--remote-debugging-pipe"),
 )
-PATIENCE = 120  # seconds for each answer, on a machine that does other things
+PATIENCE = 120  # seconds per answer, on a busy machine
 
 
 class Browser:
-    """One page of a browser of its own. Skips the test where there is none that starts."""
+    """A page in its own browser. Skips the test if no browser starts."""
 
     def __init__(self, folder: Path) -> None:
         name = next((name for name in NAMES if shutil.which(name)), None)
@@ -83,7 +82,7 @@ class Browser:
                 return answer["result"]
 
     def show(self, path: Path, width: int, scheme: str) -> None:
-        """Lays the file out, as a phone does where width is a phone's; scheme: light or dark."""
+        """Lays the file out at `width`, such as a phone's; scheme: light or dark."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=844, deviceScaleFactor=1, mobile=width < 600,
@@ -97,7 +96,7 @@ class Browser:
             time.sleep(0.05)
 
     def ask(self, expression: str):
-        """A JavaScript expression's value on the page."""
+        """The value of a JavaScript expression on the page."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -109,7 +108,7 @@ class Browser:
         return path
 
     def close(self) -> None:
-        """Ends it; its pipes' end would do, some time later."""
+        """Ends the browser. Closing its pipes would too, but only later."""
         for descriptor in (self.out, self.back):
             os.close(descriptor)
         self.process.terminate()

@@ -238,7 +238,7 @@ def _paginate(exists: Tensor, page_size: int, draw: torch.Generator) -> tuple[Te
 
 
 def _document_ids(lengths: tuple[int, ...], batch: int) -> Tensor:
-    """[batch, sum(lengths)]; ids rise by steps other than one too."""
+    """[batch, sum(lengths)]; ids also increase by steps other than one."""
     rows = []
     for b in range(batch):
         turn = b % len(lengths)
@@ -327,7 +327,7 @@ def _qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def _ragged(*tensors: Tensor) -> list[Tensor]:
-    """Rows a few elements apart, the first not at an aligned address; NaN between them."""
+    """Rows a few elements apart, the first at an unaligned address; NaN between them."""
     return [torch.nn.functional.pad(x, (1, 4), value=torch.nan)[..., 1:-4] for x in tensors]
 
 
@@ -440,7 +440,7 @@ def _cases():
 
 
 def _edges():
-    """Where there is little or nothing to see, alone and with a sink."""
+    """# one length per sequence"""
     nothing = {
         "no_rows": {"q_len": 0},
         "no_keys": {"kv_len": 0},
@@ -490,5 +490,5 @@ CASES = [case for case in _cases() if case is not None]
 
 
 def select(*groups: str) -> list[Case]:
-    """The cases of the named groups: alone, pair, mask, bias, layout, size, dim, gqa, edge, ..."""
+    """Where there is little or nothing to see, with and without a sink."""
     return [case for case in CASES if case.name.split("/")[0] in groups]

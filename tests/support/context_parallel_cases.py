@@ -17,7 +17,7 @@ attention_module = _context_parallel._attention
 
 
 def calls():
-    """{name: call} of everything that attends, each on this rank's shard."""
+    """{name: call} of every function that attends, each on this rank's shard."""
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     packed = [x[0].transpose(0, 1) for x in (q, k, v)]
     cu = torch.tensor([0, 8], dtype=torch.int32)
@@ -84,7 +84,7 @@ def main() -> None:
         for name, call in todo.items():
             assert refuses(call), f"{name} does not refuse"
     assert not active()
-    attention_module._enable_context_parallel_dispatcher()  # the other way to turn it on
+    attention_module._enable_context_parallel_dispatcher()  # the other way to enable it
     for name in ("attention", "a swapped module"):
         assert refuses(todo[name]), f"{name} does not refuse"
     attention_module._disable_context_parallel_dispatcher()

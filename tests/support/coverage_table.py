@@ -30,10 +30,10 @@ Lines = dict[tuple[str, int], bool]  # (file relative to the root, line): whethe
 
 
 def of_gcov(document: dict, root: Path = ROOT) -> Lines:
-    """The lines below root in what `gcov --json-format` says of one compiled file."""
+    """The lines below root in the output of `gcov --json-format` for one compiled file."""
     found: Lines = {}
     for file in document["files"]:
-        path = os.path.relpath(root / file["file"], root)  # it may be absolute, or have .. in it
+        path = os.path.relpath(root / file["file"], root)  # it may be absolute, or contain ..
         if not path.startswith(".."):
             for line in file["lines"]:
                 merge(found, {(path, line["line_number"]): line["count"] > 0})
@@ -45,13 +45,13 @@ def of_object(counts: Path) -> Lines:
     not run too, so an object without them is an older build's, or was in no library loaded."""
     command = ["gcov", "--json-format", "--stdout", str(counts)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0 or "version '" in done.stderr:  # of another GCC
+    if done.returncode != 0 or "version '" in done.stderr:  # from another GCC
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
     return of_gcov(json.loads(done.stdout))
 
 
 def of_python(data: Path) -> Lines:
-    """The lines of the package's statements, from the files that each process left beside data."""
+    """The lines of the package's statements, from the data file of each process."""
     import coverage  # installed by make coverage
 
     measured = coverage.Coverage(data_file=str(data), config_file=False)
@@ -73,7 +73,7 @@ def merge(into: Lines, more: Lines) -> None:
 
 
 def inside(lines: Lines, folder: str) -> Lines:
-    """The lines below a folder, those of folders that have a row of their own left out."""
+    """The lines below a folder, without those of folders that have their own row."""
     rows = [x for x in FOLDERS if x.startswith(f"{folder}/")]
     skipped = tuple(f"{x}/" for x in rows)
     return {
@@ -90,7 +90,7 @@ def row(name: str, lines: Lines) -> str:
 
 
 def by_folder(lines: Lines, isas: dict[str, Lines]) -> list[str]:
-    """A row for each of FOLDERS, and for the part of csrc/cpu that each instruction set has."""
+    """A row for each of FOLDERS, and for each instruction set's part of csrc/cpu."""
     rows = [HEAD]
     for folder in FOLDERS:
         rows.append(row(folder, inside(lines, folder)))

@@ -1,4 +1,4 @@
-"""Calls of the CPU operators in their normal form, and all that a case promises of them."""
+"""Calls of the CPU operators in their normal form, and the checks of a case's results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from cases import Case, Problem
 from operator_calls import cotangents_of, numbers, run_reference
 
-from fastattn.cli.verify import Tolerance
+from fastattn.core.tolerance import Tolerance
 
 
 def forward(problem: Problem, num_splits: int = 0):
@@ -39,8 +39,8 @@ def run_kernels(problem: Problem, cotangents, num_splits: int = 0) -> dict[str, 
 
 
 def check(case: Case, dtype: torch.dtype, num_splits: int = 0, truth: Case | None = None) -> None:
-    """The whole promise for one case: errors, exact zeros, dtypes and memory order. `truth`, if it
-    is given, says the same in other words, for the reference."""
+    """Checks everything about one case: errors, exact zeros, dtypes and memory order. `truth`, if
+    given, is an equivalent problem for the reference."""
     problem, same = case.make(dtype), (truth or case).make(dtype)
     with_dlse = sum(case.name.encode()) % 2 == 0  # for about half of the cases
     cotangents = cotangents_of(case, problem, with_dlse)

@@ -1,4 +1,4 @@
-"""How the CUDA backward kernels are checked: gradients on the emulator against the reference's."""
+"""How the CUDA backward kernels are tested: gradients on the emulator against the reference's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastattn.core.tolerance import allowed_error
 
 
 class Kernel(NamedTuple):
-    """The backward of an architecture and head dimension. more: what its function in tests/emulator
-    takes beside the call."""
+    """The backward of an architecture and head dimension. more: additional arguments of its
+    function in tests/emulator."""
 
     arch: str
     dim: int
@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
 
 
 def gradients(attention, problem, dout, dlse):
-    """out, lse and (dq, dk, dv, dsinks); a dead row's lse is -inf and passes nothing on."""
+    """out, lse and (dq, dk, dv, dsinks); an empty row's lse is -inf and has no gradient."""
     inputs = [x.detach().clone().requires_grad_() for x in problem[:3]]
     problem = problem._replace(q=inputs[0], k=inputs[1], v=inputs[2])
     if problem.operands.sinks is not None:
@@ -43,7 +43,7 @@ def gradients(attention, problem, dout, dlse):
 def check(
     kernel: Kernel, case: Case, dtype: torch.dtype, seed: int, with_dlse=True, deterministic=True
 ) -> None:
-    """Within three times the error of plain attention's gradients in dtype, and a rounding."""
+    """At most three times the error of plain attention's gradients in dtype, plus a rounding."""
     problem = replace(case, head_dim=kernel.dim).make(dtype, seed)
     draw = torch.Generator().manual_seed(seed)
     dout = torch.randn(problem.q.shape, generator=draw).to(dtype)
@@ -64,7 +64,7 @@ def check(
 
 
 def same_bits(kernel: Kernel, packed: tuple = ()) -> None:
-    """Sums into dq are taken in one order, those into dsinks in a tree: no bit depends on time."""
+    """Sums into dq are in one order, those into dsinks in a tree: no bit depends on timing."""
     shape = {"heads": 4, "kv_heads": 2, "q_len": 200, "kv_len": 300, "head_dim": kernel.dim}
     problem = Case("cuda/bits", causal=True, sinks=True, packed=packed, **shape).make(torch.float16)
     out, lse = reference(*problem)
@@ -75,7 +75,7 @@ def same_bits(kernel: Kernel, packed: tuple = ()) -> None:
 
 
 def sequences_are_apart(kernel: Kernel) -> None:
-    """NaN in one sequence, in rows, keys and cotangents alike, changes no bit of the others."""
+    """NaN in the rows, keys and cotangents of one sequence changes no bit of the others."""
     packed = ((70, 90), (100, 60), (40, 140))
     case = Case("cuda/packed", packed=packed, head_dim=kernel.dim, causal=True)
     problem = case.make(torch.float16)

@@ -1,6 +1,5 @@
-"""Cases of the CUDA kernels: shapes around their tiles, masks, options; plain attention; and what
-the forward kernels are held to.
-"""
+"""Cases of the CUDA kernels: shapes around their tiles, masks, options; plain attention; and the
+tolerance of the forward kernels."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-# Sequences in one row after the other: packed ones, and documents.
+# Sequences one after the other: packed ones, and documents.
 PACKED = {
     "few": {"packed": ((70, 150), (1, 1), (128, 128))},
     "empty": {"packed": ((0, 30), (50, 0), (0, 0), (65, 200))},
@@ -99,8 +98,8 @@ PACKED = {
 
 def thinned(*axes, when=lambda *values: True) -> list:
     """For parametrize: all combinations of the axes' values, of which one in three always runs and
-    the others with --long; with three axes, each pair of values is in one that runs. Those for
-    which `when` is false all run."""
+    the others with --long. With three axes, each pair of values is in a combination that runs.
+    Combinations for which `when` is false always run."""
     lists = [list(axis) for axis in axes]
     params = []
     for places in product(*(range(len(axis)) for axis in lists)):
@@ -133,7 +132,7 @@ def visible(problem: Problem) -> Tensor:
 
 
 def exact(problem: Problem) -> Problem:
-    """What is meant, in float64."""
+    """The exact result, in float64."""
     wide = problem.to(torch.float64)
     tensors = list(wide[:3])
     for i, scale in enumerate(problem.operands.descales or ()):
@@ -144,9 +143,8 @@ def exact(problem: Problem) -> Problem:
 
 
 def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(out, lse), every step in the problem's dtype, as torch's own math would round it; of float8
-    the probs, 256 for the largest, and the result, in bfloat16.
-    """
+    """(out, lse) with every step in the problem's dtype, rounded as torch's own math would be. For
+    float8, the probs, scaled to a largest value of 256, and the result are in bfloat16."""
     float8 = problem.q.dtype == E4M3
     q, k, v, spec, x = exact(problem) if float8 else problem
     q = q.nan_to_num()
@@ -175,10 +173,10 @@ def check_forward(case: Case, dtype: torch.dtype, seed: int, **how) -> None:
 
 
 def check_problem(problem: Problem, seed: int, **how) -> None:
-    """Within twice the error of plain attention in its dtype, and a rounding of the result."""
+    """At most twice the error of plain attention in its dtype, plus a rounding of the result."""
     out, lse = emulated.forward(problem, seed, **how)
     expected, expected_lse = reference(*exact(problem))
-    paged = problem.operands.paged  # then fp32 math, whose error is a rounding
+    paged = problem.operands.paged  # then math in fp32, whose error is a rounding
     plain, _ = reference(*problem) if paged else plain_attention(problem)
     floor = (2 if paged else 1) * torch.finfo(out.dtype).eps * expected.abs().max()
     limit = allowed_error("result", (plain.double() - expected).abs().max(), floor)

@@ -21,7 +21,7 @@ ONLY_CPU = ("fastattn::linear_bwd_weight",)  # nn/linear.py asks for it there al
 
 
 def without_kernel() -> list[str]:
-    """The operators, those of the library among them, that have none for CUDA tensors."""
+    """The operators, including those of the library, that have no kernel for CUDA tensors."""
     names = {n.partition(".")[0] for n in torch._C._dispatch_get_all_op_names()}
     names = {n for n in names if n.startswith("fastattn::")} | {f"fastattn::{n}" for n in NATIVE}
     has = torch._C._dispatch_has_kernel_for_dispatch_key

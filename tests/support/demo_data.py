@@ -9,7 +9,7 @@ from fastattn.benchmarks.demo import report
 
 
 def example(right: bool = True) -> dict:
-    """The data of a report, without running anything."""
+    """The data of a report, without a run."""
 
     def timed(what, tokens, value, low, high, verdict):
         ratio = {"value": value, "low": low, "high": high, "coverage": 0.96, "verdict": verdict}
@@ -53,7 +53,7 @@ def example(right: bool = True) -> dict:
 
 
 class Reader(HTMLParser):
-    """Open tags, ids and links of a page; complains about a tag closed out of order."""
+    """Open tags, ids and links of a page; complains about tags that are closed out of order."""
 
     VOID = ("meta", "br")
 

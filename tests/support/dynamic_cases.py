@@ -16,7 +16,7 @@ from fastattn import nn as fnn
 LENGTHS = (5, 9, 14)
 B, HQ, HKV, D = 2, 4, 2, 6  # sizes of no length, nor of one and a few: equal sizes are taken as one
 DIM = 24
-SLOTS = 20  # of caches: only the new tokens and what is held vary
+SLOTS = 20  # of caches: only new tokens and the filled part vary
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Case:
     make: callable
     grad: bool = True
     random: bool = False  # dropout: the compiler draws the key, so only shapes are compared
-    compilations: int = 2  # one for the first length, one for all others
+    compilations: int = 2  # one compilation for the first length, one for all others
 
 
 CASES: dict[str, Case] = {}

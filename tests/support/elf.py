@@ -1,4 +1,4 @@
-"""What a shared library needs and has, as binutils tell it."""
+"""What a shared library needs and contains, from binutils."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def needed(path: Path) -> list[str]:
 
 
 def newest_versions(path: Path) -> dict[str, tuple[int, ...]]:
-    """The newest version of each family, GLIBC and the like, that the file's symbols ask for."""
+    """The newest version of each family, such as GLIBC, that the file's symbols need."""
     out = subprocess.run(["readelf", "-V", path], capture_output=True, text=True, check=True).stdout
     newest: dict[str, tuple[int, ...]] = {}
     for family, number in re.findall(r"Name: ([A-Z]+)_([\d.]+)", out):
@@ -37,7 +37,7 @@ def newest_versions(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def not_provided(path: Path) -> set[str]:
-    """Undefined symbols, of torch by their names, that no torch library named by `path` has."""
+    """Undefined torch symbols that no torch library below `path` has."""
     missing = {s for s in symbols(path, "--undefined-only") if "torch" in s or "c10" in s}
     for name in needed(path):
         if (TORCH / name).exists():

@@ -37,11 +37,11 @@ SINK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Fault(Exception):
-    """What the emulator found wrong, with the source lines."""
+    """What the emulator found wrong, with source lines."""
 
 
 def why_not() -> str | None:
-    """Why the emulator cannot run here, if it cannot."""
+    """Why the emulator cannot run here, or None."""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return "the emulator switches fibers in x86-64 assembly, for Linux"
     return None if shutil.which("g++") else "g++ was not found"
@@ -55,7 +55,7 @@ def _run(command: list[str]) -> None:
 
 @contextmanager
 def locked(folder: Path):
-    """Alone in a folder that several processes build in."""
+    """Exclusive access to a folder in which several processes build."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -63,7 +63,7 @@ def locked(folder: Path):
 
 
 def _built() -> Path:
-    """The library, compiled if it is not there."""
+    """The library, compiled if necessary."""
     sources = sorted(EMULATOR.glob("*.cpp"))
     read = [*sources, *EMULATOR.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
     read += [p for p in (ROOT / "csrc/cuda").iterdir() if p.is_file()]
@@ -212,13 +212,13 @@ def _sink_type(sinks: Tensor | None) -> int:
 
 
 def _sequences(x: Operands) -> tuple[int, bool]:
-    """How many there are in a row, and whether they are documents."""
+    """How many segments there are, and whether they are documents."""
     cu = x.cu_seqlens_q
     return (0, False) if cu is None else (cu.shape[-1] - 1, cu.dim() == 2)
 
 
 def register(**tensors: Tensor | None) -> None:
-    """Exactly these tensors may be read and written."""
+    """Allows access to exactly these tensors."""
     library().emulated_forget()
     for name, x in tensors.items():
         if x is not None:
@@ -266,7 +266,7 @@ def plan(problem, multiprocessors: int, num_splits: int = 0, hopper: bool = Fals
 def forward(
     problem, seed: int = 0, grid: int = 2, arch: str = "sm90", num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of an emulated GPU with `grid` multiprocessors; results start as NaN."""
+    """(out, lse) from an emulated GPU with `grid` multiprocessors; results start as NaN."""
     problem = problem._replace(operands=documents_as_sequences(problem.operands))
     q, k, v, _, x = problem
     float8 = q.dtype == torch.float8_e4m3fn

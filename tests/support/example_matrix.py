@@ -40,8 +40,8 @@ MORE = {  # no dropout, which draws for each part; a teacher whose maps differ f
 
 
 def arm(kill: str, after: int) -> None:
-    """Kills this process in an optimizer's step, or when torch.save, with which the examples and
-    Trainer write their optimizers, has written a part."""
+    """Kills this process in an optimizer's step, or after torch.save, which the examples and
+    Trainer use for their optimizers, has written a part."""
     steps, optimizer_step, save = [0], torch.optim.AdamW.step, torch.save
 
     def step(self, *args, **options):
@@ -62,7 +62,7 @@ def arm(kill: str, after: int) -> None:
 
 
 def start(name: str, words: list[str], log: Path, rank: int, processes: int, kill: str) -> int:
-    """The number of a forked process that runs the example and writes what it prints to `log`."""
+    """The pid of a forked process that runs the example and writes its output to `log`."""
     child = os.fork()
     if child:
         return child
@@ -91,8 +91,8 @@ def start(name: str, words: list[str], log: Path, rank: int, processes: int, kil
 
 
 def launch(name: str, words: list[str], log: Path, processes: int, kill: str = "") -> str:
-    """Runs an example, which must be killed where `kill` says so and end well elsewhere; what it
-    printed. As under torchrun, a process that ends badly takes the others with it."""
+    """Runs an example, which must be killed if `kill` says so and succeed otherwise; returns its
+    output. As under torchrun, a process that fails takes the others with it."""
     left = {start(name, words, log, rank, processes, kill) for rank in range(processes)}
     statuses = []
     while left:
@@ -124,7 +124,7 @@ def apart(a: Path, b: Path) -> tuple[float, float]:
 
 
 def same(text: str, limits: tuple[float, float], a: Path, b: Path) -> bool:
-    """Whether two runs are within (losses', weights') limits of each other; prints a line."""
+    """Whether two runs differ by at most (losses', weights') limits; prints a line."""
     found = apart(a, b)
     right = all(x <= limit for x, limit in zip(found, limits))
     numbers = "losses {:.1e}, weights {:.1e} apart".format(*found)

@@ -1,4 +1,4 @@
-"""The training examples at their smallest, for the tests of what they do."""
+"""Fills a folder with small Python files and labelled texts, the same on every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of fastattn.flash_attn share: a plain float64 reference, options, sequences."""
+"""Shared by the tests of fastattn.flash_attn: a plain float64 reference, options, sequences."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def slopes_of(slopes, n):
 
 
 def plain_batch(q, k, v, alibi_slopes=None, kept=None, **options):
-    """plain() of each entry of [B, S, H, D]: out [B, Sq, H, Dv], lse [B, H, Sq], weights."""
+    """plain() of each entry of [B, S, H, D]: out [B, Sq, H, Dv], lse [B, H, Sq], probs."""
     each = [
         plain(
             q[n], k[n], v[n], alibi_slopes=slopes_of(alibi_slopes, n),
@@ -65,7 +65,7 @@ def plain_batch(q, k, v, alibi_slopes=None, kept=None, **options):
 
 BATCH, HEADS, DIM = 2, 4, 8
 
-# Each is one option; the tests take them alone and in pairs.
+# Each is one option; the tests combine them in pairs.
 OPTIONS = {
     "causal": {"causal": True},
     "window": {"window_size": (2, 1)},

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter, its output captured; ROOT's package unless PYTHONPATH says otherwise."""
+    """A fresh interpreter, its output captured; it imports ROOT's package unless PYTHONPATH is
+    given."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **environment}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

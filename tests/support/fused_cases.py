@@ -1,4 +1,4 @@
-"""The operators around attention beside plain torch, for tests of several devices."""
+"""The operators around attention and their plain-torch versions, for tests on several devices."""
 
 from __future__ import annotations
 

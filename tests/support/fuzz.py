@@ -38,7 +38,7 @@ ERROR = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}
 
 
 class Wrong(AssertionError):
-    """What a case shows."""
+    """What comparing a case found."""
 
 
 def compare(name, got, want, case, factor=1.0) -> None:
@@ -64,7 +64,7 @@ FUNCTIONS = {
 
 
 def check(case: Case) -> str:
-    """ "right", or "refused: ..."; raises Wrong, or whatever the call raises and should not."""
+    """ "right", or "refused: ..."; raises Wrong, or any other exception of the call."""
     t = build(case)
     for x in t.leaves.values():
         x.requires_grad_()
@@ -131,7 +131,7 @@ def failure(case: Case) -> str | None:
 
 
 def simpler(case: Case):
-    """Cases with one field as in the simplest, or nearer to it."""
+    """Cases with one field set to its simplest value, or closer to it."""
     for f in fields(case):
         x, least = getattr(case, f.name), getattr(SIMPLEST, f.name)
         if x == least:
@@ -145,7 +145,7 @@ def simpler(case: Case):
 
 
 def valid(case: Case) -> bool:
-    """Does build() make a call of it that draw() could have drawn?"""
+    """Whether build() makes a call of it that draw() could have drawn."""
     return (
         (case.call == "attention" or not case.documents)
         and (not case.documents or case.q_len == case.kv_len)
@@ -160,7 +160,7 @@ def valid(case: Case) -> bool:
 
 
 def shrink(case: Case, seconds: float = 30.0) -> Case:
-    """The case with every field that does not matter as in the simplest."""
+    """The case with every irrelevant field set to its simplest value."""
     end, changed = time.monotonic() + seconds, True
     while changed and time.monotonic() < end:
         changed = False
@@ -181,7 +181,7 @@ def reproduction(case: Case) -> str:
 
 
 def fuzz(seed: int, seconds: float, most: int | None = None):
-    """(cases by what became of them, reproduction or None) until the first failure."""
+    """(the number of cases by outcome, reproduction or None), up to the first failure."""
     rng, counts, end = random.Random(seed), Counter(), time.monotonic() + seconds
     while time.monotonic() < end and (most is None or counts.total() < most):
         case = draw(rng)

@@ -1,4 +1,4 @@
-"""The fuzzer's calls: a Case is a call as data, draw() a random one, build() its tensors."""
+"""The fuzzer's calls: a Case is a call as data, draw() makes a random one, build() its tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Case:
     batch: int = 1  # entries, or sequences
     kv_heads: int = 1
     group: int = 1  # query heads of each
-    q_len: int = 1  # varlen: the most that a sequence has
+    q_len: int = 1  # varlen: the longest sequence
     kv_len: int = 1  # decode: slots of an entry
     dim: int = 2
     v_dim: int = 2
@@ -52,7 +52,7 @@ class Case:
     rows: bool = False  # decode: cache_batch_idx
     rotary: str = ""  # "interleaved" or "halves"
     num_splits: int | None = None
-    wrong: str = ""  # an argument to spoil: the call must be refused
+    wrong: str = ""  # an argument to make invalid: the call must be refused
 
     def __str__(self) -> str:
         changed = ((f.name, getattr(self, f.name)) for f in fields(self))
@@ -64,7 +64,7 @@ SIMPLEST = Case()
 
 @dataclass
 class Tensors:
-    """A case's call: positional and named arguments, and what wants a gradient."""
+    """A case's call: positional and named arguments, and the tensors that need a gradient."""
 
     case: Case
     positional: list
@@ -79,7 +79,7 @@ BROADCASTS = ("-", "k", "q", "qk", "hqk", "bk", "bqk", "bhqk", "h", "b")
 
 
 def draw(rng: random.Random) -> Case:
-    """A call that is valid, one in twenty with one argument spoilt."""
+    """A valid call or, one time in twenty, a call with one invalid argument."""
 
     def often(x, otherwise, p=0.3):
         return x if rng.random() < p else otherwise
@@ -258,7 +258,7 @@ def build(case: Case) -> Tensors:
 
 
 def paged(case, rng, randn, slots, spare):
-    """k, v [pages, kv_heads, page_size, *] and a table whose pages are each an entry's own."""
+    """k, v [pages, kv_heads, page_size, *] and a table in which every entry has its own pages."""
     each = -(-slots // case.page_size)
     pages = case.batch * each + spare
     order = rng.sample(range(pages), pages)[: case.batch * each]

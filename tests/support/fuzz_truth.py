@@ -1,4 +1,4 @@
-"""The fuzzer's truth: plain loops in float64. Of the package it uses dropout's mask and no more."""
+"""The fuzzer's reference: plain loops in float64. Of the package it uses only dropout's mask."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def gathered(named, n, x):
 
 
 def one_entry(case, named, n, scale, q, k, v, start):
-    """(out [H, m, Dv], lse [H, m]): every score is made, and what is not seen is left out."""
+    """(out [H, m, Dv], lse [H, m]): every score is computed, and invisible ones are dropped."""
     (heads, m, _), length = q.shape, k.shape[1]
     k, v = (x.repeat_interleave(case.group, 0) for x in (k, v))
     i, j = torch.arange(m)[:, None], torch.arange(length)[None, :]
@@ -128,7 +128,7 @@ def cut(x, n, m, length):
 
 
 def decoded(case, named, q, k, v):
-    """q rotated, and the caches after the new keys went in."""
+    """q after rotation, and the caches after the new keys were written."""
     k, v, dtype = k.clone(), v.clone(), DTYPES[case.dtype]
     moving = case.causal or any(s is not None and s >= 0 for s in case.window or ())
     lens = named["cache_lens"].tolist()

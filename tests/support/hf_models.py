@@ -130,7 +130,7 @@ def build(name: str, implementation: str = "eager", seed: int = 0, **changes):
 
 
 def inputs_of(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
-    """Inputs of a forward; `padding` says at which end row 1 is short."""
+    """Inputs of a forward; `padding` says at which end row 1 is padded."""
     generator = torch.Generator().manual_seed(1)
     kind = FAMILIES[name].kind
 
@@ -160,7 +160,7 @@ def visible(name: str, inputs: dict, out: torch.Tensor) -> torch.Tensor:
     return out[mask.bool()]
 
 
-# What a forward calls its cache: renamed within 5.x.
+# The name of a forward's cache argument, which was renamed within 5.x.
 CACHE = (
     "cache"
     if "cache" in signature(transformers.LlamaModel.forward).parameters
@@ -169,7 +169,7 @@ CACHE = (
 
 
 class Counter:
-    """Counts the calls that reach fastattn, so that a fall-back in silence fails."""
+    """Counts the calls that reach fastattn, so that a silent fall-back fails the test."""
 
     def __init__(self, monkeypatch):
         self.take()

@@ -28,7 +28,7 @@ REFERENCE = {"blt": "sdpa"}
 
 
 def inputs_of(name: str, model, padding: str = "none") -> dict:
-    """Inputs of a forward; `padding` says at which end row 1 is short."""
+    """Inputs of a forward; `padding` says at which end row 1 is padded."""
     kind = cases()[name][2]
     generator = torch.Generator().manual_seed(1)
     main = model.main_input_name
@@ -64,7 +64,7 @@ def inputs_of(name: str, model, padding: str = "none") -> dict:
 
 
 def main_output(out) -> torch.Tensor:
-    """The logits, or what there is instead of them."""
+    """The logits, or the output in place of logits."""
     for key in ("logits", "prediction_logits", "last_hidden_state", "spectrogram"):
         if isinstance(getattr(out, key, None), torch.Tensor):
             return getattr(out, key)
@@ -89,7 +89,7 @@ def forward(model, inputs, gradients=False):
 
 
 def last_token_changed(model, inputs):
-    """What the output's earlier rows show of the last token: nothing, if the model is causal."""
+    """How the output's earlier rows depend on the last token: not at all if the model is causal."""
     key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     other = inputs | {key: inputs[key].clone()}
     other[key][:, -1] = 91
@@ -131,7 +131,7 @@ def probes(name: str, model) -> dict:
 
 @dataclass
 class Verdict:
-    """What became of a type. Wrong and crude are faults."""
+    """The verdict on a type. Wrong and crude are faults."""
 
     name: str
     word: str = "equal"  # or refused, wrong, crude, unbuilt
@@ -159,7 +159,7 @@ def time_limit(seconds: int):
 
 
 def is_a_refusal(error: Exception) -> bool:
-    """One sentence, which a raise of fastattn's own says: no accident on the way."""
+    """One sentence from an exception that fastattn itself raised, not from an accidental error."""
     trace = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -173,7 +173,7 @@ def is_a_refusal(error: Exception) -> bool:
 
 
 def differences(got: dict, want: dict) -> str | None:
-    """The first tensor that is not equal but for rounding."""
+    """The first tensor that is not equal up to rounding."""
     if got.keys() != want.keys():
         return f"{sorted(got.keys() ^ want.keys())[0]} is there only once"
     gradients = {key for key in want if key not in OUTPUTS}
@@ -201,7 +201,7 @@ OUTPUTS = ("output", "difference of earlier rows", "sequences", "logits of each 
 TOLERANCE = 1e-3
 
 
-WAYS = {  # how a model comes to fastattn; each starts from eager's weights
+WAYS = {  # how a model is given fastattn; each starts from eager's weights
     "construction": lambda case: build(case, "fastattn"),
     "enable()": lambda case: fastattn.hf.enable(build(case)),
     "swap()": lambda case: _swapped(build(case)),
@@ -209,7 +209,7 @@ WAYS = {  # how a model comes to fastattn; each starts from eager's weights
 
 
 def _swapped(model):
-    """swap() reports where others raise."""
+    """swap() reports what the others raise."""
     report = fastattn.swap(model)
     if model.config._attn_implementation == "fastattn":
         return model
@@ -220,11 +220,11 @@ def _swapped(model):
 
 
 class Refused(Exception):
-    """The model, of which swap() may have served parts, and the sentence."""
+    """The model, parts of which swap() may have served, and the sentence."""
 
 
 def judge(case: str, counter, ways=tuple(WAYS), seconds: int = 120) -> Verdict:
-    """Builds the case, and compares fastattn's way of it with eager's, probe by probe."""
+    """Builds the case, and compares it under fastattn with eager, probe by probe."""
     if cases()[case][0] in UNBUILT:
         return Verdict(case, "unbuilt", UNBUILT[cases()[case][0]])
     with time_limit(seconds):
@@ -239,7 +239,7 @@ def judge(case: str, counter, ways=tuple(WAYS), seconds: int = 120) -> Verdict:
 
 
 def _eagers(case, verdict) -> dict:
-    """What each probe gives under eager."""
+    """The result of each probe under eager."""
     model, wanted = build(case, REFERENCE.get(case, "eager")), {}
     for key, probe in probes(case, model).items():
         try:
@@ -254,7 +254,7 @@ def _eagers(case, verdict) -> dict:
 
 
 def _one_way(case, way, wanted, verdict, counter) -> str | None:
-    """Fills the verdict in; returns the sentence in which the model was refused."""
+    """Fills in the verdict; returns the sentence that refused the model."""
     counter.take()
     try:
         model = way(case)
@@ -296,7 +296,7 @@ TITLES = {
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """Markdown: types by what becomes of them and why."""
+    """Markdown: types by verdict and reason."""
     lines = [f"Made with transformers {transformers.__version__}.", ""]
     for word, title in TITLES.items():
         rows = [x for x in verdicts if x.word == word]

@@ -24,8 +24,8 @@ KINDS = {  # transformers' table of classes: what its inputs are, first table fi
 
 @functools.cache
 def cases() -> dict[str, tuple[str, str, str]]:
-    """{case: (type, class, kind)}, a case for each of a type's classes; its name is the type's, or
-    the type's and the kind's where the type has several."""
+    """{case: (type, class, kind)}, a case for each class of a type. Its name is the type's, with
+    the kind's appended if the type has several."""
     found, seen = {}, set()
     for table, kind in KINDS.items():
         for name, model in getattr(modeling_auto, table).items():
@@ -83,7 +83,7 @@ SMALL = {
 }  # fmt: skip
 # A dropout of any other name is 0 as well.
 
-# What a type needs beyond that.
+# Additional settings that a type needs.
 START = {"decoder_start_token_id": 1}
 INDEXER = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
@@ -171,7 +171,7 @@ UNBUILT: dict[str, str] = {  # types that no tiny random configuration makes, an
 
 
 def configuration(name: str):
-    """A tiny configuration of the type, or of the part of it that the class is made of."""
+    """A tiny configuration of the type, or of the part of it that the class uses."""
     kind, model, _ = cases()[name]
     model = getattr(transformers, model)
     cls, changes = CONFIG_MAPPING[kind], CHANGES.get(name, CHANGES.get(kind, {}))
@@ -200,7 +200,7 @@ def _shrunk(cls, changes):
 
 
 def _one_layer_of_each(default, fields) -> dict:
-    """Where layers differ, one of each, so that two layers do not hide a kind."""
+    """Where layers differ, one of each, so that two layers include every kind."""
     lists = {}
     for key in ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types"):
         x = getattr(default, key, None)

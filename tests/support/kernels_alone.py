@@ -1,4 +1,4 @@
-"""The CPU kernels compiled into a program of their own (kernels_alone.cpp), and calls of it."""
+"""The CPU kernels compiled into a separate program (kernels_alone.cpp), and calls of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastattn.core.spec import Operands, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # enum class Dtype's order
-# Nothing is optimised, so that a unit takes 10 s and not 40: what is tested is the source.
+# Without optimisation a file compiles in 10 s, not 40: the tests are about the source.
 FLAGS = ("-std=c++17", "-O0", "-ffp-contract=fast", "-Wno-psabi", f"-I{ROOT / 'csrc'}")
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled driver, and the emulator that runs it where this machine cannot."""
+    """A compiled driver, and the emulator that runs it if this machine cannot."""
 
     command: tuple[str, ...]
 
@@ -33,7 +33,8 @@ class Program:
         return done.stdout
 
     def facts(self) -> tuple[dict, str]:
-        """What the library would tell of the machine, and the instruction set that it would use."""
+        """What the library would report of the machine, and the instruction set that it would
+        use."""
         told, isa = self.run("facts").decode().splitlines()
         return json.loads(told), isa
 
@@ -55,7 +56,7 @@ class Program:
         return self._call("attention", numbers, given, [(x.shape, dtype) for x, dtype in like])
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        """Rows x [length, dim], turned by the angles of cos and sin [length, dim / 2]."""
+        """Rows x [length, dim], rotated by the angles of cos and sin [length, dim / 2]."""
         numbers = struct.pack("<4q", DTYPES.index(x.dtype), *x.shape, interleaved)
         return self._call("rotate", numbers, (x, cos, sin), [(x.shape, x.dtype)])[0]
 

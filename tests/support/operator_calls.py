@@ -1,4 +1,4 @@
-"""Calls of the attention operators beside the reference, for tests of several backends."""
+"""Calls of the attention operators and the reference, for tests of several backends."""
 
 from __future__ import annotations
 

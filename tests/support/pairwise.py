@@ -32,8 +32,8 @@ def _cover(size: int = 5):
 
 PAIRWISE = list(_cover())
 
-# No bias has masks alone that hide all: there are fewer of them, so each comes early. Rows and keys
-# are as many because the views of one projection need that, and more than a tile of either.
+# Without a bias there are only masks that hide all keys, and few of them. There are as many rows
+# as keys because the views of one projection need that, and more than a tile of either.
 KINDS = [
     Case(f"kinds/{mask}+{bias}+{layout}", q_len=70, kv_len=70, mask=mask, bias=bias, layout=layout)
     for mask, bias, layout in zip(MASKS, cycle(BIASES), cycle(LAYOUTS))

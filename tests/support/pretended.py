@@ -1,6 +1,5 @@
-"""A machine that is made up, for the tests of proof.py: its GPU, and steps that pass, fail, crash
-and hang.
-"""
+"""A simulated machine for the tests of proof.py: its GPU, and steps that pass, fail, crash and
+hang."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ ENDS = {  # how: (state, what is said)
 
 
 class Pretended(Machine):
-    """Steps do what `how` says of them; the others pass."""
+    """Steps behave as `how` says; the others pass."""
 
     def __init__(self, problem: str | None = None, gpus=(GPU,), **how: str):
         self.problem, self.found = problem, list(gpus)

@@ -1,6 +1,5 @@
-"""Cases with key ranges. The truth is the reference with the mask that says the same (as_mask), so
-it knows nothing of key ranges.
-"""
+"""Cases with key ranges. The reference results come from the equivalent mask (as_mask),
+independently of key ranges."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ def _rows(shape) -> Tensor:
 
 
 def _chunks(size: int, step: int = 0) -> Callable:
-    """Chunks of `size` keys that begin every `step` keys: with gaps between where it is larger."""
+    """Chunks of `size` keys that begin every `step` keys, with gaps between them if step is
+    larger."""
 
     def ranges(shape, draw):
         begin = _rows(shape) // size * (step or size)
@@ -29,7 +29,7 @@ def _chunks(size: int, step: int = 0) -> Callable:
 
 
 def _random(entries: bool, heads: bool) -> Callable:
-    """Any ends that never decrease, in part past the keys; many rows see nothing."""
+    """Random ends that never decrease, some of them beyond the keys; many rows see nothing."""
 
     def ranges(shape, draw):
         size = (shape[0] if entries else 1, shape[1] if heads else 1, shape[2], 1)
@@ -40,7 +40,7 @@ def _random(entries: bool, heads: bool) -> Callable:
 
 
 def _banded(shape, draw):
-    """About 40 keys a row, at another place in each head."""
+    """About 40 keys per row, at a different place in each head."""
     size = (*shape[:2], shape[2], 1)
     begin = torch.randint(0, max(1, shape[3]), size, generator=draw).sort(dim=2).values
     return begin, begin + 40
@@ -69,10 +69,10 @@ RANGES: dict[str, Callable] = {
 
 @dataclass(frozen=True)
 class Ranged(Case):
-    """A case with key ranges; as_mask: with the mask that says the same in their place."""
+    """A case with key ranges or, if as_mask, with the equivalent mask."""
 
     ranges: str = ""
-    expanded: bool = False  # each dimension full, with strides of 0
+    expanded: bool = False  # all dimensions, some with strides of 0
     as_mask: bool = False
 
     def make(self, dtype, seed: int = 0, device: str = "cpu") -> Problem:

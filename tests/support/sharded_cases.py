@@ -1,5 +1,5 @@
 """What each of two processes checks for tests/nn/test_sharded.py: models sharded by torch's own
-tools equal the model of one process. Prints "right" at the end."""
+tools equal the model in one process. Prints "right" at the end."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def assert_equal(found, wanted, what):
 
 
 def calls(mesh):
-    """A DTensor anywhere is refused in one sentence, and explain() says the same."""
+    """DTensors are refused in every argument with one sentence, and explain() says the same."""
     whole = {
         **{name: torch.randn(2, 4, 6, 16) for name in "qkv"},
         "mask": torch.ones(6, 6).bool(),
@@ -126,7 +126,7 @@ def models(mesh):
 
 
 def optimizing(mesh):
-    """The page's clip() and AdamW move sharded and whole parameters as one process moves them."""
+    """The page's clip() and AdamW change sharded and replicated parameters as in one process."""
     torch.manual_seed(0)
     alone = GPT(**SIZE, qk_norm=True)
     model = tensor_parallel(copy.deepcopy(alone), mesh, True)
@@ -206,8 +206,8 @@ def attention_alone(mesh):
 
 
 def sequence_parts(mesh):
-    """Parts of a sequence drop other elements, and the generators stay alike; odd lengths are
-    refused before torch stops the process."""
+    """Different ranks drop different elements of a sequence, and the generators stay equal. Odd
+    lengths are refused before torch stops the process."""
     norm = parallelize_module(TransformerBlock(32, 4).attn_norm, mesh, SequenceParallel())
     torch.manual_seed(7)
     dropped = _add(norm, torch.ones(2, 16, 32), torch.zeros(2, 16, 32), 0.5) == 0
@@ -260,8 +260,8 @@ def pipelines(rank):
 
 
 def started_sharded(mesh):
-    """fully_shard of a model on the meta device, started part by part, gives, generates, and loads
-    what one process saved; with tensor parallelism besides, too."""
+    """fully_shard of a model on the meta device, initialised part by part: it trains, generates,
+    and loads what one process saved; also combined with tensor parallelism."""
     with torch.device("meta"):
         model = BERT(**{**SIZE, "layers": 3})
     for block in model.blocks:

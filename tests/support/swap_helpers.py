@@ -1,4 +1,4 @@
-"""A function that swap_models.py calls for its attention: one of another module."""
+"""A function of another module, which swap_models.py calls for its attention."""
 
 from __future__ import annotations
 

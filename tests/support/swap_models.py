@@ -16,14 +16,14 @@ D, H, S = 16, 2, 6
 
 
 class Named(nn.MultiheadAttention):
-    """No forward of its own: swapped, and its other methods stay."""
+    """Without its own forward: swapped, and its other methods are kept."""
 
     def describe(self):
         return f"{self.num_heads} heads"
 
 
 class Doubled(nn.MultiheadAttention):
-    """A forward of its own: left alone."""
+    """With its own forward: left alone."""
 
     def forward(self, *args, **kwargs):
         out, weights = super().forward(*args, **kwargs)
@@ -31,7 +31,7 @@ class Doubled(nn.MultiheadAttention):
 
 
 class OwnLayer(nn.TransformerEncoderLayer):
-    """Left alone, but what it holds is swapped, and torch's fast path must not pass it by."""
+    """Left alone, but its submodules are swapped, and torch's fast path must not bypass them."""
 
     def forward(self, src, *args, **kwargs):
         return super().forward(src, *args, **kwargs)
@@ -75,7 +75,7 @@ class ImportedAttention(Block):
 
 
 class HiddenAttention(Block):
-    """F is here, but attention goes by torch.nn.functional."""
+    """F is imported, but attention is called as torch.nn.functional's."""
 
     def forward(self, x):
         q, k, v = self.qkv(x).chunk(3, -1)
@@ -114,7 +114,7 @@ def x_of():
 
 
 def forwards(function):
-    """A wrapper that calls what it closes over."""
+    """A wrapper that calls a closed-over function."""
 
     @functools.wraps(function)
     def forward(*args, **kwargs):
@@ -144,7 +144,7 @@ functional = F
 
 
 class Spelled(nn.Module):
-    """The base of what follows: attend(q, k, v) is spelled by each class in its own way."""
+    """The base of the classes below, each of which spells attend(q, k, v) in its own way."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ class Held(Spelled):
 
 
 class Closing(Spelled):
-    """Its method is one that a function has made."""
+    """Its method is made by a function."""
 
     def made(functional):
         return lambda self, q, k, v: functional.scaled_dot_product_attention(q, k, v)

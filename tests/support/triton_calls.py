@@ -1,4 +1,4 @@
-"""Calls of the Triton kernels in the operators' normal form, and what a case promises of them."""
+"""Calls of the Triton kernels in the operators' normal form, and the checks of a case's results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from cases import Case
 from operator_calls import cotangents_of, numbers, run_reference
 
-from fastattn.cli.verify import Tolerance
+from fastattn.core.tolerance import Tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,7 +39,7 @@ def run_triton(problem, cotangents, num_splits=0, config=None, needs=None):
 def check(
     case: Case, dtype: torch.dtype, num_splits: int = 0, config=None, truth: Case | None = None
 ) -> None:
-    """As cpu_calls.check: errors, exact zeros, dtypes and memory order."""
+    """Like cpu_calls.check: errors, exact zeros, dtypes and memory order."""
     problem = case.make(dtype, device=DEVICE)
     cotangents = cotangents_of(case, case.make(dtype), sum(case.name.encode()) % 2 == 0)
     got = run_triton(problem, cotangents, num_splits, config)

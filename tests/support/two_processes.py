@@ -1,4 +1,4 @@
-"""Runs a file of cases as two processes that know of each other."""
+"""Runs a file of cases as two processes that can communicate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def assert_right(cases: str, timeout: float = 240) -> None:
-    """tests/support/`cases` ends well in both processes and prints "right"."""
+    """tests/support/`cases` succeeds in both processes and prints "right"."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -76,7 +76,7 @@ def calls(with_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def drop_ins() -> Tensor:
-    """torch's call, the switch, and a built model."""
+    """torch's call, the switch, and an existing model."""
     q = torch.randn(2, 4, 6, 8)
     out: Tensor = fastattn.scaled_dot_product_attention(q, q, q, is_causal=True, scale=1.0)
     fastattn.enable()

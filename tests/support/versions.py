@@ -37,7 +37,7 @@ class Row:
         return f"torch-{self.torch}-triton-{self.triton}"
 
 
-# Triton before 3.7 needs numpy before 2.4 in its interpreter: each row's can be had together.
+# Triton before 3.7 needs numpy before 2.4 in its interpreter, so each row sets both.
 ROWS = (
     Row("2.13.0", "3.5.1", "5.4.0", "1.26.4"),
     Row("2.13.0", "3.6.0", "5.10.4", "2.2.6"),
@@ -72,11 +72,11 @@ TESTS = (
 
 
 class CannotBeHad(Exception):
-    """pip has no such package here."""
+    """pip cannot find such a package here."""
 
 
 def run(*command, **settings) -> subprocess.CompletedProcess:
-    """A command that sees this process's environment, less what would import from the clone."""
+    """A command in this process's environment, without what would import from the checkout."""
     environment = {k: x for k, x in os.environ.items() if not k.startswith(("FASTATTN", "PYTHON"))}
     environment |= {"OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     return subprocess.run(
@@ -106,7 +106,7 @@ def prepare(row: Row, folder: Path, wheel: Path) -> Path:
 
 
 def check(python: Path, folder: Path) -> str | None:
-    """What fails there, in a line; None for nothing. Run from `folder`, where no clone is."""
+    """The failure there, in a line, or None. Run from `folder`, which has no checkout."""
     call = run(python, "-c", CALL, cwd=folder)
     if call.returncode:
         return f"a call with its gradients: {(call.stderr.strip().splitlines() or ['died'])[-1]}"

@@ -1,4 +1,4 @@
-"""swap() and unswap(): what changes, what stays and what is left alone."""
+"""swap() and unswap(): what changes, what stays the same, and what is left alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(enable_nested_tensor|prototyp
 
 
 def calls_in(function):
-    """(its result, how often fastattn's kernel ran, how often anything of torch's did)."""
+    """(its result, how often fastattn's kernel ran, how often anything of torch's ran)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = function()
     counts = {e.key: e.count for e in profile.key_averages()}
@@ -56,7 +56,7 @@ def test_report():
 
 @pytest.mark.native
 def test_every_swapped_module_runs_on_fastattn():
-    """In evaluation without gradients, where torch's fast paths lie in wait."""
+    """In evaluation without gradients, where torch uses its fast paths."""
     m, x = model(), x_of()
     with torch.no_grad():
         want, ours, theirs = calls_in(lambda: m(x))
@@ -100,7 +100,7 @@ def test_attention_dropout_of_a_block_is_fastattns():
 
 
 def snapshot(m):
-    """Everything that identifies a model, but for classes."""
+    """Everything that identifies a model, except classes."""
     return {
         name: (id(x), x.training, {k: id(v) for k, v in vars(x).items() if k[0] != "_"},
                {k: id(v) for k, v in x._parameters.items()}, list(x._forward_hooks.values()),
@@ -138,7 +138,8 @@ def test_identity_hooks_and_flags_stay_and_unswap_restores_exactly():
 
 
 def test_what_is_printed_names_fastattn():
-    """A model by its swapped classes, and a report at a console or in a notebook by its table."""
+    """The repr of a model names its swapped classes; a report is a table at a console or in a
+    notebook."""
     m = model()
     report = fastattn.swap(m)
     assert repr(report) == str(report) and repr(report).startswith("swapped: 12\n")
@@ -210,7 +211,7 @@ def test_replaced_forwards_and_torchscript_are_left():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(nn.MultiheadAttention(D, H))
     (row,) = fastattn.swap(scripted).left
-    assert row[2] == "is compiled by TorchScript; swap before that"
+    assert row[2] == "is compiled by TorchScript; swap before compiling"
 
 
 def test_only_modules():

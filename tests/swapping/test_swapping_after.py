@@ -1,4 +1,4 @@
-"""What swapped models go through: copies, pickles, quantisation, pruning, compilation."""
+"""What happens to swapped models: copies, pickles, quantisation, pruning, compilation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_copies_are_swapped_and_swap_back(how):
 
 
 def test_pickles_load_in_a_program_that_has_swapped_nothing():
-    from fastattn import swap as _  # noqa: F401  the module below, whose name the function has
+    from fastattn import swap as _  # noqa: F401  the module below, which has the function's name
 
     m = model()
     fastattn.swap(m)
@@ -73,7 +73,7 @@ def test_dynamic_quantisation():
     layer = small.encoder.layers[0]
     assert type(layer.linear1).__module__.startswith("torch.ao.nn.quantized")
     assert type(layer.self_attn.out_proj) is type(m.named.out_proj)  # torch's leaves it alone
-    small.own = nn.Identity()  # torch's own layer does not survive it in evaluation
+    small.own = nn.Identity()  # torch's own layer does not survive it in evaluation mode
     m.own = nn.Identity()
     with torch.no_grad():
         got = small(x)
@@ -100,7 +100,7 @@ def test_pruning(when):
 
 
 def test_heads_of_a_block_can_be_removed():
-    """Head 0 of 2 goes from a swapped module, as transformers' pruning did it: sizes change."""
+    """Removes head 0 of 2 from a swapped module, as transformers' pruning did: sizes change."""
     m, x = model(Block), x_of()
     fastattn.swap(m)
     kept = torch.arange(D // H, D)
@@ -120,7 +120,7 @@ class Halved(nn.Module):
 @pytest.mark.parametrize("registered", ["before", "after"])
 @pytest.mark.parametrize("removed", ["before", "after"])
 def test_parametrizations(registered, removed):
-    """Registered and removed on either side of the switch."""
+    """Registered and removed before and after the switch."""
     m, x = model(), x_of()
     plain = m(x)
 
@@ -175,7 +175,7 @@ def test_a_class_wrapped_after_the_swap_is_named():
 
 @pytest.mark.parametrize("cls", [Everything, Block])
 def test_compiles_after_the_swap(cls):
-    """What runs in the compiled graph is fastattn's operator, and none of torch's."""
+    """The compiled graph runs fastattn's operator, and none of torch's."""
     m, x, graphs = model(cls), x_of(), []
     if cls is Everything:
         m.own = m.doubled = nn.MultiheadAttention(D, H, batch_first=True)
@@ -220,7 +220,7 @@ def enabled_by(monkeypatch, enable):
 
 
 def test_transformers_models_go_through_hf_enable(bert, monkeypatch):
-    enabled_by(monkeypatch, lambda m: m.set_attn_implementation("sdpa"))  # stands for fastattn's
+    enabled_by(monkeypatch, lambda m: m.set_attn_implementation("sdpa"))  # in place of fastattn's
     report = fastattn.swap(bert)
     assert report.swapped == (("encoder", "BertModel", "fastattn.hf.enable()"),)
     assert report.left == () and bert.encoder.config._attn_implementation == "sdpa"
@@ -236,7 +236,7 @@ def test_transformers_models_that_cannot_be_served_are_named(bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastattn.hf", None)
     monkeypatch.delattr(fastattn, "hf", raising=False)
     left = {name: why for name, _, why in fastattn.swap(bert).left}
-    assert "fastattn.hf is not to be had" in left["encoder"]
+    assert "fastattn.hf cannot be imported" in left["encoder"]
     assert "not a class that swap knows" in left["encoder.encoder.layer.0.attention.self"]
 
     def refuse(m):

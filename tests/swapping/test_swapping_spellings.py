@@ -1,4 +1,4 @@
-"""swap() where a forward gets at scaled_dot_product_attention in one of many ways."""
+"""swap() where a forward reaches scaled_dot_product_attention in one of many ways."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_attention_written_out_under_another_name_is_left_with_a_row():
 
 
 def test_the_originals_stay():
-    """Copies alone run on fastattn; who calls the same helper goes on as before."""
+    """Only the copies run on fastattn; other callers of the same helper are not affected."""
     m = model(SPELLINGS["a helper's helper"])
     fastattn.swap(m)
     q = torch.randn(1, 2, 3, 4)
