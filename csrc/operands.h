@@ -1,6 +1,6 @@
-// What an attention operator is called with beside q, k and v, and how operators read their
-// arguments. The lists below have the names, types and order of fastattn's Python `Spec` and
-// `Operands`, from which the operators' schemas are made; a test holds the two equal.
+// The arguments of attention operators besides q, k and v, and how operators read arguments.
+// The lists below have the names, types and order of fastattn's Python `Spec` and `Operands`, from
+// which the operators' schemas are made; a test holds the two equal.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -57,7 +57,7 @@ struct Operands {
     }
 };
 
-// What every attention operator takes, in the order of the schemas.
+// The arguments that all attention operators share, in the order of the schemas.
 struct Inputs {
     Tensor q, k, v;
     Operands operands;

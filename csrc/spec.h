@@ -14,20 +14,21 @@ namespace fastattn {
 constexpr double LOG2E = 1.4426950408889634;  // kernels work in base 2: exp(x) = exp2(x * LOG2E)
 constexpr double LN2 = 0.6931471805599453;
 
-// Logits reach to the largest finite number (a row of finfo.min is a usual padding mask), which
-// times LOG2E would be infinite, and -inf masks. So to_base2() has half the slope where that is
-// nearer to 0, past 9e37 in float32: clamp(x * LOG2E, x / 2 - FAR, x / 2 + FAR). It grows
-// everywhere, keeps infinities, leaves room for ALiBi and the product, and has an inverse. Of two
-// logits so far out the larger takes all whatever the slope: neighbours are 1e31 apart. FAR is an
-// odd multiple of half an ulp of x there, so that the largest number is mapped exactly, and back.
+// A logit may be as large as the largest finite number (finfo.min is a usual padding mask). Times
+// LOG2E it would be infinite, which means masked. So to_base2() has slope 1/2 past 9e37 in float32:
+// clamp(x * LOG2E, x / 2 - FAR, x / 2 + FAR). It is strictly increasing, keeps infinities, leaves
+// room for ALiBi and the product, and has an inverse. The smaller slope changes no result: numbers
+// of that size are 1e31 apart, so the larger of two logits has probability 1 with any slope. FAR
+// is an odd multiple of half an ulp of x there, so that the largest number is mapped exactly, and
+// back.
 template <class A> constexpr A FAR_LOGIT = A(0);
 template <> inline constexpr float FAR_LOGIT<float> = 0x1p126f - 0x1p103f;
 template <> inline constexpr double FAR_LOGIT<double> = 0x1p1022 - 0x1p970;
 
-// ALiBi's slopes in base 2 stay below: times a distance, below 2^30, they leave every sum finite.
+// Bounds ALiBi's slopes in base 2: times a distance, which is below 2^30, every sum stays finite.
 constexpr double MAX_SLOPE = 0x1p95;
 
-// Of scale and of softcap: past these, products of float32 numbers overflow, and give NaN.
+// Bounds of scale and softcap: beyond them products of float32 numbers overflow and give NaN.
 constexpr double MAX_SCALE = 1e30, MIN_SOFTCAP = 1e-30, MAX_SOFTCAP = 1e30;
 
 constexpr FASTATTN_HD int imin(int a, int b) { return a < b ? a : b; }
@@ -57,12 +58,12 @@ struct Band {
     }
     constexpr FASTATTN_HD bool visible(int i, int j) const { return lo(i) <= j && j < hi(i); }
 
-    // The first and last row of a tile bound all rows between.
+    // The first and last row of a tile bound those between.
     constexpr FASTATTN_HD Range kv_range(int row_begin, int row_end) const {
         return {lo(row_begin), lo(row_end - 1), hi(row_begin), hi(row_end - 1)};
     }
 
-    // The transposed question: which rows see key j.
+    // The transpose: the rows that see key j.
     constexpr FASTATTN_HD int first_row(int j) const {
         return right < 0 ? 0 : clamp_row(j - offset - right);
     }

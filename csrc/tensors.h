@@ -1,4 +1,4 @@
-// Tensors of LibTorch's stable ABI, as all operators use them: refusing, asking, making.
+// Tensors of LibTorch's stable ABI, as all operators use them: errors, properties, new tensors.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,14 +28,15 @@ template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
     throw std::runtime_error(text.str());
 }
 
-// A macro, so that the parts of the message are only made when it is needed.
+// A macro, so that the parts of the message are only evaluated when it fails.
 #define CHECK(condition, ...) \
     if (!(condition)) fail(__VA_ARGS__)
 
-constexpr int64_t MAX_LENGTH = int64_t(1) << 30;  // rows and keys are counted in int, with sums
-constexpr int64_t MAX_HEADS = int64_t(1) << 31;   // over all entries: one word of dropout's counter
-// Batch entries or sequences of a call, and pages of all of them: what is noted of each takes 100
-// and 4 bytes, so a tensor expanded with a stride of 0 must not name as many as it likes.
+constexpr int64_t MAX_LENGTH = int64_t(1) << 30;  // rows and keys, and sums of these, are ints
+constexpr int64_t MAX_HEADS = int64_t(1)
+                              << 31;  // over all sequences: one word of dropout's counter
+// Limits of a call's sequences and of all their pages, which take 100 and 4 bytes each: a tensor
+// expanded with a stride of 0 could otherwise ask for any number of them.
 constexpr int64_t MAX_ENTRIES = int64_t(1) << 24, MAX_PAGES = int64_t(1) << 28;
 
 inline void check_score_numbers(double scale, double softcap) {
@@ -69,8 +70,8 @@ inline bool is_dense(const Tensor& t) {
     return true;
 }
 
-// Every tensor that an operator allocates is made by one of the functions below, or given to this
-// one: dense, and NaN (-1) under test.
+// Fills a new tensor with NaN (-1 for integers) under test. Every tensor that an operator allocates
+// comes from a function below or is passed to this one.
 inline Tensor poisoned(Tensor t) {
     if (!poison_on() || t.numel() == 0) return t;
     if (t.is_cpu()) {
@@ -82,8 +83,8 @@ inline Tensor poisoned(Tensor t) {
     return t;
 }
 
-// Not torch::stable::new_empty() and empty_like(), which go through torch's dispatcher: 7 and 5
-// thousand instructions a tensor, this 2.
+// Takes 2 thousand instructions a tensor. torch::stable::new_empty() and empty_like() go through
+// torch's dispatcher and take 7 and 5.
 inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* sizes,
                           const int64_t* strides, ScalarType dtype) {
     AtenTensorHandle made;
@@ -105,7 +106,7 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
                        dtype);
 }
 
-// Of x's shape and dtype, in x's order in memory.
+// A new tensor with x's shape, dtype and order in memory.
 inline Tensor new_like(const Tensor& x) {
     if (!is_dense(x)) return poisoned(torch::stable::empty_like(x));
     return new_strided(x, x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());

@@ -27,8 +27,8 @@ def refuse_context_parallel() -> None:
 
 
 def _is_active() -> bool:
-    """Does DTensor have handlers for aten's attention? Both ways to enable context_parallel set
-    them."""
+    """Whether DTensor has handlers for aten's attention, which both of torch's ways to enable
+    context_parallel set."""
     dispatcher = torch.distributed.tensor.DTensor._op_dispatcher
     handlers = dispatcher._custom_op_handlers
     return torch.ops.aten._scaled_dot_product_flash_attention.default in handlers

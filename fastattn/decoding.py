@@ -1,5 +1,5 @@
-"""decode_attention(): attention over a key-value cache that grows. merge_states(): two partial
-results made one. Next hop: fused/kv_append.py, then backends/registry.py, through attention.run.
+"""decode_attention(): attention over a growing key-value cache. merge_states(): merges two partial
+results. Next hops: fused/kv_append.py, then functional.py's run().
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def decode_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends k and v to a cache in place, then attends to all it holds. No gradient.
 
-    Entry b holds cache_lens[b] keys before the call and cache_lens[b] + Snew after it; q attends to
-    those. With align="end" the diagonal ends at the last of them, so that causal=True gives each of
-    several new tokens the keys up to itself.
+    Batch entry b holds cache_lens[b] keys before the call and cache_lens[b] + Snew after it; q
+    attends to the latter. With align="end" the diagonal ends at the last of them, so that with
+    causal=True each of several new tokens sees the keys up to itself.
 
     Args:
         q: [B, Hq, Sq, D]: the new tokens' queries.
@@ -110,38 +110,38 @@ def decode_attention(
         v_cache: the same with Dv.
         cache_lens: int32 [B], or one int for all: keys already in the cache, left padding included.
         k: [B, Hkv, Snew, D], written to slots cache_lens[b] + i. None: nothing is appended. A call
-            that is refused has written nothing. Refused, too: caches that share memory with each
-            other or within themselves (expanded ones), and, where the values may be looked at, an
-            overrun, one place for two new keys, and NaN for an int8 cache. On a GPU, where looking
-            would wait, and in a compiled call these are the caller's to keep out: what overruns is
-            not written, and NaN becomes 0. k and the other operands may lie in the caches' memory:
-            they are read as they were before the call.
+            that raises has written nothing. Caches that share memory with each other or are
+            expanded are refused. So are, where values can be checked, tokens that do not fit, two
+            new keys for one slot, and NaN for an int8 cache. On a GPU, where a check would wait,
+            and in a compiled call the caller has to avoid these: tokens that do not fit are not
+            written, and NaN becomes 0. k and the other operands may share the caches' memory:
+            their values from before the call are used.
         v: [B, Hkv, Snew, Dv].
         page_table: int32 [B, max_pages]: slot s of entry b is slot s % page_size of page
             page_table[b, s // page_size].
         cache_leftpad: int32 [B]: slots before it do not exist. It moves neither the diagonal nor
             rotary positions, which count slots.
         cache_batch_idx: int32 [B]: entry b lives in row cache_batch_idx[b] of the cache.
-        rotary: (cos, sin), each [positions, rotary_dim / 2], rotary_dim <= D and even: turns the
+        rotary: (cos, sin), each [positions, rotary_dim / 2], rotary_dim <= D and even: rotates the
             first rotary_dim channels of k (before it is stored) and of q. Key i is at position
-            cache_lens[b] + i, and query i too with causal or a window; else all queries are at
-            cache_lens[b] (FlashAttention's rule).
+            cache_lens[b] + i, and query i too with causal or a window; otherwise all queries are
+            at cache_lens[b] (FlashAttention's rule).
         rotary_interleaved: pairs are channels (2i, 2i + 1), as in GPT-J; False: (i, i +
             rotary_dim / 2), as in GPT-NeoX and Llama.
         k_descale: fp32 [Hkv] or [B, Hkv] (with page_table or cache_batch_idx only [Hkv]: pages are
             shared); then k_cache and v_cache are both int8 or both float8_e4m3fn, q, k and v
-            float32, bfloat16 or float16, and a key is what is stored times its head's scale. New
+            float32, bfloat16 or float16, and a key is the stored number times its head's scale. New
             keys are divided by it and rounded to nearest, clamped to [-128, 127] or [-448, 448].
-            Triton reads 8 bits; the other backends widen the slots in use to q's dtype (an fp32
-            product, rounded once), which costs a copy of them.
-        v_descale: the same for values; the two come together.
-        num_splits: how many parts of the keys are attended to separately and then merged. None or
-            0: the backend chooses. 1: the same order of summation whatever the batch. A large
-            number means as many as the backend takes: on the CPU, parts of at least 32 keys whose
-            results take at most 256 MiB together.
-        kv_lens: refused: cache_lens says it.
-        document_ids: refused: a cache row is one document.
-        key_ranges: (begin, end), int32, each broadcastable to [B, Hq, Sq]; they count slots.
+            Triton reads the 8-bit cache; the other backends first copy the slots in use to q's
+            dtype (an fp32 product, rounded once).
+        v_descale: the same for values; give both or neither.
+        num_splits: how many splits of the keys are attended to separately and then merged. None or
+            0: the backend chooses. 1: the order of summation does not depend on the batch. A large
+            number means the backend's maximum: on the CPU, splits of at least 32 keys whose results
+            take at most 256 MiB together.
+        kv_lens: refused: cache_lens has the lengths.
+        document_ids: refused: each batch entry of the cache is one document.
+        key_ranges: (begin, end), int32, each broadcastable to [B, Hq, Sq], in slots.
 
     Under torch.autocast q, k and v are cast to the cache's dtype, or, where that is 8-bit, to
     autocast's.
@@ -167,10 +167,10 @@ def decode_attention(
         "key_ranges": key_ranges, "head_origin": head_origin, "dropout_p": dropout_p,
         "dropout_seed": dropout_seed, "return_lse": return_lse, "deterministic": deterministic,
     })  # fmt: skip
-    row = registry.pick(backend, call)
+    chosen = registry.pick(backend, call)
     if append is not None:
-        append.by_kernel() if row.name == "triton" else append.in_torch()
-    out, lse = run(call, row)
+        append.by_kernel() if chosen.name == "triton" else append.in_torch()
+    out, lse = run(call, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -182,8 +182,8 @@ _DEFAULTS = {
 
 
 def decode_form(q, k_cache, v_cache, **given) -> Call:
-    """The Call of decode_attention()'s arguments by name; those left out have their defaults, but
-    dropout draws no key."""
+    """The Call of decode_attention()'s arguments by name, with its defaults; a missing dropout seed
+    is (0, 0) and does not advance the generator."""
     given = _DEFAULTS | given | {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     if given["dropout_seed"] is None:
         given["dropout_seed"] = (0, 0)
@@ -191,12 +191,12 @@ def decode_form(q, k_cache, v_cache, **given) -> Call:
 
 
 def check_decode(q, k_cache, v_cache, *, backend=None, **given) -> None:
-    """Raises what decode_attention() would, and does nothing else."""
+    """Raises what decode_attention() would raise, and does nothing else."""
     registry.pick(backend, decode_form(q, k_cache, v_cache, **given))
 
 
 def cached_form(given: dict) -> tuple[Call, Append | None]:
-    """Checks decode_attention()'s arguments; (Call, Append or None)."""
+    """Checks decode_attention()'s arguments and returns (Call, Append or None)."""
     for name, instead in (
         ("kv_lens", "cache_lens says how many keys there are"),
         ("document_ids", "a cache row is one document"),
@@ -217,7 +217,7 @@ def cached_form(given: dict) -> tuple[Call, Append | None]:
         checks.tensor(name, x)
     narrow = _is_narrow(k_cache, v_cache, k_descale, v_descale)
     dtype = autocast_dtype(q)
-    if dtype is not None:  # the cache cannot be cast: what meets it is
+    if dtype is not None:  # the cache cannot be cast, so q, k and v are
         dtype = dtype if narrow else k_cache.dtype
         tensors["q"] = q = autocast_to(q, dtype)
         new = {name: autocast_to(x, dtype) for name, x in new.items()}
@@ -265,7 +265,7 @@ def cached_form(given: dict) -> tuple[Call, Append | None]:
         checks.lengths("cache_batch_idx", index, 0, rows - 1, "a row of the cache in")
         if k is not None and checks.has_values(index) and len(set(index.tolist())) < batch:
             raise ValueError("cache_batch_idx names a row twice; rows written to must be distinct")
-        table = index.unsqueeze(1)  # every row of the cache is one page, if it has a slot
+        table = index.unsqueeze(1)  # each row of the cache is one page, unless it has no slots
         table = table if page_size else table[:, :0]
     elif rows != batch:
         raise ValueError(f"k_cache has batch size {rows} and q {batch}; they must be equal without "
@@ -311,7 +311,7 @@ def cached_form(given: dict) -> tuple[Call, Append | None]:
 
 
 def _apart(operands, caches):
-    """The operands, with copies of those that lie in the caches' memory, which is written first."""
+    """The operands, with copies of those that share the caches' memory, which is written first."""
     given = {name: getattr(operands, name) for name in OPERANDS}
     copies = {n: copied_if_overlapping(x, *caches) for n, x in given.items() if x is not None}
     changed = {name: x for name, x in copies.items() if x is not given[name]}
@@ -319,7 +319,8 @@ def _apart(operands, caches):
 
 
 def _is_narrow(k_cache, v_cache, k_descale, v_descale) -> bool:
-    """Are the caches 8-bit? Then both are, alike, and both scales are there; else neither."""
+    """Whether the caches are 8-bit. Raises unless both have one dtype and both scales are given, or
+    neither is 8-bit and no scale is given."""
     scaled = k_descale is not None or v_descale is not None
     if not (scaled or is_8_bit(k_cache) or is_8_bit(v_cache)):
         return False
@@ -356,16 +357,16 @@ def _merges_by_kernel(*tensors) -> bool:
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The attention over two disjoint sets of keys, from the attention over each.
+    """Merges the attention over two disjoint sets of keys into the attention over both.
 
-    (out, lse) is what one call over all the keys would give: exact, not an approximation, computed
-    in float32 (float64 for float64). For split-KV decoding, shared prefixes and rings. Associative
-    and commutative up to rounding; a sink must be in one of the two only.
+    (out, lse) is exactly what one call over all the keys would give, computed in float32 (float64
+    for float64). It serves split-KV decoding, shared prefixes and ring attention. It is associative
+    and commutative up to rounding; a sink must be in only one of the two calls.
 
     Args:
         out_a: [..., Dv], any dtype; out_b: the same shape.
         lse_a: [...], natural log, as return_lse=True gives it; lse_b: the same shape. A row of -inf
-            saw no key: its out is not read, and where both are, the result is 0 and -inf.
+            saw no key, and its out is not read; where both are -inf, the result is 0 and -inf.
 
     Returns:
         out in out_a's dtype, and lse in float32 (float64 if any input is). Differentiable in all
@@ -392,7 +393,7 @@ def merge_states(
     double = torch.float64 in (out_a.dtype, out_b.dtype, lse_a.dtype, lse_b.dtype)
     dtype = torch.float64 if double else torch.float32
     lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
-    # -inf leaves before any arithmetic, so that no inf - inf reaches the result or a gradient.
+    # -inf is replaced before any arithmetic, so that no inf - inf reaches the result or a gradient.
     dead_a, dead_b = lse_a == -torch.inf, lse_b == -torch.inf
     top = torch.maximum(lse_a, lse_b).detach()
     top = torch.where(dead_a & dead_b, 0.0, top)

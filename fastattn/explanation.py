@@ -1,4 +1,4 @@
-"""explain(): what a call would do, without doing it. Asks the rows of backends/registry.py."""
+"""explain(): what a call would do, without running it. Asks the backends of registry.py."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Tiles:
 
     block_q: int
     block_kv: int
-    skipped: int  # never touched: no row of the tile sees a key of it
-    full: int  # every row sees every key: no mask is applied
+    skipped: int  # not loaded: no row of the tile sees any of its keys
+    full: int  # every row sees every key, so no mask is applied
     masked: int  # on an edge of the band
 
 
@@ -43,7 +43,7 @@ class Explanation:
     backend: str | None  # the one that would run; None when the one asked for cannot
     asked: str | None  # by backend= or FASTATTN_BACKEND
     reasons: dict[str, str | None]  # each backend's reason for not being able to run the call
-    held_back: dict[str, str]  # of those that could: why they do so only when named
+    why_not_auto: dict[str, str]  # of those that could run it: why they do so only when named
     isa: str | None  # instruction set of the CPU kernels, where they would run
     function: str
     q: tuple[int, ...]  # shapes in the operators' normal form, [batch, heads, length, channels]
@@ -55,12 +55,12 @@ class Explanation:
     spec: Spec
     operands: tuple[str, ...]  # the optional tensors of the call
     pairs: int  # (row, key) pairs inside band, lengths and key ranges, over all heads
-    all_pairs: int  # rows times keys that have a place, over all heads
+    all_pairs: int  # rows times key slots, over all heads
     tiles: Tiles | None  # None where the backend has none
     flops_forward: int
     flops_backward: int | None  # None where there is no backward
     bytes_forward: int  # inputs read once and outputs written once
-    keep_probability: float | None  # of a weight under dropout, exactly
+    keep_probability: float | None  # the exact probability that dropout keeps a value of P
 
     def __str__(self) -> str:
         return _table(self)
@@ -100,12 +100,12 @@ def explain(
 def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any) -> Explanation:
     """What would run for a call of attention(), varlen_attention() or decode_attention().
 
-    Takes that call's arguments, its first three by position; which function it is shows in them
-    (cu_seqlens_q, cache_lens). They are checked as in the call. Nothing is computed or written, and
-    no random numbers are drawn.
+    Takes that call's arguments, the first three by position; cu_seqlens_q and cache_lens tell which
+    function it is. They are checked as in the call. Nothing is computed or written, and no random
+    numbers are drawn.
 
-    Counted are the pairs inside band, lengths, documents, sequences and key ranges; an arbitrary
-    mask or bias is not looked into. A pair costs 2 (D + Dv) operations forward and 2 (3 D + 2 Dv)
+    The count covers pairs inside band, lengths, documents, sequences and key ranges; the values of
+    a mask or bias are not read. A pair costs 2 (D + Dv) operations forward and 2 (3 D + 2 Dv)
     backward.
     """
     if "cache_lens" in call:
@@ -133,17 +133,17 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         checked = decoding.decode_form(**arguments)
 
     q, k, v, spec, operands = (getattr(checked, x) for x in ("q", "k", "v", "spec", "operands"))
-    reasons = {row.name: row.why_not(checked) for row in registry.BACKENDS}
-    held_back = {
-        row.name: reason
-        for row in registry.BACKENDS
-        if reasons[row.name] is None and (reason := row.held_back(checked))
+    reasons = {backend.name: backend.why_not(checked) for backend in registry.BACKENDS}
+    why_not_auto = {
+        backend.name: reason
+        for backend in registry.BACKENDS
+        if reasons[backend.name] is None and (reason := backend.why_not_auto(checked))
     }
     if asked:
         chosen = asked if reasons[asked] is None else None
     else:
         chosen = registry.auto_select(checked).name
-    row = None if chosen is None else registry.BY_NAME[chosen]
+    backend = None if chosen is None else registry.BY_NAME[chosen]
     work = _Work(checked)
     pairs, head_dim, v_dim = count_pairs(checked), q.shape[3], v.shape[3]
     no_gradient = operands.paged or operands.descales or function is decoding.decode_attention
@@ -151,7 +151,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         backend=chosen,
         asked=asked,
         reasons=reasons,
-        held_back=held_back,
+        why_not_auto=why_not_auto,
         isa=isa.selected() if chosen == "cpu" else None,
         function=function.__name__,
         q=tuple(q.shape),
@@ -164,7 +164,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         operands=tuple(operands.given()),
         pairs=pairs,
         all_pairs=work.all_pairs(),
-        tiles=work.tiles(*row.tile) if row and row.tile else None,
+        tiles=work.tiles(*backend.tile) if backend and backend.tile else None,
         flops_forward=flops(pairs, head_dim, v_dim, "fwd"),
         flops_backward=flops(pairs, head_dim, v_dim, "bwd") if not no_gradient else None,
         bytes_forward=work.bytes_forward(),
@@ -173,7 +173,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
 
 
 def _signature() -> inspect.Signature:
-    """Every argument of the three calls, once; those that not all of them require are optional."""
+    """All arguments of the three calls; those that only some of them require are optional."""
     own = inspect.signature(explain).parameters
     parameters = {name: own[name] for name in ("q", "keys", "values")}
     for function in (varlen_attention, attention, decoding.decode_attention):
@@ -190,7 +190,7 @@ explain.__signature__ = _signature()
 
 
 class _Work:
-    """What a call touches, from its band and the pieces that lengths and documents cut it into."""
+    """The work of a call, from its band and the pieces into which lengths and documents cut it."""
 
     def __init__(self, call: Call):
         q, k, operands = call.q, call.k, call.operands
@@ -203,7 +203,7 @@ class _Work:
         self.slots = k.shape[2] * (1 if table is None else table.shape[1])
 
     def keys_of(self, piece: Piece) -> int:
-        """Places for keys in the piece's entry, whether or not they are filled."""
+        """Key slots of the piece's sequence, filled or not."""
         cu = self.operands.cu_seqlens_k
         if cu is None or piece.sequence is None:
             return self.slots
@@ -211,8 +211,8 @@ class _Work:
         return end - begin
 
     def heads_of(self, piece: Piece):
-        """(times, lo, hi) for each head of each entry of the piece, or one for `times` alike: the
-        keys [lo[i], hi[i]) that its i-th row sees."""
+        """(times, lo, hi) for each head of the piece, or for each set of `times` equal heads: row i
+        sees keys [lo[i], hi[i])."""
         lo, hi = (x.flatten(0, 1).tolist() for x in bounds(self.call, piece))
         times = self.copies * self.q.shape[1] // max(1, len(lo))
         return ((times, *one) for one in zip(lo, hi))
@@ -222,7 +222,7 @@ class _Work:
         return rows * self.copies * self.q.shape[1]
 
     def tiles(self, block_q: int, block_kv: int) -> Tiles:
-        """By kv_range, as in csrc/spec.h: the first and last row of a tile bound those between."""
+        """As kv_range of csrc/spec.h does: the first and last row of a tile bound those between."""
         skipped = full = masked = 0
         for piece in self.pieces:
             keys = self.keys_of(piece)
@@ -240,7 +240,7 @@ class _Work:
         return Tiles(block_q, block_kv, skipped, full, masked)
 
     def bytes_forward(self) -> int:
-        """Inputs that some row sees read once, outputs written once."""
+        """Bytes moved if inputs that some row sees are read once and outputs are written once."""
         size, kv_size = self.q.element_size(), self.k.element_size()
         rows = self.q.shape[0] * self.q.shape[1] * self.q.shape[2]
         keys = 0
@@ -253,10 +253,10 @@ class _Work:
                 keys += int((last - first).clamp(min=0).sum()) * times
         head_dim, v_dim = self.q.shape[3], self.v.shape[3]
         moved = keys * (head_dim + v_dim) * kv_size
-        moved += rows * (head_dim * size + v_dim * max(2, size))  # out of 8 bits is bfloat16
+        moved += rows * (head_dim * size + v_dim * max(2, size))  # the output of FP8 is bfloat16
         moved += rows * (8 if size == 8 else 4)
         for x in (self.operands.mask, self.operands.bias):
-            if x is not None:  # an expanded dimension is one element
+            if x is not None:  # an expanded dimension holds one element
                 once = (n for n, stride in zip(x.shape, x.stride()) if stride)
                 moved += math.prod(once) * x.element_size()
         return moved
@@ -285,7 +285,7 @@ def _table(x: Explanation) -> str:
         ("operands", ", ".join(x.operands) or "none"),
     ]
     if x.keep_probability is not None:
-        rows.append(("dropout", f"keeps {x.keep_probability:.6f} of the weights"))
+        rows.append(("dropout", f"keeps {x.keep_probability:.6f} of the probabilities"))
     unread = [n for n in ("mask", "bias") if n in x.operands]
     before = f", before the {' and the '.join(unread)}" if unread else ""
     rows.append(("visible pairs", f"{x.pairs:,}{share}{before}"))
@@ -302,8 +302,8 @@ def _table(x: Explanation) -> str:
         if name == x.backend:
             verdict = "runs" + (f" ({x.isa})" if x.isa else "")
         else:
-            held = x.held_back.get(name)
-            could = f"only when named: {held}" if held else "could run"
+            only = x.why_not_auto.get(name)
+            could = f"only when named: {only}" if only else "could run"
             verdict = f"no: {reason}" if reason else could
             if name == x.asked:
                 verdict = f"asked for, but {verdict}"

@@ -39,10 +39,10 @@ def _is_none(x) -> bool:
 
 
 def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | None]:
-    """Checks attention()'s arguments; (Call, rank, row, key).
+    """Checks attention()'s arguments and returns (Call, rank of q, backend, key).
 
-    row is the backend of an earlier call alike in all but values and strides, or None; key is where
-    to remember it. Reading the shapes once and looking them up costs less than checking them.
+    backend is that of an earlier call which differed only in values and strides, or None; key is
+    its key in PLANS. Looking the shapes up costs less than checking them.
     """
     q, k, v = given["q"], given["k"], given["v"]
     if torch._C._is_any_autocast_enabled():
@@ -69,10 +69,10 @@ def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | 
             key = None  # and the like: the checks below say what is wrong
     if plan is None:
         checks.same_kind(q=q, k=k, v=v, accepted=(quantization.E4M3,) if float8 else checks.DTYPES)
-        rank, row = checks.dense_shapes(q, k, v), None
+        rank, chosen = checks.dense_shapes(q, k, v), None
         spec = spec_of(q.shape[-1], given)
     else:
-        spec, rank, row = plan
+        spec, rank, chosen = plan
     if rank != 4:
         q, k, v = (x.unsqueeze(1) if rank == 3 else x[None, None] for x in (q, k, v))
     head_origin = given["head_origin"]
@@ -89,7 +89,7 @@ def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | 
         and given["key_ranges"] is None
         and not spec.dropout_p
     ):
-        return Call(q, k, v, spec, NO_OPERANDS), rank, row, key
+        return Call(q, k, v, spec, NO_OPERANDS), rank, chosen, key
 
     batch, heads, q_len, _ = q.shape
     kv_len, device = k.shape[2], q.device
@@ -112,7 +112,7 @@ def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | 
         dropout_seed=checks.dropout(spec, given["dropout_seed"], head_origin, device),
         descales=scales,
     )
-    return Call(q, k, v, spec, operands), rank, row, key
+    return Call(q, k, v, spec, operands), rank, chosen, key
 
 
 def spec_of(head_dim: int, given: dict) -> Spec:

@@ -1,6 +1,6 @@
 """attention() and varlen_attention(). Next hops: forms.py, which checks a call once and brings it
-to normal form; backends/registry.py, which finds the row that runs it, through
-backends/autograd.py."""
+to normal form; backends/registry.py, which chooses the backend; and
+backends/autograd.py, which calls it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from . import habits
-from .backends import backend, registry
+from .backends import registry
 from .backends.autograd import SimplePlan, attend, attend_simple
+from .backends.backend import Backend
 from .context_parallel import refuse_context_parallel
 from .core import checks
 from .core.call import Call, Result
@@ -86,7 +87,7 @@ def attention(
         k: [B, Hkv, Skv, D], Hq % Hkv == 0: query head h reads kv head h // (Hq // Hkv).
         v: [B, Hkv, Skv, Dv].
         scale: multiplies q.k; a number in [-1e30, 1e30]. None: 1 / sqrt(D).
-        causal: the window's right side is 0. With a window that looks ahead it is refused.
+        causal: sets the window's right side to 0; refused with a window that looks ahead.
         window: (left, right): row i sees keys j with i + o - left <= j <= i + o + right. None or a
             negative number on a side: unbounded.
         align: where the diagonal lies. "end": o = Skv - Sq, the last row sees the last key
@@ -94,7 +95,7 @@ def attention(
         mask: bool, broadcastable to [B, Hq, Sq, Skv], True = attend. Expanded masks cost nothing.
         bias: float, broadcastable to [B, Hq, Sq, Skv], added to the scores. Differentiable; its
             gradient is reduced over the broadcast dimensions in float32. -inf masks, and no
-            finite number does. docs/backends.md says what size of scores keeps its meaning.
+            finite number does. docs/backends.md says how large scores may be.
         alibi_slopes: [Hq] or [B, Hq] float32, ALiBi's distance penalty, up to 2e28 in size. No
             gradient.
         softcap: s -> softcap * tanh(s / softcap), before bias and mask; 0 is off. 1e-30 to 1e30.
@@ -103,33 +104,32 @@ def attention(
         kv_lens: [B] int32 in [0, Skv]: keys at or past kv_lens[b] do not exist and are never read.
             With align="end", o = kv_lens[b] - Sq.
         document_ids: [B, S] or [S] int32, non-decreasing, for self-attention: tokens see their own
-            document only. The diagonal stays the whole row's.
+            document only. The diagonal stays that of the whole sequence.
         key_ranges: (begin, end), int32 tensors, each broadcastable to [B, Hq, Sq] and neither
-            decreasing along the rows: of the keys that the rest of the call shows it, row i sees
-            begin <= j < end, as a mask would say. Tiles of keys outside are never touched.
-            fastattn.masks.prefix, .chunked and .block_causal make them. On a GPU, where looking
-            at the values would wait, row i's number is the largest of those of rows 0 to i.
-        head_origin: (first, total): these are heads first, first + 1, ... of total, a part of the
-            whole (tensor parallelism). Dropout counts heads of the whole, so that processes with
-            one dropout_seed (or one state of their generators) drop what one process would. mask,
-            bias, alibi_slopes, sinks and key_ranges may have all `total` heads; these are then
-            taken from them. None: they are the whole.
-        dropout_p: probability in [0, 1) that a weight is dropped; kept ones are divided by the
-            exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
-        dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one key drops the
-            same weights on every backend, device, dtype and D. None: drawn from the default
+            decreasing along the rows: of the keys that all other options leave visible, row i
+            sees begin <= j < end, as with a mask. Tiles of keys outside are never read.
+            fastattn.masks.prefix, .chunked and .block_causal make them. On a GPU, where checking
+            the values would wait, row i uses the largest of the numbers of rows 0 to i.
+        head_origin: (first, total): q's heads are heads first, first + 1, ... of total (tensor
+            parallelism). Dropout counts all `total` heads, so that processes with one dropout_seed
+            (or one state of their generators) drop what a single process would. mask,
+            bias, alibi_slopes, sinks and key_ranges may have all `total` heads, of which this
+            call's are then used. None: q has all heads.
+        dropout_p: probability in [0, 1) of dropping a softmax probability; kept ones are divided by
+            the exact keep probability, which is 1 - dropout_p rounded to a multiple of 1/65536.
+        dropout_seed: (seed, offset), two 64-bit integers or an int64 tensor [2]: one pair drops the
+            same probabilities on every backend, device, dtype and D. None: drawn from the default
             generator of q's device. Without dropout it has no effect.
-        q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is what is
-            stored times the scale of its kv head. None: 1. No gradient; out is bfloat16. Triton
-            multiplies q.k in 8 bits on GPUs that can and weights with v in bfloat16; "cuda" does
-            both in 8 bits, with weights rounded to float8; the other backends widen q, k and v to
-            float32.
+        q_descale: float32 [Hkv] or [B, Hkv]; q, k and v are then float8_e4m3fn, and q is the
+            stored number times the scale of its kv head. None: 1. No gradient; out is bfloat16.
+            Triton multiplies q.k in FP8 on GPUs that can, and P with v in bfloat16; "cuda" does
+            both in FP8, with P rounded to FP8; the other backends widen q, k and v to float32.
         k_descale: the same for k.
         v_descale: the same for v.
         return_lse: also return lse.
-        deterministic: accepted for every value: every backend here always gives the same bits.
+        deterministic: any value is accepted, because every backend always gives the same bits.
         backend: "cuda", "triton", "cpu" or "reference". None: the environment's FASTATTN_BACKEND,
-            or the fastest that can run the call. One that cannot run it raises and says why.
+            or the fastest that can run the call. A named one that cannot run it says why.
 
     Returns:
         out [B, Hq, Sq, Dv] (q's rank) in q's dtype (bfloat16 for float8), in q's memory order where
@@ -181,7 +181,7 @@ def attention(
         if plan is not None:
             out, lse = _run_simple(q, k, v, plan)
             return (out, lse) if return_lse else out
-    call, rank, row, key = dense_form({
+    call, rank, chosen, key = dense_form({
         "q": q, "k": k, "v": v, "scale": scale, "causal": causal, "window": window, "align": align,
         "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
         "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
@@ -190,13 +190,13 @@ def attention(
         "v_descale": v_descale, "return_lse": return_lse, "deterministic": deterministic,
         "backend": backend,
     })  # fmt: skip
-    if row is None:
-        row = registry.pick(backend, call)
+    if chosen is None:
+        chosen = registry.pick(backend, call)
         if key is not None:
-            remember(PLANS, key, (call.spec, rank, row))
+            remember(PLANS, key, (call.spec, rank, chosen))
     if simple is not None and rank == 4 and call.operands is NO_OPERANDS:
-        remember(SIMPLE_PLANS, simple, SimplePlan.of(call, row))
-    out, lse = run(call, row)
+        remember(SIMPLE_PLANS, simple, SimplePlan.of(call, chosen))
+    out, lse = run(call, chosen)
     if rank != 4:
         out, lse = (x.squeeze(1) if rank == 3 else x[0, 0] for x in (out, lse))
     return (out, lse) if return_lse else out
@@ -292,7 +292,7 @@ def varlen_attention(
         bias: float, likewise.
         alibi_slopes: [Hq] or [N, Hq] float32.
         kv_lens: [N] int32: keys of sequence n at or past kv_lens[n] do not exist ("seqused_k").
-        document_ids: refused: cu_seqlens say it.
+        document_ids: refused: cu_seqlens separate the sequences.
         key_ranges: (begin, end), int32, each broadcastable to [N, Hq, max_seqlen_q], rows and keys
             counted in their sequence. They may not decrease past a sequence's last row either.
 
@@ -314,29 +314,32 @@ def varlen_attention(
         "return_lse": return_lse, "deterministic": deterministic,
     })  # fmt: skip
     out, lse = run(call, registry.pick(backend, call))
-    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)  # select's gradient is a copy
+    out, lse = (
+        out.squeeze(0).transpose(0, 1),
+        lse.squeeze(0),
+    )  # not [0], whose backward copies
     return (out, lse) if return_lse else out
 
 
-def run(call: Call, row: backend.Backend) -> Result:
-    """The result of a checked call, whatever its strides; out in q's memory order."""
+def run(call: Call, backend: Backend) -> Result:
+    """The result of a checked call with any strides; out has q's memory order."""
     refuse_context_parallel()
     try:
-        return _in_order(call.q, attend(call, row))
-    except RuntimeError:  # a layout, say, where a call alike but for it was remembered
+        return _in_order(call.q, attend(call, backend))
+    except RuntimeError:  # perhaps a sparse layout, which the plan of a strided call did not check
         if call.operands.descales is None:
             checks.same_kind(q=call.q, k=call.k, v=call.v)
         raise
 
 
 def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
-    """run() of a call that `plan` was made for. What the kernel does not take as it is (a sparse
-    layout, say) goes through torch's dispatcher, and gets an answer or a sentence there."""
+    """run() of a call that `plan` was made for. Tensors that the kernel rejects (of a sparse
+    layout, say) go through torch's dispatcher, which runs them or raises a clear error."""
     refuse_context_parallel()
     try:
         return _in_order(q, attend_simple(q, k, v, plan))
     except RuntimeError:
-        return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.row)
+        return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.backend)
 
 
 def _in_order(q: Tensor, result: Any) -> Result:

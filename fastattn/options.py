@@ -1,6 +1,6 @@
-"""The options of the calls, as type checkers read them: what an overload of attention(),
-varlen_attention(), decode_attention() or explain() takes by keyword. The functions' own signatures
-are the rule, and tests/attention/test_types.py holds these to them.
+"""The keyword arguments of attention(), varlen_attention(), decode_attention() and explain() for
+type checkers, used by the functions' overloads. tests/attention/test_types.py checks that they
+match the functions' own signatures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ BackendName = Literal["cuda", "triton", "cpu", "reference"]
 
 
 class Options(TypedDict, total=False):
-    """What the three calls share, but for return_lse: what they return depends on it."""
+    """The options that the three functions share, without return_lse, which decides their return
+    type and so has overloads."""
 
     scale: float | None
     causal: bool

@@ -1,12 +1,12 @@
-"""The switch that puts fastattn under every program that calls torch's
-scaled_dot_product_attention: override_sdpa(), enable(), disable(). Next hop: sdpa.py.
+"""Makes torch's scaled_dot_product_attention run on fastattn in every program that calls it:
+override_sdpa(), enable(), disable(). Next hop: sdpa.py.
 
 aten::scaled_dot_product_attention is replaced where torch decides which kernel to use (its
 composite kernel), so that programs, modules, autocast, torch.compile and checkpoint recomputation
 all reach it, in every thread; and where torch.func's transforms enter it. The first enable()
-registers the replacements, and nothing ever takes them away: another thread may be inside one at
-any time, and a kernel that is freed under a running call ends the process. The switch is a flag
-that they read; while it is off they call torch's own kernels, which they keep.
+registers the replacements, and nothing ever removes them: another thread may be running one at any
+time, and freeing a kernel under a running call crashes the process. They read a flag, the switch;
+while it is off they call torch's own kernels, to which they keep references.
 
 Calls without a mask that torch's own rules would give to its CPU flash operator go to another
 operator of aten's, which has a derivative in C++ and no kernel for the CPU but ours
@@ -39,7 +39,7 @@ _NAME = "scaled_dot_product_attention"
 _COMPOSITE = "CompositeImplicitAutograd"
 _FUNCTORCH = "FuncTorchDynamicLayerFrontMode"  # where torch.func's transforms enter an operator
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
-_BORROWED = {  # the operators of aten that ops_aten.cpp has kernels for, as it knows them
+_BORROWED = {  # aten's operators that ops_aten.cpp has kernels for, and the schemas it expects
     "_scaled_dot_product_efficient_attention": "(Tensor query, Tensor key, Tensor value, "
     "Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., bool is_causal=False, *, "
     "float? scale=None) -> (Tensor output, Tensor log_sumexp, Tensor philox_seed, "
@@ -53,31 +53,32 @@ _torch: Any = torch  # its stubs lack what is private
 _choice, _attend = _torch._fused_sdp_choice, _torch._scaled_dot_product_efficient_attention
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
-_PATIENCE = 500  # times 10 ms, for which the first enable() waits for threads that compile
+_PATIENCE = 500  # times 10 ms: how long the first enable() waits for threads that compile
 
 _lock = threading.RLock()
 _depth = 0
-_on = False  # what the kernels read
+_on = False  # the switch, which the kernels read
 _registered = False
 _torchs: Any = None
 _torchs_functorch: Any = None  # torch's composite kernel, and functorch's entry to it
-_borrowed = False  # are our kernels under _BORROWED?
+_borrowed = False  # whether our kernels are registered for _BORROWED
 _warned = False
 
 os.register_at_fork(
     before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)  # no child begins in the middle of another thread's switching
+)  # so that no child starts while another thread is switching
 
 
 def enable() -> None:
     """Serves every call of F.scaled_dot_product_attention in this process with fastattn.
 
-    nn.MultiheadAttention, the Transformer layers and anything else that calls it included, in every
-    thread and in compiled functions (which are compiled once for each side). Left to torch: devices
+    This includes nn.MultiheadAttention, the Transformer layers and anything else that calls it, in
+    every thread and in compiled functions (which are compiled once with the switch on and once with
+    it off). Torch still serves devices
     other than the CPU, dtypes that fastattn lacks, NestedTensors, and calls under
     torch.nn.attention.sdpa_kernel without FLASH_ATTENTION (MATH, say).
 
-    Counted: as many calls of disable() give torch back. Double backward of calls that torch's own
+    Calls nest: as many calls of disable() restore torch. Double backward of calls that torch's own
     rules give to its CPU flash operator is not supported, as in torch; call
     fastattn.scaled_dot_product_attention, or use torch.func, where it is.
     """
@@ -93,7 +94,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undoes one enable(). After the last one torch's own kernels run; more have no effect."""
+    """Undoes one enable(). After the last, torch's kernels run; further calls have no effect."""
     global _depth
     with _alone():
         if _depth == 1:
@@ -103,7 +104,7 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def override_sdpa() -> Iterator[None]:
-    """enable() for a block. It is the process that switches, not only this thread."""
+    """enable() for a block, in the whole process and not only in this thread."""
     enable()
     try:
         yield
@@ -113,8 +114,9 @@ def override_sdpa() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone():
-    """One thread at a time, and none that is compiling: what is compiled is of one side. Dynamo's
-    lock comes first, as in a thread that is compiling code that switches."""
+    """Holds the lock, and excludes compiling threads, because a compiled function is valid for one
+    state of the switch. Dynamo's lock is taken first, in the same order as by a thread that
+    compiles code that switches."""
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     with getattr(dynamo, "compile_lock", None) or contextlib.nullcontext(), _lock:
         yield
@@ -136,7 +138,7 @@ def _switch(on: bool) -> None:
 
 
 def _register() -> None:
-    """Puts our kernels into torch's table, for the rest of the process."""
+    """Registers our kernels with torch for the rest of the process."""
     global _registered, _torchs, _torchs_functorch, _borrowed
     operator = "aten::" + _NAME
     _torchs = torch.library.get_kernel(operator, "CPU").call_boxed
@@ -147,22 +149,22 @@ def _register() -> None:
     ):
         library.NATIVE.fastattn_register_sdpa()
         _borrowed = True
-    # Not a torch.library.Library, which deregisters when the interpreter exits, under threads that
-    # still run. The reference too many keeps this one to the end.
+    # Not a torch.library.Library, which deregisters at interpreter exit, while threads may still
+    # run. The extra reference keeps this one until the process ends.
     aten: Any = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(aten))
-    with warnings.catch_warnings():  # "Overriding a previously registered kernel": yes
+    with warnings.catch_warnings():  # "Overriding a previously registered kernel" is intended
         warnings.simplefilter("ignore")
         aten.impl(_NAME, _COMPOSITE, _composite, True)
         aten.impl(_NAME, _FUNCTORCH, _functorch, True)
     _registered = True
-    if "torch._dynamo" in sys.modules:  # what is compiled by now has no _guard() yet
+    if "torch._dynamo" in sys.modules:  # functions compiled before have no _guard()
         _reset_dynamo()
 
 
 def _reset_dynamo() -> None:
-    """Dynamo's reset frees what a thread that is compiling goes on to use, so it needs a moment
-    without one, in which no other thread gets a turn."""
+    """Resets Dynamo unless a thread is compiling, because the reset frees memory that such a thread
+    still uses. A long switch interval keeps other threads from starting meanwhile."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(0.2)  # seconds; a reset takes a thousandth
     try:
@@ -173,7 +175,7 @@ def _reset_dynamo() -> None:
         sys.setswitchinterval(interval)
     if compiling:
         warnings.warn(
-            "fastattn.enable() came while torch.compile was at work: functions compiled before it "
+            "fastattn.enable() was called during a torch.compile: functions compiled before it "
             "keep torch's attention until torch._dynamo.reset()",
             UserWarning,
             stacklevel=backend.caller_level(),
@@ -181,7 +183,7 @@ def _reset_dynamo() -> None:
 
 
 def _compiling() -> bool:
-    """Is any thread within Dynamo's conversion of a frame?"""
+    """Whether any thread is in Dynamo's conversion of a frame."""
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     if dynamo is None:
         return False
@@ -197,10 +199,10 @@ _TAG = "fastattn-sdpa"
 
 
 def _tag_caches(on: bool) -> None:
-    """What is compiled and cached on disk belongs to one side of the switch."""
+    """Tags torch.compile's disk cache, whose entries are valid for one state of the switch."""
     config: Any = torch.compiler.config
     entry = config._config["cache_key_tag"]
-    unset = entry.env_value_default is entry.env_value_force  # neither comes from the environment
+    unset = entry.env_value_default is entry.env_value_force  # neither is set by the environment
     entry.env_value_default = _tagged("" if unset else entry.env_value_default, on)  # every thread
     if (_TAG in config.cache_key_tag) != on:  # this thread has set its own
         config.cache_key_tag = _tagged(config.cache_key_tag, on)
@@ -254,7 +256,7 @@ def _functorch(
     keys, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
-    """The same inside torch.func's transforms, before they take the operator apart."""
+    """The same inside torch.func's transforms, before they decompose the operator."""
     _guard()
     if _on and _serves(query, key, value):
         return scaled_dot_product_attention(
@@ -266,8 +268,8 @@ def _functorch(
 
 
 def _guard() -> None:
-    """Where Dynamo traces this call: what it compiles is for this side of the switch. Guards are
-    what makes switching safe under threads that run compiled code; a reset of Dynamo frees it."""
+    """Where Dynamo traces this call, adds a guard on the state of the switch. Guards make switching
+    safe while threads run compiled code, which a reset of Dynamo would free."""
     dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
     if dynamo is not None and _torch._guards.TracingContext.try_get() is not None:
         translator = dynamo.InstructionTranslator.current_tx()
@@ -277,7 +279,7 @@ def _guard() -> None:
 
 
 def _serves(query, key, value) -> bool:
-    """Is this call fastattn's, or torch's own?"""
+    """Whether fastattn serves this call."""
     return bool(
         (not library.NATIVE_MISSING or registry.forced())
         and torch._C._get_flash_sdp_enabled()

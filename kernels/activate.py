@@ -1,9 +1,9 @@
 """Bias, activation and dropout in one pass on a GPU: fastattn::activate_fwd and activate_bwd. Their
 reference is in fastattn/fused/activation.py, the CPU's kernels are in csrc/cpu/activate.inl.
 
-A backward program goes down a column block, over every so many rows, and leaves a partial sum of
-the bias gradient. ReLU's saved tensor is its result, which says what dropout kept; the others make
-the mask again.
+A backward program takes a column block of every num_programs-th tile of rows and writes a partial
+sum of the bias gradient. ReLU saves its result, whose zeros show what dropout dropped; the other
+activations generate dropout's mask again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .gate import _tile
 from .rows import (
-    MAX_PARTS,
+    MAX_PARTIALS,
     RowOrder,
     accumulate,
     activated,
@@ -22,7 +22,7 @@ from .rows import (
     dropout_arguments,
     dropped,
     stride,
-    sum_parts,
+    sum_partials,
     tiles,
 )  # fmt: skip
 
@@ -125,18 +125,18 @@ def activate_bwd(dout, saved, bias, dropout_seed, dropout_p, activation, need_db
     block_r, block_n = tiles(order)
     blocks, programs = triton.cdiv(order.n, block_n), triton.cdiv(order.rows, block_r)
     if need_dbias:
-        programs = min(programs, MAX_PARTS)
+        programs = min(programs, MAX_PARTIALS)
     programs = min(programs, 65535)  # of the grid's second dimension
-    parts = dout.new_empty((programs, order.n), dtype=kind) if need_dbias else None
+    partials = dout.new_empty((programs, order.n), dtype=kind) if need_dbias else None
     with torch.cuda.device_of(dout):
         _activate_bwd[(blocks, programs)](
-            dout, saved, bias, dx_rows, parts, seed, threshold, order.rows, order.n,
+            dout, saved, bias, dx_rows, partials, seed, threshold, order.rows, order.n,
             stride(dout), stride(saved), stride(dx_rows),
             A=arithmetic(dout.dtype), ACTIVATION=activation,
             BLOCK_R=block_r, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
         if need_dbias:
-            sum_parts(parts, dbias)
+            sum_partials(partials, dbias)
     return dx, dbias
 
 

@@ -1,5 +1,5 @@
-"""Which launches of the attention kernels `make gpu-audit` compiles: what is fast, and one of each
-kind. benchmarks/compile/triton.py reads the machine code.
+"""The launches of the attention kernels that `make gpu-audit` compiles: the fast paths and one of
+each kind. benchmarks/compile/triton.py reads their machine code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from ..core.spec import Operands, Spec
 from . import combine, config, kv_append, launch
 
-# Triton's targets in the words of config.py, with the processors of a typical one.
+# Triton's targets as config.py names them, each with the multiprocessors of a typical GPU.
 DEVICES = {
     "sm_80": config.Device("sm80", 108),
     "sm_86": config.Device("sm86", 84),
@@ -59,7 +59,7 @@ FP8 = {"sm_90": "QGMMA", "sm_100": "UTCQMMA"}  # the instruction of fp8 products
 
 
 def audit_subjects(arch):
-    """On every architecture what is fast, and the largest; on sm_90 one of each kind."""
+    """On every architecture the fast paths and the largest kernels; on sm_90 one of each kind."""
     masks = (("full", ()), ("causal", CAUSAL))
     fast = [(dim, name, spec) for dim in (64, 128, 256) for name, spec in masks]
     for dim, name, spec in fast if arch.name == "sm_90" else fast[1::2]:
@@ -81,7 +81,7 @@ def _backward(arch, name, hot, **call):
 
 
 def _largest():
-    """What needs most registers and shared memory."""
+    """The kernels that need most registers and shared memory."""
     yield "fp32 256 causal", {"dims": (256, 256), "dtype": torch.float32, "spec": CAUSAL}
     yield "bf16 512 causal", {"dims": (512, 512), "spec": CAUSAL}
     yield (
@@ -111,7 +111,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 def _eight(arch):
-    """8-bit tensors, which older GPUs read as bytes; what appends to a cache, and what merges."""
+    """8-bit tensors, which older GPUs read as bytes; appending to a cache; merging."""
     device, all_kinds = DEVICES[arch.name], arch.name == "sm_90"
     scale = _empty(16, dtype=torch.float32)
     call = {"dtype": E4M3, "spec": CAUSAL, "descales": (scale,) * 3}
@@ -157,5 +157,5 @@ def _variants():
     ends = {"key_begin": _int32(2, 1, 4096, 1), "key_end": _int32(2, 1, 4096, 1)}
     yield "bf16 128 key ranges", {"spec": CAUSAL, **ends}
     cu = _int32(9)
-    yield "bf16 128 packed", {"spec": CAUSAL, "batch": 1, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    yield "bf16 128 varlen", {"spec": CAUSAL, "batch": 1, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
     yield "bf16 128 paged decoding", PAGED

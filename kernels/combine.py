@@ -1,4 +1,4 @@
-"""Split-KV: partial results over parts of the keys, made one. Next: kv_append.py."""
+"""Split-KV: merges the partial results of the splits. Next: kv_append.py."""
 
 import torch
 import triton
@@ -10,11 +10,11 @@ from .tile import store_rows
 
 
 @triton.jit
-def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, parts,
+def combine_kernel(out, lse, split_out, split_lse, sinks, rows, heads, q_len, splits,
                    DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """out and lse from part_out [parts, B, heads, q_len, Dv] and part_lse [parts, B, heads, q_len],
-    both fp32: lse = log sum exp lse_part, out = sum exp(lse_part - lse) out_part. Programs: blocks
-    of rows = B * heads * q_len x chunks of Dv. `sinks` is a Params' with its sinks."""
+    """out and lse from split_out [splits, B, heads, q_len, Dv] and split_lse [splits, B, heads,
+    q_len], both fp32: lse = log sum exp(split_lse), out = sum exp(split_lse - lse) split_out.
+    Programs: blocks of rows = B * heads * q_len x chunks of Dv. `sinks` is the call's Params."""
     chunks = tl.cdiv(DV, BLOCK_DV)
     row = tl.program_id(0) // chunks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     first = tl.program_id(0) % chunks * BLOCK_DV
@@ -24,14 +24,14 @@ def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, part
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
     d = first + tl.arange(0, BLOCK_DV)
-    for part in range(parts):
-        here = part * rows.to(tl.int64) + at
-        x = to_base2(tl.load(part_lse + here, mask=ok, other=NEG_INF))
+    for split in range(splits):
+        here = split * rows.to(tl.int64) + at
+        x = to_base2(tl.load(split_lse + here, mask=ok, other=NEG_INF))
         new_max = tl.maximum(row_max, x)
         base = tl.where(new_max == NEG_INF, 0.0, new_max)
         weight, rescale = tl.exp2(x - base), tl.exp2(row_max - base)
         weight = tl.where(x == NEG_INF, 0.0, weight)
-        values = tl.load(part_out + here[:, None] * DV + d, mask=ok[:, None] & (d < DV), other=0.0)
+        values = tl.load(split_out + here[:, None] * DV + d, mask=ok[:, None] & (d < DV), other=0.0)
         row_sum = row_sum * rescale + weight
         acc = acc * rescale[:, None] + weight[:, None] * values
         row_max = new_max
@@ -53,7 +53,7 @@ def combine_kernel(out, lse, part_out, part_lse, sinks, rows, heads, q_len, part
 @triton.jit
 def merge_kernel(out_a, lse_a, out_b, lse_b, out, lse, rows,
                  DV: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """out [rows, Dv] and lse [rows] of two states. Programs: blocks of rows x chunks of Dv."""
+    """out [rows, Dv] and lse [rows] merged from two. Programs: blocks of rows x chunks of Dv."""
     chunks = tl.cdiv(DV, BLOCK_DV)
     row = tl.program_id(0) // chunks * BLOCK_R + tl.arange(0, BLOCK_R)
     first = tl.program_id(0) % chunks * BLOCK_DV
@@ -68,7 +68,7 @@ def merge_kernel(out_a, lse_a, out_b, lse_b, out, lse, rows,
     total = tl.where(dead_a & dead_b, 1.0, weight_a + weight_b)
     at = row.to(tl.int64)[:, None] * DV + d
     there = ok[:, None] & (d < DV)
-    # what a row of -inf holds is not read
+    # A row of -inf saw no key, and its out may hold anything, so it is not read.
     x = tl.load(out_a + at, mask=there & ~dead_a[:, None], other=0.0).to(tl.float32)
     y = tl.load(out_b + at, mask=there & ~dead_b[:, None], other=0.0).to(tl.float32)
     merged = (weight_a / total)[:, None] * x + (weight_b / total)[:, None] * y
@@ -79,7 +79,7 @@ def merge_kernel(out_a, lse_a, out_b, lse_b, out, lse, rows,
 
 
 def merge(out_a, lse_a, out_b, lse_b):
-    """merge_states() of checked tensors: (out in out_a's dtype, lse in fp32)."""
+    """merge_states() for checked tensors: (out in out_a's dtype, lse in fp32)."""
     out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a, dtype=torch.float32)
     rows, v_dim = lse.numel(), out.shape[-1]

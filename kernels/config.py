@@ -1,7 +1,7 @@
-"""How a kernel cuts its work: tile sizes, warps and stages, from tables. Next: launch.py.
+"""Tile sizes, warps and stages of the attention kernels, from tables. Next: launch.py.
 
-A row is found by the GPU's generation, the bytes of an element and the head dimension. Every row is
-compiled ahead of time by `make gpu-audit`, which fails where one spills or does not fit.
+The GPU's generation, the bytes of an element and the head dimension select a Config. `make
+gpu-audit` compiles every Config ahead of time, and fails where one spills or does not fit.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ class Config(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What a table is chosen by."""
+    """The properties of a GPU that select a table."""
 
     name: str  # a key of the tables
     processors: int
-    fp8: bool = False  # has it float8_e4m3fn; elsewhere its bits are widened by arithmetic
+    fp8: bool = False  # whether it has float8_e4m3fn; without it kernels convert the bits
 
 
-# Head dimensions above the first are cut into chunks, at the price of reading q again for every
-# tile of keys, and of making scores again for every chunk of v.
+# Head dimensions above MAX_BLOCK_D are processed in chunks of CHUNK_D. Then q is loaded again for
+# every tile of keys, and scores are computed again for every chunk of v.
 MAX_BLOCK_D, CHUNK_D = 256, 128
-CHUNKED = 1 << 16  # the tables' key for them
+CHUNKED = 1 << 16  # their key in the tables
 
 # ---- tables: {device: {bytes of an element: {block of head dimensions: Config}}} ----------------
-# sm90 has tensor descriptors and 227 KiB of shared memory a block, sm80 163, sm86 99, gfx9 64. On
-# AMD loads go straight to registers, one stage. 8 warps on sm90 are two warpgroups, each of which
-# has 64 rows (keys, in BACKWARD_KEYS) of the tile.
+# Shared memory of a block: sm90 227 KiB (and tensor descriptors), sm80 163, sm86 99, gfx9 64. AMD
+# loads go straight to registers, so there is one stage. 8 warps on sm90 are two warpgroups, each of
+# which has 64 rows of the tile (64 keys in BACKWARD_KEYS).
 
 _FP32 = {
     64: Config(64, 32, 4, 2),
@@ -45,7 +45,7 @@ _FP32 = {
     CHUNKED: Config(32, 32, 4, 1),
 }
 _FP32_SM86 = _FP32 | {256: Config(16, 16, 4, 1)}
-_FP32_AMD = {size: row._replace(stages=1) for size, row in _FP32.items()}
+_FP32_AMD = {size: config._replace(stages=1) for size, config in _FP32.items()}
 _INTERPRETER = {4: {CHUNKED: Config(32, 64, 1, 1)}}
 
 _SM80_FORWARD = {
@@ -115,7 +115,8 @@ BACKWARD_ROWS = {
     "interpreter": _INTERPRETER,
 }
 
-# dk and dv stay in registers: 64 rows instead of 32 at 128 would need 50 reloads a step on sm90.
+# dk and dv stay in registers: with 64 rows instead of 32, head dimension 128 would spill and reload
+# 50 registers a step on sm90.
 BACKWARD_KEYS = {
     "sm90": {
         2: {
@@ -143,7 +144,7 @@ BACKWARD_KEYS = {
     "interpreter": _INTERPRETER,
 }
 
-# sm_100 lacks the registers for sm_90's row in one place.
+# sm_100 has too few registers for one of sm_90's Configs.
 _SM100_FORWARD = FORWARD["sm90"][2] | {64: Config(128, 64, 8, 2, tma=True)}
 FORWARD["sm100"] = {2: _SM100_FORWARD, 4: _FP32}
 for _table in (BACKWARD_ROWS, BACKWARD_KEYS):
@@ -158,7 +159,7 @@ def device_of(x: torch.Tensor) -> Device:
     fp8 = False
     if torch.version.hip:
         name = "gfx9"
-    else:  # by the shared memory a block may have, which fell from sm_80 to sm_86
+    else:  # by the shared memory of a block, of which sm_86 has less than sm_80
         room = properties.shared_memory_per_block_optin
         name = "sm80" if room >= 160 << 10 else "sm86"
         if room >= 220 << 10:
@@ -173,7 +174,7 @@ def block_of(size: int) -> int:
 
 
 def find(table, device: Device, itemsize: int, *dims: int) -> Config:
-    """The row for these head dimensions: the first that is large enough for all."""
-    rows = table[device.name]
-    rows = rows.get(itemsize) or rows[4]
-    return rows[min(size for size in rows if size >= max(dims))]
+    """The Config for these head dimensions: the smallest that is large enough for all of them."""
+    configs = table[device.name]
+    configs = configs.get(itemsize) or configs[4]
+    return configs[min(size for size in configs if size >= max(dims))]

@@ -12,30 +12,30 @@ import triton.language as tl
 from .params import Range
 from .philox import dropout_head, keep_each, keep_tile
 from .score import NEG_INF, finish_scores, from_base2, logit
-from .spec import document_at, edge_tile, entry_of_tile, whole_entry
+from .spec import document_at, edge_tile, full_segment, sequence_of_tile
 from .tile import (
     dot,
     factor_of,
     in_band,
     keys_at,
-    keys_of_lanes,
-    lanes_of,
+    keys_of_tile,
     load_rows,
     long_dot,
     rows_at,
     store_rows,
+    tile_rows,
     widen,
 )
 
 
 class Query(NamedTuple):
-    """A tile's rows and where its keys are."""
+    """A tile's query rows, and how to load its keys."""
 
-    lanes: Any
+    rows: Any
     kv_head: Any
-    at: Any  # [lanes] pointers
-    x: Any  # [lanes, BLOCK_D]; where channels come in chunks, read again for each tile of keys
-    first: Any  # of the columns of v and out that this program makes
+    at: Any  # [rows] pointers
+    x: Any  # [rows, BLOCK_D]; 0 where D > BLOCK_D, which loads chunks again for each tile of keys
+    first: Any  # column of v and out that this program computes
     k_tma: Any  # tensor descriptors of k and v; None: plain loads
     v_tma: Any
 
@@ -48,7 +48,7 @@ def load_keys(
     p, s, q, x, tma, start, j, ok, first,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_KV, BLOCK_D] of k or v: keys j, from start on, channels first.."""
+    """[BLOCK_KV, BLOCK_D] of k or v: keys j, which begin with start; channels from `first` on."""
     if tma is None:
         return load_rows(keys_at(p, x, s, q.kv_head, j, ok), ok, first, D, BLOCK_D, EDGE)
     else:
@@ -58,7 +58,7 @@ def load_keys(
 
 @triton.jit
 def descale(p, s, kv_head, pointer):
-    """A scale of fp8 or int8 tensors; 1 where there is none."""
+    """A scale of FP8 or int8 tensors; 1 without one."""
     if pointer is None:
         return 1.0
     else:
@@ -72,46 +72,46 @@ def descale(p, s, kv_head, pointer):
 def forward_step(
     p, s, q, t, row_max, row_sum, acc, score_scale, C: tl.constexpr, EDGE: tl.constexpr
 ):
-    """Key tile t, added to the state of the rows."""
+    """The rows' softmax state after key tile t."""
     start = t * C.BLOCK_KV
     j = start + tl.arange(0, C.BLOCK_KV)
     exists = (j >= s.key_begin) & (j < s.key_end)
-    lanes = q.lanes
+    rows = q.rows
     if C.D > C.BLOCK_D:
         k_at = keys_at(p, p.k, s, q.kv_head, j, exists)
-        x = long_dot(q.at, lanes.ok, k_at, exists, C.D, C.BLOCK_D, C.PRECISION)
+        x = long_dot(q.at, rows.ok, k_at, exists, C.D, C.BLOCK_D, C.PRECISION)
     else:
         k = load_keys(p, s, q, p.k, q.k_tma, start, j, exists, 0, C.D, C.BLOCK_D, EDGE)
         x = dot(q.x, tl.trans(widen(k, q.x.dtype)), None, C.PRECISION)
     if p.descale.q is not None or p.descale.k is not None:
         x = x * score_scale
-    i = lanes.i[:, None]
+    i = rows.i[:, None]
     if C.GROUP == 1:
-        head = lanes.head
+        head = rows.head
     else:
-        head = lanes.head[:, None]
-    seen = in_band(lanes, j, EDGE)
+        head = rows.head[:, None]
+    seen = in_band(rows, j, EDGE)
     x, _ = finish_scores(p, s.n, x, head, i, j[None, :], seen, s.offset, EDGE)
 
     new_max = tl.maximum(row_max, tl.max(x, 1))
-    base = tl.where(new_max == NEG_INF, 0.0, new_max)  # a row that has seen nothing yet
-    weights = tl.exp2(x - base[:, None])
+    base = tl.where(new_max == NEG_INF, 0.0, new_max)  # -inf - -inf would be NaN
+    probs = tl.exp2(x - base[:, None])
     rescale = tl.exp2(row_max - base)
-    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    row_sum = row_sum * rescale + tl.sum(probs, 1)
     if p.dropout.seed is not None:
         bh = dropout_head(p, s.n, head)
         if C.GROUP == 1:
-            kept = keep_tile(p, bh, tl.min(lanes.i, 0), start, C.BLOCK_Q, C.BLOCK_KV, False)
+            kept = keep_tile(p, bh, tl.min(rows.i, 0), start, C.BLOCK_Q, C.BLOCK_KV, False)
         else:
             kept = keep_each(p, bh, i, j)
-        weights = tl.where(kept, weights, 0.0)
+        probs = tl.where(kept, probs, 0.0)
     v = load_keys(p, s, q, p.v, q.v_tma, start, j, exists, q.first, C.DV, C.BLOCK_DV, EDGE)
-    if v.dtype.primitive_bitwidth == 8:  # weights would lose too much in 8 bits
+    if v.dtype.primitive_bitwidth == 8:  # P would lose too much precision in FP8
         if p.q.ptr.dtype.element_ty.primitive_bitwidth == 8:
             v = widen(v, tl.bfloat16)
         else:
             v = widen(v, p.q.ptr.dtype.element_ty)
-    acc = dot(weights.to(v.dtype), v, acc * rescale[:, None], C.PRECISION)
+    acc = dot(probs.to(v.dtype), v, acc * rescale[:, None], C.PRECISION)
     return new_max, row_sum, acc
 
 
@@ -119,35 +119,33 @@ def forward_step(
 
 
 @triton.jit
-def forward_tile(
-    p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma, C: tl.constexpr
-):
-    """The rows of segment s among a tile's lanes: their out and lse, or those of one part."""
-    lanes = lanes_of(p, s, head, first_lane, C.BLOCK_Q, C.GROUP)
-    top = tl.maximum(first_lane // C.GROUP, s.row_begin)
-    bottom = tl.minimum((first_lane + C.BLOCK_Q - 1) // C.GROUP + 1, s.row_end)
-    r = keys_of_lanes(p, s, lanes, top, bottom, C.BLOCK_KV)
-    if C.PARTS > 1:
-        step = tl.cdiv(r.end - r.begin, C.PARTS)
-        begin = tl.minimum(r.begin + part * step, r.end)
+def forward_tile(p, s, visible, start, head, kv_head, chunk, split, k_tma, v_tma, C: tl.constexpr):
+    """out and lse of the tile's rows in segment s, or their partial result for one split."""
+    rows = tile_rows(p, s, head, start, C.BLOCK_Q, C.GROUP)
+    top = tl.maximum(start // C.GROUP, s.row_begin)
+    bottom = tl.minimum((start + C.BLOCK_Q - 1) // C.GROUP + 1, s.row_end)
+    r = keys_of_tile(p, s, rows, top, bottom, C.BLOCK_KV)
+    if C.SPLITS > 1:
+        step = tl.cdiv(r.end - r.begin, C.SPLITS)
+        begin = tl.minimum(r.begin + split * step, r.end)
         end = tl.minimum(begin + step, r.end)
         full_begin = tl.minimum(tl.maximum(r.full_begin, begin), end)
         full_end = tl.minimum(tl.maximum(r.full_end, full_begin), end)
         r = Range(begin, full_begin, full_end, end)
 
-    at = rows_at(p.q, s, lanes)
-    rows = 0
+    at = rows_at(p.q, s, rows)
+    x = 0
     if C.D <= C.BLOCK_D:
-        rows = factor_of(load_rows(at, lanes.ok, 0, C.D, C.BLOCK_D, True))
-    q = Query(lanes, kv_head, at, rows, chunk * C.BLOCK_DV, k_tma, v_tma)
+        x = factor_of(load_rows(at, rows.ok, 0, C.D, C.BLOCK_D, True))
+    q = Query(rows, kv_head, at, x, chunk * C.BLOCK_DV, k_tma, v_tma)
     score_scale = descale(p, s, kv_head, p.descale.q) * descale(p, s, kv_head, p.descale.k)
 
     row_max = tl.full([C.BLOCK_Q], NEG_INF, tl.float32)
     row_sum = tl.zeros([C.BLOCK_Q], tl.float32)
     acc = tl.zeros([C.BLOCK_Q, C.BLOCK_DV], tl.float32)
     if p.mask.ptr is not None:
-        if visible.rank is not None:  # the tiles with something to see, in order
-            at = s.n * visible.batch + head * visible.head + first_lane // C.BLOCK_Q * visible.row
+        if visible.rank is not None:  # only the tiles that hold a True, in order
+            at = s.n * visible.batch + head * visible.head + start // C.BLOCK_Q * visible.row
             rank = visible.rank + at.to(tl.int64) * (visible.others + 1)
             tiles = visible.tile + at.to(tl.int64) * visible.others
             for e in tl.range(tl.load(rank + r.begin), tl.load(rank + r.end), num_stages=C.STAGES):
@@ -169,7 +167,7 @@ def forward_tile(
             row_max, row_sum, acc = forward_step(
                 p, s, q, t, row_max, row_sum, acc, score_scale, C, False
             )
-    finish(p, s, q, part, row_max, row_sum, acc, C)
+    finish(p, s, q, split, row_max, row_sum, acc, C)
 
 
 # ---- finish -------------------------------------------------------------------------------------
@@ -177,13 +175,14 @@ def forward_tile(
 
 @triton.jit
 def is_dead(row_max, row_sum):
-    """Has the row seen no key? One that saw NaN alone has no maximum either, but a sum of NaN."""
+    """Whether the row has seen no key. One that saw only NaN has no maximum either, but its sum is
+    NaN."""
     return (row_max == NEG_INF) & (row_sum == 0.0)
 
 
 @triton.jit
 def add_sinks(p, head, row_max, row_sum):
-    """(row_max, row_sum, rescale of acc) with the sink in the denominator of rows that see keys."""
+    """(row_max, row_sum, rescale of acc) with the sink in the sum of rows that see a key."""
     if p.sinks.ptr is None:
         return row_max, row_sum, row_sum * 0 + 1
     else:
@@ -196,9 +195,9 @@ def add_sinks(p, head, row_max, row_sum):
 
 
 @triton.jit
-def finish(p, s, q, part, row_max, row_sum, acc, C: tl.constexpr):
-    lanes = q.lanes
-    row_max, row_sum, rescale = add_sinks(p, lanes.head, row_max, row_sum)
+def finish(p, s, q, split, row_max, row_sum, acc, C: tl.constexpr):
+    rows = q.rows
+    row_max, row_sum, rescale = add_sinks(p, rows.head, row_max, row_sum)
     dead = is_dead(row_max, row_sum)
     row_sum = tl.where(dead, 1.0, row_sum)
     rescale = rescale / row_sum
@@ -208,12 +207,12 @@ def finish(p, s, q, part, row_max, row_sum, acc, C: tl.constexpr):
         rescale *= descale(p, s, q.kv_head, p.descale.v)
     out = tl.where(dead[:, None], 0.0, acc * rescale[:, None])
     lse = tl.where(dead, NEG_INF, from_base2(row_max + tl.log2(row_sum)))
-    # parts lie one after the other, each a whole batch
-    out_at = rows_at(p.out, s, lanes) + part.to(tl.int64) * p.out.col
-    store_rows(out_at, out, lanes.ok, q.first, C.DV, C.BLOCK_DV)
+    # Partial results lie split after split, each as large as the whole batch.
+    out_at = rows_at(p.out, s, rows) + split.to(tl.int64) * p.out.col
+    store_rows(out_at, out, rows.ok, q.first, C.DV, C.BLOCK_DV)
     if q.first == 0:
-        lse_at = rows_at(p.lse, s, lanes) + part.to(tl.int64) * p.lse.col
-        tl.store(lse_at, lse, mask=lanes.ok)
+        lse_at = rows_at(p.lse, s, rows) + split.to(tl.int64) * p.lse.col
+        tl.store(lse_at, lse, mask=rows.ok)
 
 
 # ---- the kernel ---------------------------------------------------------------------------------
@@ -221,10 +220,10 @@ def finish(p, s, q, part, row_max, row_sum, acc, C: tl.constexpr):
 
 @triton.jit
 def forward_kernel(p, visible, tiles, k_tma, v_tma, C: tl.constexpr):
-    """Programs: tiles x parts x chunks of v x entries (one when packed) x heads / GROUP.
+    """Programs: tiles x splits x chunks of v x sequences (1 in varlen calls) x heads / GROUP.
 
-    Heads are innermost, so that those of one kv head run together and find its keys in L2; tiles
-    outermost and, where the right side is bounded, from the last, which sees most keys.
+    Heads are innermost, so that those of one kv head run together and find its keys in L2. Tiles
+    are outermost and, where the right side is bounded, start with the last, which sees most keys.
     """
     program = tl.program_id(0)
     heads = p.heads // C.GROUP
@@ -232,23 +231,23 @@ def forward_kernel(p, visible, tiles, k_tma, v_tma, C: tl.constexpr):
     kv_head = head // (p.heads // p.kv_heads)
     n = program * 0
     if p.lengths.cu_q is None:
-        n, program = program % p.lengths.entries, program // p.lengths.entries
+        n, program = program % p.lengths.sequences, program // p.lengths.sequences
     chunk, program = program % tl.cdiv(C.DV, C.BLOCK_DV), program // tl.cdiv(C.DV, C.BLOCK_DV)
-    part, tile = program % C.PARTS, program // C.PARTS
+    split, tile = program % C.SPLITS, program // C.SPLITS
     if p.right is not None:
         tile = tiles - 1 - tile
     if p.lengths.cu_q is not None:
-        n, first = entry_of_tile(p.lengths.cu_q, p.lengths.entries, tile, C.GROUP, C.BLOCK_Q)
+        n, first = sequence_of_tile(p.lengths.cu_q, p.lengths.sequences, tile, C.GROUP, C.BLOCK_Q)
         tile -= first
-    s = whole_entry(p, n)
-    first_lane = tile * C.BLOCK_Q
-    if first_lane < s.row_end * C.GROUP:
+    s = full_segment(p, n)
+    start = tile * C.BLOCK_Q
+    if start < s.row_end * C.GROUP:
         if p.lengths.doc_begin is None:
-            forward_tile(p, s, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma, C)
-        else:  # one document after the other: what one holds, NaN too, does not reach another
-            row = first_lane // C.GROUP
-            end = tl.minimum((first_lane + C.BLOCK_Q - 1) // C.GROUP + 1, s.row_end)
+            forward_tile(p, s, visible, start, head, kv_head, chunk, split, k_tma, v_tma, C)
+        else:  # one document at a time, so that a NaN in one does not reach another
+            row = start // C.GROUP
+            end = tl.minimum((start + C.BLOCK_Q - 1) // C.GROUP + 1, s.row_end)
             while row < end:
                 d = document_at(p, s, row)
-                forward_tile(p, d, visible, first_lane, head, kv_head, chunk, part, k_tma, v_tma, C)
+                forward_tile(p, d, visible, start, head, kv_head, chunk, split, k_tma, v_tma, C)
                 row = d.row_end

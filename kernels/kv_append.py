@@ -1,8 +1,8 @@
-"""fastattn::cache_append: new keys and values go into a cache, rotated and quantised on the way.
-What it computes is fastattn/fused/kv_append.py's Append.in_torch. Next: launch.py.
+"""fastattn::cache_append: writes new keys and values into a cache, rotated and quantised. It
+computes what Append.in_torch in fastattn/fused/kv_append.py does. Next: launch.py.
 
-One launch, and nothing waits for the GPU. Nobody has looked at the lengths there: what does not fit
-into the cache is not written, and a position that the rotary tables do not have gives NaN.
+It is one launch that does not wait for the GPU, so lengths there are not checked: tokens that do
+not fit into the cache are not written, and a position outside the rotary tables gives NaN.
 """
 
 from typing import Any, NamedTuple
@@ -16,20 +16,20 @@ from ..core.tensors import unit_stride
 from .params import Pages, Tensor4
 from .tile import narrow_e4m3, narrow_int8
 
-TILE = 2048  # channels of a program, k's or v's
+TILE = 2048  # values of k or v that a program writes
 
 
 class New(NamedTuple):
-    """One of k and v, and where it goes."""
+    """New keys or new values, and the cache that they are written to."""
 
     x: Tensor4  # [B, kv_heads, Snew, D]
     cache: Tensor4  # [B, kv_heads, slots, D], or [pages, kv_heads, page_size, D]; 8-bit: bytes
-    descale: Any = None  # [entries, kv_heads]
-    entry: int = 0
+    descale: Any = None  # [B, kv_heads]
+    batch: int = 0
     head: int = 0
 
 
-class Turn(NamedTuple):
+class Rotary(NamedTuple):
     cos: Any = None  # [positions, pairs]
     sin: Any = None
     positions: int = 0
@@ -39,8 +39,8 @@ class Turn(NamedTuple):
 
 
 @triton.jit
-def turned(t, x, at, ok, d, position, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """x [rows, D] with its first 2 * PAIRS channels rotated, each with the other of its pair."""
+def rotated(t, x, at, ok, d, position, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """x [rows, D] with its first 2 * PAIRS channels rotated in pairs."""
     if INTERLEAVED:
         pair, second = d // 2, d % 2 == 1
         other = tl.where(second, d - 1, d + 1)
@@ -61,7 +61,7 @@ def turned(t, x, at, ok, d, position, PAIRS: tl.constexpr, INTERLEAVED: tl.const
 def append_one(new, t, pages, b, head, i, start, length, capacity, rows,
                D: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
                INTERLEAVED: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
-    """New tokens i [rows] of entry b and a kv head; the first goes to slot `start`."""
+    """New tokens i [rows] of batch entry b and a kv head; the first goes to slot `start`."""
     d = tl.arange(0, BLOCK_D)
     ok = (i < length)[:, None] & (d < D)[None, :]
     at = new.x.ptr + b.to(tl.int64) * new.x.batch + head.to(tl.int64) * new.x.head
@@ -69,10 +69,10 @@ def append_one(new, t, pages, b, head, i, start, length, capacity, rows,
     x = tl.load(at[:, None] + d[None, :], mask=ok, other=0.0)
     y = x.to(tl.float32)
     if PAIRS > 0:
-        y = turned(t, y, at, ok, d, start + i, PAIRS, INTERLEAVED)
-    if KIND != "plain":  # the key that is stored is the one that x's dtype holds
+        y = rotated(t, y, at, ok, d, start + i, PAIRS, INTERLEAVED)
+    if KIND != "plain":  # quantise the key as rounded to x's dtype
         y = y.to(x.dtype).to(tl.float32)
-        y = tl.div_rn(y, tl.load(new.descale + b * new.entry + head * new.head))
+        y = tl.div_rn(y, tl.load(new.descale + b * new.batch + head * new.head))
     if KIND == "int8":
         y = narrow_int8(y)
     if KIND == "e4m3":
@@ -97,7 +97,7 @@ def append_kernel(k, v, t, pages, cache_lens, kv_heads, length, capacity, rows,
                   D: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr,
                   INTERLEAVED: tl.constexpr, KIND: tl.constexpr, BLOCK_S: tl.constexpr,
                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Programs: blocks of new tokens x entries x kv heads (innermost), each for k and for v."""
+    """Programs: blocks of new tokens x batch entries x kv heads (innermost). Each writes k, v."""
     program = tl.program_id(0)
     head, program = program % kv_heads, program // kv_heads
     blocks = tl.cdiv(length, BLOCK_S)
@@ -118,22 +118,22 @@ KINDS = {INT8: "int8", E4M3: "e4m3"}
 def append(k, v, k_cache, v_cache, cache_lens, page_table, cos, sin, interleaved,
            k_descale, v_descale):  # fmt: skip
     """fastattn::cache_append: writes k [B, kv_heads, Snew, D] and v to slots cache_lens[b] + i of
-    the caches, in place, through page_table [B, max_pages] or not; with cos and sin
-    [positions, pairs] k is rotated at positions cache_lens[b] + i; 8-bit caches come with descales
-    [kv_heads] or [B, kv_heads]."""
+    the caches, in place, or to the pages of page_table [B, max_pages]. With cos and sin [positions,
+    pairs], k is rotated at positions cache_lens[b] + i. 8-bit caches come with descales [kv_heads]
+    or [B, kv_heads]."""
     batch, kv_heads, length, head_dim = k.shape
     v_dim, (rows, _, size, _) = v.shape[3], k_cache.shape
     if k.numel() == 0:
         return
     table = None if page_table is None else page_table.contiguous()
-    turn, pairs = Turn(), 0
+    rotary, pairs = Rotary(), 0
     if cos is not None:
-        turn, pairs = Turn(cos.contiguous(), sin.contiguous(), cos.shape[0]), cos.shape[1]
+        rotary, pairs = Rotary(cos.contiguous(), sin.contiguous(), cos.shape[0]), cos.shape[1]
     blocks = [triton.next_power_of_2(n) for n in (head_dim, v_dim)]
     block_s = min(max(1, TILE // max(blocks)), triton.next_power_of_2(length))
     with torch.cuda.device_of(k):
         append_kernel[(batch * kv_heads * triton.cdiv(length, block_s),)](
-            _new(k, k_cache, k_descale), _new(v, v_cache, v_descale), turn,
+            _new(k, k_cache, k_descale), _new(v, v_cache, v_descale), rotary,
             Pages() if table is None else Pages(table, table.stride(0), size),
             cache_lens.contiguous(), kv_heads, length,
             size * (1 if table is None else table.shape[1]), rows,

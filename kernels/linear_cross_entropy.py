@@ -2,12 +2,13 @@
 logits, which become their own gradients in place. fastattn/fused/linear_cross_entropy.py has the
 reference and the loop over chunks; the CPU's kernel is cross_entropy in csrc/cpu/fused.inl.
 
-The products with the head are the BLAS library's: a kernel that made the logits itself would have
-to make them again for each of the two gradients, five products instead of three, and three at the
-library's speed are faster than what is saved, 6 bytes of memory traffic for each logit.
+The products with the head are left to the BLAS library. A kernel that computed the logits itself
+would save 6 bytes of memory traffic for each logit, but compute them again for each of the two
+gradients: five products instead of three, which costs more.
 
-A program takes a row, twice: each lane keeps the largest logit and the sum of exponentials of the
-columns it sees, which are joined once; the second pass finds the row in the L2 cache.
+A program reads a row twice. In the first pass each element of the block keeps the largest logit and
+the sum of exponentials of its columns, which are reduced once at the end; the second pass finds the
+row in the L2 cache.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _cross_entropy(
     logits += row * n
     label = tl.load(labels + row)
     kept = label != ignore_index
-    lowest: tl.constexpr = -3.0e38  # below every logit that counts; finite, so that -inf adds 0
+    lowest: tl.constexpr = -3.0e38  # below every useful logit; finite, so that -inf adds 0
     largest = tl.full([BLOCK], lowest, A)
     total = tl.zeros([BLOCK], A)
     sum_all = tl.zeros([BLOCK], A)
@@ -70,7 +71,7 @@ def _cross_entropy(
     row_lse = top + log_total
     known = (label >= 0) & (label < n)
     at_label, _ = _capped(logits, label, known, A, SOFTCAP)
-    at_label = tl.where(known, at_label, float("nan")).to(A)  # a label past the head shows
+    at_label = tl.where(known, at_label, float("nan")).to(A)  # a label outside the head gives NaN
     # lse - at_label would cancel where the label has the largest logit
     row_loss = log_total + (1 - SMOOTHING) * (top - at_label)
     if SMOOTHING > 0:
@@ -88,7 +89,9 @@ def _cross_entropy(
             x, slope = _capped(logits, column, inside, A, SOFTCAP)
             g = tl.exp(x - top) * at_exp - everywhere
             g -= (column == label).to(A) * (1 - SMOOTHING)
-            g = tl.where(kept, g * slope * weight, 0.0)  # an ignored row's NaN stays behind
+            g = tl.where(
+                kept, g * slope * weight, 0.0
+            )  # 0 for an ignored row, also where it holds NaN
             tl.store(logits + column, g.to(logits.dtype.element_ty), inside)
 
 

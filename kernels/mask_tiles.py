@@ -1,4 +1,4 @@
-"""Which tiles of a bool mask hold a True: the others are never visited. Next: forward.py."""
+"""Finds the tiles of a bool mask that hold a True; kernels skip the others. Next: forward.py."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from .score import operand_at
 @triton.jit
 def any_kernel(mask, any_of, heads, q_len, kv_len, q_tiles, kv_tiles, BLOCK_Q: tl.constexpr,
                BLOCK_KV: tl.constexpr):  # fmt: skip
-    """any_of [batch, heads, q_tiles, kv_tiles], one program a tile."""
+    """Sets any_of [batch, heads, q_tiles, kv_tiles]. Programs: tiles."""
     program = tl.program_id(0)
     column, rest = program % kv_tiles, program // kv_tiles
     row, rest = rest % q_tiles, rest // q_tiles
@@ -21,28 +21,27 @@ def any_kernel(mask, any_of, heads, q_len, kv_len, q_tiles, kv_tiles, BLOCK_Q: t
     tl.store(any_of + program, tl.max(tl.max((here != 0).to(tl.int32), 1), 0))
 
 
-def tile_lists(mask, tensor4, q_len, kv_len, block_q, block_kv, turned=False) -> TileList:
-    """For each row tile, the key tiles in which mask [batch, heads, rows, keys] holds a True;
-    turned: for each key tile, the row tiles. Each size of mask is 1 or full.
+def tile_lists(mask, tensor4, q_len, kv_len, block_q, block_kv, transposed=False) -> TileList:
+    """For each row tile, the key tiles in which mask [batch, heads, rows, keys] holds a True; with
+    transposed, for each key tile the row tiles. Each dimension of mask is full or 1 (broadcast).
 
-    Every list is as long as q_len and kv_len say. Where the mask is the same for all tiles, they
-    share one list.
+    Lists cover q_len rows and kv_len keys. Tiles that see the same part of the mask share a list.
     """
     batch, heads, rows, keys = mask.shape
-    q_len = max(q_len, rows) if turned else rows
-    kv_len = keys if turned else max(kv_len, keys)
+    q_len = max(q_len, rows) if transposed else rows
+    kv_len = keys if transposed else max(kv_len, keys)
     q_tiles, kv_tiles = triton.cdiv(q_len, block_q), triton.cdiv(kv_len, block_kv)
     some = torch.empty(batch, heads, q_tiles, kv_tiles, dtype=torch.int32, device=mask.device)
     if some.numel():
         any_kernel[(some.numel(),)](
             tensor4, some, heads, q_len, kv_len, q_tiles, kv_tiles, block_q, block_kv
         )
-    some = some.mT.contiguous() if turned else some
+    some = some.mT.contiguous() if transposed else some
     tiles, others = some.shape[2:]
     rank = torch.zeros(batch, heads, tiles, others + 1, dtype=torch.int32, device=mask.device)
     rank[..., 1:] = torch.cumsum(some, -1)
     order = torch.argsort(some, dim=-1, descending=True, stable=True).to(torch.int32)
-    shared = (keys if turned else rows) == 1
+    shared = (keys if transposed else rows) == 1
     return TileList(
         rank,
         order,

@@ -2,9 +2,9 @@
 and norm_bwd. Their reference is in fastattn/fused/norm.py, the CPU's kernels are in
 csrc/cpu/fused.inl.
 
-A row of up to MAX_FORWARD or MAX_BACKWARD values stays in registers and is read once. Wider rows go
-by column blocks, twice. The backward kernel's programs take every so many rows and leave one
-partial sum each of dweight and dbias.
+A row of up to MAX_FORWARD or MAX_BACKWARD values stays in registers and is read once. Wider rows
+are read twice, in column blocks. Each program of the backward kernel takes every num_programs-th
+tile of rows and writes one partial sum of dweight and of dbias.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 
 from .rows import (
-    MAX_PARTS,
+    MAX_PARTIALS,
     RowOrder,
     accumulate,
     dropout_arguments,
     dropped,
     stride,
-    sum_parts,
+    sum_partials,
 )  # fmt: skip
 
-MAX_FORWARD, MAX_BACKWARD = 16384, 8192  # 16 warps have 128 registers a thread, 16 values a row's
+MAX_FORWARD, MAX_BACKWARD = 16384, 8192  # 16 warps: 128 registers a thread
 WIDE = 4096  # columns of a block of a wider row
 
 
@@ -72,7 +72,7 @@ def _norm_fwd(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
     here = row < rows
     middle = tl.zeros([BLOCK_R, 1], A)  # the mean, with CENTER
-    squares = tl.zeros([BLOCK_R, 1], A)  # of what is left, summed
+    squares = tl.zeros([BLOCK_R, 1], A)  # sum of squares of x minus the mean
     column = tl.arange(0, BLOCK_N)[None, :]
     if ONE:
         inside = here & (column < n)
@@ -91,7 +91,7 @@ def _norm_fwd(
                 x, residual, summed, seed, threshold, row, first + column, inside,
                 x_stride, residual_stride, summed_stride, first, A, BLOCK_R, BLOCK_N,
             )  # fmt: skip
-            if CENTER:  # joined by Chan, Golub and LeVeque's rule (1979)
+            if CENTER:  # merged by Chan, Golub and LeVeque's rule (1979)
                 count = tl.minimum(n - first, BLOCK_N).to(A)
                 block = tl.sum(values, 1)[:, None] / count
                 left = tl.where(inside, values - block, 0.0).to(A)
@@ -108,7 +108,7 @@ def _norm_fwd(
     if ONE:
         _finish(values, inverse, weight, bias, y, row, column, y_stride, inside, n)
     else:
-        tl.debug_barrier()  # what the program stored in summed is there for all its threads
+        tl.debug_barrier()  # all threads of the program see what it stored in summed
         for first in range(0, n, BLOCK_N):
             inside = here & (first + column < n)
             if residual is not None:
@@ -149,7 +149,7 @@ def norm_fwd(x, residual, weight, bias, eps, center, dropout_seed=None, dropout_
 
 
 def warps(values: int) -> int:
-    """Warps of a program that holds so many values: 16 a thread, where 16 warps are enough."""
+    """Warps of a program that holds this many values: 16 a thread, up to 16 warps."""
     return min(16, max(4, values // 512))
 
 
@@ -262,7 +262,8 @@ def _norm_sums(
     dy, x, mean, rstd, dweight, dbias, rows, n, dy_stride, x_stride,
     CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dweight, dbias [parts, n] of a column block, over every so many rows."""
+    """Partial sums of dweight and dbias [programs, n] for a column block, each over every
+    num_programs-th tile of rows."""
     A: tl.constexpr = rstd.dtype.element_ty
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dweight_sum = tl.zeros([BLOCK_R, BLOCK_N], A)
@@ -307,19 +308,19 @@ def norm_bwd(
     rows, n = order.rows, order.n
     block_n = max(64, triton.next_power_of_2(n))
     wide = block_n * kind.itemsize > 4 * MAX_BACKWARD
-    # 8 KiB a program hide the memory's latency; less where that leaves programs idle
-    spread = triton.next_power_of_2(triton.cdiv(rows, MAX_PARTS))
+    # 8 KiB a program hide memory latency; fewer rows where that would leave multiprocessors idle
+    spread = triton.next_power_of_2(triton.cdiv(rows, MAX_PARTIALS))
     block_r = 8 if wide else max(1, min(8192 // x.element_size() // block_n, spread))
     programs = triton.cdiv(rows, block_r)
     if any(needs):
-        programs = min(programs, MAX_PARTS)
-    parts = [x.new_empty((programs, n), dtype=kind) if need else None for need in needs]
+        programs = min(programs, MAX_PARTIALS)
+    partials = [x.new_empty((programs, n), dtype=kind) if need else None for need in needs]
     inputs, gradients = (dy, dsummed, x, weight, mean, rstd), (dx_rows, dkept_rows)
     strides = [stride(t) for t in (dy, dsummed, x, dx_rows, dkept_rows)]
     with torch.cuda.device_of(x):
         if not wide:
             _norm_bwd[(programs,)](
-                *inputs, *gradients, *parts, seed, threshold, rows, n, *strides,
+                *inputs, *gradients, *partials, seed, threshold, rows, n, *strides,
                 CENTER=center, BLOCK_R=block_r, BLOCK_N=block_n,
                 num_warps=warps(2 * block_r * block_n),
             )  # fmt: skip
@@ -330,12 +331,12 @@ def norm_bwd(
             )  # fmt: skip
             if any(needs):
                 _norm_sums[(programs, triton.cdiv(n, 128))](
-                    dy, x, mean, rstd, *parts, rows, n, stride(dy), stride(x),
+                    dy, x, mean, rstd, *partials, rows, n, stride(dy), stride(x),
                     CENTER=center, BLOCK_R=8, BLOCK_N=128, num_warps=4,
                 )  # fmt: skip
-        for part, out in zip(parts, sums):
+        for part, out in zip(partials, sums):
             if part is not None:
-                sum_parts(part, out)
+                sum_partials(part, out)
     return dx, *sums, dkept
 
 

@@ -1,7 +1,7 @@
-"""Where a kernel finds its operands: the twin of csrc/cpu/params.h. Next: spec.py.
+"""The arguments of the attention kernels: the counterpart of csrc/cpu/params.h. Next: spec.py.
 
-Triton takes NamedTuples as arguments. A field that is None is absent at compile time, so
-`if p.mask.ptr is not None` costs nothing, and a kernel exists once for each set of operands.
+Triton takes NamedTuples as arguments. A field that is None is a compile-time constant, so
+that `if p.mask.ptr is not None` costs nothing: each set of operands compiles a kernel of its own.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ class Tensor4(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """How long entries are. An entry is a batch entry or a sequence of a packed call."""
+    """The lengths of sequences. A sequence is a batch entry, or one of a varlen call."""
 
-    entries: int
-    q_len: int  # rows in memory of one entry; of all of them when packed
-    kv_len: int  # keys that have a place, likewise
-    kv_lens: Any = None  # [entries]
-    kv_starts: Any = None  # [entries]
-    cu_q: Any = None  # [entries + 1]
+    sequences: int
+    q_len: int  # rows in memory of a batch entry; in varlen calls, of all sequences
+    kv_len: int  # key slots, likewise
+    kv_lens: Any = None  # [sequences]
+    kv_starts: Any = None  # [sequences]
+    cu_q: Any = None  # [sequences + 1]
     cu_k: Any = None
-    doc_begin: Any = None  # [entries, rows]: the first row of a row's document
+    doc_begin: Any = None  # [sequences, rows]: the first row of a row's document
     doc_end: Any = None
 
 
 class Ranges(NamedTuple):
-    """Key ranges: a row sees keys [begin, end) at most; a key, rows [first, last)."""
+    """Key ranges: a row sees at most keys [begin, end); at most rows [first, last) see a key."""
 
-    begin: Tensor4 = Tensor4()  # int32 [entries, heads, rows]
+    begin: Tensor4 = Tensor4()  # int32 [sequences, heads, rows]
     end: Tensor4 = Tensor4()
-    first: Tensor4 = Tensor4()  # int32 [entries, heads, keys], for the pass over rows alone
+    first: Tensor4 = Tensor4()  # int32 [sequences, heads, keys], for keys_kernel only
     last: Tensor4 = Tensor4()
 
 
 class Pages(NamedTuple):
-    table: Any = None  # [entries, max_pages]
+    table: Any = None  # [sequences, max_pages]
     row: int = 0
     size: int = 0
 
 
 class Dropout(NamedTuple):
     seed: Any = None  # int64 [2] or [4], see philox.py
-    part: int | None = None  # 1: it says of which heads of how many these are a part
-    threshold: int = 0  # of 65536: a weight is kept when its 16 bits are below
+    sharded: int | None = None  # 1: seed also holds the first head and the number of all heads
+    threshold: int = 0  # of 65536: a probability is kept if its 16 random bits are below
     inverse_keep: float = 1.0
 
 
 class Descale(NamedTuple):
-    """Scales of fp8 and int8 tensors, [entries, kv_heads] each (batch 0: [kv_heads]): what is meant
-    is what is stored times these."""
+    """Scales of FP8 and int8 tensors, [sequences, kv_heads] each (batch 0: [kv_heads]): a value is
+    the stored number times its scale."""
 
     q: Any = None
     k: Any = None
@@ -74,9 +74,9 @@ class Params(NamedTuple):
     q: Tensor4  # [B, heads, q_len, D]
     k: Tensor4  # [B, kv_heads, kv_len, D]; paged [pages, kv_heads, page_size, D]
     v: Tensor4
-    out: Tensor4  # [B, heads, q_len, Dv]; the column is the stride from part to part of the keys
+    out: Tensor4  # [B, heads, q_len, Dv]; col is the stride between splits
     lse: Tensor4  # [B, heads, q_len], likewise
-    mask: Tensor4  # [entries, heads, rows, keys]
+    mask: Tensor4  # [sequences, heads, rows, keys]
     bias: Tensor4
     slopes: Tensor4  # ALiBi, by batch and head
     sinks: Tensor4  # by head
@@ -97,42 +97,43 @@ class Params(NamedTuple):
 
 @dataclass(frozen=True)
 class Constants:
-    """What a kernel is compiled for. Fields are constexprs (constants()): Triton wants them so."""
+    """Compile-time constants of a kernel. Triton requires that the fields are constexprs, which
+    constants() makes."""
 
-    D: Any  # head dimensions, of q and k, of v
+    D: Any  # head dimension of q and k; DV: of v
     DV: Any
-    BLOCK_D: Any  # channels of a tile: all of them, or a chunk
+    BLOCK_D: Any  # channels in a tile: the whole head dimension, or a chunk
     BLOCK_DV: Any
     BLOCK_Q: Any
     BLOCK_KV: Any
     STAGES: Any
     PRECISION: Any  # of fp32 products: "tf32" or "ieee"
     GROUP: Any  # q heads that share a tile
-    PARTS: Any  # of the keys
+    SPLITS: Any  # of the keys, whose partial results are merged
 
 
 @cache
-def constants(GROUP=1, PARTS=1, **values) -> Constants:
-    values |= {"GROUP": GROUP, "PARTS": PARTS}
+def constants(GROUP=1, SPLITS=1, **values) -> Constants:
+    values |= {"GROUP": GROUP, "SPLITS": SPLITS}
     return Constants(**{name: tl.constexpr(value) for name, value in values.items()})
 
 
 class Segment(NamedTuple):
-    """Rows and keys of entry n that may meet: the whole entry, or one document of it."""
+    """Rows and keys that may see each other: those of sequence n, or of one document in it."""
 
-    n: Any  # indexes mask, bias, slopes, dropout, pages
+    n: Any  # the sequence: index of mask, bias, slopes, dropout and pages
     batch: Any  # index in memory of q, out and, unless paged, k and v
-    row0: Any  # where the entry's row 0 lies in memory
+    row0: Any  # where the sequence's row 0 lies in memory
     key0: Any
     offset: Any  # the diagonal of row i is key i + offset
-    row_begin: Any  # positions count from the entry's first
+    row_begin: Any  # positions count from the start of the sequence
     row_end: Any
     key_begin: Any
     key_end: Any
 
 
 class Range(NamedTuple):
-    """Tiles [begin, end) of a loop; all of [full_begin, full_end) needs no mask."""
+    """A loop over tiles [begin, end), of which [full_begin, full_end) need no mask."""
 
     begin: Any
     full_begin: Any
@@ -140,13 +141,14 @@ class Range(NamedTuple):
     end: Any
 
 
-class Lanes(NamedTuple):
-    """The rows of a tile. Where the q heads of a kv head share one, lane = row * GROUP + head."""
+class TileRows(NamedTuple):
+    """The rows of a tile. Where the GROUP q heads of a kv head share it (pack_gqa), row r of the
+    tile is row r // GROUP of head r % GROUP."""
 
-    i: Any  # [lanes]: row
-    head: Any  # [lanes], or one for all
-    ok: Any  # [lanes]: is it a row of the segment
-    lo: Any  # [lanes]: the row sees keys [lo, hi)
+    i: Any  # [rows]: position in the sequence
+    head: Any  # [rows], or a scalar without pack_gqa
+    ok: Any  # [rows]: whether the segment has such a row
+    lo: Any  # [rows]: the row sees keys [lo, hi)
     hi: Any
 
 

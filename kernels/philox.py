@@ -1,4 +1,4 @@
-"""Dropout's random bits, the same as everywhere: the twin of csrc/philox.h. Next: score.py."""
+"""Dropout's random bits, the same on every backend, as in csrc/philox.h. Next: score.py."""
 
 import triton
 import triton.language as tl
@@ -10,16 +10,16 @@ FIRST_HEAD, TOTAL_HEADS = tl.constexpr(2), tl.constexpr(3)
 
 @triton.jit
 def dropout_key(pointer):
-    """(key, last counter word) of seed and offset: the offset's halves go to the key's upper half
-    and to the counter."""
+    """(key, last counter word) of seed and offset. The offset's upper 32 bits go into the key, its
+    lower 32 bits into the counter."""
     seed, offset = tl.load(pointer + SEED), tl.load(pointer + OFFSET)
-    return seed ^ (offset >> 32 << 32), offset.to(tl.int32)  # its lower half
+    return seed ^ (offset >> 32 << 32), offset.to(tl.int32)  # the lower 32 bits
 
 
 @triton.jit
 def dropout_head(p, n, head):
-    """The number by which dropout counts a head of entry n."""
-    if p.dropout.part is not None:
+    """The index of a head of sequence n in dropout's counter."""
+    if p.dropout.sharded is not None:
         first, total = tl.load(p.dropout.seed + FIRST_HEAD), tl.load(p.dropout.seed + TOTAL_HEADS)
         counted = (n * total + first + head).to(tl.int32)
     else:
@@ -28,11 +28,14 @@ def dropout_head(p, n, head):
 
 
 @triton.jit
-def keep_tile(p, bh, i0, j0, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TURN: tl.constexpr):
-    """Which weights of rows i0.. and keys j0.. are kept: bool [BLOCK_I, BLOCK_J], or [J, I] turned.
+def keep_tile(
+    p, bh, i0, j0, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Whether the probability of each row from i0 on and key from j0 on is kept: bool [BLOCK_I,
+    BLOCK_J], or transposed [BLOCK_J, BLOCK_I].
 
-    i0, j0 and the blocks are multiples of 16. One call makes eight 16-bit numbers, those of rows i
-    and i ^ 8 and keys j, j ^ 1, j ^ 8 and j ^ 9.
+    i0, j0 and the blocks are multiples of 16. One philox call makes eight 16-bit numbers, for
+    rows i and i ^ 8 and keys j, j ^ 1, j ^ 8 and j ^ 9.
     """
     row = i0 // 2 + tl.arange(0, BLOCK_I // 2)
     column = j0 // 4 + tl.arange(0, BLOCK_J // 4)
@@ -43,7 +46,7 @@ def keep_tile(p, bh, i0, j0, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TURN:
     bits = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
     kept = (bits < p.dropout.threshold).to(tl.int8)
     kept = tl.reshape(kept, [BLOCK_I // 16, 8, BLOCK_J // 16, 4, 2, 2, 2])
-    if TURN:
+    if TRANSPOSED:
         kept = tl.reshape(tl.permute(kept, 2, 5, 3, 6, 0, 4, 1), [BLOCK_J, BLOCK_I])
     else:
         kept = tl.reshape(tl.permute(kept, 0, 4, 1, 2, 5, 3, 6), [BLOCK_I, BLOCK_J])
@@ -52,7 +55,7 @@ def keep_tile(p, bh, i0, j0, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, TURN:
 
 @triton.jit
 def keep_each(p, bh, i, j):
-    """The same one by one, of tensors that broadcast: a call for every weight."""
+    """The same for i and j that broadcast: a philox call for every probability."""
     zero = (bh + i + j) * 0
     key, last = dropout_key(p.dropout.seed)
     row, column = i // 16 * 8 + i % 8, j // 16 * 4 + j % 8 // 2

@@ -1,8 +1,8 @@
 """Rotary embedding on a GPU: fastattn::rotate. Its reference is in fastattn/fused/norm.py, the
 CPU's kernel is rotate in csrc/cpu/fused.inl.
 
-A program turns BLOCK_S positions of HEADS heads, so that a row of cos and sin is loaded once for
-them all. Channels past the pairs are copied. A position that the tables do not have gives NaN.
+A program rotates BLOCK_S positions of HEADS heads, so that a row of cos and sin is loaded once for
+all of them. Channels past the pairs are copied. A position outside the tables gives NaN.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def _rotate(
             lines = while_below((s < length) & (line < 2 * pairs), head, heads)
             both = tl.load(x_at + line, lines, other=0.0).to(c.dtype)
             a, b = tl.split(tl.reshape(both, [BLOCK_S, BLOCK_PAIRS, 2]))
-            turned = tl.join(a * c - b * d, a * d + b * c)
-            turned = tl.reshape(turned, [BLOCK_S, 2 * BLOCK_PAIRS])
-            tl.store(out_at + line, turned.to(out.dtype.element_ty), lines)
+            rotated = tl.join(a * c - b * d, a * d + b * c)
+            rotated = tl.reshape(rotated, [BLOCK_S, 2 * BLOCK_PAIRS])
+            tl.store(out_at + line, rotated.to(out.dtype.element_ty), lines)
         else:
             a = tl.load(x_at + pair, here, other=0.0).to(c.dtype)
             b = tl.load(x_at + pairs + pair, here, other=0.0).to(c.dtype)
@@ -119,7 +119,7 @@ def _check(x, cos, sin, positions) -> None:
                                "alike")  # fmt: skip
     batch, _, length, dim = x.shape
     if 2 * cos.shape[1] > dim:
-        raise RuntimeError(f"fastattn: x has {dim} channels and {cos.shape[1]} pairs are turned")
+        raise RuntimeError(f"fastattn: x has {dim} channels and {cos.shape[1]} pairs to rotate")
     if positions is None:
         if cos.shape[0] < length:
             raise RuntimeError(f"fastattn: cos has {cos.shape[0]} rows and x {length}")
@@ -137,7 +137,7 @@ def _check(x, cos, sin, positions) -> None:
 
 
 def audit_subjects(arch):
-    for dtype, interleaved, dim, turned in (
+    for dtype, interleaved, dim, rotated in (
         (torch.bfloat16, False, 128, 128),
         (torch.bfloat16, True, 128, 64),
         (torch.float16, False, 64, 64),
@@ -145,9 +145,9 @@ def audit_subjects(arch):
     ):
         # [B, S, heads, D], as a projection gives it
         x = torch.empty(2, 4096, 16, dim, dtype=dtype, device="meta").transpose(1, 2)
-        table = torch.empty(4096, turned // 2, device="meta")
+        table = torch.empty(4096, rotated // 2, device="meta")
         order = "interleaved" if interleaved else "halves"
-        name = f"{str(dtype)[6:]} {order} {turned} of {dim}"
+        name = f"{str(dtype)[6:]} {order} {rotated} of {dim}"
 
         def call(x=x, table=table, interleaved=interleaved):
             return rotate(x, table, table, None, interleaved, False)

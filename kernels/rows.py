@@ -1,5 +1,5 @@
-"""What the row kernels share: rows of a tensor in memory order, dropout's bits, activations, and
-the sum of partial results. csrc/cpu/rows.inl is the CPU's.
+"""Shared by the row kernels: rows of a tensor in memory order, dropout's bits, activations, sums of
+partial results. csrc/cpu/rows.inl has the CPU's.
 
 A program works on a tile [BLOCK_R, BLOCK_N] of rows and columns. Arithmetic is fp32, or fp64 for
 fp64 tensors. Rows are counted in 64 bits.
@@ -19,9 +19,9 @@ from .philox import dropout_key
 
 
 class RowOrder:
-    """The rows of a tensor's last dimension, in the order in which a dense tensor's lie in memory.
+    """The rows along a tensor's last dimension, in memory order if the tensor is dense.
 
-    rows_of(t) is t as [rows, n] in that order: a view, or a copy where t does not lie so.
+    rows_of(t) is t as [rows, n] in that order: a view, or a copy where t has another order.
     """
 
     def __init__(self, x):
@@ -36,7 +36,7 @@ class RowOrder:
             self.order = sorted(range(x.dim() - 1), key=lambda d: -y.stride(d))
 
     def rows_of(self, t, name="a tensor"):
-        """[rows, n], with unit stride in a row; None stays."""
+        """t as [rows, n] with unit stride in a row; None for None."""
         if t is None:
             return None
         x = self.like
@@ -49,7 +49,7 @@ class RowOrder:
         return t if self.n <= 1 or t.stride(1) == 1 else t.contiguous()
 
     def vector(self, t, name):
-        """A vector [n], contiguous, in its own dtype; None stays."""
+        """t [n] contiguous, in its own dtype; None for None."""
         if t is None:
             return None
         if tuple(t.shape) != (self.n,) or t.device != self.like.device:
@@ -58,7 +58,7 @@ class RowOrder:
         return t.contiguous()
 
     def new_like(self):
-        """(a result as the operator gives it, its rows)."""
+        """(a new result, its rows as [rows, n])."""
         t = empty_result(self.like)
         return t, self.rows_of(t)
 
@@ -73,7 +73,7 @@ def arithmetic(dtype: torch.dtype):
 
 
 def tiles(order: RowOrder) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_N) of a kernel that needs no whole rows: 2048 values, 16 a thread."""
+    """(BLOCK_R, BLOCK_N) of a kernel that does not need whole rows: 2048 values, 16 a thread."""
     block_n = min(512, max(64, triton.next_power_of_2(order.n)))
     return min(2048 // block_n, triton.next_power_of_2(order.rows)), block_n
 
@@ -84,7 +84,7 @@ def stride(t) -> int:
 
 
 def dropout_arguments(seed, p: float, x):
-    """(seed and offset int64 [2] or None, what of 65536 is kept, x in its logical order)."""
+    """(seed and offset int64 [2] or None, how many of 65536 values are kept, x contiguous)."""
     if not 0 <= p < 1:
         raise RuntimeError(f"fastattn: dropout_p must be in [0, 1), got {p}")
     if p == 0:
@@ -102,11 +102,10 @@ def dropout_arguments(seed, p: float, x):
 
 @triton.jit
 def dropped(values, seed, threshold, row, first, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """values [BLOCK_R, BLOCK_N] after dropout; row [BLOCK_R, 1] int64, first: column 0's number, a
-    multiple of 64, as BLOCK_N is. The bits are fastattn.core.philox.keep_rows'.
+    """values [BLOCK_R, BLOCK_N] after dropout; row [BLOCK_R, 1] int64, first: the first column, a
+    multiple of 64, as BLOCK_N is. The bits are those of fastattn.core.philox.keep_rows.
 
-    A call's four words serve columns 8 apart: lane l of block b has words w and halves h for column
-    64 b + 16 w + 8 h + l.
+    Half h of word w of philox call l in block b belongs to column 64 b + 16 w + 8 h + l.
     """
     BLOCKS: tl.constexpr = BLOCK_N // 64
     key, last = dropout_key(seed)
@@ -119,7 +118,7 @@ def dropped(values, seed, threshold, row, first, BLOCK_R: tl.constexpr, BLOCK_N:
     words = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK_R, BLOCKS, 8, 2, 2, 2])
     bits = tl.reshape(tl.permute(words, [0, 1, 3, 4, 5, 2]), [BLOCK_R, BLOCK_N])
     kept = bits < threshold
-    # 65536 / threshold in the arithmetic type; NaN is dropped as NaN * 0 is, as everywhere
+    # 65536 / threshold in the arithmetic type; a dropped NaN stays NaN * 0, as on every backend
     share = threshold.to(values.dtype) / 65536
     return values * tl.where(kept, 1.0 / share, 0.0).to(values.dtype)
 
@@ -129,7 +128,7 @@ def dropped(values, seed, threshold, row, first, BLOCK_R: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def tanh(x):
-    """2 sigmoid(2 x) - 1; near 0, where that cancels, fp32 takes the series."""
+    """2 sigmoid(2 x) - 1; near 0, where that cancels, fp32 uses the Taylor series."""
     far = 2 * tl.sigmoid(2 * x) - 1
     if x.dtype == tl.float64:
         return far
@@ -143,7 +142,7 @@ def tanh(x):
 
 @triton.jit
 def _sigmoid(x):
-    """(sigmoid(x), 1 - sigmoid(x)), neither by a difference."""
+    """(sigmoid(x), 1 - sigmoid(x)), both without cancellation."""
     e = tl.exp(-tl.abs(x))  # never overflows
     large = 1 / (1 + e)
     small = e * large
@@ -163,7 +162,7 @@ def activated(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         bell = tl.exp(x * x * -0.5) * 0.3989422804014327
-        bump = tl.where(tl.abs(x) > 40, 0.0, x * bell)  # inf * 0 is no NaN here
+        bump = tl.where(tl.abs(x) > 40, 0.0, x * bell)  # not inf * 0, which is NaN
         return x * cdf, cdf + bump.to(x.dtype)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
@@ -175,26 +174,29 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 # ---- sums over rows -----------------------------------------------------------------------------
-# Programs leave partial sums, which a second kernel adds in order: the bits depend on shapes alone.
+# Programs write partial sums, which a second kernel adds in order, so that the result's bits depend
+# only on the shapes.
 
-MAX_PARTS = 256  # about two for each multiprocessor of a large GPU
+MAX_PARTIALS = 256  # about two for each multiprocessor of a large GPU
 
 
 @triton.jit
-def _sum_parts(parts, out, count, n, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """parts [count, n] -> out [n]."""
+def _sum_partials(partials, out, count, n, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """partials [count, n] -> out [n]."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    total = tl.zeros([COUNT, BLOCK_N], parts.dtype.element_ty)
+    total = tl.zeros([COUNT, BLOCK_N], partials.dtype.element_ty)
     for begin in range(0, count, COUNT):
         part = begin + tl.arange(0, COUNT)[:, None].to(tl.int64)
         inside = (part < count) & (column < n)
-        total += tl.load(parts + part * n + column, inside, other=0.0)
+        total += tl.load(partials + part * n + column, inside, other=0.0)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(out + column, tl.sum(total, 0), column < n)
 
 
-def sum_parts(parts, out) -> None:
-    """out [n] = the sum of parts [count, n] over count."""
-    count, n = parts.shape
+def sum_partials(partials, out) -> None:
+    """out [n] = the sum of partials [count, n] over count."""
+    count, n = partials.shape
     if n:
-        _sum_parts[(triton.cdiv(n, 32),)](parts, out, count, n, COUNT=64, BLOCK_N=32, num_warps=4)
+        _sum_partials[(triton.cdiv(n, 32),)](
+            partials, out, count, n, COUNT=64, BLOCK_N=32, num_warps=4
+        )

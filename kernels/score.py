@@ -1,7 +1,7 @@
 """From a product q.k to a score in base 2: cap, bias, ALiBi, mask. Next: forward.py.
 
-`i` and `head` belong to rows and `j` to keys; they come with the shapes that make them broadcast,
-[rows, 1] and [1, keys] or, turned, [1, rows] and [keys, 1].
+`i` and `head` belong to rows and `j` to keys. Their shapes broadcast to the tile's: [rows, 1] and
+[1, keys], or in a transposed tile [1, rows] and [keys, 1].
 """
 
 import triton
@@ -14,26 +14,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 MAX = tl.constexpr(3.4028234663852886e38)  # of float32
 FAR_LOGIT = tl.constexpr(2.0**126 - 2.0**103)  # see to_base2
-MAX_SLOPE = tl.constexpr(2.0**95)  # times a distance, below 2^30, it leaves every sum finite
+MAX_SLOPE = tl.constexpr(2.0**95)  # times a distance, which is below 2^30, every sum stays finite
 
 
 @triton.jit
 def to_base2(x):
-    """A logit in base 2. Times LOG2E the largest would be infinite, and -inf masks: from 9e37 on it
-    has half the slope. csrc/spec.h says why that is enough."""
+    """A logit in base 2. The largest ones times LOG2E would overflow to infinity, so beyond 9e37
+    the slope is 1/2; csrc/spec.h explains why that is exact enough."""
     far = x * 0.5
     return tl.minimum(tl.maximum(x * LOG2E, far - FAR_LOGIT), far + FAR_LOGIT)
 
 
 @triton.jit
 def from_base2(y):
-    """The inverse."""
+    """The inverse of to_base2()."""
     return tl.minimum(tl.maximum(y * LN2, 2 * (y - FAR_LOGIT)), 2 * (y + FAR_LOGIT))
 
 
 @triton.jit
 def saturated(x, limit):
-    """x, the finite ones clamped to +-limit."""
+    """x with finite values clamped to +-limit."""
     return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -limit), limit), x)
 
 
@@ -47,7 +47,7 @@ def logit(x):
 
 @triton.jit
 def operand_at(x, n, head, i, j):
-    """Pointers into a mask or bias; 64 bits before any product."""
+    """Pointers into a mask or bias. Indices are widened to 64 bits before any product."""
     base = x.ptr + n.to(tl.int64) * x.batch
     return base + (head * 1).to(tl.int64) * x.head + i.to(tl.int64) * x.row + j.to(tl.int64) * x.col
 
@@ -56,8 +56,8 @@ def operand_at(x, n, head, i, j):
 def finish_scores(p, n, x, head, i, j, seen, offset, EDGE: tl.constexpr):
     """(scores in base 2, d score / d (scale q.k)) from x = q.k; the slope is 1 without a cap.
 
-    seen says which pairs exist and lie in the band; without EDGE that is all of them, but for rows
-    past the last.
+    seen says which pairs exist and lie in the band. Without EDGE these are all pairs, except those
+    of rows past the last.
     """
     slope = 1.0
     if p.cap is not None:

@@ -1,4 +1,4 @@
-"""A mask is an interval: row i sees keys [lo(i), hi(i)). The twin of csrc/spec.h. Next: tile.py."""
+"""A mask is an interval: row i sees keys [lo(i), hi(i)). As in csrc/spec.h. Next: tile.py."""
 
 import triton
 import triton.language as tl
@@ -31,7 +31,7 @@ def hi(p, s, i):
 
 @triton.jit
 def first_row(p, s, j):
-    """The transposed question: the first row that sees key j, in [row_begin, row_end]."""
+    """The transpose: the first row that sees key j, in [row_begin, row_end]."""
     if p.right is None:
         return j * 0 + s.row_begin
     else:
@@ -49,7 +49,7 @@ def last_row(p, s, j):
 
 @triton.jit
 def tiles_of(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
-    """The range of positions as a range of tiles, which lie at multiples of BLOCK."""
+    """A range of positions as a range of tiles, which begin at multiples of BLOCK."""
     first = begin // BLOCK
     last = tl.maximum(tl.cdiv(end, BLOCK), first)
     last = tl.where(begin < end, last, first)
@@ -60,22 +60,22 @@ def tiles_of(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def kv_range(p, s, top, bottom, BLOCK: tl.constexpr):
-    """Key tiles of rows [top, bottom): the first and last row bound all rows between."""
+    """The key tiles that rows [top, bottom) see; the first and last row bound those between."""
     begin, full_begin = lo(p, s, top), lo(p, s, bottom - 1)
     return tiles_of(begin, full_begin, hi(p, s, top), hi(p, s, bottom - 1), BLOCK)
 
 
 @triton.jit
 def q_range(p, s, left, right, BLOCK: tl.constexpr):
-    """Row tiles of keys [left, right)."""
+    """The row tiles that see keys [left, right)."""
     begin, full_begin = first_row(p, s, left), first_row(p, s, right - 1)
     return tiles_of(begin, full_begin, last_row(p, s, left), last_row(p, s, right - 1), BLOCK)
 
 
 @triton.jit
 def range_of(lo, hi, ok, low, high, BLOCK: tl.constexpr):
-    """The range of tiles where positions [lo, hi) of each row (or key) that is `ok` were looked up
-    one by one, and lie in [low, high]. Those that see nothing make no tile full and touch none."""
+    """The range of tiles of rows (or keys) that each have bounds [lo, hi) of their own, within
+    [low, high]. A row that sees nothing touches no tile, and none is full for it."""
     sees = ok & (lo < hi)
     begin, end = tl.min(tl.where(sees, lo, high), 0), tl.max(tl.where(sees, hi, low), 0)
     full_begin, full_end = tl.max(tl.where(ok, lo, low), 0), tl.min(tl.where(ok, hi, high), 0)
@@ -84,17 +84,17 @@ def range_of(lo, hi, ok, low, high, BLOCK: tl.constexpr):
 
 @triton.jit
 def edge_tile(r, e):
-    """The e-th tile of a range outside its full part."""
+    """The e-th tile of a range that is not full."""
     behind = r.full_begin - r.begin
     return tl.where(e < behind, r.begin + e, r.full_end + e - behind)
 
 
-# ---- entries ------------------------------------------------------------------------------------
+# ---- sequences ----------------------------------------------------------------------------------
 
 
 @triton.jit
-def whole_entry(p, n):
-    """Entry n, all its rows and keys."""
+def full_segment(p, n):
+    """The segment of all rows and keys of sequence n."""
     x = p.lengths
     if x.cu_q is not None:
         batch, row0, key0 = n * 0, tl.load(x.cu_q + n), tl.load(x.cu_k + n)
@@ -106,7 +106,7 @@ def whole_entry(p, n):
     if p.pages.table is not None:
         key0 = n * 0
         kv_len = tl.minimum(kv_len, x.kv_len)
-    if x.kv_lens is not None:  # clamped: on a GPU nobody has looked at the values
+    if x.kv_lens is not None:  # clamped, because values on a GPU are not checked
         kv_len = clamp(tl.load(x.kv_lens + n), 0, kv_len)
     key_begin = n * 0
     if x.kv_starts is not None:
@@ -119,8 +119,8 @@ def whole_entry(p, n):
 
 @triton.jit
 def document_at(p, s, i):
-    """The part of entry s that is row i's document, from row i on. Its own keys, existing or not,
-    are rows [begin, row_end)."""
+    """The segment of row i's document in sequence s. Its key slots, filled or not, have the same
+    positions as its rows."""
     at = s.n.to(tl.int64) * p.lengths.q_len + i
     begin, end = tl.load(p.lengths.doc_begin + at), tl.load(p.lengths.doc_end + at)
     key_begin, key_end = tl.maximum(s.key_begin, begin), tl.minimum(s.key_end, end)
@@ -130,15 +130,15 @@ def document_at(p, s, i):
 
 
 @triton.jit
-def entry_of_tile(cu, entries, tile, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """(sequence, its first tile) of a tile of a packed call, LANES lanes a row.
+def sequence_of_tile(cu, sequences, tile, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """(sequence, its first tile) of a tile of a varlen call, where each row takes GROUP tile rows.
 
-    Sequence n begins with tile cu[n] * LANES // BLOCK + n, which leaves room for its last, partial
-    tile: nobody needs to count tiles beforehand.
+    Sequence n begins with tile cu[n] * GROUP // BLOCK + n, which leaves room for the last, partial
+    tile of each sequence before it, so that tiles need not be counted beforehand.
     """
-    low, high = tile * 0, tile * 0 + entries - 1
+    low, high = tile * 0, tile * 0 + sequences - 1
     while low < high:
         middle = (low + high + 1) // 2
-        below = tl.load(cu + middle) * LANES // BLOCK + middle <= tile
+        below = tl.load(cu + middle) * GROUP // BLOCK + middle <= tile
         low, high = tl.where(below, middle, low), tl.where(below, high, middle - 1)
-    return low, tl.load(cu + low) * LANES // BLOCK + low
+    return low, tl.load(cu + low) * GROUP // BLOCK + low

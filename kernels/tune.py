@@ -1,8 +1,8 @@
-"""Autotuning, only on request: FASTATTN_TUNE=1 times the neighbours of a table's row on this GPU,
-once for each kernel, dtype and head dimensions, and remembers the fastest. Next: config.py.
+"""Autotuning, only on request: FASTATTN_TUNE=1 times variations of a table's Config on this
+GPU, once for each kernel, dtype and head dimensions, and remembers the fastest. Next: config.py.
 
-What was found is kept in $FASTATTN_TUNE_CACHE, by default ~/.cache/fastattn/tuned.json, and used
-while FASTATTN_TUNE is set. Inside a CUDA graph's capture the table's row runs.
+The results are stored in $FASTATTN_TUNE_CACHE, by default ~/.cache/fastattn/tuned.json, and used
+while FASTATTN_TUNE is set. During the capture of a CUDA graph the table's Config is used.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def choose(kind: str, dtype, dims: tuple, default: Config, run: Callable[[Config
     name = f"{gpu}, Triton {triton.__version__}, {kind}, {dtype}, {'x'.join(map(str, dims))}"
     known = _load()
     if name not in known:
-        times = {row: seconds for row in (default, *neighbours(default))
-                 if (seconds := _time(row, run)) is not None}  # fmt: skip
+        times = {config: seconds for config in (default, *neighbours(default))
+                 if (seconds := _time(config, run)) is not None}  # fmt: skip
         if not times:
             return default
         known[name] = list(min(times, key=times.get))
@@ -41,33 +41,33 @@ def choose(kind: str, dtype, dims: tuple, default: Config, run: Callable[[Config
     return Config(*known[name])
 
 
-def neighbours(row: Config) -> Iterator[Config]:
-    """Half and twice each tile size, half and twice the warps, a stage less and more."""
-    for block in (row.block_q // 2, row.block_q * 2):
+def neighbours(config: Config) -> Iterator[Config]:
+    """Configs with half or twice a tile size or the warps, a stage less or more, or without TMA."""
+    for block in (config.block_q // 2, config.block_q * 2):
         if 16 <= block <= 256:
-            yield row._replace(block_q=block)
-    for block in (row.block_kv // 2, row.block_kv * 2):
+            yield config._replace(block_q=block)
+    for block in (config.block_kv // 2, config.block_kv * 2):
         if 16 <= block <= 256:
-            yield row._replace(block_kv=block)
-    for warps in (row.warps // 2, row.warps * 2):
+            yield config._replace(block_kv=block)
+    for warps in (config.warps // 2, config.warps * 2):
         if 1 <= warps <= 16:
-            yield row._replace(warps=warps)
-    for stages in (row.stages - 1, row.stages + 1):
+            yield config._replace(warps=warps)
+    for stages in (config.stages - 1, config.stages + 1):
         if stages >= 1:
-            yield row._replace(stages=stages)
-    if row.tma:
-        yield row._replace(tma=False)
+            yield config._replace(stages=stages)
+    if config.tma:
+        yield config._replace(tma=False)
 
 
-def _time(row: Config, run: Callable[[Config], object]) -> float | None:
-    """Seconds of a run; None where the GPU lacks what the row needs, or it does not compile."""
+def _time(config: Config, run: Callable[[Config], object]) -> float | None:
+    """Seconds of a run; None where the GPU has too few resources for it or it does not compile."""
     try:
-        return triton.testing.do_bench(lambda: run(row), warmup=5, rep=30, return_mode="median")
+        return triton.testing.do_bench(lambda: run(config), warmup=5, rep=30, return_mode="median")
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
         return None
 
 
-# ---- what is remembered -------------------------------------------------------------------------
+# ---- the stored results -------------------------------------------------------------------------
 
 
 def _path() -> Path:
@@ -78,7 +78,7 @@ def _path() -> Path:
 def _load() -> dict:
     try:
         known = json.loads(_path().read_text())
-        if all(len(Config(*row)) == len(Config._fields) for row in known.values()):
+        if all(len(Config(*stored)) == len(Config._fields) for stored in known.values()):
             return known
     except FileNotFoundError:
         return {}
@@ -89,7 +89,7 @@ def _load() -> dict:
 
 
 def _save(known: dict) -> None:
-    """Whole or not at all: another process may read it."""
+    """Replaces the file atomically, because another process may be reading it."""
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda whole: whole.write_text(json.dumps(known, indent=1)))

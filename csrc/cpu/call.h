@@ -1,4 +1,4 @@
-// One call of a CPU operator: its tensors checked (once, here) and turned into segments and Params.
+// One call of a CPU operator: checks its tensors, once, and makes segments and Params of them.
 // next: schedule.h
 #pragma once
 #include <algorithm>
@@ -37,7 +37,7 @@ inline void check_cpu(const Tensor& t, const char* name) {
     CHECK(t.numel() == 0 || t.data_ptr() != nullptr, name, " has no memory");
 }
 
-// A 4-D operand of kernel `params`: strides in elements, 0 along broadcast dimensions.
+// A 4-D operand as Params have it: strides in elements, 0 along broadcast dimensions.
 inline Tensor4 operand4(const Tensor& t) {
     Tensor4 x;
     x.data = static_cast<char*>(t.data_ptr());
@@ -49,7 +49,7 @@ inline Tensor4 operand4(const Tensor& t) {
     return x;
 }
 
-// q, k, v and their likes: unit last stride.
+// q, k, v, out and their gradients, which have unit last stride.
 inline Tensor4 rows4(const Tensor& t) {
     Tensor4 x = operand4(t);
     x.batch = t.stride(0);
@@ -59,7 +59,7 @@ inline Tensor4 rows4(const Tensor& t) {
     return x;
 }
 
-// lse and its likes, [B, Hq, Sq].
+// lse or delta, [B, Hq, Sq].
 inline Tensor4 lse4(const Tensor& t) {
     Tensor4 x;
     x.data = static_cast<char*>(t.data_ptr());
@@ -76,7 +76,7 @@ inline ScalarType accumulate_type(const Tensor& q) {
 
 // --- the call -----------------------------------------------------------------------------------
 
-// What an operator was called with; prepare() checks it and makes of it what kernels read.
+// An operator's arguments; prepare() checks them and fills in what the kernels read.
 struct Call : Inputs {
     // filled by prepare()
     std::vector<int> page_entries{};  // page_table as far as lengths reach, contiguous
@@ -121,7 +121,7 @@ inline void Call::check_broadcast(const Tensor& t, const char* name) const {
     for (int i = 0; ok && i < 4; i++)
         ok = t.size(i) == 1 || t.size(i) == full[i] ||
              (operands.cu_seqlens_q && i >= 2 &&
-              t.size(i) > full[i]);  // packed: at least the longest
+              t.size(i) > full[i]);  // varlen: at least the longest
     CHECK(ok, name, " has shape ", shape_of(t), ", which does not broadcast to [", full[0], ", ",
           full[1], ", ", full[2], ", ", full[3], "]");
 }
@@ -173,7 +173,7 @@ inline void Call::check_operands() {
     }
 }
 
-// Lengths, documents, packed sequences and pages, all as segments.
+// Makes segments of lengths, documents, varlen sequences and pages.
 inline void Call::make_segments() {
     const OptionalTensor& cu_seqlens_q = operands.cu_seqlens_q;
     const OptionalTensor& document_ids = operands.document_ids;
@@ -281,7 +281,7 @@ inline void Call::make_segments() {
         max_q = std::max<int64_t>(max_q, q_len);
         max_kv = std::max<int64_t>(max_kv, kv_len);
     }
-    if (!packed) {  // of no entries too
+    if (!packed) {  // also where there are none
         max_q = q_rows;
         max_kv = page_table ? pages * page_size : kv_rows;
     }
@@ -290,7 +290,7 @@ inline void Call::make_segments() {
     if (page_table) copy_pages(page_size);
 }
 
-// The part of the page table that lengths reach, each page checked.
+// Copies the part of the page table that lengths reach, and checks each page.
 inline void Call::copy_pages(int64_t page_size) {
     const OptionalTensor& page_table = operands.page_table;
     auto pages_of = [&](const Segment& s) {
@@ -310,8 +310,8 @@ inline void Call::copy_pages(int64_t page_size) {
         }
 }
 
-// One end of the rows' key ranges. Each of its values is read once to see that none decreases, but
-// not those past the end of a packed sequence.
+// One end of the rows' key ranges. Its values are read once, to check that none decreases, except
+// those past the end of a varlen sequence.
 inline RowNumbers Call::key_range(const Tensor& t, const char* name) const {
     check_cpu(t, name);
     CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 4 && t.size(3) == 1, name,
@@ -331,7 +331,8 @@ inline RowNumbers Call::key_range(const Tensor& t, const char* name) const {
     return x;
 }
 
-// The key, and which heads of how many these are: dropout counts entry x all heads + head.
+// Dropout's key, the first head and the number of all heads: dropout counts a head of a sequence as
+// sequence * all heads + head.
 inline void Call::set_dropout() {
     const OptionalTensor& dropout_seed = operands.dropout_seed;
     auto number = [&](DropoutNumber n) {

@@ -13,8 +13,8 @@ namespace fastattn::cpu {
 namespace {
 
 // aten::_scaled_dot_product_efficient_attention has a derivative and, in torch, no kernel for the
-// CPU. With ours there, override.py's calls without a mask have torch's C++ autograd, which is
-// several times cheaper than a Python one, and their backward is ours whatever has been switched.
+// CPU. With ours registered, override.py's calls without a mask use torch's C++ autograd, which is
+// several times cheaper than a Python one, and their backward is ours even after disable().
 // Causal is aligned to the start. override.py gives neither a bias nor dropout.
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -41,7 +41,7 @@ FourTensors aten_forward(const Tensor& q, const Tensor& k, const Tensor& v, Opti
     return {out, lse, Tensor(), Tensor()};
 }
 
-// An undefined dout is a zero one, as everywhere in autograd, and so are undefined results.
+// An undefined dout means zero, as everywhere in autograd, and so do undefined results.
 FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& bias, const Tensor& out, const Tensor& lse,
                           const Tensor& /*seed*/, const Tensor& /*offset*/, double dropout_p,
@@ -57,7 +57,7 @@ FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, 
 }  // namespace fastattn::cpu
 
 // Gives aten's operator these kernels, once and for the rest of the process: another thread may be
-// in them at any time, so they are never taken away. Called by fastattn/override.py.
+// in them at any time, so they are never removed. Called by fastattn/override.py.
 extern "C" __attribute__((visibility("default"))) void fastattn_register_sdpa() {
     using torch::stable::detail::StableLibrary;
     static StableLibrary* library = [] {

@@ -97,7 +97,7 @@ void run_backward(Call& call, BiasSharing sharing) {
 
 // --- the operators ------------------------------------------------------------------------------
 
-// All elements of a dense tensor. Not torch's fill_, which a forked child would wait in for ever.
+// Sets all elements of a dense tensor. Torch's fill_ would hang in a forked child.
 template <class T> void fill_values(const Tensor& t, T value) {
     constexpr int64_t STEP = 1 << 18;
     T* to = static_cast<T*>(t.data_ptr());
@@ -154,8 +154,8 @@ Result attend(Call& call, int64_t num_splits) try {
 
 namespace {
 
-// A large result in fresh memory costs a page fault every 4 KB: a sixth of the time of a call with
-// a bias gradient at S 1024. Where the system leaves it to the program, ask for large pages.
+// A large result in fresh memory costs a page fault every 4 KB, a sixth of the time of a call with
+// a bias gradient at S 1024. This asks for huge pages where the system leaves them to the program.
 void prefer_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = 4096, LARGE = uintptr_t(4) << 20;
@@ -164,12 +164,13 @@ void prefer_huge_pages(const Tensor& t) {
     begin = (begin + PAGE - 1) / PAGE * PAGE;
     end = end / PAGE * PAGE;
     if (end > begin && end - begin >= LARGE)
-        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may say no
+        madvise(reinterpret_cast<void*>(begin), end - begin,
+                MADV_HUGEPAGE);  // a hint, which the system may ignore
 #endif
 }
 
-// Do the tiles of every entry visit every element of the bias? Packed sequences may all be shorter
-// than it, or see fewer keys.
+// Whether the tiles of every sequence visit every element of the bias. Those of a varlen call may
+// all be shorter than the bias or see fewer keys.
 bool visits_all(const Call& call, const Tensor& bias) {
     if (call.operands.mask || call.operands.key_begin) return false;
     if (call.entries == 0 || call.params.heads == 0) return false;
@@ -181,8 +182,8 @@ bool visits_all(const Call& call, const Tensor& bias) {
     });
 }
 
-// dbias in the shape the kernel adds to: the bias's own, or one row of sums per entry and head
-// where rows or keys are broadcast (small, and free of sharing between entries and heads).
+// dbias in the shape that the kernel adds to: the bias's own or, where rows or keys are broadcast,
+// one row of sums for each sequence and head, which is small and never shared between these.
 Tensor bias_sums(const Call& call, const Tensor& bias, BiasSharing& sharing, bool& unset) {
     bool small = bias.size(2) == 1 || bias.size(3) == 1;
     sharing.any = true;
@@ -211,8 +212,8 @@ template <class A> void reduce_bias(const Tensor& from, const Tensor& to) {
         }
 }
 
-// d loss / d sink[h] = -sum over rows of exp(sink - lse) * delta: the sink's weight times what all
-// other weights' gradients have in common.
+// d loss / d sink[h] = -sum over rows of exp(sink - lse) * delta: the sink's probability times
+// the term that all gradients of the scores share.
 template <class A>
 void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Tensor& dsinks) {
     const Params& p = call.params;
@@ -247,7 +248,7 @@ void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Ten
 
 Gradients differentiate(Call& call, Tensor dout, const OptionalTensor& dlse, Tensor out,
                         const Tensor& lse, bool need_dbias, bool need_dsinks) try {
-    CHECK(!call.operands.page_table, "pages have no gradient");
+    CHECK(!call.operands.page_table, "page_table is given, and paged keys have no gradient");
     call.prepare();
     const Tensor& q = call.q;
     ScalarType accumulate = accumulate_type(q);

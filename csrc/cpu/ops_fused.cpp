@@ -24,9 +24,9 @@ constexpr double FLOPS_A_VALUE = 8;
 
 // --- rows ---------------------------------------------------------------------------------------
 
-// The last dimension's rows of a tensor. A dense tensor's are taken in the order in which they
-// lie in memory, so that a transposed one is not copied, and results lie as it does. Another's are
-// taken in place where they are evenly spaced (half of a wider projection), and results are
+// The rows along a tensor's last dimension. Those of a dense tensor are processed in memory order,
+// so that a transposed one is not copied, and results have its strides. Other tensors are read in
+// place where their rows are evenly spaced (half of a wider projection), and results are
 // contiguous.
 class RowOrder {
   public:
@@ -52,7 +52,7 @@ class RowOrder {
         like_ = x;
     }
 
-    // t's rows in this order; t becomes a copy where it does not lie that way.
+    // t's rows in this order; t becomes a copy where its own order is another.
     Rows rows_of(Tensor& t, const char* name) const {
         check_cpu(t, name);
         bool same = t.dim() == like_.dim() && t.scalar_type() == like_.scalar_type();
@@ -98,7 +98,7 @@ class RowOrder {
     int64_t rows = 1;
 
   private:
-    // Do rows follow each other at one distance, in this order, each with unit stride?
+    // Whether rows in this order are evenly spaced, each with unit stride.
     bool even(const Tensor& t) const {
         if (t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1) return false;
         int64_t expected = -1;
@@ -129,8 +129,8 @@ OptionalTensor arithmetic(const OptionalTensor& t, const RowOrder& order, const 
 
 void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
-// A call's dropout. It counts rows as they lie in memory, so x becomes contiguous, and copies of
-// one tensor in other orders drop the same elements.
+// A call's dropout. It counts rows in memory order, so x is made contiguous: copies of one tensor
+// with other strides drop the same elements.
 template <class C> void set_dropout(C& call, const OptionalTensor& seed, double p, Tensor& x) {
     CHECK(p >= 0 && p < 1, "dropout_p must be in [0, 1), got ", p);
     call.dropout = p > 0;
@@ -145,8 +145,8 @@ template <class C> void set_dropout(C& call, const OptionalTensor& seed, double 
     x = torch::stable::contiguous(x);
 }
 
-// Sums over rows: each of at most MAX_PARTS runs of rows adds up its own, and the parts are added
-// in order. The number of parts depends on the shape alone, so the bits do not depend on threads.
+// Sums over rows: at most MAX_PARTS ranges of rows are summed in parallel, and these partial sums
+// are added in order. Their number depends only on the shape, so the bits do not depend on threads.
 constexpr int64_t MAX_PARTS = 32;
 
 template <class A, int N, class F>
@@ -173,7 +173,7 @@ void sum_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& r
     }
 }
 
-// run(begin, end, sums) on runs of rows; sums[k] is what to add results[k] up in, or null.
+// Calls run(begin, end, sums) on ranges of rows; sums[k] is the partial sum of results[k], or null.
 template <int N, class F>
 void run_in_parts(const RowOrder& order, Tensor* const (&results)[N], const F& run) {
     if (order.dtype == Dtype::F64)
@@ -255,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(Tensor dy, OptionalTensor ds
 
 // --- gate ---------------------------------------------------------------------------------------
 
-// The first two are activate's alone.
+// Only activate has the first two.
 constexpr std::pair<const char*, Activation> ACTIVATIONS[] = {
     {"identity", Activation::IDENTITY},   {"relu", Activation::RELU},
     {"silu", Activation::SILU},           {"gelu", Activation::GELU},
@@ -385,14 +385,14 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
     check_table(cos, cos, "cos", accumulate_type(x));
     check_table(sin, cos, "sin", accumulate_type(x));
     CHECK(2 * cos.size(1) <= x.size(3), "x has ", x.size(3), " channels and ", cos.size(1),
-          " pairs are turned");
+          " pairs to rotate");
     CHECK(positions || cos.size(0) >= x.size(2), "cos has ", cos.size(0), " rows and x ",
           x.size(2));
     if (x.size(3) > 1 && x.stride(3) != 1) x = torch::stable::contiguous(x);
     if (cos.size(1) > 1 && cos.stride(1) != 1) cos = torch::stable::contiguous(cos);
     if (sin.size(1) > 1 && sin.stride(1) != 1) sin = torch::stable::contiguous(sin);
     Tensor out = new_like(x);
-    if (out.numel() == 0) return out;  // strides of 0 may make any number of rows of no values
+    if (out.numel() == 0) return out;  // strides of 0 allow any number of empty rows
     RotateCall call{};
     call.dtype = *dtype;
     call.batch = x.size(0);
@@ -432,7 +432,7 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool i
 std::tuple<Tensor, Tensor> cross_entropy_(Tensor logits, Tensor labels, OptionalTensor scale,
                                           int64_t ignore_index, double label_smoothing,
                                           double z_loss, double softcap) {
-    // First: RowOrder puts a copy in the place of what it cannot walk, and its gradients are lost.
+    // Checked first, because RowOrder would copy other layouts and the gradients go into the copy.
     CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be [N, V], contiguous");
     RowOrder order(logits);
     check_cpu(labels, "labels");

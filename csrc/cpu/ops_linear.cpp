@@ -13,7 +13,8 @@
 namespace fastattn::cpu {
 namespace {
 
-constexpr int MAX_DEPTH = 16 * WEIGHT_DEPTH;  // rows packed at once: bounds the memory they take
+constexpr int MAX_DEPTH =
+    16 * WEIGHT_DEPTH;  // rows packed at once, which bounds the panels' memory
 
 int blocks(int n, int size) { return (n + size - 1) / size; }
 
@@ -60,8 +61,8 @@ std::tuple<Tensor, Tensor> linear_bwd_weight(Tensor dout, Tensor x, bool need_db
     const int deepest = static_cast<int>(std::min<int64_t>(rows, MAX_DEPTH));
     const int64_t depths = blocks(deepest, WEIGHT_DEPTH);
     const int64_t size = size_of(arithmetic);
-    // From the thread's own memory: the allocator gives blocks of this size back to the system, and
-    // then every call pays a page fault for each 4 KB of them.
+    // Taken from the thread's arena: the allocator returns blocks of this size to the system, so
+    // that every call would pay a page fault for each 4 KB of them.
     ArenaLease arena;
     call.strips = arena->take<char>(size * deepest * row_blocks * WEIGHT_ROWS);
     call.panels = arena->take<char>(size * deepest * column_blocks * WEIGHT_COLUMNS);

@@ -1,10 +1,10 @@
-"""From a checked call to the backend, with every derivative. Next hop: the row of registry.py.
+"""From a checked call to the backend, with every derivative. Next hop: the backend of registry.py.
 
 First-order backward is the backend's fused kernel. Everything beyond it (jvp, double backward,
-Hessian-vector products, and so on, of every option) is the derivative of the reference.
+Hessian-vector products and so on, with every option) differentiates the reference.
 
-What a call without operands costs in eager mode, of [1, 1, 8, 8] fp32 tensors on one thread, in
-thousands of user instructions (callgrind, AVX2 kernels; unlike times, they do not vary):
+The cost of a call without operands in eager mode, for [1, 1, 8, 8] fp32 tensors on one thread, in
+thousands of user instructions (callgrind, AVX2 kernels), which unlike times do not vary:
 
                                                  by the ordinary operator   by attend_simple()
     attention(), no gradient wanted                        138                      88
@@ -12,9 +12,10 @@ thousands of user instructions (callgrind, AVX2 kernels; unlike times, they do n
     F.scaled_dot_product_attention, the same two          62, 74
     the same under enable()                               68, 83    (77, 92 before new_strided())
 
-The ordinary operator has 23 arguments, which torch looks through for subclasses (19), converts (12)
-and hands to C++ (5); 8 more keep autograd out. attend_simple() calls an operator of nine arguments
-past torch's dispatcher. Of its 88, the kernel is 14 and the C++ around it 20.
+The ordinary operator has 23 arguments. Torch spends 19 thousand instructions on searching them for
+subclasses, 12 on converting them and 5 on passing them to C++; excluding autograd takes 8 more.
+attend_simple() calls an operator of nine arguments without torch's dispatcher. Of its 88 thousand,
+the kernel takes 14 and the C++ around it 20.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from torch.autograd import forward_ad
 from ..core.call import Call, Result
 from ..core.reference import reference
 from ..core.spec import LEAVES, NO_OPERANDS, OTHERS, Operands, Spec, numbers_of
+from .backend import Backend
 from .vmap import vmap_backward, vmap_forward
 
-# Below these keys an operator's kernel runs at once: no autograd, no autocast (done by then).
+# With these keys excluded the dispatcher calls an operator's kernel directly: autograd.py is the
+# autograd, and autocast has been applied before.
 BELOW_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
 for _name in ("AutogradOther", "AutogradNestedTensor", "AutocastCPU", "AutocastCUDA"):
     BELOW_AUTOGRAD = BELOW_AUTOGRAD | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name))
@@ -41,27 +44,27 @@ _NO_NEEDS = (False,) * len(LEAVES)
 
 
 class SimplePlan(NamedTuple):
-    """How calls alike in all but values and strides run that have four dimensions, no operands and
-    no dropout."""
+    """How to run a call of four dimensions without operands and dropout. Calls that differ only
+    in values and strides share one."""
 
     spec: Spec
-    row: Any  # the backend
-    numbers: tuple | None  # the spec's, where row.simple serves these calls
+    backend: Any  # a Backend; `numbers` says whether its `simple` is there
+    numbers: tuple | None  # the spec's; None where backend.simple does not take these calls
 
     @classmethod
-    def of(cls, call: Call, row) -> SimplePlan:
-        serves = row.simple is not None and call.q.is_cpu
-        return cls(call.spec, row, numbers_of(call.spec) if serves else None)
+    def of(cls, call: Call, backend: Backend) -> SimplePlan:
+        serves = backend.simple is not None and call.q.is_cpu
+        return cls(call.spec, backend, numbers_of(call.spec) if serves else None)
 
 
-def attend(call: Call, row) -> Result:
-    """The result of a checked call, by the backend `row`."""
+def attend(call: Call, backend: Backend) -> Result:
+    """The result of a checked call on `backend`, differentiable."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return row.forward(call)  # autograd is the operator's own
+        return backend.forward(call)  # the operator has its own autograd (operators.py)
     operands = call.operands
     transformed = torch._C._are_functorch_transforms_active()
     if operands.descales is not None and transformed:
-        return row.forward(call)  # and vmap; there is no gradient
+        return backend.forward(call)  # the operator has its own vmap; 8-bit has no gradient
     wants_grad = torch.is_grad_enabled() and (
         call.q.requires_grad
         or call.k.requires_grad
@@ -73,18 +76,18 @@ def attend(call: Call, row) -> Result:
     )
     if not (wants_grad or transformed or forward_ad._current_level >= 0):
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
-            return row.forward(call)
+            return backend.forward(call)
     leaves, others = _NO_LEAVES, None
     if operands is not NO_OPERANDS:
         leaves, others = operands.leaves(), operands.others()
     apply = Attention.apply if transformed else _apply_eager
-    how = (call.spec, row, call.num_splits)
+    how = (call.spec, backend, call.num_splits)
     return Result(*apply(call.q, call.k, call.v, *leaves, others, how))
 
 
 def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result | tuple:
-    """attend() of a call that `plan` was made for. Where torch has to see the operator (a mode, a
-    transform, a profiler, a negative view), it is the ordinary one."""
+    """attend() of a call that `plan` was made for. Where torch has to see an operator (under a
+    mode, a transform or a profiler, or for a negative view), the ordinary one runs."""
     if (
         plan.numbers is None
         or q.is_neg()  # a view that torch's dispatcher negates: z.conj().imag
@@ -96,18 +99,18 @@ def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result |
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
     ):
-        return attend(Call(q, k, v, plan.spec, NO_OPERANDS), plan.row)
+        return attend(Call(q, k, v, plan.spec, NO_OPERANDS), plan.backend)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _apply_simple(q, k, v, plan)
-    return plan.row.simple(q, k, v, *plan.numbers)
+    return plan.backend.simple(q, k, v, *plan.numbers)
 
 
 class SimpleAttention(torch.autograd.Function):
-    """Attention for attend_simple(): eager, of four arguments."""
+    """Attention for attend_simple(): eager only, with four arguments."""
 
     @staticmethod
     def forward(ctx, q, k, v, plan):
-        out, lse = plan.row.simple(q, k, v, *plan.numbers)
+        out, lse = plan.backend.simple(q, k, v, *plan.numbers)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -118,13 +121,14 @@ class SimpleAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return None, None, None, None
         q, k, v, out, lse = ctx.saved_tensors
-        how = (ctx.plan.spec, ctx.plan.row, _NO_NEEDS)
+        how = (ctx.plan.spec, ctx.plan.backend, _NO_NEEDS)
         grads = _gradients(dout, dlse, Result(out, lse), (q, k, v, *_NO_LEAVES), None, how)
         return *grads[:3], None
 
 
 def _gradients(dout, dlse, result, tensors, others, how):
-    """What AttentionBackward gives, differentiable where that is wanted."""
+    """The gradients of AttentionBackward, differentiable where a caller may want to differentiate
+    them."""
     dout = torch.zeros_like(result.out) if dout is None else dout
     if (
         torch.is_grad_enabled()  # create_graph
@@ -146,14 +150,14 @@ class Attention(torch.autograd.Function):
     """The forward pass; its derivative is AttentionBackward.
 
     Arguments: q, k, v and LEAVES, which have gradients; `others`, the operands that have none, or
-    None where there are no operands at all; `how`, (spec, row, num_splits).
+    None where there are no operands at all; `how`, (spec, backend, num_splits).
     """
 
     @staticmethod
     def forward(q, k, v, *rest):
-        *leaves, others, (spec, row, num_splits) = rest
+        *leaves, others, (spec, backend, num_splits) = rest
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
-            return row.forward(_call_of(q, k, v, leaves, others, spec, num_splits))
+            return backend.forward(_call_of(q, k, v, leaves, others, spec, num_splits))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -176,9 +180,9 @@ class Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return nothing
         tensors, result, others = Attention._saved(ctx)
-        spec, row, _ = ctx.how
+        spec, backend, _ = ctx.how
         needs = ctx.needs_input_grad[3:-2]
-        grads = _gradients(dout, dlse, result, tensors, others, (spec, row, needs))
+        grads = _gradients(dout, dlse, result, tensors, others, (spec, backend, needs))
         own = zip(grads[3:], tensors[3:], needs)
         return *grads[:3], *(dx.to(x.dtype) if need else None for dx, x, need in own), None, None
 
@@ -200,9 +204,9 @@ class Attention(torch.autograd.Function):
         return vmap_forward(info.batch_size, dims, attention, tensors)
 
 
-# Past Function.apply, whose inspect.signature() costs more than the operator itself. What it adds
-# is for functorch, and for default arguments; neither is here.
-_of: Any = super  # whose result a checker takes for an object
+# Skips Function.apply, whose inspect.signature() costs more than the operator itself. It only adds
+# support for functorch and for default arguments, which these calls do not need.
+_of: Any = super  # type checkers take super()'s result for a plain object
 _apply_eager = _of(torch.autograd.Function, Attention).apply
 _apply_simple = _of(torch.autograd.Function, SimpleAttention).apply
 
@@ -210,17 +214,17 @@ _apply_simple = _of(torch.autograd.Function, SimpleAttention).apply
 class AttentionBackward(torch.autograd.Function):
     """Gradients of q, k, v and LEAVES (those of LEAVES fp32 or fp64, empty where not needed).
 
-    Arguments: dout, dlse, out and lse; then Attention's, where `how` is (spec, row, needs). out and
-    lse depend on the other inputs; derivatives treat them as part of the computation, so they get
-    none of their own.
+    Arguments: dout, dlse, out and lse; then Attention's, where `how` is (spec, backend, needs). out
+    and lse are functions of the other inputs, and second derivatives are taken through them there,
+    so they get no gradient of their own.
     """
 
     @staticmethod
     def forward(dout, dlse, out, lse, q, k, v, *rest):
-        *leaves, others, (spec, row, needs) = rest
+        *leaves, others, (spec, backend, needs) = rest
         call = _call_of(q, k, v, leaves, others, spec)
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
-            return tuple(row.backward(call, Result(out, lse), dout, dlse, needs))
+            return tuple(backend.backward(call, Result(out, lse), dout, dlse, needs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -262,12 +266,12 @@ class AttentionBackward(torch.autograd.Function):
 
 
 def _in_order(leaves, others):
-    """What belongs to LEAVES and OTHERS, in OPERANDS' order."""
+    """The values of LEAVES and OTHERS together, in the order of OPERANDS."""
     return Operands.join(leaves, others or _NO_OTHERS).tensors()
 
 
 def _leaves_and_others(operands):
-    """(*leaves, others) of what is in OPERANDS' order."""
+    """(*leaves, others) of values in the order of OPERANDS."""
     x = Operands(*operands)
     return *x.leaves(), x.others()
 
@@ -285,18 +289,19 @@ def reference_of(spec, others):
     return function
 
 
-# Operands whose values the reference reads: they say which keys exist and which weights it drops.
+# Operands whose values the reference reads: they decide which keys exist and which probabilities
+# dropout zeroes.
 _READ = {*OTHERS} - {"mask", "alibi_slopes", "key_begin", "key_end"}
 
 
 def _refuse_batched(others) -> None:
-    """The reference reads values, and those that vmap gives each instance cannot be read."""
+    """Raises for a batched operand that the reference has to read, which vmap does not allow."""
     for name, x in zip(OTHERS, others or ()):
         while name in _READ and x is not None and is_functorch_wrapped_tensor(x):
             if is_batchedtensor(x):
                 raise NotImplementedError(
-                    f"{name} came with a value for each of vmap's instances, where derivatives "
-                    "other than a first backward do not exist; take these in a loop over the "
+                    f"{name} came with a value for each of vmap's instances, which derivatives "
+                    "other than a first backward do not support; take these in a loop over the "
                     f"instances, or share {name} among them (in_dims=None)"
                 )
             x = get_unwrapped(x)
@@ -317,7 +322,7 @@ def reference_grads_of(spec, others, needs):
 
 
 def _of_tensors(function, args):
-    """(function of the arguments that are tensors, those, their places)."""
+    """(the function of only those arguments that are not None, these arguments, their indices)."""
     places = [n for n, x in enumerate(args) if x is not None]
 
     def of_tensors(*tensors):
@@ -330,7 +335,7 @@ def _of_tensors(function, args):
 
 
 def pull_back(function, primals, cotangents):
-    """Gradients for each primal (None for None). A cotangent that is None is zero."""
+    """The gradient of each primal (None for None). A cotangent of None counts as zero."""
     of_tensors, tensors, places = _of_tensors(function, primals)
     outputs, vjp = torch.func.vjp(of_tensors, *tensors)[:2]
     grads = vjp(tuple(torch.zeros_like(y) if c is None else c for y, c in zip(outputs, cotangents)))
@@ -341,8 +346,8 @@ def pull_back(function, primals, cotangents):
 
 
 def push_forward(function, primals, tangents):
-    """Tangents of the outputs, as the transpose of the transpose: torch.func.jvp cannot run
-    inside a forward-mode level that the user opened, vjp can."""
+    """Tangents of the outputs, computed as the vjp of the vjp, because torch.func.jvp cannot run
+    inside a forward-mode level that the user opened, and vjp can."""
     of_tensors, tensors, places = _of_tensors(function, primals)
     outputs, vjp = torch.func.vjp(of_tensors, *tensors)[:2]
     _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(y) for y in outputs))[:2]

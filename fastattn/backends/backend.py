@@ -1,4 +1,4 @@
-"""A row of the table of backends, and what it says to the user."""
+"""What a backend is, and how it warns the user."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from ..core.call import Call, Gradients, Result
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One row. Its functions take a Call, in the operators' normal form.
+    """An entry of registry.py's table. Its functions take a Call in the operators' normal form.
 
-    why_not looks only at devices, dtypes, shapes, the spec and which operands are there, never at
-    values or strides: its answer is kept for calls that are alike in these.
+    why_not may look at devices, dtypes, shapes, the spec and at which operands are given, but not
+    at values or strides, because its answer is cached for all calls that agree in these.
     """
 
     name: str
     role: str
     why_not: Callable[[Call], str | None]
     forward: Callable[[Call], Result]
-    # (call, its result, dout, dlse or None, needs: of which of LEAVES) -> Gradients
+    # (call, its result, dout, dlse or None, needs: one bool for each of LEAVES) -> Gradients
     backward: Callable[..., Gradients]
-    refuses: Callable[[Call], str | None]  # why_not by the call alone, on any machine
-    tile: tuple[int, int] | None = None  # rows and keys of a forward tile; None: no fixed ones
-    probs_rounded: bool = False  # to half precision, as matrix units want them (tolerance.py)
-    # (q, k, v, *numbers of the spec) -> (out, lse): the forward kernel of CPU tensors without
-    # operands, called past torch's dispatcher; None: there is no such way
+    unsupported_reason: Callable[[Call], str | None]  # the part of why_not that no machine changes
+    tile: tuple[int, int] | None = None  # query rows and keys of a forward tile; None: not fixed
+    probs_rounded: bool = False  # P is rounded to half precision for the matrix units
+    # (q, k, v, *numbers of the spec) -> (out, lse): the forward kernel for CPU tensors and no
+    # operands, called without torch's dispatcher; None: the backend has no such kernel
     simple: Callable | None = None
-    # As why_not: why the row, though it can, does not run a call that names no backend.
-    held_back: Callable[[Call], str | None] = lambda call: None
+    # Called like why_not: the reason why a backend that could run the call does so only when
+    # backend= or FASTATTN_BACKEND names it.
+    why_not_auto: Callable[[Call], str | None] = lambda call: None
 
 
 _warned: set[str] = set()

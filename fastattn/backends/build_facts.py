@@ -1,5 +1,5 @@
-"""What was built of this copy of fastattn, as setup.py left it in _build.json, and why the rest is
-missing: the reason, and the way on."""
+"""What was built of this copy of fastattn, as setup.py recorded it in _build.json; why the rest is
+missing, and how to build it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 BUILD = "python setup.py build_ext --inplace"
-# pip keeps a wheel that it built, one without native code too, and installs it again.
+# pip caches wheels that it built, even those without native code, and would install them again.
 INSTALL = "pip install --no-cache-dir --force-reinstall --no-deps"
 
 
 def recorded(package: Path = HERE) -> dict | None:
-    """What setup.py wrote when it built `package`; None where it never has."""
+    """What setup.py recorded when it built `package`; None if it never did."""
     try:
         return json.loads((package / "_build.json").read_text())
     except (OSError, ValueError):
@@ -27,10 +27,10 @@ def why_missing(library: str) -> str:
     if facts is None:
         return _nothing_built()
     reason = facts["missing"].get(library, "its file is gone")
-    if facts["mode"] == "wheel":  # of another machine
+    if facts["mode"] == "wheel":  # built on another machine
         return reason
     way = f"`{BUILD}` builds it" if _in_source_tree() else f"`{INSTALL}` of fastattn builds it"
-    return f"{reason}; once that is mended, {way}"
+    return f"{reason}; once that is fixed, {way}"
 
 
 def _in_source_tree() -> bool:
@@ -47,7 +47,7 @@ def _nothing_built() -> str:
 
 
 def _installed() -> Path | None:
-    """The package that pip installed, where this is another and anything is built in it."""
+    """The package that pip installed, if it is not this one and has native code."""
     for distribution in importlib.metadata.distributions(name="fastattn"):
         package = Path(str(distribution.locate_file("fastattn"))).resolve()
         if package != HERE and (recorded(package) or {}).get("built"):

@@ -30,10 +30,10 @@ def why_not(call):
     q = call.q
     if q.device.type not in ("cpu", "meta"):
         return f"q is on {q.device} and this backend runs on the CPU"
-    return library.NATIVE_MISSING or refuses(call)
+    return library.NATIVE_MISSING or unsupported_reason(call)
 
 
-def refuses(call):
+def unsupported_reason(call):
     q, v = call.q, call.v
     if q.dtype not in DTYPES and call.operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16, float16 and float64"
@@ -51,6 +51,13 @@ simple = functools.partial(
     torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
 )
 
-ROW = Backend(
-    "cpu", "C++ kernels on the CPU", why_not, forward, backward, refuses, TILE, simple=simple
+BACKEND = Backend(
+    "cpu",
+    "C++ kernels on the CPU",
+    why_not,
+    forward,
+    backward,
+    unsupported_reason,
+    TILE,
+    simple=simple,
 )

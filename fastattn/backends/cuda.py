@@ -1,6 +1,7 @@
 """The backend of the CUDA kernels. Next hop: csrc/cuda/ops.cu.
 
-A call that names no backend comes here only where proof.py has seen the kernels right on this GPU.
+A call that names no backend runs here only where proof.py has recorded that the kernels are right
+on this GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..core.quantization import E4M3
 from . import cpu, library, plain, proof, schema, triton
 from .backend import Backend, warn_once
 
-# What csrc/cuda has kernels for: a closed table. Everything else is the next row's.
+# What csrc/cuda has kernels for: a closed table. The next backend runs everything else.
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
 OPERANDS = (
@@ -22,18 +23,19 @@ OPERANDS = (
 )  # fmt: skip
 NUMBERS = ("scale", "softcap", "left", "right", "align_end")
 CAPABILITY = (8, 0)  # and later
-# The rounding of their tanh is that of 1, and the cap multiplies it; the backward divides by it.
+# Their tanh rounds as a number near 1 does, which a large cap multiplies in the forward and a small
+# one in the backward, which divides by it.
 SOFTCAPS = 0.01, 1000.0
 WIDE_BACKWARD = 166912  # bytes of shared memory that a CTA must have with head dimension 256
-# float8 q, k and v are for the kernels of sm_90, which have no pages.
+# Only the sm_90 kernels take float8 q, k and v, and these have no paged keys.
 FLOAT8_CAPABILITY = (9, 0)
 FLOAT8_OPERANDS = (*(name for name in OPERANDS if name != "page_table"), "descales")
 
 
 def documents_as_sequences(x):
-    """Operands without document_ids: in their place, cu_seqlens of each entry, int32 [B, n + 1],
-    for the CUDA kernels. Entries with fewer than n documents, the most, have empty ones at the end.
-    Waits for the GPU, as n is a shape."""
+    """The operands with document_ids replaced by cu_seqlens of each batch entry, int32 [B, n + 1],
+    as the CUDA kernels take them. n is the largest number of documents; a batch entry with fewer
+    has empty ones at the end. This waits for the GPU, because n is a shape."""
     if (ids := x.document_ids) is None:
         return x
     first = torch.ones_like(ids, dtype=torch.bool)
@@ -55,24 +57,25 @@ def forward(call):
 
 
 def backward(call, *rest):
-    if reason := backward_refuses(call.q):
+    if reason := why_no_backward(call.q):
         return _next_backward(reason, call, *rest)
     call = call.but(operands=documents_as_sequences(call.operands))
     return cpu.backward(call, *rest)
 
 
 def backward_proven(call, *rest):
-    """As backward, for a call that names no backend: of gradients that are proven."""
+    """The backward of calls that name no backend: the kernels run only where proof.py has recorded
+    that their gradients are right."""
     if reason := proof.why_not(call.q.device.index or 0, _features(call, True)):
         return _next_backward(reason, call, *rest)
     return backward(call, *rest)
 
 
 def _next_backward(reason, call, *rest):
-    rows = (triton.ROW, cpu.ROW, plain.ROW)  # as they follow in registry.py
-    row = next(row for row in rows if row.why_not(call) is None)
-    warn_once(f"fastattn: {row.name} runs a backward of the cuda backend: {reason}.")
-    return row.backward(call, *rest)
+    others = (triton.BACKEND, cpu.BACKEND, plain.BACKEND)  # in registry.py's order
+    backend = next(x for x in others if x.why_not(call) is None)
+    warn_once(f"fastattn: {backend.name} runs a backward of the cuda backend: {reason}.")
+    return backend.backward(call, *rest)
 
 
 # ---- what they take ------------------------------------------------------------------------------
@@ -90,12 +93,12 @@ def why_not(call):
         return f"the GPU is sm_{found[0]}{found[1]}; the kernels of float8 are for sm_90"
     if problem := library.cuda_problem(q.device.index or 0):
         return problem
-    if torch.compiler.is_compiling() and (reason := backward_refuses(q)):
+    if torch.compiler.is_compiling() and (reason := why_no_backward(q)):
         return f"torch.compile may want the backward, and {reason}"
-    return refuses(call)
+    return unsupported_reason(call)
 
 
-def refuses(call):
+def unsupported_reason(call):
     """The part of why_not that looks at the call alone."""
     q, spec, operands = call.q, call.spec, call.operands
     dims = (q.shape[3], call.v.shape[3])
@@ -126,8 +129,8 @@ def refuses(call):
     return None
 
 
-def backward_refuses(q):
-    """Why the backward kernels cannot follow on this GPU, if so."""
+def why_no_backward(q):
+    """The reason why this GPU cannot run the backward kernels, or None."""
     if q.shape[3] < 256 or not q.is_cuda:
         return None
     shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
@@ -135,15 +138,15 @@ def backward_refuses(q):
         return None
     return (
         f"with head dimension 256 it takes {WIDE_BACKWARD} bytes of shared memory a block, "
-        f"this GPU has {shared}"
+        f"and this GPU has {shared}"
     )
 
 
 def _features(call, gradient: bool) -> tuple[str, ...]:
     """Which of proof.FEATURES a call has."""
     x = call.operands
-    of_lengths = (x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.document_ids)
-    lengths = any(y is not None for y in of_lengths)
+    vectors = (x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.document_ids)
+    lengths = any(y is not None for y in vectors)
     features = ["call"]
     features += ["lengths"] if lengths else []
     features += ["pages"] if x.page_table is not None else []
@@ -153,26 +156,26 @@ def _features(call, gradient: bool) -> tuple[str, ...]:
     return tuple(features)
 
 
-def held_back(call):
+def why_not_auto(call):
     q = call.q
     if q.device.type != "cuda" or library.CUDA_MISSING:
         return "it cannot run here"
     if call.operands.document_ids is not None:
         return "document_ids make its calls wait for the GPU, so they run there only when named"
-    if reason := backward_refuses(q):
-        return f"its backward cannot follow: {reason}"
+    if reason := why_no_backward(q):
+        return f"it cannot run the backward: {reason}"
     gradient = torch.compiler.is_compiling()  # then autograd is the operator's own
     return proof.why_not(q.device.index or 0, _features(call, gradient))
 
 
-ROW = Backend(
+BACKEND = Backend(
     "cuda",
     "NVIDIA sm_80 and later",
     why_not,
     forward,
     backward,
-    refuses,
+    unsupported_reason,
     probs_rounded=True,
-    held_back=held_back,
+    why_not_auto=why_not_auto,
 )
-PROVEN = replace(ROW, backward=backward_proven)
+PROVEN = replace(BACKEND, backward=backward_proven)

@@ -52,8 +52,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-# Importing the counter imports Triton where it is installed: half a second that importing fastattn
-# would cost everyone, for those who count.
+# Importing the counter imports Triton where it is installed, which takes half a second, so the
+# formulas are registered only once a program imports it.
 if "torch.utils.flop_counter" in sys.modules:
     _register_flops()
 else:

@@ -1,5 +1,5 @@
-"""Where Triton's kernels run, and how operators get them. kernels/ has the kernels; importing
-fastattn imports neither them nor Triton."""
+"""Where Triton's kernels run, and how operators import them. kernels/ has the kernels; importing
+fastattn imports neither these nor Triton."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import re
 
 import torch
 
-TRITON = 3, 5  # the oldest that the kernels are tried with
+TRITON = 3, 5  # the oldest version that the kernels are tested with
 OLDEST_GPU = 8, 0  # the first with bfloat16; 99 KiB of shared memory a block
 
 
 def constant(function):
-    """torch.compiler.assume_constant_result, which would import all of torch._dynamo."""
+    """torch.compiler.assume_constant_result, without its import of torch._dynamo."""
     function._dynamo_marked_constant = True
     return function
 
@@ -24,7 +24,7 @@ def constant(function):
 @constant
 @functools.cache
 def triton_missing() -> str | None:
-    """None, or the sentence that says why Triton cannot be used in this process."""
+    """The reason why Triton cannot be used in this process, or None."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +37,7 @@ def triton_missing() -> str | None:
 @constant
 @functools.cache
 def gpu_missing(index: int) -> str | None:
-    """None, or the sentence that says why Triton's kernels do not run on GPU `index`."""
+    """The reason why Triton's kernels do not run on GPU `index`, or None."""
     if missing := triton_missing():
         return missing
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_GPU:
@@ -47,12 +47,12 @@ def gpu_missing(index: int) -> str | None:
 
 
 def interpreting() -> bool:
-    """Does Triton interpret its kernels, on CPU tensors?"""
+    """Whether Triton interprets its kernels, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def launcher(module: str, name: str):
-    """Function `name` of kernels/<module>.py, imported by the first call."""
+    """Function `name` of kernels/<module>.py, imported at the first call."""
 
     def launch(*arguments):
         try:

@@ -1,7 +1,7 @@
-"""The instruction sets of the CPU kernels, as their library tells: which there are, and which runs.
+"""The instruction sets of the CPU kernels: which the library has, and which one runs.
 
-Asked of the library itself (csrc/cpu/machine.cpp), which is what runs, so that a wheel without the
-module `fastattn._C` knows as much as a build with it.
+The library itself answers (csrc/cpu/machine.cpp), so that a wheel without the module `fastattn._C`
+knows as much as a build with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Isa:
     """An instruction set that the kernels are compiled for."""
 
     name: str
-    automatic: bool  # may be picked when FASTATTN_ISA is not set
+    automatic: bool  # may be selected when FASTATTN_ISA is not set
     lacking: tuple[str, ...]  # features that it needs and this machine does not have
 
     @property
@@ -35,7 +35,7 @@ def _ask(name: str) -> str | None:
         path = getattr(library.NATIVE, "_name", None)
         raise RuntimeError(
             f"the native CPU library {path} is older than the Python files beside it and does not "
-            "tell its instruction sets: build it again (python setup.py build_ext --inplace, or "
+            "say its instruction sets: build it again (python setup.py build_ext --inplace, or "
             "pip install)"
         ) from None
     function.restype = ctypes.c_char_p
@@ -49,8 +49,8 @@ def _facts() -> dict:
 
 
 def features() -> dict[str, bool] | None:
-    """Feature of the CPU, as /proc/cpuinfo names it -> whether this machine has it; those that
-    kernels use or could use. None without the library."""
+    """CPU features that kernels use or could use, as /proc/cpuinfo names them -> whether this
+    machine has them. None without the library."""
     return _facts().get("features")
 
 
@@ -66,7 +66,7 @@ def supported() -> list[str]:
 
 
 def problem() -> str | None:
-    """Why FASTATTN_ISA, as it is now, lets no kernel run; None where one can, or without the
+    """Why no kernel can run with FASTATTN_ISA as it is now; None where one can, or without the
     library."""
     return None if library.NATIVE is None else _ask("isa_problem") or None
 

@@ -1,4 +1,4 @@
-"""The libraries of native kernels: which is loaded, and why another is not."""
+"""Loads the libraries of native kernels, or records why one is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .gpu import constant
 
 
 def _native_path(kind: str) -> Path | None:
-    """The kernels' library; FASTATTN_CPU_LIBRARY names another build of _cpu (a sanitizer's)."""
+    """The path of the kernels' library; FASTATTN_CPU_LIBRARY names another build of _cpu, such as a
+    sanitizer's."""
     named = os.environ.get("FASTATTN_CPU_LIBRARY")
     if named and kind == "CPU":
         return Path(named)
@@ -22,7 +23,7 @@ def _native_path(kind: str) -> Path | None:
 
 
 def _causes(error: BaseException | None) -> str:
-    """What went wrong, and what made it so: torch's loader leaves the reason to the cause."""
+    """The messages of an error and its causes: torch's loader has the reason only in the cause."""
     parts: list[str] = []
     while error is not None:
         parts.append(str(error).rstrip("."))
@@ -50,14 +51,14 @@ CUDA, CUDA_MISSING = (
 
 
 def cuda_fault() -> str | None:
-    """Why a CUDA library that was built, for a torch that has CUDA, cannot be used; None where it
-    can, or where nothing was built."""
+    """Why the CUDA library cannot be used although it was built and torch has CUDA; None where it
+    can, or where it was not built."""
     built = torch.version.cuda is not None and _native_path("CUDA") is not None
     return CUDA_MISSING if built else None
 
 
 def cuda_question(name: str, *arguments) -> str | None:
-    """The answer of one of the library's C functions that say what is wrong: None for nothing."""
+    """The problem that one of the library's C functions reports, or None."""
     function = getattr(CUDA, name)
     function.restype = ctypes.c_char_p
     return function(*arguments).decode() or None
@@ -66,5 +67,5 @@ def cuda_question(name: str, *arguments) -> str | None:
 @constant
 @functools.cache
 def cuda_problem(index: int) -> str | None:
-    """Why the CUDA library, where it is loaded, cannot use GPU `index`: an old driver, say."""
+    """Why the loaded CUDA library cannot use GPU `index` (an old driver, say), or None."""
     return None if CUDA is None else cuda_question("fastattn_cuda_problem", index)

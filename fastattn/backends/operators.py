@@ -1,5 +1,5 @@
-"""What torch knows of the operators of schema.py: results' shapes, derivatives, vmap, autocast, and
-Triton's kernels. The native libraries bring their own kernels: csrc/cpu/ops_attention.cpp and
+"""What torch needs for schema.py's operators: result shapes, derivatives, vmap, autocast and
+Triton's kernels. The native libraries register their own kernels: csrc/cpu/ops_attention.cpp and
 csrc/cuda/ops.cu.
 """
 
@@ -28,7 +28,7 @@ _BACKWARD_TENSORS = ("dout", "dlse", "out", "lse", *_FORWARD_TENSORS)
 
 
 def _one_device(q: Tensor, names, tensors) -> None:
-    """Also keeps CPU tensors from here: one meta tensor among them, and torch asks no kernel."""
+    """Also rejects CPU tensors mixed with meta tensors, for which torch runs only this check."""
     for name, x in zip(names, tensors):
         if x is not None and x.device != q.device:
             raise RuntimeError(f"fastattn: {name} is on {x.device} and q on {q.device}; one device "
@@ -59,7 +59,7 @@ def _backward_fake(dout, dlse, out, lse, *args):
 
 
 # ---- autograd, for calls of the operators themselves (torch.compile, exported programs) ----------
-# fastattn.attention has its own way in eager mode, which is faster and has jvp: autograd.py.
+# In eager mode fastattn.attention uses autograd.py instead, which is faster and has jvp.
 
 
 def _forward_setup(ctx, inputs, output):
@@ -113,7 +113,7 @@ def _backward_grad(ctx, *cotangents):
 
 def _forward_vmap(forward, info, in_dims, *args):
     x, n = Arguments.of(*args), 3 + _N
-    if any(is_8_bit(y) for y in (x.q, x.k, x.v)):  # scales of each instance: one after the other
+    if any(is_8_bit(y) for y in (x.q, x.k, x.v)):  # each instance has its own scales
         num_splits, *descales = x.rest
         return one_by_one(
             info.batch_size, (*in_dims[:n], *in_dims[n + _M + 1 :]),
@@ -146,7 +146,7 @@ def _register_autocast(end: str, device_type: str, key: str) -> None:
     LIBRARY.impl(f"flash_attn_fwd{end}", autocast_forward, key)
 
 
-# ---- the operator of simple calls: who calls it by name gets the ordinary one --------------------
+# ---- flash_attn_fwd_simple: a call through the dispatcher runs the ordinary operator -------------
 
 
 def _simple_forward(q, k, v, *numbers):
@@ -156,13 +156,13 @@ def _simple_forward(q, k, v, *numbers):
 LIBRARY.impl("flash_attn_fwd_simple", _simple_forward, "Autograd")
 
 
-# ---- all of that, for each forward and for each pair ---------------------------------------------
+# ---- registration, for each forward and for each pair --------------------------------------------
 
 
 for _end, _fwd in FORWARDS.items():
     _name, _bwd = f"fastattn::flash_attn_fwd{_end}", PAIRS.get(_end, (None, None))[1]
     torch.library.register_fake(_name, _forward_fake, lib=LIBRARY)
-    torch.library.register_autograd(  # without a partner, _forward_setup raises
+    torch.library.register_autograd(  # without a backward, _forward_setup raises
         _name, functools.partial(_forward_grad, _bwd), setup_context=_forward_setup, lib=LIBRARY
     )
     torch.library.register_vmap(_name, functools.partial(_forward_vmap, _fwd), lib=LIBRARY)
@@ -177,6 +177,6 @@ for _end, (_, _bwd) in PAIRS.items():
     )
     torch.library.register_vmap(_name, functools.partial(_backward_vmap, _bwd), lib=LIBRARY)
 
-for _key in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
+for _key in ("CUDA", "CPU"):  # on the CPU, Triton's interpreter
     LIBRARY.impl("flash_attn_fwd_triton", launcher("launch", "forward"), _key)
     LIBRARY.impl("flash_attn_bwd_triton", launcher("launch", "backward"), _key)

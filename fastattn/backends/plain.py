@@ -25,6 +25,6 @@ def why_not(call):
     return None
 
 
-ROW = Backend(
+BACKEND = Backend(
     "reference", "plain torch, O(S^2) memory, any device", why_not, forward, backward, why_not
 )

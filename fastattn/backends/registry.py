@@ -1,10 +1,10 @@
 """Which backend runs a call, and why the others do not. Next hop: the operator in operators.py,
 whose kernels are in csrc/cpu/ops_attention.cpp or kernels/launch.py, or core/reference.py.
 
-BACKENDS is a list, best first. The first row whose why_not and held_back are None runs the call;
-backend= (or the environment's FASTATTN_BACKEND) names one, which then runs it, held back or not, or
-raises with its sentence. The reference is never taken in silence. FASTATTN_LOG=1 prints each
-distinct decision to stderr once.
+BACKENDS is a list, best first. The first whose why_not and why_not_auto are both None runs the
+call. backend= (or the environment variable FASTATTN_BACKEND) names one instead: it runs the call
+whatever its why_not_auto says, or raises with the sentence of its why_not. The reference is never
+chosen silently. FASTATTN_LOG=1 prints each distinct decision to stderr once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..core.call import Call
 from . import cpu, cuda, library, plain, proof, triton
 from .backend import Backend, warn_once
 
-BACKENDS = [cuda.ROW, triton.ROW, cpu.ROW, plain.ROW]
-BY_NAME = {row.name: row for row in BACKENDS}
+BACKENDS = [cuda.BACKEND, triton.BACKEND, cpu.BACKEND, plain.BACKEND]
+BY_NAME = {backend.name: backend for backend in BACKENDS}
 NAMES = tuple(BY_NAME)
 
 # ---- choosing ------------------------------------------------------------------------------------
@@ -31,12 +31,12 @@ _FORCED = _encode("FASTATTN_BACKEND")
 
 
 def forced() -> bytes | str | None:
-    """What FASTATTN_BACKEND says now, undecoded; None (or empty) when it says nothing."""
+    """FASTATTN_BACKEND's value now, undecoded; None or empty where it is not set."""
     return _ENVIRON.get(_FORCED)
 
 
 def named(name: str | None) -> str | None:
-    """The backend that backend= or FASTATTN_BACKEND asks for, if any; it must be one there is."""
+    """The backend that backend= or FASTATTN_BACKEND names, if any; an unknown name raises."""
     source = "backend"
     if name is None:
         name, source = os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
@@ -46,29 +46,29 @@ def named(name: str | None) -> str | None:
 
 
 def auto_select(call: Call) -> Backend:
-    """The row that runs a call which names none."""
-    row = next(row for row in BACKENDS if not (row.held_back(call) or row.why_not(call)))
-    return cuda.PROVEN if row.name == "cuda" else row
+    """The backend that runs a call which names none."""
+    backend = next(x for x in BACKENDS if not (x.why_not_auto(call) or x.why_not(call)))
+    return cuda.PROVEN if backend.name == "cuda" else backend
 
 
 def pick(name: str | None, call: Call) -> Backend:
-    """The row that runs this call: `name`, or what FASTATTN_BACKEND names, or the first able."""
+    """The backend that runs this call: `name`, or FASTATTN_BACKEND's, or the first that can."""
     wanted = named(name)
     if wanted is not None:
-        row = BY_NAME[wanted]
-        reason = row.why_not(call)
+        backend = BY_NAME[wanted]
+        reason = backend.why_not(call)
         if reason:
             source = "FASTATTN_BACKEND" if name is None else "backend"
             raise NotImplementedError(f"{source}={wanted!r} cannot run this call: {reason}")
     else:
-        row = auto_select(call)
-        if row.name == "reference":
+        backend = auto_select(call)
+        if backend.name == "reference":
             _warn_reference(call)
-        if call.q.is_cuda and not library.CUDA_MISSING and row.name != "cuda":
+        if call.q.is_cuda and not library.CUDA_MISSING and backend.name != "cuda":
             _say_how_to_prove(call)
     if not torch.compiler.is_compiling():
-        _log(row, call)
-    return row
+        _log(backend, call)
+    return backend
 
 
 def _say_how_to_prove(call: Call) -> None:
@@ -82,7 +82,7 @@ _logged: set[str] = set()
 
 
 def _warn_reference(call: Call) -> None:
-    """The slow backend runs, unasked: say so, once for each reason."""
+    """Warns, once for each reason, that the slow backend runs although nobody named it."""
     closest = "cpu" if call.q.device.type in ("cpu", "meta") else "triton"
     reason = BY_NAME[closest].why_not(call)
     warn_once(
@@ -91,18 +91,18 @@ def _warn_reference(call: Call) -> None:
     )
 
 
-def _log(row: Backend, call: Call) -> None:
+def _log(backend: Backend, call: Call) -> None:
     """FASTATTN_LOG=1: one line for each distinct decision."""
     if os.environ.get("FASTATTN_LOG", "0") in ("", "0"):
         return
     q, given = call.q, call.operands.given()
     reasons = [
         f"not {other.name}: {reason}"
-        for other in BACKENDS[: NAMES.index(row.name)]
-        if (reason := other.why_not(call) or other.held_back(call))
+        for other in BACKENDS[: NAMES.index(backend.name)]
+        if (reason := other.why_not(call) or other.why_not_auto(call))
     ]
     line = (
-        f"fastattn: {row.name} runs q {list(q.shape)} k {list(call.k.shape)} "
+        f"fastattn: {backend.name} runs q {list(q.shape)} k {list(call.k.shape)} "
         f"v {list(call.v.shape)} {str(q.dtype).removeprefix('torch.')} {call.spec}"
         + (f" with {', '.join(given)}" if given else "")
         + (f" ({'; '.join(reasons)})" if reasons else "")

@@ -1,10 +1,10 @@
-"""The two operators, torch.ops.fastattn.flash_attn_fwd and _bwd, and the same by Triton, with
-_triton after their names. Kernels: csrc/cpu/ops_attention.cpp, csrc/cuda/ops.cu, kernels/launch.py.
+"""The schemas of the operators torch.ops.fastattn.flash_attn_fwd and _bwd, and of Triton's, whose
+names end with _triton. Kernels: csrc/cpu/ops_attention.cpp, csrc/cuda/ops.cu, kernels/launch.py.
 
-Here are their schemas and everything torch asks of an operator besides the kernels: fake kernels,
-autograd, vmap, autocast and FLOP formulas. Arguments come in the normal form that functional.py
-makes: q [B, heads, q_len, D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_len, v_dim], unit last
-stride, one dtype; the operands of `Operands` and the six numbers of `Spec`, in order.
+operators.py has what else torch needs of them: fake kernels, autograd, vmap and autocast; flops.py
+has the FLOP formulas. Arguments are in the normal form that forms.py makes: q [B, heads, q_len,
+D], k [B, kv_heads, kv_len, D], v [B, kv_heads, kv_len, v_dim], with unit last stride and one dtype;
+the operands of `Operands` and the six numbers of `Spec`, in order.
 
 Triton's forward operator also takes 8-bit tensors, with the three `Descales` at the end: q, k and v
 (out is then bfloat16), or k and v alone; it has no gradient of these. flash_attn_fwd_float8 is the
@@ -37,8 +37,8 @@ _SPEC = ", ".join(f"{x.type} {x.name}" for x in fields(Spec))  # float scale, ..
 _NEEDS = ", ".join(f"bool need_d{name}" for name in LEAVES)
 _GRADIENTS = ", ".join(f"Tensor {name}" for name in Gradients._fields)
 
-FAMILIES = ("", "_triton")  # ends of the operators' names: each pair is made by other kernels
-FLOAT8 = "_float8"  # and of a forward without a partner
+FAMILIES = ("", "_triton")  # suffixes of the operators' names: each pair has kernels of its own
+FLOAT8 = "_float8"  # the suffix of a forward that has no backward
 
 _DESCALES = ", Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None"
 
@@ -56,8 +56,9 @@ for _end in FAMILIES:
         tags=TAGS,
     )
 
-# The forward of CPU tensors without operands, for the calls where nothing but the kernel is to run
-# (autograd.py knows which). Torch takes 1 to 2 thousand instructions to pass an argument.
+# The forward for CPU tensors without operands, for calls that need nothing but the kernel
+# (attend_simple() in autograd.py). It has few arguments, because torch takes 1 to 2 thousand
+# instructions to pass each one.
 LIBRARY.define(
     f"flash_attn_fwd_simple(Tensor q, Tensor k, Tensor v, {_SPEC}) -> (Tensor out, Tensor lse)"
 )
@@ -78,7 +79,7 @@ _NOTHING = (None,) * _N
 
 
 def arguments(call: Call) -> tuple:
-    """What all of these take of a call: q, k and v, the operands, the numbers."""
+    """The arguments that all operators take first: q, k and v, the operands, the numbers."""
     x = call.operands
     tensors = _NOTHING if x is NO_OPERANDS else x.tensors()
     return call.q, call.k, call.v, *tensors, *numbers_of(call.spec)
@@ -86,7 +87,7 @@ def arguments(call: Call) -> tuple:
 
 @dataclass(slots=True)
 class Arguments:
-    """An operator's arguments by name; `rest` is what follows `arguments`."""
+    """An operator's arguments by name; `rest` has those after arguments()."""
 
     q: Tensor
     k: Tensor

@@ -20,7 +20,7 @@ def backward(call, result, dout, dlse, needs):
     return Gradients(*schema.backward_triton(dout, dlse, *result, *schema.arguments(call), *needs))
 
 
-def refuses(call):
+def unsupported_reason(call):
     q, v = call.q, call.v
     if q.dtype not in DTYPES[:3] and call.operands.descales is None:
         return f"q is {q.dtype}; the kernels take float32, bfloat16 and float16"
@@ -43,20 +43,20 @@ def why_not(call):
             f"q is on {q.device} and this backend runs on GPUs (or, very slowly, on the CPU in "
             "Triton's interpreter: TRITON_INTERPRET=1)"
         )
-    return missing or refuses(call)
+    return missing or unsupported_reason(call)
 
 
-def held_back(call):
+def why_not_auto(call):
     return "Triton's interpreter runs only when named" if call.q.is_cpu else None
 
 
-ROW = Backend(
+BACKEND = Backend(
     "triton",
     "any GPU Triton supports",
     why_not,
     forward,
     backward,
-    refuses,
+    unsupported_reason,
     probs_rounded=True,
-    held_back=held_back,
+    why_not_auto=why_not_auto,
 )

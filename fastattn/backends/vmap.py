@@ -1,8 +1,8 @@
 """vmap of the attention operators and of the autograd functions over them.
 
-Dense calls join vmap's dimension with the batch. Where that would change what is computed (one
-dropout mask for each instance, packed or paged operands, sinks of each instance), instances run one
-by one. What each operand asks for is in its field's metadata (core/spec.py).
+Dense calls fold vmap's dimension into the batch. Where that would change the result (a dropout mask
+for each instance, varlen or paged operands, sinks for each instance), instances run one by one. The
+metadata of each operand's field (core/spec.py) says how it is folded.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def vmap_forward(size, dims, call, tensors):
 
 
 def vmap_backward(size, dims, call, tensors, needs):
-    """The same of a backward: before q, k and v there are dout, dlse, out and lse. needs says of
-    which of LEAVES there is a gradient."""
+    """The same for a backward, whose tensors begin with dout, dlse, out and lse. needs says which
+    of LEAVES need a gradient."""
     operands, operand_dims = tensors[7:], dims[7:]
     if needs[_SINKS_GRADIENT] or not _joins(operands, operand_dims):
         return one_by_one(size, dims, call, tensors)
@@ -39,7 +39,7 @@ def vmap_backward(size, dims, call, tensors, needs):
     bias, bias_dim = given["bias"]
     own_batch = 0 if bias is None else _sizes(bias, bias_dim)[0]
     need_dbias, _ = needs
-    if need_dbias:  # the gradient is each instance's own, so the bias must be too
+    if need_dbias:  # each instance has its own gradient, so it needs its own bias
         operands["bias"] = _join(bias, bias_dim, size, batch)
     *grads, dbias, dsinks = call(*joined, *operands.values())
     grads = [x.unflatten(0, (size, batch)) for x in grads]
@@ -60,7 +60,7 @@ def one_by_one(size, dims, call, tensors):
 
 
 def _joins(operands, dims) -> bool:
-    """Whether the instances can be one call."""
+    """Whether one call can compute all instances."""
     return not any(
         x is not None and (VMAP[name] == "alone" or (VMAP[name] == "all" and dim is not None))
         for name, x, dim in zip(OPERANDS, operands, dims)
@@ -73,7 +73,7 @@ def _sizes(x, dim):
 
 
 def _join(x, dim, size, batch):
-    """[size * batch, ...]. A batch of 1 is expanded, which copies nothing until it must."""
+    """[size * batch, ...]. A batch of 1 is expanded, and copied only if flatten has to."""
     if x is None:
         return None
     x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
@@ -92,7 +92,7 @@ def _join_operands(operands, dims, size, batch) -> dict:
 
 
 def _is_shared(rule: str, x) -> bool:
-    """Does the operand, the same for every instance, mean the same for the joined batch?"""
+    """Whether an operand that all instances share can be passed to the joined call unchanged."""
     if rule == "broadcast":
         return x.shape[0] == 1
     return rule == "all" or (rule == "heads" and x.dim() == 1)

@@ -130,7 +130,7 @@ def _backends() -> list[dict]:
 
 def _plain(backend) -> dict:
     """Options of _sample() for a plain call: fp32, or bf16 if the backend has no fp32."""
-    return {} if backend.refuses(_sample()) is None else {"dtype": torch.bfloat16}
+    return {} if backend.unsupported_reason(_sample()) is None else {"dtype": torch.bfloat16}
 
 
 def _proof() -> dict[str, dict[str, str] | None]:
@@ -227,7 +227,8 @@ def support() -> dict[str, dict[str, str | None]]:
         plain = _plain(backend)
         for feature, changes in SUPPORT:
             base = {} if feature == "fp32" else plain
-            table[feature][backend.name] = backend.refuses(_sample(**(base | changes)))
+            call = _sample(**(base | changes))
+            table[feature][backend.name] = backend.unsupported_reason(call)
     return table
 
 

@@ -36,7 +36,8 @@ def backends_here(gpu: bool = True) -> Iterator[tuple[str, str, str | None]]:
         reasons = {}
         for device in devices:
             x = torch.zeros(1, 1, 1, 64, device=device)
-            if backend.refuses(Call(x, x, x, Spec(0.125), NO_OPERANDS)):  # a backend without fp32
+            call = Call(x, x, x, Spec(0.125), NO_OPERANDS)
+            if backend.unsupported_reason(call):  # a backend without fp32
                 x = x.bfloat16()
             reasons[device] = backend.why_not(Call(x, x, x, Spec(0.125), NO_OPERANDS))
         able = [device for device in devices if reasons[device] is None]

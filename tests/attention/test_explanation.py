@@ -116,7 +116,7 @@ def test_table():
     assert lines["q"] == "[2, 8, 100, 64]" and lines["k, v"].startswith("[2, 2, 150, 64]")
     assert lines["computes"] == "scale 0.125, left 31, right 0, aligned to the end"
     assert lines["operands"] == "bias, dropout_seed"
-    assert lines["dropout"] == "keeps 0.899994 of the weights"
+    assert lines["dropout"] == "keeps 0.899994 of the probabilities"
     assert lines["visible pairs"] == "51,200 (21.3% of 240,000), before the bias"
     assert lines["forward"].startswith("13.1 MFLOP, ") and lines["backward"] == "32.8 MFLOP"
     assert lines["backend cuda"].startswith("no: ")

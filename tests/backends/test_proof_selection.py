@@ -107,20 +107,20 @@ def test_where_the_backward_cannot_follow_it_is_asked_for(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["backward", "orders", "graphs_of_gradients"])
-def test_gradients_that_are_not_proven_are_the_next_rows(gpu, monkeypatch, step):
+def test_gradients_that_are_not_proven_run_on_the_next_backend(gpu, monkeypatch, step):
     """If torch.compile may need gradients, the forward goes to Triton too."""
     prove(**{step: "fail"})
-    row = picked()
-    assert row.name == "cuda"
+    backend = picked()
+    assert backend.name == "cuda"
     calls = []
     for name, module in {"triton": triton, "cpu": cpu, "reference": plain}.items():
-        own = replace(module.ROW, backward=lambda *a, n=name: calls.append(n))
-        monkeypatch.setattr(module, "ROW", own)
+        own = replace(module.BACKEND, backward=lambda *a, n=name: calls.append(n))
+        monkeypatch.setattr(module, "BACKEND", own)
     q = Tensor()
     with pytest.warns(
         UserWarning, match="triton runs a backward of the cuda backend: .* failed: out"
     ):
-        row.backward(plain_call(q), Result(q, q), q, None, (False, False))
+        backend.backward(plain_call(q), Result(q, q), q, None, (False, False))
     assert calls == ["triton"]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert picked().name == "triton"
@@ -136,15 +136,15 @@ def test_proven_gradients_run(gpu, monkeypatch):
     assert calls == ["cuda"]
 
 
-def test_explain_says_what_is_held_back(monkeypatch):
+def test_explain_says_why_a_backend_is_not_auto_selected(monkeypatch):
     """CPU tensors are kept from Triton's interpreter; the sentence for a GPU's is the same."""
     q = torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16)
     held = "their self-test 'graphs' on this GPU, driver and build: failed: x"
-    cuda = replace(registry.BACKENDS[0], why_not=lambda *c: None, held_back=lambda *c: held)
+    cuda = replace(registry.BACKENDS[0], why_not=lambda *c: None, why_not_auto=lambda *c: held)
     monkeypatch.setattr(registry, "BACKENDS", [cuda, *registry.BACKENDS[1:]])
     monkeypatch.setitem(registry.BY_NAME, "cuda", cuda)
     found = explain(q, q, q)
-    assert found.reasons["cuda"] is None and found.held_back["cuda"] == held
+    assert found.reasons["cuda"] is None and found.why_not_auto["cuda"] == held
     assert found.backend in ("cpu", "reference")
     assert f"only when named: {held}" in str(found)
     assert explain(q, q, q, backend="cuda").backend == "cuda"

@@ -135,7 +135,7 @@ def test_differences_are_shown():
 
 def refusal(dtype=torch.bfloat16, dim=64, v_dim=64, rows=64, spec=None, **operands):
     q, k, v = (torch.empty(1, 2, rows, d, dtype=dtype, device="meta") for d in (dim, dim, v_dim))
-    return cuda.refuses(Call(q, k, v, spec or Spec(0.125), Operands(**operands)))
+    return cuda.unsupported_reason(Call(q, k, v, spec or Spec(0.125), Operands(**operands)))
 
 
 def test_what_the_kernels_serve():
@@ -226,12 +226,12 @@ def test_the_shared_memory_of_a_cta_is_the_same_number_everywhere():
     assert compiled.MAX_SHARED["_sm80"] + 1024 == cuda.WIDE_BACKWARD
 
 
-def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
+def test_a_backward_that_does_not_fit_goes_to_the_next_backend(monkeypatch):
     calls = []
     able = backend.Backend("able", "", lambda *a: None, None, lambda *a: calls.append("able"), None)
     unable = backend.Backend("unable", "", lambda *a: "cannot", None, None, None)
-    monkeypatch.setattr(triton, "ROW", unable)
-    monkeypatch.setattr(cpu, "ROW", able)
+    monkeypatch.setattr(triton, "BACKEND", unable)
+    monkeypatch.setattr(cpu, "BACKEND", able)
     monkeypatch.setattr(backend, "_warned", set())
     monkeypatch.setattr(cpu, "backward", lambda *a: calls.append("cuda"))
     gpu = type("Properties", (), {})
@@ -241,7 +241,7 @@ def test_a_backward_that_does_not_fit_goes_to_the_next_row(monkeypatch):
         gpu.shared_memory_per_block_optin = shared
         q = type("Q", (), {"device": None, "is_cuda": True, "shape": (1, 1, 64, dim)})
         call = Call(q, q, q, Spec(1.0), NO_OPERANDS)
-        cuda.ROW.backward(call, Result(q, q), q, None, (False, False))
+        cuda.BACKEND.backward(call, Result(q, q), q, None, (False, False))
 
     backward(232448, 256)
     backward(101376, 128)

@@ -147,5 +147,5 @@ def test_an_installed_copy_says_how_pip_builds_again(tmp_path):
     copy = load(tmp_path / "site/fastattn")
     (tmp_path / "site/fastattn/_build.json").write_text(json.dumps(facts))
     said = copy.why_missing("_cpu")
-    assert said.startswith("no C++ compiler (g++) was found; once that is mended, ")
+    assert said.startswith("no C++ compiler (g++) was found; once that is fixed, ")
     assert "pip install --no-cache-dir --force-reinstall" in said

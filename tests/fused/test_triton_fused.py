@@ -75,7 +75,7 @@ def calls(monkeypatch):
         seen.append(name)
         return on_device(function)(*args)
 
-    monkeypatch.setattr(norm, "MAX_PARTS", 4)  # fewer programs take less time to interpret
+    monkeypatch.setattr(norm, "MAX_PARTIALS", 4)  # fewer programs take less time to interpret
     monkeypatch.setattr(fused, "SMALL_LAYER_NORM", 0)
     monkeypatch.setattr(operator, "NATIVE_MISSING", None)
     monkeypatch.setattr(fused_loss, "NATIVE_MISSING", None)
@@ -254,8 +254,8 @@ def test_sums_over_many_rows(calls, monkeypatch):
     normal = (x - mean[:, None]) * rstd[:, None]
     right = (dy.double() * normal).sum(0), dy.double().sum(0)
     for parts in (256, 3, 1):
-        monkeypatch.setattr(norm, "MAX_PARTS", parts)
-        monkeypatch.setattr(activate, "MAX_PARTS", parts)
+        monkeypatch.setattr(norm, "MAX_PARTIALS", parts)
+        monkeypatch.setattr(activate, "MAX_PARTIALS", parts)
         found = OPS.norm_bwd(dy, None, x, None, mean, rstd, 1e-5, True, True, True)[1:3]
         found += OPS.activate_bwd(dy, None, None, None, 0.0, "identity", True)[1:]
         for got, want in zip(found, (*right, right[1])):

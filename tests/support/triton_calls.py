@@ -22,13 +22,13 @@ def run_triton(problem, cotangents, num_splits=0, config=None, needs=None):
 
     q, k, v, spec, operands = problem
     tensors, spec_numbers = operands.tensors(), numbers(spec)
-    out, lse = launch.forward(q, k, v, *tensors, *spec_numbers, num_splits, row=config)
+    out, lse = launch.forward(q, k, v, *tensors, *spec_numbers, num_splits, config=config)
     results = {"out": out, "lse": lse}
     if cotangents:
         needs = needs or (operands.bias is not None, operands.sinks is not None)
         dout, dlse = (None if x is None else x.to(q.device) for x in cotangents)
         grads = launch.backward(
-            dout, dlse, out, lse, q, k, v, *tensors, *spec_numbers, *needs, row=config
+            dout, dlse, out, lse, q, k, v, *tensors, *spec_numbers, *needs, config=config
         )
         names = ("dq", "dk", "dv", "dbias", "dsinks")
         wanted = (True, True, True, *needs)
