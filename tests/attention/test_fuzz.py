@@ -59,6 +59,28 @@ def test_a_planted_fault_is_found_and_shrunk(monkeypatch):
     assert any(fuzz.failure(next(drawn)) for _ in range(60))
 
 
+def longer_ranges(run):
+    """A fault: one key too many at the end of a range."""
+
+    def wrong(call, row):
+        end = call.operands.key_end
+        if end is None:
+            return run(call, row)
+        return run(call.but(operands=replace(call.operands, key_end=end + 1)), row)
+
+    return wrong
+
+
+@pytest.mark.native
+def test_a_fault_in_key_ranges_is_found(monkeypatch):
+    assert fuzz.has(Case(ranges="random"), "ranges") and not fuzz.has(Case(), "ranges")
+    names = attention.__globals__
+    monkeypatch.setitem(names, "run", longer_ranges(names["run"]))
+    rng = random.Random(0)
+    drawn = (c for c in iter(lambda: draw(rng), None) if c.ranges and c.call == "attention")
+    assert any(fuzz.failure(next(drawn)) for _ in range(60))
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_spoilt_call_must_be_refused(wrong):
