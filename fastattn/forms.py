@@ -131,9 +131,9 @@ def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> 
     mask, bias, slopes, sinks = (given[x] for x in ("mask", "bias", "alibi_slopes", "sinks"))
     key_ranges = given["key_ranges"]
     if head_origin is not None and head_origin[1] != full[1]:
-        if isinstance(key_ranges, (tuple, list)) and rank == 4:
-            key_ranges = [_own_heads(x, -2, head_origin, full[1]) for x in key_ranges]
-        mask, bias = (_own_heads(x, -3, head_origin, full[1]) for x in (mask, bias))
+        if isinstance(key_ranges, (tuple, list)):
+            key_ranges = [_own_heads(x, -2, head_origin, full[1], rank) for x in key_ranges]
+        mask, bias = (_own_heads(x, -3, head_origin, full[1], rank) for x in (mask, bias))
         slopes, sinks = (_own_heads(x, -1, head_origin, full[1]) for x in (slopes, sinks))
     if mask is not None:
         mask = checks.mask(mask, full, q.device, rank)
@@ -149,10 +149,13 @@ def score_operands(given: dict, head_origin, full, q: Tensor, rank: int = 4) -> 
     return own
 
 
-def _own_heads(x, dim, head_origin, heads):
-    """x, or of an x with every head in dimension dim those that are here."""
+def _own_heads(x, dim, head_origin, heads, rank=4):
+    """x, or of an x with every head in dimension dim those that are here. Where q is [B, S, D], an
+    x whose first dimension is dim has entries there and no heads, and stays as it is."""
     first, total = head_origin
     if not isinstance(x, Tensor) or x.is_nested or x.dim() < -dim or x.shape[dim] != total:
+        return x
+    if rank == 3 and x.dim() == -dim:
         return x
     return x.narrow(dim, first, heads)
 

@@ -27,6 +27,7 @@ def torch_attention(
     window: tuple[int | None, int | None] | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
+    key_ranges: tuple[Tensor, Tensor] | None = None,
     head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     align: str = "start",
@@ -51,6 +52,11 @@ def torch_attention(
             )
     if align != "start":
         raise ValueError(f'align is {align!r}; accepted with attention="torch" is "start"')
+    if key_ranges is not None:
+        begin, end = (x.unsqueeze(-1) for x in key_ranges)
+        key = torch.arange(k.shape[2], device=k.device)
+        inside = (begin <= key) & (key < end)
+        mask = inside[(None,) * (4 - inside.dim())] & (True if mask is None else mask)
     extra = [x for x in (window, mask, bias, kv_lens, document_ids, offset) if x is not None]
     seen = None
     if extra:

@@ -133,6 +133,7 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         kv_lens: Tensor | None = None,
         document_ids: Tensor | None = None,
+        key_ranges: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         context_cu_seqlens: Tensor | None = None,
@@ -152,6 +153,9 @@ class Attention(nn.Module):
             kv_lens: integers [B]: keys at or past kv_lens[b] do not exist (padding on the right).
                 Cheaper than a mask. With a cache: how many of x's rows batch entry b has.
             document_ids: [S] or [B, S], non-decreasing: tokens see their own document only.
+            key_ranges: (begin, end), int32, each broadcastable to [B, heads, S] and never
+                decreasing along the rows: row i sees keys [begin, end) at most. fastattn.masks
+                makes those of prefixes, chunks and blocks. With a cache they count its slots.
             cu_seqlens: int32 [N + 1]: x is N sequences one after the other, without padding.
             max_seqlen: at least the longest of them; None: read from cu_seqlens.
             context_cu_seqlens, context_max_seqlen: the context's; None: x's.
@@ -177,6 +181,7 @@ class Attention(nn.Module):
             mask = self._key_mask(mask, x, cache)[:, None, None, :]
         options = {"mask": mask, "bias": bias, "sinks": self.sinks, "softcap": self.softcap}
         options |= {"scale": self.scale, "causal": self.causal, "window": self.window}
+        options["key_ranges"] = key_ranges
         options["dropout_p"] = self.dropout if self.training else 0.0
         options["head_origin"] = self.head_origin
         q, mesh = self._heads("q_proj", x), None

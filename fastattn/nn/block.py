@@ -109,6 +109,7 @@ class TransformerBlock(nn.Module):
         bias: Tensor | None = None,
         kv_lens: Tensor | None = None,
         document_ids: Tensor | None = None,
+        key_ranges: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         positions: Tensor | None = None,
@@ -139,7 +140,7 @@ class TransformerBlock(nn.Module):
         p = self.dropout if self.training else 0.0
         added = self.attn(
             self.attn_norm(x), mask=mask, bias=bias, kv_lens=kv_lens, document_ids=document_ids,
-            positions=positions, cache=cache, **packed,
+            key_ranges=key_ranges, positions=positions, cache=cache, **packed,
         )  # fmt: skip
         if self.cross is not None:
             normed, x = _join(self.cross_norm, added, x, p)

@@ -14,7 +14,6 @@ import torch
 from cases import OPTIONS, Case, combine
 from fresh_python import ROOT
 from operator_calls import cotangents_of, run_reference
-from ranged_cases import Ranged
 
 import fastattn
 from fastattn.cli import info, verify
@@ -27,6 +26,7 @@ SMALL = {  # options whose cases are too slow here
     "kv_lens": {"kv_lens": (31, 7)},
     "kv_starts": {"kv_starts": (5, 11)},
     "documents": {"documents": (1, 12, 8, 12), "q_len": 33},
+    "key_ranges": {"ranges": "random_by_head"},
     "packed": {"packed": ((9, 20), (1, 5), (0, 7), (9, 0), (20, 13))},
     "paged": {"page_size": 16, "kv_lens": (31, 7)},
     "long_q": {"q_len": 40},
@@ -38,7 +38,6 @@ def cases() -> dict[str, Case]:
     found = {
         name: combine(name, SIZE | SMALL.get(name, option)) for name, option in OPTIONS.items()
     }
-    found["key_ranges"] = Ranged("key_ranges", ranges="gaps", **SIZE)
     return {name: case for name, case in found.items() if case.function is not None}
 
 

@@ -76,6 +76,8 @@ def _fresh_dynamo():
 
 QUICK = (
     "attention mask", "attention bias", "attention softcap", "attention document_ids",
+    "attention key_ranges", "attention masks.prefix", "attention masks.chunked",
+    "decode key_ranges", "Attention key_ranges",
     "attention of everything", "varlen mask", "varlen bias", "varlen dropout_seed",
     "varlen page_table", "decode mask", "decode rotary", "decode page_table", "decode int8",
     "sdpa float mask", "sdpa gqa", "flash_attn_func", "flash_attn_with_kvcache",

@@ -21,7 +21,8 @@ COUNTED = [
 
 
 def visible(case: Case, problem) -> list[torch.Tensor]:
-    """[rows, keys] of each entry, from the definition: band, lengths, documents; no mask."""
+    """[heads or 1, rows, keys] of each entry, by the definition: band, lengths, documents, key
+    ranges; no mask."""
     spec, operands = problem.spec, problem.operands
     planes = []
     for n in range(case.entries):
@@ -46,6 +47,11 @@ def visible(case: Case, problem) -> list[torch.Tensor]:
         if operands.document_ids is not None:
             ids = operands.document_ids[n]
             seen = seen & (ids[:, None] == ids)
+        seen = seen.expand(case.heads, q_len, places)
+        if operands.key_begin is not None:
+            begin, end = (x[n if len(x) > 1 else 0] for x in (operands.key_begin, operands.key_end))
+            begin, end = (x[:, :q_len] for x in (begin, end))
+            seen = seen & (begin <= j) & (j < end)
         planes.append(seen)
     return planes
 
@@ -58,11 +64,11 @@ def test_counts(case, monkeypatch):
     problem = case.make(torch.float32)
     tensors, options = case.call(problem)
     told = fastattn.explain(*tensors, **options)
-    planes, heads = visible(case, problem), case.heads
+    entries = visible(case, problem)
     d, v_dim = told.q[3], told.v[3]
     assert told.function == case.function and told.backend == "cpu"
-    assert told.pairs == heads * sum(int(plane.sum()) for plane in planes)
-    assert told.all_pairs == heads * sum(plane.numel() for plane in planes)
+    assert told.pairs == sum(int(planes.sum()) for planes in entries)
+    assert told.all_pairs == sum(planes.numel() for planes in entries)
     assert told.flops_forward == 2 * told.pairs * (d + v_dim)
     if case.function == "decode_attention" or case.page_size:
         assert told.flops_backward is None
@@ -70,7 +76,7 @@ def test_counts(case, monkeypatch):
         assert told.flops_backward == 2 * told.pairs * (3 * d + 2 * v_dim)
     assert told.keep_probability == (keep_probability(case.dropout) if case.dropout else None)
     found = Counter()
-    for n, plane in enumerate(planes):
+    for n, plane in ((n, plane) for n, planes in enumerate(entries) for plane in planes):
         documents = [plane]
         if case.documents:  # each document starts new tiles of rows
             lengths = problem.operands.document_ids[n].unique_consecutive(return_counts=True)[1]
@@ -78,7 +84,11 @@ def test_counts(case, monkeypatch):
         tiles = [t for rows in documents for r in rows.split(16) for t in r.split(16, dim=1)]
         found.update(sort_of(tile) for tile in tiles if tile.numel())
     counted = {"skipped": told.tiles.skipped, "full": told.tiles.full, "masked": told.tiles.masked}
-    assert counted == {name: heads * found[name] for name in counted}
+    if case.ranges:  # rows that see nothing widen what a tile's first and last row bound
+        assert counted["skipped"] <= found["skipped"] and counted["full"] == found["full"]
+        assert sum(counted.values()) == found.total()
+    else:
+        assert counted == {name: found[name] for name in counted}
 
 
 def sort_of(tile) -> str:

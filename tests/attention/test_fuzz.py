@@ -44,7 +44,8 @@ def wider_window(run):
 def test_a_planted_fault_is_found_and_shrunk(monkeypatch):
     names = attention.__globals__
     monkeypatch.setitem(names, "run", wider_window(names["run"]))
-    monkeypatch.setitem(names, "simple_plan", lambda *call: (None, None))  # all calls go to run()
+    # A call alike to an earlier one would go past run().
+    monkeypatch.setitem(names, "simple_plan", lambda *given: (None, None))
     case = Case(call="attention", seed=3, batch=2, group=2, q_len=17, kv_len=33, dim=8, v_dim=5,
                 layout="bshd", window=(2, None), mask="bqk", softcap=3.0, lse=True)  # fmt: skip
     assert fuzz.failure(case)
@@ -57,6 +58,28 @@ def test_a_planted_fault_is_found_and_shrunk(monkeypatch):
         exec(lines, {})
     rng = random.Random(0)
     drawn = (c for c in iter(lambda: draw(rng), None) if c.window and c.call == "attention")
+    assert any(fuzz.failure(next(drawn)) for _ in range(60))
+
+
+def longer_ranges(run):
+    """A fault: one key too many at the end of a range."""
+
+    def wrong(call, row):
+        end = call.operands.key_end
+        if end is None:
+            return run(call, row)
+        return run(call.but(operands=replace(call.operands, key_end=end + 1)), row)
+
+    return wrong
+
+
+@pytest.mark.native
+def test_a_fault_in_key_ranges_is_found(monkeypatch):
+    assert fuzz.has(Case(ranges="random"), "ranges") and not fuzz.has(Case(), "ranges")
+    names = attention.__globals__
+    monkeypatch.setitem(names, "run", longer_ranges(names["run"]))
+    rng = random.Random(0)
+    drawn = (c for c in iter(lambda: draw(rng), None) if c.ranges and c.call == "attention")
     assert any(fuzz.failure(next(drawn)) for _ in range(60))
 
 

@@ -200,6 +200,35 @@ def test_derivatives():
         torch.testing.assert_close(transform(function("key_ranges")), transform(function("mask")))
 
 
+@pytest.mark.native
+def test_autocast():
+    ranges, (q, k, v) = random_ranges(4, 6, kv_len=9), (x.float() for x in (Q, K, V))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fastattn.attention(q, k, v, key_ranges=ranges)
+    assert got.dtype == torch.bfloat16
+    halves = (x.bfloat16() for x in (q, k, v))
+    assert torch.equal(got, fastattn.attention(*halves, key_ranges=ranges))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("made", ["given", "in the program"])
+def test_export(made):
+    """The exported program has the operator, and is right at another number of rows."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, begin, end):
+            own = (begin, end) if made == "given" else masks.chunked(4, q.shape[2])
+            return fastattn.attention(q, k, v, key_ranges=own)
+
+    rows = torch.export.Dim("rows", min=2, max=64)
+    ends = [x.expand(6) for x in (torch.zeros(1).int(), torch.tensor([5]).int())]
+    shapes = ({2: rows}, None, None, {0: rows}, {0: rows})
+    program = torch.export.export(Module(), (Q, K, V, *ends), dynamic_shapes=shapes)
+    assert "fastattn.flash_attn_fwd.default" in {str(node.target) for node in program.graph.nodes}
+    call = draw(4, 2, 4, 11, 8), K, V, *random_ranges(11, kv_len=9)
+    assert torch.equal(program.module()(*call), Module()(*call))
+
+
 def test_explain_counts_exactly():
     ranges = random_ranges(2, 4, 6, kv_len=9)
     for options in ({}, {"causal": True}, {"kv_lens": torch.tensor([9, 4], dtype=torch.int32)}):

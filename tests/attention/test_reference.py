@@ -79,6 +79,10 @@ def naive(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
                 continue
             if spec.right >= 0 and j > i + shift + spec.right:
                 continue
+            if o["key_begin"] is not None:
+                begin, end = (broadcast(o[name], n, h, i, 0) for name in ("key_begin", "key_end"))
+                if not begin <= j < end:
+                    continue
             if o["mask"] is not None and not broadcast(o["mask"], n, h, i, j):
                 continue
             s = spec.scale * float(query @ key_at(k, n, h * kv_heads // heads, j))

@@ -54,6 +54,8 @@ CASES = [
          kv_starts=(1, 0), layout="ragged"),
     Case("packed", head_dim=4, packed=((2, 3), (1, 0), (3, 4)), bias="plane"),
     Case("documents", q_len=5, kv_len=5, head_dim=4, documents=(2, 3)),
+    Case("key ranges", q_len=3, kv_len=5, head_dim=4, ranges="random_by_head", bias="heads"),
+    Case("packed, key ranges", head_dim=4, packed=((2, 3), (1, 0), (3, 4)), ranges="chunks_of_1"),
 ]  # fmt: skip
 
 

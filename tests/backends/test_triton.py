@@ -12,7 +12,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import BIASES, CASES, LAYOUTS, MASKS, OPTIONS, select
+from case_tensors import BIASES, LAYOUTS, MASKS
+from cases import CASES, OPTIONS, select
 from operator_calls import cotangents_of, name_of, numbers
 from pairwise import KINDS, PAIRWISE, crossed
 from triton_calls import DEVICE, check, row, run_triton

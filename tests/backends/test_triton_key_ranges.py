@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import triton_calls
+from case_tensors import RANGES
 from cases import Problem
 from operator_calls import cotangents_of, name_of
 from pairwise import crossed
-from ranged_cases import RANGES, Ranged
+from ranged_cases import Ranged
 from triton_calls import DEVICE, row, run_triton
 
 import fastattn

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from block_checks import close
 from torch.utils.checkpoint import checkpoint
 
+import fastattn
 from fastattn import nn as fnn
+from fastattn.models.torch_attention import torch_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -136,6 +138,39 @@ def test_attention_packed():
     got = m(x, context, cu_seqlens=cu, context_cu_seqlens=ends)
     close(got[:4], m(x[None, :4], context[None, :5])[0])
     close(got[4:], m(x[None, 4:], context[None, 5:])[0])
+
+
+def test_key_ranges():
+    """The mask that says the same: in self- and cross-attention, packed, with a cache, in a block,
+    and in torch's attention, which fastattn.models compares with."""
+    x, context = torch.randn(2, 6, 16), torch.randn(2, 7, 12)
+    ranges = fastattn.masks.chunked(3, 6)
+    begin, end = ranges[0][..., None], ranges[1][..., None]
+
+    def mask(keys):
+        return (begin <= torch.arange(keys)) & (torch.arange(keys) < end)
+
+    for m in (fnn.Attention(16, 2, causal=True, rotary=True),
+              fnn.TransformerBlock(16, 2, causal=True)):  # fmt: skip
+        want = m(x, mask=mask(6))
+        assert not torch.allclose(m(x), want)
+        close(m(x, key_ranges=ranges), want)
+        with torch.no_grad():
+            caches = m.make_cache(2, 9), m.make_cache(2, 9)
+            close(m(x, cache=caches[0], key_ranges=ranges), want)
+            m(x, cache=caches[1])  # the cache is the same; one more row at position 6
+            one = fastattn.masks.chunked(3, 1, offset=6)
+            seen = (torch.arange(9) >= 6).view(1, 1, 1, 9)
+            close(m(x[:, :1], cache=caches[0], key_ranges=one),
+                  m(x[:, :1], cache=caches[1], mask=seen))  # fmt: skip
+    m = fnn.Attention(16, 2, causal=True)
+    cu = torch.tensor([0, 6, 12], dtype=torch.int32)
+    close(m(x.flatten(0, 1), cu_seqlens=cu, key_ranges=ranges).view(2, 6, 16), m(x, mask=mask(6)))
+    ours = m(x, key_ranges=ranges)
+    m.attend = torch_attention
+    close(m(x, key_ranges=ranges), ours)
+    m = fnn.Attention(16, 2, context_dim=12)
+    close(m(x, context, key_ranges=ranges), m(x, context, mask=mask(7)))
 
 
 def test_attention_dropout():

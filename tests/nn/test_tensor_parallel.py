@@ -98,6 +98,25 @@ def test_packed_parts(backend):
         torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mask", "bias", "key_ranges"])
+def test_entries_of_three_dimensions_are_not_taken_for_heads(name):
+    """q [B, S, D] is one head; a mask [B, Sq, Skv] has entries in front, here as many as `total`
+    has heads, and an operand with a dimension of heads gives this one its own."""
+    q, k, v = (x[:, 0] for x in tensors(4, 1, 1, 5, 7, "cpu"))
+    draw = torch.Generator().manual_seed(2)
+    entries, heads = torch.rand(4, 5, 7, generator=draw), torch.rand(1, 4, 5, 7, generator=draw)
+    make = {
+        "mask": lambda x: x < 0.6,
+        "bias": lambda x: x,
+        "key_ranges": lambda x: ((x[..., 0] * 3).int().cummax(-1).values,
+                                 (x[..., 1] * 8).int().cummax(-1).values),
+    }[name]  # fmt: skip
+    for given, own in ((entries, entries), (heads, heads[:, 1:2].expand(4, 1, -1, -1)[:, 0])):
+        got = fastattn.attention(q, k, v, **{name: make(given)}, head_origin=(1, 4))
+        want = fastattn.attention(q, k, v, **{name: make(own)})
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_parts(backend):
     device = device_of(backend)

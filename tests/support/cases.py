@@ -12,6 +12,17 @@ from itertools import accumulate, combinations
 from typing import NamedTuple
 
 import torch
+from case_tensors import (
+    BIASES,
+    LAYOUTS,
+    MASKS,
+    RANGES,
+    concatenate,
+    ids_of_documents,
+    int32,
+    normal,
+    paginate,
+)
 from torch import Tensor
 
 from fastattn.core.spec import Operands, Spec
@@ -60,6 +71,7 @@ class Case:
     kv_lens: tuple[int, ...] = ()  # one an entry
     kv_starts: tuple[int, ...] = ()  # one an entry
     documents: tuple[int, ...] = ()  # lengths; entry b has the list rotated by b
+    ranges: str = ""  # a key of RANGES
     dropout: float = 0.0
     layout: str = "bhsd"  # a key of LAYOUTS
     packed: tuple[tuple[int, int], ...] = ()  # (rows, keys) of each sequence
@@ -109,21 +121,21 @@ class Case:
         keys = (at >= starts) & (at < lengths)  # [N, longest kv_len]
         row_places, key_places, page_table = rows, keys, None
         if self.packed:  # [1, total]: the sequences one after the other, then a few that are none's
-            row_places = _concatenate(rows, q_lens, spare=3)
-            key_places = _concatenate(keys, capacity, spare=2)
+            row_places = concatenate(rows, q_lens, spare=3)
+            key_places = concatenate(keys, capacity, spare=2)
         if self.page_size:
-            key_places, page_table = _paginate(keys, self.page_size, draw)
+            key_places, page_table = paginate(keys, self.page_size, draw)
 
         kv_heads, v_dim = self.kv_heads or self.heads, self.v_dim or self.head_dim
-        q = _normal(draw, row_places, self.heads, self.head_dim)
-        k = _normal(draw, key_places, kv_heads, self.head_dim)
-        v = _normal(draw, key_places, kv_heads, v_dim)
+        q = normal(draw, row_places, self.heads, self.head_dim)
+        k = normal(draw, key_places, kv_heads, self.head_dim)
+        v = normal(draw, key_places, kv_heads, v_dim)
         q, k, v = LAYOUTS[self.layout](*(x.to(dtype) for x in (q, k, v)))
 
         pairs = rows[:, :, None] & keys[:, None, :]  # [N, q, kv]
         document_ids = None
         if self.documents:
-            document_ids = _document_ids(self.documents, self.batch)
+            document_ids = ids_of_documents(self.documents, self.batch)
             pairs = pairs & (document_ids[:, :, None] == document_ids[:, None, :])
         mask = MASKS[self.mask](shape, draw) if self.mask else None
         bias = None
@@ -137,17 +149,23 @@ class Case:
         if self.alibi:
             by_entry = (self.entries,) if self.alibi == "batch" else ()
             slopes = 0.1 * torch.randn(*by_entry, self.heads, generator=draw)
+        key_begin = key_end = None
+        if self.ranges:
+            ends = RANGES[self.ranges](shape, torch.Generator().manual_seed(seed + 5))
+            key_begin, key_end = (x.int() for x in ends)
         seeds = (-(2**40) - 3 - seed, 2**33 + 5)
         operands = Operands(
             mask=mask,
             bias=bias,
             alibi_slopes=slopes,
             sinks=torch.randn(self.heads, generator=draw).to(dtype) if self.sinks else None,
-            kv_lens=_int32(self.kv_lens) if self.kv_lens else None,
-            kv_starts=_int32(self.kv_starts) if self.kv_starts else None,
+            kv_lens=int32(self.kv_lens) if self.kv_lens else None,
+            kv_starts=int32(self.kv_starts) if self.kv_starts else None,
             document_ids=document_ids,
-            cu_seqlens_q=_int32([0, *accumulate(q_lens)]) if self.packed else None,
-            cu_seqlens_k=_int32([0, *accumulate(capacity)]) if self.packed else None,
+            key_begin=key_begin,
+            key_end=key_end,
+            cu_seqlens_q=int32([0, *accumulate(q_lens)]) if self.packed else None,
+            cu_seqlens_k=int32([0, *accumulate(capacity)]) if self.packed else None,
             page_table=page_table,
             dropout_seed=torch.tensor(seeds) if self.dropout else None,
         )
@@ -201,145 +219,6 @@ class Case:
         raise ValueError(f"no public function takes the case {self.name}")
 
 
-# ---- tensors ------------------------------------------------------------------------------------
-
-
-def _int32(values) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
-
-
-def _normal(draw: torch.Generator, places: Tensor, heads: int, dim: int) -> Tensor:
-    """Normal values [rows, heads, len, dim] where places [rows, len] is True, NaN elsewhere."""
-    rows, length = places.shape
-    x = torch.randn(rows, heads, length, dim, generator=draw, dtype=torch.float64)
-    return x.masked_fill_(~places[:, None, :, None], torch.nan)
-
-
-def _concatenate(exists: Tensor, capacity: list[int], spare: int) -> Tensor:
-    """[N, longest] -> [1, sum(capacity) + spare]."""
-    parts = [row[:n] for row, n in zip(exists, capacity, strict=True)]
-    return torch.cat([*parts, torch.zeros(spare, dtype=torch.bool)])[None]
-
-
-def _paginate(exists: Tensor, page_size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Scattered pages for keys [N, longest]: which slots exist [pages, page_size], and the table.
-
-    Page 0 holds nothing; table slots that no key needs name it.
-    """
-    entries, longest = exists.shape
-    columns = -(-longest // page_size)
-    exists = torch.nn.functional.pad(exists, (0, columns * page_size - longest))
-    slots = exists.view(entries * columns, page_size)
-    pages = torch.randperm(entries * columns, generator=draw) + 1
-    places = torch.zeros(entries * columns + 1, page_size, dtype=torch.bool)
-    places[pages] = slots
-    table = torch.where(slots.any(1), pages, 0).view(entries, columns)
-    return places, table.int()
-
-
-def _document_ids(lengths: tuple[int, ...], batch: int) -> Tensor:
-    """[batch, sum(lengths)]; ids also increase by steps other than one."""
-    rows = []
-    for b in range(batch):
-        turn = b % len(lengths)
-        rotated = torch.tensor(lengths[turn:] + lengths[:turn])
-        rows.append(torch.repeat_interleave(3 * torch.arange(len(lengths)) - 4, rotated))
-    return torch.stack(rows).int()
-
-
-def _bools(draw: torch.Generator, *shape: int, p: float = 0.7) -> Tensor:
-    return torch.rand(shape, generator=draw) < p
-
-
-def _floats(draw: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=draw, dtype=torch.float64)
-
-
-def _padding(shape, draw, left: bool = False) -> Tensor:
-    """[N, 1, 1, kv]: about half of the keys of each entry are padding."""
-    entries, _, _, kv_len = shape
-    share = 0.3 + 0.5 * torch.rand(entries, 1, 1, 1, generator=draw)
-    at = torch.arange(kv_len)
-    return at >= kv_len * share if left else at < kv_len * share
-
-
-def _blocks(shape, draw) -> Tensor:
-    """[1, 1, q, kv]: blocks of 32 x 32, most of them empty."""
-    blocks = _bools(draw, -(-shape[2] // 32), -(-shape[3] // 32), p=0.3)
-    plane = blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)
-    return plane[None, None, : shape[2], : shape[3]]
-
-
-def _dead_rows(shape, draw) -> Tensor:
-    """[N, heads, q, kv]: every third row sees nothing."""
-    return _bools(draw, *shape) & (torch.arange(shape[2]) % 3 != 1)[:, None]
-
-
-def _minus_inf(shape, draw) -> Tensor:
-    """[N, heads, q, kv]: a quarter of the scores are -inf, and whole rows."""
-    bias = _floats(draw, *shape).masked_fill_(_bools(draw, *shape, p=0.25), -torch.inf)
-    return bias.masked_fill_((torch.arange(shape[2]) % 5 == 3)[:, None], -torch.inf)
-
-
-def _in_memory(x: Tensor, *order: int) -> Tensor:
-    """The same tensor with its dimensions in that order in memory."""
-    inverse = sorted(range(x.dim()), key=order.__getitem__)
-    return x.permute(order).contiguous().permute(inverse)
-
-
-MASKS = {  # (N, heads, q, kv), generator -> bool
-    "full": lambda s, g: _bools(g, *s),
-    "heads": lambda s, g: _bools(g, 1, *s[1:]),
-    "entries": lambda s, g: _bools(g, s[0], 1, *s[2:]),
-    "plane": lambda s, g: _bools(g, 1, 1, *s[2:]),
-    "rows": lambda s, g: _bools(g, s[0], 1, s[2], 1),
-    "padding": _padding,
-    "left_padding": lambda s, g: _padding(s, g, left=True),
-    "expanded": lambda s, g: _padding(s, g).expand(s),
-    "transposed": lambda s, g: _in_memory(_bools(g, *s), 3, 0, 2, 1),
-    "blocks": _blocks,
-    "dead_rows": _dead_rows,
-    "nothing": lambda s, g: torch.zeros(1, 1, 1, 1, dtype=torch.bool),
-    "all": lambda s, g: torch.ones(1, 1, 1, 1, dtype=torch.bool),
-}
-
-BIASES = {  # (N, heads, q, kv), generator -> fp64
-    "full": lambda s, g: _floats(g, *s),
-    "heads": lambda s, g: _floats(g, 1, *s[1:]),
-    "entries": lambda s, g: _floats(g, s[0], 1, *s[2:]),
-    "plane": lambda s, g: _floats(g, 1, 1, *s[2:]),
-    "keys": lambda s, g: _floats(g, s[0], 1, 1, s[3]),
-    "rows": lambda s, g: _floats(g, 1, s[1], s[2], 1),
-    "scalar": lambda s, g: _floats(g, 1, 1, 1, 1),
-    "t5": lambda s, g: _in_memory(_floats(g, 1, *s[1:]), 0, 2, 3, 1),
-    "expanded": lambda s, g: _floats(g, 1, 1, 1, s[3]).expand(s),
-    "minus_inf": _minus_inf,
-}
-
-
-def _bshd(*tensors: Tensor) -> list[Tensor]:
-    return [_in_memory(x, 0, 2, 1, 3) for x in tensors]
-
-
-def _qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Views of one projection's output [B, S, 3, heads, D]."""
-    return _in_memory(torch.stack([q, k, v]), 1, 3, 0, 2, 4).unbind()
-
-
-def _ragged(*tensors: Tensor) -> list[Tensor]:
-    """Rows a few elements apart, the first at an unaligned address; NaN between them."""
-    return [torch.nn.functional.pad(x, (1, 4), value=torch.nan)[..., 1:-4] for x in tensors]
-
-
-LAYOUTS = {  # q, k, v contiguous -> the same values elsewhere in memory
-    "bhsd": lambda q, k, v: (q, k, v),
-    "bshd": _bshd,
-    "qkv": _qkv,
-    "ragged": _ragged,
-    "expanded": lambda q, k, v: (q, k[:1].expand_as(k), v[:1].expand_as(v)),
-    "one_kv_head": lambda q, k, v: (q, k[:, :1].expand_as(k), v[:, :1].expand_as(v)),
-}
-
 # ---- the list -----------------------------------------------------------------------------------
 
 OPTIONS = {
@@ -357,6 +236,7 @@ OPTIONS = {
     "kv_lens": {"kv_lens": (131, 30)},
     "kv_starts": {"kv_starts": (17, 40)},
     "documents": {"documents": (1, 50, 17, 64, 7), "q_len": 139},
+    "key_ranges": {"ranges": "banded"},
     "dropout": {"dropout": 0.3},
     "gqa": {"heads": 4, "kv_heads": 2},
     "v_dim": {"v_dim": 40},
@@ -413,6 +293,8 @@ def _cases():
         yield Case(f"mask/{mask}", mask=mask)
     for bias in BIASES:
         yield Case(f"bias/{bias}", bias=bias)
+    for ranges in RANGES:
+        yield Case(f"ranges/{ranges}", ranges=ranges)
     yield Case("bias/fp32", bias="heads", bias_fp32=True)
     for layout in LAYOUTS:
         yield Case(f"layout/{layout}", layout=layout, q_len=139, causal=True)
@@ -435,12 +317,13 @@ def _cases():
     yield Case("everything/dense", **lens, **EVERYTHING)
     yield Case("everything/paged", **lens, page_size=8, **EVERYTHING)
     yield Case("everything/packed", **{**EVERYTHING, **OPTIONS["packed"]})
+    yield Case("everything/key_ranges", ranges="banded", **lens, **EVERYTHING)
     documents = {**EVERYTHING, **OPTIONS["documents"], "bias": "entries", "mask": "padding"}
     yield Case("everything/documents", **lens, **documents)
 
 
 def _edges():
-    """# one length per sequence"""
+    """Where there is little or nothing to see, with and without a sink."""
     nothing = {
         "no_rows": {"q_len": 0},
         "no_keys": {"kv_len": 0},
@@ -490,5 +373,5 @@ CASES = [case for case in _cases() if case is not None]
 
 
 def select(*groups: str) -> list[Case]:
-    """Where there is little or nothing to see, with and without a sink."""
+    """The cases of the named groups: alone, pair, mask, ranges, size, dim, gqa, edge, ..."""
     return [case for case in CASES if case.name.split("/")[0] in groups]

@@ -62,6 +62,11 @@ def band(s, t):
     return torch.ones(s, t, dtype=torch.bool).tril(t - s)
 
 
+def ranges(s):
+    """Ends that rise from row to row, of every head."""
+    return torch.zeros(1, dtype=torch.int32), ints(*range(2, s + 2)).expand(HQ, s)
+
+
 ATTENTION_OPERANDS = {  # name: (rows, keys) -> a tensor that varies, or not, with the lengths
     "mask": lambda s, t: band(s, t),
     "mask_4d": lambda s, t: band(s, t).expand(B, HQ, s, t),
@@ -105,6 +110,21 @@ case(
     lambda q, k, v, begin, end: fastattn.attention(q, k, v, key_ranges=(begin, end)),
     lambda s: (*qkv(s, s + 3), torch.zeros(1, dtype=torch.int32), ints(*range(3, s + 3))),
 )
+
+
+def masks_of(kind, q, k, v):
+    """Every function of fastattn.masks, called where it is compiled."""
+    rows, offset = q.shape[2], k.shape[2] - q.shape[2]
+    ranges = {
+        "prefix": lambda: fastattn.masks.prefix(4, rows, offset=offset),
+        "chunked": lambda: fastattn.masks.chunked(4, rows, offset=offset),
+        "block_causal": lambda: fastattn.masks.block_causal(4, rows, offset=offset),
+    }[kind]()
+    return fastattn.attention(q, k, v, key_ranges=ranges)
+
+
+for _name in fastattn.masks.__all__:
+    case(f"attention masks.{_name}", partial(masks_of, _name), lambda s: qkv(s, s + 3))
 case("attention document_ids", partial(with_operand, "document_ids"),
      lambda s: (*qkv(s), (torch.arange(s) // 3).int()))  # fmt: skip
 case("attention rank 3", lambda q, m: fastattn.attention(q, q, q, mask=m),
@@ -143,6 +163,7 @@ VARLEN_OPERANDS = {
     "alibi_slopes": lambda s, t: torch.rand(3, HQ),
     "sinks": lambda s, t: grown(HQ),
     "kv_lens": lambda s, t: ints(s, 0, 4),
+    "key_ranges": lambda s, t: ranges(s),
 }
 
 
@@ -199,6 +220,7 @@ DECODE_OPERANDS = {  # (new tokens, slots)
     "alibi_slopes": lambda s, t: torch.rand(HQ),
     "sinks": lambda s, t: randn(HQ),
     "cache_leftpad": lambda s, t: ints(1, 2),
+    "key_ranges": lambda s, t: ranges(s),
     "cache_batch_idx": lambda s, t: ints(1, 0),
     "rotary": lambda s, t: (randn(t, D // 2), randn(t, D // 2)),
 }
@@ -317,6 +339,7 @@ MODULE_OPERANDS = {
     "bias": lambda s: grown(HQ, s, s),
     "kv_lens": lambda s: ints(s, s - 1),
     "document_ids": lambda s: (torch.arange(s) // 3).int(),
+    "key_ranges": lambda s: ranges(s),
     "positions": lambda s: torch.arange(s),
 }
 for _name, _make in MODULE_OPERANDS.items():

@@ -180,11 +180,17 @@ def reproduction(case: Case) -> str:
     )
 
 
-def fuzz(seed: int, seconds: float, most: int | None = None):
+def has(case: Case, option: str | None) -> bool:
+    """Is the field `option` of the case other than in the simplest? None: any case will do."""
+    return option is None or getattr(case, option) != getattr(SIMPLEST, option)
+
+
+def fuzz(seed: int, seconds: float, most: int | None = None, option: str | None = None):
     """(the number of cases by outcome, reproduction or None), up to the first failure."""
     rng, counts, end = random.Random(seed), Counter(), time.monotonic() + seconds
     while time.monotonic() < end and (most is None or counts.total() < most):
-        case = draw(rng)
+        while not has(case := draw(rng), option):
+            pass
         try:
             counts[check(case).partition(":")[0]] += 1
         except Exception:
@@ -197,12 +203,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    options_of = [f.name for f in fields(Case)]
+    parser.add_argument(
+        "--option",
+        choices=options_of,
+        metavar="FIELD",
+        help="only calls with this field of Case, such as ranges",
+    )
     parser.add_argument("--keep-going", action="store_true", help="print every failure")
     options = parser.parse_args()
     torch.set_num_threads(1)
     seed, end, failed = options.seed, time.monotonic() + 60 * options.minutes, False
     while (left := end - time.monotonic()) > 0:
-        counts, found = fuzz(seed, left)
+        counts, found = fuzz(seed, left, option=options.option)
         print(f"seed {seed}: {', '.join(f'{n} {what}' for what, n in counts.items())}", flush=True)
         if found:
             print(found, flush=True)

@@ -42,6 +42,8 @@ class Case:
     sinks: bool = False
     kv_lens: bool = False
     documents: bool = False
+    ranges: str = ""  # a key of RANGES
+    ranges_of: str = "q"  # which dimensions they have in full, of "bhq"
     dropout: float = 0.0
     grad: bool = False
     lse: bool = False
@@ -75,6 +77,17 @@ class Tensors:
 # ---- drawing ------------------------------------------------------------------------------------
 
 LENGTHS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 65, 97)
+RANGES = {  # (generator, rows, keys, shape [B or 1, heads or 1, rows or 1]) -> begin, end
+    "prefix": lambda g, i, keys, shape: (i * 0, (i + 1).clamp(min=_drawn(g, 0, keys, (1, 1, 1)))),
+    "chunked": lambda g, i, keys, shape: _chunked(i, 1 + keys // 4),
+    "blocks": lambda g, i, keys, shape: (i * 0, _chunked(i, 1 + keys // 5)[1]),
+    "random": lambda g, i, keys, shape: (_drawn(g, 0, keys, shape), _drawn(g, 0, keys, shape)),
+    "outside": lambda g, i, keys, shape: (
+        _drawn(g, -9, keys + 9, shape).where(i > 0, torch.tensor(-(2**31))),
+        _drawn(g, -9, keys + 9, shape).where(i < 7, torch.tensor(2**31 - 1)),
+    ),
+    "empty": lambda g, i, keys, shape: (i + 1, i),
+}
 BROADCASTS = ("-", "k", "q", "qk", "hqk", "bk", "bqk", "bhqk", "h", "b")
 
 
@@ -123,6 +136,8 @@ def draw(rng: random.Random) -> Case:
         sinks=rng.random() < 0.2,
         kv_lens=call != "decode" and rng.random() < 0.3,
         documents=documents,
+        ranges=often(rng.choice(list(RANGES)), "", 0.2),
+        ranges_of=rng.choice(("", "q", "q", "hq", "bq", "bhq")),
         dropout=often(rng.choice((0.1, 0.5, 0.9)), 0.0, 0.2),
         grad=call != "decode" and not page_size and rng.random() < 0.6,
         lse=rng.random() < 0.5,
@@ -252,9 +267,24 @@ def build(case: Case) -> Tensors:
         )
     if case.sinks:
         named["sinks"] = leaves["sinks"] = randn(heads)
+    if case.ranges:
+        shape = [n if letter in case.ranges_of else 1 for n, letter in zip(full, "bhq")]
+        i = torch.arange(shape[2]).view(1, 1, -1)
+        ends = RANGES[case.ranges](g, i, full[3], shape)
+        named["key_ranges"] = tuple(x.expand(shape).int() for x in ends)
     if not case.grad:
         leaves = {}
     return Tensors(case, positional, named, leaves)
+
+
+def _drawn(g, low, high, shape):
+    """Integers in [low, high] that never decrease along the rows."""
+    return torch.randint(low, high + 1, tuple(shape), generator=g).sort(-1).values
+
+
+def _chunked(i, size):
+    """The chunk of `size` keys of each row, of as many rows."""
+    return i // size * size, i // size * size + size
 
 
 def paged(case, rng, randn, slots, spare):
@@ -270,7 +300,7 @@ def paged(case, rng, randn, slots, spare):
 
 WRONG = ("q_dtype", "k_heads", "v_len", "mask_shape", "mask_dtype", "bias_shape", "scale_nan",
          "window_type", "align", "softcap", "dropout", "lens", "slopes_shape", "sinks_shape",
-         "backend", "mask_sparse")  # fmt: skip
+         "backend", "mask_sparse", "ranges_shape", "ranges_type")  # fmt: skip
 
 
 def spoil(t: Tensors) -> None:
@@ -289,6 +319,8 @@ def spoil(t: Tensors) -> None:
         "slopes_shape": ("alibi_slopes", torch.zeros(heads + 1)),
         "sinks_shape": ("sinks", torch.zeros(heads + 1)),
         "backend": ("backend", "quick"),
+        "ranges_shape": ("key_ranges", [torch.zeros(heads + 1, 1, dtype=torch.int32)] * 2),
+        "ranges_type": ("key_ranges", [torch.zeros(1)] * 2),
         "lens": ("cache_lens" if case.call == "decode" else "kv_lens",
                  torch.full((case.batch + 1,), 3, dtype=torch.int32)),
     }  # fmt: skip

@@ -96,6 +96,10 @@ def one_entry(case, named, n, scale, q, k, v, start):
         seen = seen & (ids[:, None] == ids[None, :length])
     if named.get("mask") is not None:
         seen = seen & cut(named["mask"], n, m, length)
+    if named.get("key_ranges") is not None:
+        # [B or 1, heads or 1, rows or 1]; the rows of a packed sequence are the first of them.
+        begin, end = (x[n if len(x) > 1 else 0, :, :m, None].long() for x in named["key_ranges"])
+        seen = seen & (begin <= j) & (j < end)
     scores = scale * (q @ k.mT)
     if case.softcap:
         scores = case.softcap * torch.tanh(scores / case.softcap)

@@ -1,4 +1,4 @@
-"""The list of tests/support/cases.py in few cases, for backends that take long: PAIRWISE has every
+"""The list of cases.py in few cases, for backends that take long: PAIRWISE has every
 pair of options, five in a case; KINDS every kind of mask, bias and layout, three in a case;
 crossed() thins the product of two lists."""
 
@@ -7,7 +7,8 @@ from __future__ import annotations
 from itertools import combinations, cycle
 
 import pytest
-from cases import BIASES, LAYOUTS, MASKS, OPTIONS, Case, combine
+from case_tensors import BIASES, LAYOUTS, MASKS
+from cases import OPTIONS, Case, combine
 
 
 def _cover(size: int = 5):

@@ -54,6 +54,13 @@ def calls(with_lse: bool) -> tuple[Tensor, Tensor]:
         return_lse=False,
     )  # fmt: skip
 
+    ranges: tuple[Tensor, Tensor] = fastattn.masks.chunked(4, 6, offset=0)
+    out = out + fastattn.attention(q, q, q, causal=True, key_ranges=ranges)
+    prefix = fastattn.masks.prefix(torch.tensor([2, 0]), q_len=6)
+    out = out + fastattn.attention(q, q, q, key_ranges=prefix)
+    blocks_of = fastattn.masks.block_causal([2, 4], 6, device=q.device)
+    out = out + fastattn.attention(q, q, q, key_ranges=blocks_of)
+
     packed, cu = torch.randn(12, 4, 8), torch.tensor([0, 5, 12], dtype=torch.int32)
     rows: Tensor = fastattn.varlen_attention(packed, packed, packed, cu, cu, 7, 7, causal=True)
     rows, _ = fastattn.varlen_attention(packed, packed, packed, cu, cu, 7, 7, return_lse=True)
@@ -143,8 +150,12 @@ class Reader(nn.Module):
         for norm in self.norms:
             x = norm(x)
         x = self.gates(self.attention(x))
+        chunks = fastattn.masks.chunked(4, x.shape[1])
         attended, weights = self.multihead.forward(x, x, x, need_weights=True)
-        print(None if weights is None else weights.shape, self.block.forward(x).shape)
+        print(
+            None if weights is None else weights.shape,
+            self.block.forward(x, key_ranges=chunks).shape,
+        )
         decoded: Tensor = self.decoder.forward(self.encoder.forward(attended), x)
         return decoded + self.whole.forward(x, x)
 
