@@ -90,6 +90,7 @@ def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result |
     mode, a transform or a profiler, or for a negative view), the ordinary one runs."""
     if (
         plan.numbers is None
+        or not (q.layout is k.layout is v.layout is torch.strided)  # a oneDNN tensor has no strides
         or q.is_neg()  # a view that torch's dispatcher negates: z.conj().imag
         or k.is_neg()
         or v.is_neg()

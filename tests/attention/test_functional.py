@@ -394,3 +394,14 @@ def test_selective_checkpoint_keeps_the_attention():
             out.sum().backward()
         assert ran.count == times
         assert q.grad.isfinite().all() and q.grad.abs().sum() > 0
+
+
+def test_another_layout_is_refused_also_where_a_call_alike_was_remembered():
+    q = torch.randn(1, 2, 8, 16)
+    expected = fastattn.attention(q, q, q)
+    for other in (q.to_mkldnn(), q.to_sparse()):
+        with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)):
+            fastattn.attention(other, q, q)
+        with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)):
+            fastattn.attention(q, other, other)
+    assert torch.equal(fastattn.attention(q, q, q), expected)
