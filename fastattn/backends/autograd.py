@@ -84,9 +84,10 @@ def attend(call: Call, row) -> Result:
 
 def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result | tuple:
     """attend() of a call that `plan` was made for. Where torch has to see the operator (a mode, a
-    transform, a profiler, a negative view), it is the ordinary one."""
+    transform, a profiler, a negative view, a layout), it is the ordinary one."""
     if (
         plan.numbers is None
+        or not (q.layout is k.layout is v.layout is torch.strided)  # oneDNN's memory is opaque
         or q.is_neg()  # a view that torch's dispatcher negates: z.conj().imag
         or k.is_neg()
         or v.is_neg()
