@@ -326,3 +326,15 @@ def test_a_failed_call_leaves_the_generator_alone():
         with pytest.raises(ValueError):
             fastattn.attention(Q, K, K, dropout_p=0.5, **options)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("at", range(3))
+def test_onednn_layout_is_refused_after_a_call_alike(at):
+    """The memory of such a tensor is opaque, and its device, dtype and shape are those of a call
+    that passed."""
+    tensors = [torch.randn(1, 2, 8, 8) for _ in range(3)]
+    attention(*tensors)
+    tensors[at] = tensors[at].to_mkldnn()
+    with pytest.raises(TypeError, match=f"{'qkv'[at]} has layout torch._mkldnn; accepted is"):
+        attention(*tensors)
