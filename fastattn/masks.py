@@ -47,7 +47,7 @@ def prefix(
     device = _device_of(device, prefix_lens, offset)
     lengths = _per_sequence("prefix_lens", prefix_lens, device)
     end = torch.maximum(_positions(q_len, offset, device) + 1, lengths)
-    return _zero(device), end
+    return _zero(device), _int32(end)
 
 
 def chunked(
@@ -83,7 +83,7 @@ def chunked(
     start = _per_sequence("first", first, device)
     chunk = torch.div(_positions(q_len, offset, device) - start, chunk_size, rounding_mode="floor")
     begin = chunk * chunk_size + start
-    return begin, begin + chunk_size
+    return _int32(begin), _int32(begin + chunk_size)
 
 
 def block_causal(
@@ -94,7 +94,7 @@ def block_causal(
 
     Args:
         block_sizes: tokens of every block, or a list with the tokens of each. Rows past the last
-            block belong to it.
+            block belong to it; rows before position 0 see nothing.
         q_len: rows of q, Sq (for packed sequences, max_seqlen_q).
         offset: the position of row 0, an int or [B]; see the module's docstring.
         device: of the results; None: that of the tensors given, else the CPU.
@@ -112,29 +112,35 @@ def block_causal(
         sizes = [_size("block_sizes", n) for n in block_sizes]
         if not sizes:
             raise ValueError("block_sizes is empty; accepted are an int and a sequence of ints")
-        ends = torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32)
+        ends = torch.tensor(sizes, device=device).cumsum(0)
         block = torch.searchsorted(ends, p.contiguous(), right=True).clamp(max=len(sizes) - 1)
-        return _zero(device), ends[block]
+        return _zero(device), _int32(torch.where(p < 0, 0, ends[block]))
     size = _size("block_sizes", block_sizes)
-    return _zero(device), (torch.div(p, size, rounding_mode="floor") + 1) * size
+    return _zero(device), _int32((torch.div(p, size, rounding_mode="floor") + 1) * size)
 
 
 def _positions(q_len: int, offset: Tensor | int, device) -> Tensor:
-    """The position of each row: int32 [B or 1, 1, q_len]."""
-    rows = torch.arange(checks.length("q_len", q_len), dtype=torch.int32, device=device)
+    """The position of each row: int64 [B or 1, 1, q_len]."""
+    rows = torch.arange(checks.length("q_len", q_len), device=device)
     return rows + _per_sequence("offset", offset, device)
 
 
 def _per_sequence(name: str, x: Tensor | int, device) -> Tensor:
-    """An int or int tensor [B] as int32 [B or 1, 1, 1]."""
+    """An int or int tensor [B] as int64 [B or 1, 1, 1], in which no sum of positions overflows."""
     if not isinstance(x, Tensor):
         if not -checks.MAX_LENGTH < checks.integer(name, x) < checks.MAX_LENGTH:
             raise ValueError(f"{name} is {x}; accepted is an int in (-2**30, 2**30)")
-        x = torch.full((1,), x, dtype=torch.int32, device=device)
+        x = torch.full((1,), x, dtype=torch.int64, device=device)
     if x.dtype not in (torch.int32, torch.int64) or x.dim() > 1:
         raise TypeError(f"{name} is {x.dtype} of shape {checks.show(x)}; accepted are an int and "
                         "an int32 tensor [B]")  # fmt: skip
-    return x.to(device, torch.int32).view(-1, 1, 1)
+    x = x.to(device, torch.int64).view(-1, 1, 1)
+    return x.clamp(-checks.MAX_LENGTH, checks.MAX_LENGTH)
+
+
+def _int32(x: Tensor) -> Tensor:
+    """Positions as int32. Beyond MAX_LENGTH there are no keys, so nothing is lost by clamping."""
+    return x.clamp(-checks.MAX_LENGTH, checks.MAX_LENGTH).to(torch.int32)
 
 
 def _size(name: str, x) -> int:

@@ -342,7 +342,7 @@ def int32(name, x) -> Tensor:
         return x
     if has_values(x) and x.numel() and (int(x.max()) > 2**31 - 1 or int(x.min()) < -(2**31)):
         raise ValueError(f"{name} holds {int(x.max())}; its values must fit in 32 bits")
-    return x.int()
+    return x.clamp(-(2**31), 2**31 - 1).int()  # where values are not read, none may wrap
 
 
 def has_values(x) -> bool:

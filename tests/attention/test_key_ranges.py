@@ -55,6 +55,21 @@ def test_masks_are_their_definition(name):
     assert torch.equal(as_mask(ranges, 10)[0, 0], mask)
 
 
+def test_masks_of_positions_far_beyond_the_keys():
+    """Beyond 2**30 there is no key, so ends are clamped there: none wraps around."""
+    far = 1 << 30
+    ends = masks.prefix(torch.tensor([2**40]), 3)[1]
+    assert ends.flatten().tolist() == [far] * 3
+    assert masks.prefix(1, 3, offset=torch.tensor([2**31 - 2]))[1].flatten().tolist() == [far] * 3
+    begin, end = masks.chunked(far - 1, 2, offset=far - 1, first=1 - far)
+    assert begin.flatten().tolist() == [far - 1] * 2 and end.flatten().tolist() == [far] * 2
+    for sizes in (2, [2, 2]):
+        ends = masks.block_causal(sizes, 5, offset=-3)[1]
+        seen = fastattn.attention(*[torch.zeros(1, 1, 5, 8)] * 3, key_ranges=masks.block_causal(
+            sizes, 5, offset=-3), return_lse=True)[1].exp().round().flatten().tolist()  # fmt: skip
+        assert ends.clamp(min=0).flatten().tolist() == [0, 0, 0, 2, 2] == seen
+
+
 def test_masks_of_each_entry():
     """Lengths, offsets and paddings may differ; whatever is one for all stays of size 1."""
     lens, offset = torch.tensor([2, 0, 9]), torch.tensor([0, 3, 5])
