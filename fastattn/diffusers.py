@@ -24,6 +24,7 @@ except ImportError as error:
         f"fastattn.swap(model) serves the models of older ones: {error}"
     ) from error
 
+from .backends.backend import caller_level
 from .sdpa import scaled_dot_product_attention
 from .swapping import is_swapped, swapped_class, unswap_object
 
@@ -108,7 +109,7 @@ def _reaching_all(set_backend):
                 f"{', '.join(left)} of {type(self).__name__} ignores diffusers' backends, and "
                 "swap() cannot serve it: its attention is computed as before",
                 UserWarning,
-                stacklevel=backend.caller_level(),
+                stacklevel=caller_level(),
             )
 
     return reaching_all

@@ -16,7 +16,7 @@ from fresh_python import ROOT
 from operator_calls import cotangents_of, run_reference
 
 import fastattn
-from fastattn.cli import info, verify
+from fastattn.cli import features, info
 from fastattn.core.reference import reference
 from fastattn.core.spec import NUMBERS, OPERANDS, Operands, Spec
 from fastattn.core.tolerance import Tolerance
@@ -154,8 +154,8 @@ def test_the_support_table_has_every_number_and_operand():
 
 def test_verify_has_every_option():
     """python -m fastattn verify: what the user's own machine computes against float64."""
-    draw = verify.Draw(torch.float32, "cpu")
-    given = {name for feature in verify.FEATURES for name in feature.options(draw)}
+    draw = features.Draw(torch.float32, "cpu")
+    given = {name for feature in features.FEATURES for name in feature.options(draw)}
     shared = set.intersection(*(set(inspect.signature(f).parameters) for f in CALLS))
     missing = shared - given - {*"qkv", "unknown", "backend", "return_lse"}
     assert missing == {"scale", "head_origin", "deterministic"}

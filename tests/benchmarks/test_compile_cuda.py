@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastattn.benchmarks.compile import cuda as compiled
 
-from fastattn.backends import backend, cpu, cuda, library, registry, triton
+from fastattn.backends import backend, cpu, cuda, library, registry, schema, triton
 from fastattn.core.call import Call, Result
 from fastattn.core.spec import NO_OPERANDS, Descales, Operands, Spec
 
@@ -187,14 +187,14 @@ def test_float8_has_kernels_of_its_own(monkeypatch):
 def test_float8_goes_to_its_operator(monkeypatch):
     """With the operands' arguments, documents as sequences, and the descales at the end."""
     calls = []
-    monkeypatch.setattr(registry.ops, "forward_float8", lambda *a: calls.append(a) or (a[0], a[0]))
+    monkeypatch.setattr(schema, "forward_float8", lambda *a: calls.append(a) or (a[0], a[0]))
     q, scale = torch.empty(1, 1, 2, 64), torch.ones(1)
     ids = torch.zeros(1, 2, dtype=torch.int32)
     operands = Operands(document_ids=ids, descales=Descales(None, scale, None))
     registry.BY_NAME["cuda"].forward(Call(q, q, q, Spec(0.5), operands))
-    (*_, given_ids, cu_q, _, _, _), numbers = calls[0][3:14], calls[0][14:21]
+    (*_, given_ids, _, _, cu_q, _, _, _), numbers = calls[0][3:16], calls[0][16:23]
     assert given_ids is None and cu_q.tolist() == [[0, 2]]
-    assert numbers == (0.5, 0.0, -1, -1, True, 0.0, 0) and calls[0][21:] == (None, scale, None)
+    assert numbers == (0.5, 0.0, -1, -1, True, 0.0, 0) and calls[0][23:] == (None, scale, None)
 
 
 def test_documents_wait_for_no_compiler(monkeypatch):

@@ -154,7 +154,7 @@ EDGES = """
 import json
 import torch
 from fastattn.benchmarks.compile.triton import ARCHES, audit
-from fastattn.kernels import activate, gate, norm, rotate
+from fastattn.kernels import activate, gate, norm, rope
 from fastattn.kernels.linear_cross_entropy import cross_entropy_
 
 def meta(*shape, dtype=torch.int64):
@@ -174,7 +174,7 @@ def calls(dtype, rows, n):
         yield lambda: activate.activate_bwd(x, x, vector, seed, 0.5, name, True)
     table, heads = meta(rows, max(1, n // 2), dtype=kind), meta(1, rows, rows, 2 * n, dtype=dtype)
     for interleaved in (False, True):
-        yield lambda: rotate.rotate(heads, table, table, meta(1, rows), interleaved, False)
+        yield lambda: rope.rotate(heads, table, table, meta(1, rows), interleaved, False)
     yield lambda: cross_entropy_(x, meta(rows), stats, -100, 0.1, 0.1, 3.0)
 
 pairs = []
