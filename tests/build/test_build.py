@@ -26,9 +26,11 @@ ODD = "a b 'y' #1"  # characters that a shell, ninja or make would interpret
 def tree(tmp_path) -> Path:
     """A source tree with one function in C++."""
     tree = tmp_path / ODD
-    packages = (f"fastattn/{name}" for name in ("nn", "models", "hf", "flash_attn"))
-    for folder in (*packages, "kernels", "benchmarks", "csrc/cpu"):
-        (tree / folder).mkdir(parents=True)
+    modules = (
+        p for top in ("fastattn", "kernels", "benchmarks") for p in (ROOT / top).rglob("*.py")
+    )
+    for folder in {p.parent.relative_to(ROOT) for p in modules} | {Path("csrc/cpu")}:
+        (tree / folder).mkdir(parents=True, exist_ok=True)
     for name in TREE:
         shutil.copy(ROOT / name, tree)
     (tree / "csrc/answer.h").write_text("#define ANSWER 42\n")
@@ -101,9 +103,10 @@ def test_only_what_compiles_asks_for_torch(tree):
 
 def load(package: Path):
     """The module build_facts of a package that lies elsewhere."""
-    package.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "fastattn/backends/build_facts.py", package)
-    spec = importlib.util.spec_from_file_location("facts_of_a_copy", package / "build_facts.py")
+    folder = package / "backends"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "fastattn/backends/build_facts.py", folder)
+    spec = importlib.util.spec_from_file_location("facts_of_a_copy", folder / "build_facts.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
