@@ -109,6 +109,11 @@ def test_encoder_is_the_one_transformers_runs():
 
 
 @pytest.fixture(scope="module")
+def page() -> str:
+    return report.page(example())
+
+
+@pytest.fixture(scope="module")
 def data():
     if main.missing():
         pytest.skip(f"not installed: {', '.join(main.missing())}")

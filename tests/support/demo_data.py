@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-import pytest
-from fastattn.benchmarks.demo import report
-
 
 def example(right: bool = True) -> dict:
     """The data of a report, without a run."""
@@ -79,8 +76,3 @@ class Reader(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-
-
-@pytest.fixture(scope="module")
-def page() -> str:
-    return report.page(example())
