@@ -24,7 +24,11 @@ __all__ = ["block_causal", "chunked", "prefix"]
 
 
 def prefix(
-    prefix_lens: Tensor | int, q_len: int, *, offset: Tensor | int = 0, device=None
+    prefix_lens: Tensor | int,
+    q_len: int,
+    *,
+    offset: Tensor | int = 0,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A prefix that all rows see, and causal attention after it (prefix-LM, PaliGemma).
 
@@ -56,7 +60,7 @@ def chunked(
     *,
     offset: Tensor | int = 0,
     first: Tensor | int = 0,
-    device=None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention within chunks of `chunk_size` tokens (Llama 4's local layers).
 
@@ -87,7 +91,11 @@ def chunked(
 
 
 def block_causal(
-    block_sizes: int | Sequence[int], q_len: int, *, offset: Tensor | int = 0, device=None
+    block_sizes: int | Sequence[int],
+    q_len: int,
+    *,
+    offset: Tensor | int = 0,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each block sees all of itself and of the blocks before it (frames of a video, scales of an
     image, blocks of a block diffusion model).

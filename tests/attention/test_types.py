@@ -78,7 +78,11 @@ def test_pyright(program):
         cwd=program.parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     told = json.loads(run.stdout)
-    assert told["generalDiagnostics"] == []
+    problems = [
+        f"{x['file']}:{x['range']['start']['line'] + 1}: {x['message']}"
+        for x in told["generalDiagnostics"]
+    ]
+    assert problems == []
     assert told["summary"]["filesAnalyzed"] == 1 + len(files)
 
 
