@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from sdpa_calls import math, qkv
 from torch.autograd import gradcheck, gradgradcheck
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastattn
@@ -23,18 +23,6 @@ def torch_again():
     yield
     for _ in range(9):
         fastattn.disable()
-
-
-def math(*args, **kwargs):
-    """torch's math path, whether or not the switch is on."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **kwargs)
-
-
-def qkv(*shape, kv=None, grad=False, dtype=torch.float32):
-    """query, key, value of the shapes (..., length, channels)."""
-    shapes = (shape, kv or shape, kv or shape)
-    return [torch.randn(s, dtype=dtype, requires_grad=grad) for s in shapes]
 
 
 # ---- torch's own samples ------------------------------------------------------------------------
