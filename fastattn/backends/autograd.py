@@ -213,7 +213,8 @@ class DualAttention(torch.autograd.Function):
         ctx.how, ctx.pushed = (spec, backend, num_splits), None
         ctx.set_materialize_grads(False)
         call = call_of(*tensors[:3], tensors[3:], others, spec, num_splits)
-        tangents = [None if x is None else forward_ad.unpack_dual(x).tangent for x in tensors]
+        with forward_ad._set_fwd_grad_enabled(True):  # torch disables it in forward()
+            tangents = [_tangent(x, forward_ad._current_level) for x in tensors]
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             if all(x is None for x in tangents):
                 result = backend.forward(call)
