@@ -33,10 +33,10 @@ from torch.autograd import forward_ad
 
 from ..core.call import Call, Result, Tangents
 from ..core.spec import LEAVES, NO_OPERANDS, Spec, numbers_of
-from . import second_order
 from .backend import Backend
 from .second_order import (
     BELOW_AUTOGRAD,
+    attention_jvp,
     call_of,
     eager_apply,
     gradients,
@@ -188,8 +188,8 @@ class Attention(torch.autograd.Function):
         """Of an outer transform; see the module's docstring."""
         tensors, _, others = Attention._saved(ctx)
         spec, backend, _ = ctx.how
-        pushed = second_order.jvp(tensors, tangents[:-2], others, (spec, backend, None))
-        return pushed.tout, pushed.tlse
+        _, _, *pushed = attention_jvp(*tensors, *tangents[:-2], others, (spec, backend, None))
+        return tuple(pushed)
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, *rest):
@@ -232,8 +232,8 @@ class DualAttention(torch.autograd.Function):
         tensors, _, others = Attention._saved(ctx)
         spec, backend, _ = ctx.how
         known, ctx.pushed = ctx.pushed, None
-        pushed = second_order.jvp(tensors, tangents[:-2], others, (spec, backend, known))
-        return pushed.tout, pushed.tlse
+        _, _, *pushed = attention_jvp(*tensors, *tangents[:-2], others, (spec, backend, known))
+        return tuple(pushed)
 
 
 _apply_eager, _apply_simple, _apply_dual = map(
@@ -272,7 +272,8 @@ def _differentiable(q, k, v, *rest):
         return Attention.apply(q, k, v, *rest)
     unpack = forward_ad.unpack_dual
     duals = [_NOTHING if x is None else unpack(x, level=level) for x in primals]
+    primals, tangents = zip(*duals)
     spec, backend, _ = how
-    pushed = second_order.jvp(*zip(*duals), others, (spec, backend, None))
-    pairs = ((pushed.out, pushed.tout), (pushed.lse, pushed.tlse))
+    out, lse, *pushed = attention_jvp(*primals, *tangents, others, (spec, backend, None))
+    pairs = zip((out, lse), pushed)
     return tuple(forward_ad.make_dual(x, t, level=level) for x, t in pairs)

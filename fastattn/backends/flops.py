@@ -41,6 +41,21 @@ def _register_flops() -> None:
     for jvp, jvp_bwd in JVP_PAIRS.values():
         register_flop_formula(jvp.overloadpacket, get_raw=True)(jvp_flops)
         register_flop_formula(jvp_bwd.overloadpacket, get_raw=True)(jvp_bwd_flops)
+    for operator, formula in _more.items():
+        register_flop_formula(operator)(formula)
+
+
+_more: dict = {}  # formulas of operators that are defined later, while the counter is not imported
+
+
+def register(operator, formula) -> None:
+    """Registers the formula of one more operator."""
+    if "torch.utils.flop_counter" not in sys.modules:
+        _more[operator] = formula
+        return
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(operator)(formula)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
