@@ -1,5 +1,5 @@
-"""`Call` and `Result`: what every function between the public functions and the kernels takes and
-returns.
+"""`Call`, and the results: what every function between the public functions and the kernels takes
+and returns.
 
 The public functions make a Call from their arguments, checked and in normal form, and
 backends/registry.py finds the backend that runs it.
@@ -52,3 +52,23 @@ class Gradients(NamedTuple):
     dv: Tensor
     dbias: Tensor
     dsinks: Tensor
+
+
+class Tangents(NamedTuple):
+    """Tangents of a call's inputs that have gradients, each with its input's shape. None counts as
+    zero. Those of operands may also be fp32 (fp64 for fp64)."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class JvpResult(NamedTuple):
+    """The results of a forward pass and their tangents."""
+
+    out: Tensor
+    lse: Tensor
+    tout: Tensor  # like out; 0 in a row that sees no key
+    tlse: Tensor  # like lse; 0 in a row that sees no key
