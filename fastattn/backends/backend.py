@@ -38,8 +38,8 @@ class Backend:
     # Called like why_not: the reason why a backend that could run the call does so only when
     # backend= or FASTATTN_BACKEND names it.
     why_not_auto: Callable[[Call], str | None] = lambda call: None
-    # (call, need_entropy, need_argmax) -> FirstPass, and (call, lse, need_col_mass, topk, pooled) ->
-    # Maps, as core/statistics.py defines them; None: plain torch computes them (statistics.py)
+    # (call, need_entropy, need_argmax) -> FirstPass, and (call, lse, need_col_mass, topk, pooled)
+    # -> Maps, as core/statistics.py defines them; None: plain torch computes them
     forward_statistics: Callable[[Call, bool, bool], FirstPass] | None = None
     maps: Callable[..., Maps] | None = None
 
