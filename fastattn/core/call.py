@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .spec import Operands, Spec
+from .statistics import Wanted
 
 
 # Not frozen, because making a frozen dataclass costs a call of setattr for each field. Treat it as
@@ -28,6 +29,7 @@ class Call:
     spec: Spec
     operands: Operands  # NO_OPERANDS for a call without any
     num_splits: int = 0  # splits of the keys (split-KV decoding); 0: the backend chooses
+    statistics: Wanted | None = None  # what return_stats asks for
 
     def but(self, **changes) -> Call:
         """A copy of the call with other tensors, operands or numbers."""
