@@ -36,6 +36,7 @@ _OPERANDS = ", ".join(f"Tensor? {name}" for name in OPERANDS)
 _SPEC = ", ".join(f"{x.type} {x.name}" for x in fields(Spec))  # float scale, ...
 _NEEDS = ", ".join(f"bool need_d{name}" for name in LEAVES)
 _GRADIENTS = ", ".join(f"Tensor {name}" for name in Gradients._fields)
+_TANGENTS = ", ".join(f"Tensor? t{name}" for name in ("q", "k", "v", *LEAVES))
 
 FAMILIES = ("", "_triton")  # suffixes of the operators' names: each pair has kernels of its own
 FLOAT8 = "_float8"  # the suffix of a forward that has no backward
@@ -52,9 +53,45 @@ for _end in (*FAMILIES, FLOAT8):
 for _end in FAMILIES:
     LIBRARY.define(
         f"flash_attn_bwd{_end}(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q,"
-        f" Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, {_NEEDS}) -> ({_GRADIENTS})",
+        f" Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, {_NEEDS}, Tensor? dentropy=None)"
+        f" -> ({_GRADIENTS})",
         tags=TAGS,
     )
+    # Forward mode: the results and their tangents, for tangents of q, k, v and LEAVES.
+    LIBRARY.define(
+        f"flash_attn_jvp{_end}(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC}, {_TANGENTS})"
+        " -> (Tensor out, Tensor lse, Tensor tout, Tensor tlse)",
+        tags=TAGS,
+    )
+    # Its backward: the gradients of <dtout, tout> + <dtlse, tlse> with respect to the primals.
+    LIBRARY.define(
+        f"flash_attn_jvp_bwd{_end}(Tensor dtout, Tensor? dtlse, Tensor out, Tensor lse,"
+        f" Tensor tout, Tensor tlse, Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC},"
+        f" {_TANGENTS}, {_NEEDS}) -> ({_GRADIENTS})",
+        tags=TAGS,
+    )
+    # The forward with statistics of each row; what is not needed is empty.
+    LIBRARY.define(
+        f"flash_attn_fwd_stats{_end}(Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC},"
+        " int num_splits, bool need_entropy, bool need_argmax) -> (Tensor out, Tensor lse,"
+        " Tensor max_logit, Tensor entropy, Tensor argmax)",
+        tags=TAGS,
+    )
+    # Statistics of the probabilities, made again from lse; v is not read. What is not asked for is
+    # empty.
+    LIBRARY.define(
+        f"flash_attn_maps{_end}(Tensor lse, Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC},"
+        " bool need_col_mass, int topk, int pooled) -> (Tensor col_mass, Tensor topk_probs,"
+        " Tensor topk_keys, Tensor pooled)",
+        tags=TAGS,
+    )
+
+# The probabilities themselves, of all rows or of those listed; with `average`, the mean over heads.
+LIBRARY.define(
+    f"flash_attn_weights(Tensor lse, Tensor q, Tensor k, Tensor v, {_OPERANDS}, {_SPEC},"
+    " Tensor? rows, bool average) -> Tensor",
+    tags=TAGS,
+)
 
 # The forward for CPU tensors without operands, for calls that need nothing but the kernel
 # (attend_simple() in autograd.py). It has few arguments, because torch takes 1 to 2 thousand
@@ -69,9 +106,23 @@ backward = torch.ops.fastattn.flash_attn_bwd.default
 forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
 backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
 forward_float8 = torch.ops.fastattn.flash_attn_fwd_float8.default
+jvp = torch.ops.fastattn.flash_attn_jvp.default
+jvp_bwd = torch.ops.fastattn.flash_attn_jvp_bwd.default
+jvp_triton = torch.ops.fastattn.flash_attn_jvp_triton.default
+jvp_bwd_triton = torch.ops.fastattn.flash_attn_jvp_bwd_triton.default
+weights = torch.ops.fastattn.flash_attn_weights.default
+FORWARD_STATISTICS = {
+    "": torch.ops.fastattn.flash_attn_fwd_stats.default,
+    "_triton": torch.ops.fastattn.flash_attn_fwd_stats_triton.default,
+}
+MAPS = {
+    "": torch.ops.fastattn.flash_attn_maps.default,
+    "_triton": torch.ops.fastattn.flash_attn_maps_triton.default,
+}
 PAIRS: dict[str, tuple] = dict(
     zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton)))
 )
+JVP_PAIRS: dict[str, tuple] = dict(zip(FAMILIES, ((jvp, jvp_bwd), (jvp_triton, jvp_bwd_triton))))
 FORWARDS = {end: pair[0] for end, pair in PAIRS.items()} | {FLOAT8: forward_float8}
 
 _N, _M = len(OPERANDS), len(NUMBERS)
