@@ -1,6 +1,6 @@
 // The forward kernel: one tile of query rows against its keys, block by block, with the softmax
 // kept online (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
-// next: backward.inl
+// next: backward.inl, jvp.inl
 
 // Fewer rows than this are decoding: keys are read once, as dot products, without transposing q.
 constexpr int DOT_ROWS = 8;
@@ -141,23 +141,35 @@ INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int 
     }
 }
 
-template <class A> static void apply_dropout(const Params& p, const Segment& s,
-                                             const ForwardTile<A>& t, int key, int n) {
-    const float* z = dropout_tile(p, s, t.tile, key, n, t.keep[0], t.keep[1]);
+// x [key][row] *= dropout's factors z.
+template <class A> static void drop(const ForwardTile<A>& t, const float* z, int n, A* x) {
     for (int j = 0; j < n; j++)
         for (int i = 0; i < t.tile.padded; i += SIMD_WIDTH<A>) {
-            A* x = t.scores + j * t.ld + i;
-            store<A>(x, load<A>(x) * load_dropout<A>(z + j * DROPOUT_LD + i));
+            A* to = x + j * t.ld + i;
+            store<A>(to, load<A>(to) * load_dropout<A>(z + j * DROPOUT_LD + i));
         }
+}
+
+template <class A> static void apply_dropout(const Params& p, const Segment& s,
+                                             const ForwardTile<A>& t, int key, int n) {
+    drop(t, dropout_tile(p, s, t.tile, key, n, t.keep[0], t.keep[1]), n, t.scores);
 }
 
 // --- output -------------------------------------------------------------------------------------
 
-// acc = acc * rescale + P V for keys [begin, end) of a block, a group of rows at a time. B is
-// packed panels, or (decoding) the values where they lie.
-template <class A, class T>
+// The B operand of the product with the values: packed panels, or (decoding) the values where they
+// lie.
+template <class T> struct ValuePanels {
+    const T* data;
+    int columns;
+    int64_t step, ld;  // from panel to panel, from key to key
+};
+
+// acc = acc * rescale + W V (or acc + W V) for keys [key, key + n), a group of rows at a time. W is
+// [key][row], as the scores.
+template <Store STORE = Store::RESCALE, class A, class T>
 INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n,
-                       int columns, const T* values, int64_t panel_step, int64_t ld) {
+                       const ValuePanels<T>& values, const A* weights, A* acc) {
     for (int i = 0, rows; i < t.tile.count; i += rows) {
         rows = imin(GEMM_ROWS, t.tile.count - i);
         int begin = 0, end = n;
@@ -167,12 +179,12 @@ INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int k
             begin = imax(0, imax(seen.begin, r.begin) - key);
             end = imin(n, imin(seen.end, r.end) - key);
         }
-        const T* panel = values + begin * ld;
+        const T* panel = values.data + begin * values.ld;
         if (begin < end)
-            for (int c = 0; c < columns; c += PANEL<A>, panel += panel_step)
-                micro_rows<Order::COLUMNS, Store::RESCALE>(
-                    rows, end - begin, t.scores + begin * t.ld + i, t.ld, panel, ld,
-                    t.acc + i * t.acc_ld + c, t.acc_ld, t.rescale + i);
+            for (int c = 0; c < values.columns; c += PANEL<A>, panel += values.step)
+                micro_rows<Order::COLUMNS, STORE>(rows, end - begin, weights + begin * t.ld + i,
+                                                  t.ld, panel, values.ld, acc + i * t.acc_ld + c,
+                                                  t.acc_ld, t.rescale + i);
     }
 }
 
@@ -182,33 +194,45 @@ template <class A> static void accumulate_block(const Params& p, const ForwardTi
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         bool in_place = t.dot_ld > 0 && values.pages == nullptr && p.v_dim % PANEL<A> == 0;
-        if (in_place)
-            return accumulate(t, edge, r, key, n, p.v_dim,
-                              reinterpret_cast<const T*>(values.row(key)), PANEL<A>,
-                              values.row_bytes / static_cast<int64_t>(sizeof(T)));
+        if (in_place) {
+            ValuePanels<T> rows{reinterpret_cast<const T*>(values.row(key)), p.v_dim, PANEL<A>,
+                                values.row_bytes / static_cast<int64_t>(sizeof(T))};
+            return accumulate(t, edge, r, key, n, rows, t.scores, t.acc);
+        }
         if (!block.done)
             pack_panels<A, T>([&](int j) { return values.row(key + j); }, block.n, p.v_dim,
                               BLOCK_KV, block.panels);
-        accumulate(t, edge, r, key, n, t.acc_ld, static_cast<const A*>(block.panels),
-                   BLOCK_KV * PANEL<A>, PANEL<A>);
+        ValuePanels<A> panels{block.panels, t.acc_ld, BLOCK_KV * PANEL<A>, PANEL<A>};
+        accumulate(t, edge, r, key, n, panels, t.scores, t.acc);
     });
 }
+
+// A row's maximum and sum with its head's sink in them.
+template <class A> struct WithSink {
+    A row_max, row_sum;
+    A keys;  // what the sums over the keys are multiplied by
+    A sink;  // the sink's part of row_sum
+
+    INLINE_MEMBER WithSink(const Params& p, int head, A max_of_keys, A sum_of_keys)
+        : row_max(max_of_keys), row_sum(sum_of_keys), keys(1), sink(0) {
+        if (p.sinks.data == nullptr) return;
+        A logit = to_base2<A>(bias_at<A>(p.sinks.dtype, p.sinks.bytes_at(0, head, 0)));
+        row_max = logit > max_of_keys ? logit : max_of_keys;
+        keys = A(__builtin_exp2(max_of_keys - row_max));
+        sink = A(__builtin_exp2(logit - row_max));
+        row_sum = sum_of_keys * keys + sink;
+    }
+};
 
 // One row's result. A row whose sum is 0 has seen no key (a NaN score makes the sum NaN).
 template <class A> static void write_row(const Params& p, const Segment& s, int head, int row,
                                          A row_max, A row_sum, const A* acc) {
     A lse = A(NEG_INF), factor = 0;
     if (!(row_sum == 0)) {
-        A out_factor = 1;
-        if (p.sinks.data) {
-            A sink = to_base2<A>(bias_at<A>(p.sinks.dtype, p.sinks.bytes_at(0, head, 0)));
-            A base = sink > row_max ? sink : row_max;
-            out_factor = A(__builtin_exp2(row_max - base));
-            row_sum = row_sum * out_factor + A(__builtin_exp2(sink - base));
-            row_max = base;
-        }
-        lse = A(from_base2<A>(row_max) + __builtin_log(row_sum));
-        factor = out_factor / row_sum;
+        WithSink<A> whole(p, head, row_max, row_sum);
+        row_sum = whole.row_sum;
+        lse = A(from_base2<A>(whole.row_max) + __builtin_log(row_sum));
+        factor = whole.keys / row_sum;
         if (p.dropout) factor = A(factor / p.dropout_key.keep_probability());
     }
     char* to = p.out.bytes_at(s.batch, head, s.q_begin + row);
@@ -270,13 +294,8 @@ static void forward(const Params& p, const ForwardItem& item, const SplitResults
         else
             rows = load_rows(p, keys, key, block.n, p.head_dim, block.keys, block.done);
         for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
-            int first = panel * PANEL<A>, begin = 0, end = n;
-            if (edge) {
-                Range panel_range = tile.range(first, imin(tile.count, first + PANEL<A>));
-                begin = imin(n, imax(0, panel_range.begin - key));
-                end = imax(begin, imin(n, panel_range.end - key));
-            }
-            A* scores = t.scores + first;
+            auto [begin, end] = tile.of_panel(panel, edge, key, n);
+            A* scores = t.scores + panel * PANEL<A>;
             if (!decoding) panel_product(t.q, panel, rows, begin, end, scores, t.ld);
             finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           scores + begin * t.ld, t.ld, static_cast<A*>(nullptr));

@@ -29,6 +29,9 @@ constexpr float TANH_SERIES[6] = {-0.3333333f,  0.13333184f,   -0.053943656f,
 #include "dropout.inl"
 #include "forward.inl"
 #include "backward.inl"
+#include "tangents.inl"
+#include "jvp.inl"
+#include "jvp_bwd.inl"
 #include "rows.inl"
 #include "activate.inl"
 #include "linear.inl"
@@ -37,5 +40,6 @@ constexpr float TANH_SERIES[6] = {-0.3333333f,  0.13333184f,   -0.053943656f,
 template <class A> static int64_t padded(int columns) { return round_up_panel<A>(columns); }
 
 template <class A> constexpr Kernels KERNELS = {BLOCK_Q,     BLOCK_KV,  forward<A>, combine<A>,
-                                                backward<A>, reduce<A>, padded<A>,  FUSED<A>};
+                                                backward<A>, reduce<A>, jvp<A>,     jvp_bwd<A>,
+                                                padded<A>,   FUSED<A>};
 constexpr IsaKernels ISA_KERNELS = {KERNELS<float>, KERNELS<double>};

@@ -2,6 +2,11 @@
 // SIMD lane for each row, so a row's maximum, sum and bounds are plain vertical vector operations.
 // next: mask.inl
 
+// Keys of a block, counted from its first one.
+struct BlockKeys {
+    int begin, end;
+};
+
 // The query rows of a tile, those of one query head after those of another.
 template <class A> struct QueryTile {
     int count;  // in use; the rest, up to `padded`, see no key
@@ -31,6 +36,15 @@ template <class A> struct QueryTile {
         for (int i = 0; i < count; i++)
             if (lo[i] < end && hi[i] > begin) return true;
         return false;
+    }
+    // Of keys [key, key + n), those between the first and the last that a row of the panel sees.
+    // `edge`: some row of the tile does not see all of them.
+    INLINE_MEMBER BlockKeys of_panel(int panel, bool edge, int key, int n) const {
+        if (!edge) return {0, n};
+        int first = panel * PANEL<A>;
+        Range seen = range(first, imin(count, first + PANEL<A>));
+        int from = imin(n, imax(0, seen.begin - key));
+        return {from, imax(from, imin(n, seen.end - key))};
     }
     // How many rows from `first` on, at most `most`, make one product: each sees a key that those
     // before it see, so some row sees each key of their range, or they see nothing at all.
