@@ -144,16 +144,17 @@ BACKWARD_KEYS = {
     "interpreter": _INTERPRETER,
 }
 
-# Forward mode: two tiles of results stay in registers, and a tile of keys loads four tensors.
+# Forward mode: two tiles of results stay in registers, and a tile of keys loads four tensors. Values
+# are processed in chunks of CHUNK_D already above that: at 256 two tiles of them would spill.
 _SM80_JVP = {
     64: Config(64, 64, 4, 2),
     128: Config(64, 32, 8, 2),
     256: Config(32, 32, 8, 1),
-    CHUNKED: Config(32, 32, 4, 1),
+    CHUNKED: Config(32, 32, 8, 1),
 }
 _FP32_JVP = {
-    64: Config(32, 32, 4, 2),
-    128: Config(32, 16, 4, 2),
+    64: Config(32, 16, 4, 2),
+    128: Config(16, 16, 4, 2),
     256: Config(16, 16, 4, 1),
     CHUNKED: Config(16, 16, 4, 1),
 }
@@ -163,8 +164,8 @@ JVP = {
         2: {
             64: Config(128, 64, 8, 2),
             128: Config(128, 32, 8, 2),
-            256: Config(64, 32, 8, 1),
-            CHUNKED: Config(32, 32, 4, 1),
+            256: Config(128, 32, 8, 1),
+            CHUNKED: Config(32, 32, 8, 1),
         },
         4: _FP32_JVP,
     },

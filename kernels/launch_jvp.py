@@ -71,8 +71,10 @@ def _jvp(call: Call, results, result_tangents, tangents, config, device) -> None
     def run(config: Config) -> None:
         tiles = row_tiles(p, 1, config.block_q)
         visible = tile_list(operands, p, config)
-        programs = tiles * triton.cdiv(v_dim, configs.block_of(v_dim)) * heads
-        compiled_for = constants(**sizes_of(q, v), **blocks_of(config))
+        sizes = sizes_of(q, v)
+        sizes["BLOCK_DV"] = min(sizes["BLOCK_DV"], configs.CHUNK_D)
+        programs = tiles * triton.cdiv(v_dim, sizes["BLOCK_DV"]) * heads
+        compiled_for = constants(**sizes, **blocks_of(config))
         jvp_kernel[(programs * (1 if operands.packed else batch),)](
             p, t, visible, tiles, compiled_for, num_warps=config.warps
         )

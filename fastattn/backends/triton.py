@@ -6,9 +6,20 @@ from ..core.call import Gradients, Result
 from . import schema
 from .backend import Backend
 from .cpu import DTYPES
-from .gpu import gpu_missing, interpreting, triton_missing
+from .gpu import gpu_missing, interpreting, launcher, triton_missing
 
 MAX_HEAD_DIM = 1024
+
+# Kernels beside those of the ordinary forward and backward, which operators.py registers: where
+# kernels/ has each.
+KERNELS = {
+    "flash_attn_jvp": ("launch_jvp", "jvp"),
+    "flash_attn_fwd_stats": ("launch", "forward_stats"),
+    "flash_attn_maps": ("launch_maps", "maps"),
+}
+for _key in ("CUDA", "CPU"):  # on the CPU, Triton's interpreter
+    for _name, _place in KERNELS.items():
+        schema.LIBRARY.impl(f"{_name}_triton", launcher(*_place), _key)
 
 
 def forward(call):

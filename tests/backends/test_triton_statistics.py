@@ -193,6 +193,50 @@ def test_entropy_of_peaked_and_of_far_scores():
     near(got["max_logit"], scores.amax(-1), scores, "max_logit")
 
 
+# ---- the second pass ----------------------------------------------------------------------------
+
+MAPPED = [c for c in CASES if c.name in {
+    "alone/sinks", "pair/dropout+gqa", "alone/documents", "alone/kv_lens", "alone/paged",
+}]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MAPPED, ids=name_of)
+def test_largest_probabilities_and_pooled_maps(case):
+    problem = case.make(torch.float32, device=DEVICE)
+    host = case.make(torch.float32).to(torch.float64)
+    want = true_statistics(host)
+    lse = want["lse"].to(DEVICE, torch.float32)
+    got = run_maps(problem, lse, True, topk=5, pooled=7)
+    largest = want["probs"].sort(-1, descending=True).values[..., :5]
+    near(got.topk_probs, largest, want["lse"], "topk_probs")
+    there = want["probs"].gather(3, got.topk_keys.cpu().clamp(min=0))
+    near(torch.where(got.topk_keys.cpu() < 0, 0.0, there), largest, want["lse"], "topk_keys")
+    rows, keys = want["probs"].shape[2:]
+    down, across = (torch.arange(n) * 7 // n == torch.arange(7)[:, None] for n in (rows, keys))
+    down = down.double() / down.sum(1, keepdim=True)
+    near(got.pooled, down @ want["probs"] @ across.double().mT, want["lse"], "pooled")
+    near(got.col_mass, want["col_mass"], want["lse"], "col_mass")
+
+
+def test_lse_of_more_keys_than_these():
+    """After merge_states(), P is the probabilities over the keys of all merged calls."""
+    problem = SMALL.make(torch.float32, device=DEVICE)
+    want = true_statistics(SMALL.make(torch.float32).to(torch.float64))
+    lse = want["lse"].to(DEVICE, torch.float32)
+    part, whole = (run_maps(problem, x, True, 3, 4) for x in (lse + 0.75, lse))
+    for name in ("col_mass", "topk_probs", "pooled"):
+        want = getattr(whole, name) * 0.4723665527  # exp(-0.75)
+        torch.testing.assert_close(getattr(part, name), want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(part.topk_keys, whole.topk_keys)
+
+
+def test_column_mass_of_packed_pages_is_refused():
+    case = next(c for c in CASES if c.name == "pair/packed+paged")
+    problem = case.make(torch.float32, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="packed sequences came with page_table"):
+        run_maps(problem, problem.q.new_zeros(problem.q.shape[:3]))
+
+
 # ---- the gradient of the entropy ----------------------------------------------------------------
 
 

@@ -24,13 +24,14 @@ def primals_of(problem: Problem) -> dict[str, Tensor]:
 
 
 def tangents_of(problem: Problem, without=(), seed: int = 2) -> dict[str, Tensor]:
-    """Random tangents in the memory order of their primals, NaN where a primal is; none for the
-    names in `without`."""
+    """Random tangents in the memory order of their primals (contiguous for those of expanded ones),
+    NaN where a primal is; none for the names in `without`."""
     draw = torch.Generator().manual_seed(seed)
     tangents = {}
     for name, x in primals_of(problem).items():
         t = torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)
-        t = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(t)
+        if 0 not in x.stride():
+            t = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(t)
         if name not in without:
             tangents[name] = torch.where(x.isnan(), x, t)
     return tangents
