@@ -144,8 +144,8 @@ BACKWARD_KEYS = {
     "interpreter": _INTERPRETER,
 }
 
-# Forward mode: two tiles of results stay in registers, and a tile of keys loads four tensors. Values
-# are processed in chunks of CHUNK_D already above that: at 256 two tiles of them would spill.
+# Forward mode: two tiles of results stay in registers, and a tile of keys loads four tensors. More
+# than CHUNK_D channels of v are processed in chunks, since two tiles of 256 would spill.
 _SM80_JVP = {
     64: Config(64, 64, 4, 2),
     128: Config(64, 32, 8, 2),

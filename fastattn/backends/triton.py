@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..core.call import Gradients, JvpResult, Result
+from ..core.statistics import FirstPass, Maps
 from . import schema
 from .backend import Backend
 from .cpu import DTYPES
 from .gpu import gpu_missing, interpreting, launcher, triton_missing
 
+OPERATORS = torch.ops.fastattn
 MAX_HEAD_DIM = 1024
 
 # Kernels beside those of the ordinary forward and backward, which operators.py registers: where
@@ -27,8 +31,14 @@ def forward(call):
     return Result(*schema.forward_triton(*schema.arguments(call), call.num_splits, *descales))
 
 
-def backward(call, result, dout, dlse, needs):
-    return Gradients(*schema.backward_triton(dout, dlse, *result, *schema.arguments(call), *needs))
+def forward_statistics(call, need_entropy, need_argmax):
+    needs = (call.num_splits, need_entropy, need_argmax)
+    return FirstPass(*OPERATORS.flash_attn_fwd_stats_triton(*schema.arguments(call), *needs))
+
+
+def backward(call, result, dout, dlse, needs, dentropy=None):
+    arguments = (dout, dlse, *result, *schema.arguments(call), *needs, dentropy)
+    return Gradients(*schema.backward_triton(*arguments))
 
 
 def jvp(call, tangents):
@@ -38,6 +48,11 @@ def jvp(call, tangents):
 def jvp_bwd(call, result, tangents, dtout, dtlse, needs):
     arguments = (*result, *schema.arguments(call), *tangents, *needs)
     return Gradients(*schema.jvp_bwd_triton(dtout, dtlse, *arguments))
+
+
+def maps(call, lse, need_col_mass, topk, pooled):
+    arguments = (lse, *schema.arguments(call), need_col_mass, topk, pooled)
+    return Maps(*OPERATORS.flash_attn_maps_triton(*arguments))
 
 
 def unsupported_reason(call):
@@ -81,4 +96,6 @@ BACKEND = Backend(
     why_not_auto=why_not_auto,
     jvp=jvp,
     jvp_bwd=jvp_bwd,
+    forward_statistics=forward_statistics,
+    maps=maps,
 )

@@ -1,15 +1,16 @@
 """Statistics of the attention probabilities P: what can be asked for, and in what form it comes.
 
-P is what the softmax gives before dropout, over the keys that a row sees and its sink. The pass that
-makes out also makes max_logit, entropy and argmax (FirstPass); what needs all of P is made by a
-second pass, which computes it again from lse (Maps). Next hops: probabilities.py defines each of
+P is what the softmax gives before dropout, over the keys that a row sees and its sink. The pass
+that makes out also makes max_logit, entropy and argmax (FirstPass); what needs all of P is made by
+a second pass, which computes it again from lse (Maps). Next hops: probabilities.py defines each of
 them in plain torch, and ../backends/statistics.py asks a backend's kernels for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,14 +26,15 @@ ACCEPTED = (
     f"{', '.join(map(repr, (*ROW_NAMES, COL_MASS)))}, 'topk:K' (K keys a row) and 'pooled:N' "
     "(an N x N map)"
 )
-_OF_LARGEST = ("argmax", "max_logit", "max")  # their gradient is that of one score a row
 
 
 class TopK(NamedTuple):
     """The largest probabilities of each row, in falling order; equal ones by key."""
 
     probs: Tensor  # [B, heads, q_len, k]; 0 where the row sees fewer keys
-    keys: Tensor  # int64 [B, heads, q_len, k], counted in the row's sequence; -1 where it sees fewer
+    keys: (
+        Tensor  # int64 [B, heads, q_len, k], counted in the row's sequence; -1 where it sees fewer
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,12 @@ class Wanted:
     @property
     def need_largest(self) -> bool:
         """Whether the gradient of some statistic is that of each row's largest score."""
-        return any(name in self.names for name in _OF_LARGEST[1:])
+        return "max_logit" in self.names or "max" in self.names
+
+    @property
+    def need_rows(self) -> bool:
+        """Whether the forward pass has to make more than out and lse."""
+        return self.need_largest or self.need_entropy or "argmax" in self.names
 
     @property
     def need_col_mass(self) -> bool:
@@ -110,6 +117,17 @@ class Wanted:
                 "have no order of their own; decode_attention() has it, one row of keys for each "
                 "sequence"
             )
+
+
+def mapped(function: Callable[[Tensor], Tensor], *values) -> Any:
+    """function of each of the values: of a tensor, or of all tensors in a dict or a TopK."""
+
+    def one(x):
+        if isinstance(x, dict):
+            return {name: one(y) for name, y in x.items()}
+        return TopK(*map(function, x)) if isinstance(x, TopK) else function(x)
+
+    return tuple(map(one, values))
 
 
 def key_slots(call: Call) -> int:
