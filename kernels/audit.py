@@ -108,29 +108,28 @@ def _backward(arch, name, hot, **call):
 
 
 def _derivatives_and_statistics(arch):
-    """Forward mode, statistics and the gradient of the entropy: the fast paths, the largest kernels
-    and, on sm_90, some of each kind. Kernels that a row above has are left out."""
-    for dim in (64, 128, 256):
-        call = {"dims": (dim, dim), "spec": CAUSAL}
-        for kernels in ("jvp", "statistics", "backward of entropy", "column mass"):
-            if dim <= 128:
-                run, name = _call(arch, kernels, **call), f"bf16 {dim} causal, {kernels}"
-                for x in arch.launches(name, run, hot=True, needs="matrix"):
-                    yield replace(x, needs=None) if "delta" in x.name else x
-            elif kernels == "jvp":
-                yield from arch.launches(f"bf16 {dim} causal, jvp", _call(arch, kernels, **call))
-    largest = dict(_largest())
-    kinds = dict(_variants()) if arch.name == "sm_90" else {}
-    everything = "bf16 128 everything"
-    for kernels, names in {
-        "jvp": ("fp32 64 causal", "bf16 128 mask", "bf16 128 varlen", *largest),
-        "statistics": ("bf16 128 grouped kv_lens", "bf16 128 paged decoding", everything),
-        "column mass": ("bf16 128 varlen", "bf16 512 causal", everything),
-    }.items():
+    """Forward mode, statistics and the gradient of the entropy: the fast paths, and on sm_90 some
+    of each kind. sm_86 has sm_80's instructions and nearly its tables."""
+    if arch.name == "sm_86":
+        return
+    for kernels in ("jvp", "statistics", "backward of entropy", "column mass"):
+        for dim in (64, 128):
+            run = _call(arch, kernels, dims=(dim, dim), spec=CAUSAL)
+            name = f"bf16 {dim} causal, {kernels}"
+            for x in arch.launches(name, run, hot=True, needs="matrix"):
+                yield replace(x, needs=None) if "delta" in x.name else x
+    everything, largest = "bf16 128 everything", dict(_largest())
+    rest = {"jvp": ("bf16 256 causal", "bf16 512 causal", everything)}
+    calls = largest | {"bf16 256 causal": {"dims": (256, 256), "spec": CAUSAL}}
+    if arch.name == "sm_90":
+        calls |= dict(_variants())
+        rest["jvp"] += ("fp32 64 causal", "fp32 256 causal", "bf16 128 varlen")
+        rest["statistics"] = ("bf16 128 grouped kv_lens", "bf16 128 paged decoding", everything)
+        rest["column mass"] = ("bf16 128 varlen", "bf16 512 causal", everything)
+    for kernels, names in rest.items():
         for name in names:
-            if name in largest or name in kinds:
-                call = (largest | kinds)[name]
-                yield from arch.launches(f"{name}, {kernels}", _call(arch, kernels, **call))
+            run = _call(arch, kernels, **calls[name])
+            yield from arch.launches(f"{name}, {kernels}", run)
 
 
 def _largest():
