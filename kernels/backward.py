@@ -60,7 +60,7 @@ class Gradients(NamedTuple):
     bias_rows: Tensor4  # [sequences, heads, rows] fp32: dS summed over keys
     bias_keys: Tensor4  # [sequences, heads, keys] fp32: dS summed over rows
     large: Any  # int32 [B, heads]: 1 where some lse is at least LARGE_LSE
-    dentropy: Tensor4  # [B, heads, q_len]: gradient of the rows' entropy
+    dentropy: Any  # a Tensor4 [B, heads, q_len], gradient of the rows' entropy, or None
 
 
 class Tma(NamedTuple):
@@ -117,7 +117,7 @@ def load_query(p, g, s, tma, head, start, C: tl.constexpr, EDGE: tl.constexpr):
     else:
         lse, delta = tl.load(lse_at), tl.load(delta_at)
     dentropy = None
-    if g.dentropy.ptr is not None:
+    if g.dentropy is not None:
         dentropy = tl.load(rows_at(g.dentropy, s, rows), mask=rows.ok, other=0.0).to(tl.float32)
     return Query(rows, q_at, dout_at, q, dout, lse, delta, dentropy)
 

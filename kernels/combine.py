@@ -16,8 +16,8 @@ def combine_kernel(p, split_out, split_lse, split_stats, rows, splits, DV: tl.co
     B, heads, q_len], both fp32: lse = log sum exp(split_lse), out = sum exp(split_lse - lse)
     split_out. Programs: blocks of rows = B * heads * q_len x chunks of Dv.
 
-    split_stats has the shape of split_lse. The entropy is that of the splits' own probabilities,
-    exp(split_lse - lse), plus the mean of the splits' entropies."""
+    split_stats has the shape of split_lse, or is None. The entropy is that of the splits' own
+    probabilities, exp(split_lse - lse), plus the mean of the splits' entropies."""
     chunks = tl.cdiv(DV, BLOCK_DV)
     row = tl.program_id(0) // chunks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     first = tl.program_id(0) % chunks * BLOCK_DV
@@ -38,13 +38,13 @@ def combine_kernel(p, split_out, split_lse, split_stats, rows, splits, DV: tl.co
         weight, rescale = tl.exp2(x - base), tl.exp2(row_max - base)
         weight = tl.where(x == NEG_INF, 0.0, weight)
         values = tl.load(split_out + here[:, None] * DV + d, mask=ok[:, None] & (d < DV), other=0.0)
-        if split_stats.entropy.ptr is not None:
-            own = tl.load(split_stats.entropy.ptr + here, mask=ok, other=0.0) * LOG2E
-            terms = tl.where(weight == 0.0, 0.0, weight * (x - base - own))
-            entropy = entropy_at(entropy, row_max, row_sum, base) + terms
-        if split_stats.max_logit.ptr is not None:
+        if split_stats is not None:
+            if split_stats.entropy is not None:
+                own = tl.load(split_stats.entropy.ptr + here, mask=ok, other=0.0) * LOG2E
+                terms = tl.where(weight == 0.0, 0.0, weight * (x - base - own))
+                entropy = entropy_at(entropy, row_max, row_sum, base) + terms
             logit = tl.load(split_stats.max_logit.ptr + here, mask=ok, other=NEG_INF)
-            if split_stats.argmax.ptr is not None:  # splits are in the order of the keys
+            if split_stats.argmax is not None:  # splits are in the order of the keys
                 key = tl.load(split_stats.argmax.ptr + here, mask=ok, other=-1)
                 argmax = tl.where(logit > largest, key, argmax)
             largest = tl.maximum(largest, logit)
@@ -53,8 +53,9 @@ def combine_kernel(p, split_out, split_lse, split_stats, rows, splits, DV: tl.co
         row_max = new_max
     q_len = p.lengths.q_len
     head = row // q_len % p.heads
-    if first == 0:
-        store_merged(p, head, at, ok, row_max, row_sum, entropy, largest, argmax)
+    if p.statistics is not None:  # noqa: SIM102  a compile-time condition, unlike the next
+        if first == 0:
+            store_merged(p, head, at, ok, row_max, row_sum, entropy, largest, argmax)
     row_max, row_sum, rescale, _ = add_sinks(p, head, row_max, row_sum)
     dead = is_dead(row_max, row_sum)
     row_sum = tl.where(dead, 1.0, row_sum)
@@ -75,12 +76,11 @@ def store_merged(p, head, at, ok, row_max, row_sum, entropy, largest, argmax):
     """The statistics of a block of rows; as in the forward, a NaN among the scores shows in
     row_sum."""
     to, nan = p.statistics, row_sum != row_sum
-    if to.max_logit.ptr is not None:
-        tl.store(to.max_logit.ptr + at, tl.where(nan, row_sum, largest), mask=ok)
-    if to.entropy.ptr is not None:
+    tl.store(to.max_logit.ptr + at, tl.where(nan, row_sum, largest), mask=ok)
+    if to.entropy is not None:
         merged = entropy_with_sinks(p, head, row_max, row_sum, entropy)
         tl.store(to.entropy.ptr + at, merged, mask=ok)
-    if to.argmax.ptr is not None:
+    if to.argmax is not None:
         tl.store(to.argmax.ptr + at, tl.where(nan | (largest == NEG_INF), -1, argmax), mask=ok)
 
 

@@ -209,10 +209,11 @@ def forward_tile(p, s, visible, start, head, kv_head, chunk, split, k_tma, v_tma
 def no_statistics(p, BLOCK_Q: tl.constexpr):
     """RowStatistics before the first key."""
     entropy, argmax = None, None
-    if p.statistics.entropy.ptr is not None:
-        entropy = tl.zeros([BLOCK_Q], tl.float32)
-    if p.statistics.argmax.ptr is not None:
-        argmax = tl.full([BLOCK_Q], NO_KEY, tl.int32)
+    if p.statistics is not None:
+        if p.statistics.entropy is not None:
+            entropy = tl.zeros([BLOCK_Q], tl.float32)
+        if p.statistics.argmax is not None:
+            argmax = tl.full([BLOCK_Q], NO_KEY, tl.int32)
     return RowStatistics(entropy, argmax)
 
 
@@ -244,8 +245,9 @@ def add_sinks(p, head, row_max, row_sum):
 @triton.jit
 def finish(p, s, q, split, row_max, row_sum, acc, stats, C: tl.constexpr):
     rows = q.rows
-    if q.first == 0:
-        store_statistics(p, s, rows, split, row_max, row_sum, stats)
+    if p.statistics is not None:  # noqa: SIM102  a compile-time condition, unlike the next
+        if q.first == 0:
+            store_statistics(p, s, rows, split, row_max, row_sum, stats)
     row_max, row_sum, rescale, _ = add_sinks(p, rows.head, row_max, row_sum)
     dead = is_dead(row_max, row_sum)
     row_sum = tl.where(dead, 1.0, row_sum)
@@ -269,14 +271,13 @@ def store_statistics(p, s, rows, split, row_max, row_sum, stats):
     """The statistics of the rows, from the softmax state without the sink. A NaN among the scores,
     which row_max does not show, makes row_sum NaN: then these are NaN, and argmax is -1."""
     to = p.statistics
-    if to.max_logit.ptr is not None:
-        at = rows_at(to.max_logit, s, rows) + split.to(tl.int64) * to.max_logit.col
-        tl.store(at, tl.where(row_sum == row_sum, from_base2(row_max), row_sum), mask=rows.ok)
-    if to.entropy.ptr is not None:
+    at = rows_at(to.max_logit, s, rows) + split.to(tl.int64) * to.max_logit.col
+    tl.store(at, tl.where(row_sum == row_sum, from_base2(row_max), row_sum), mask=rows.ok)
+    if to.entropy is not None:
         at = rows_at(to.entropy, s, rows) + split.to(tl.int64) * to.entropy.col
         entropy = entropy_with_sinks(p, rows.head, row_max, row_sum, stats.entropy)
         tl.store(at, entropy, mask=rows.ok)
-    if to.argmax.ptr is not None:
+    if to.argmax is not None:
         at = rows_at(to.argmax, s, rows) + split.to(tl.int64) * to.argmax.col
         argmax = tl.where((row_max == NEG_INF) | (row_sum != row_sum), -1, stats.argmax)
         tl.store(at, argmax.to(tl.int64), mask=rows.ok)

@@ -158,6 +158,11 @@ def _new_statistics(like: torch.Tensor, names) -> dict[str, torch.Tensor]:
             for name in names}  # fmt: skip
 
 
+def _statistics4(tensors: dict[str, torch.Tensor], tensor4) -> Statistics | None:
+    """The kernels' Statistics; None without any."""
+    return Statistics(**{name: tensor4(x) for name, x in tensors.items()}) if tensors else None
+
+
 def _splits4(x: torch.Tensor) -> Tensor4:
     """x [splits, B, heads, q_len, ...]; col is the stride between splits."""
     return Tensor4(x, *x.stride()[1:4], x.stride(0))
@@ -183,7 +188,7 @@ def _forward(call: Call, into: Outputs, config, device) -> None:
                           lambda config: _forward(call, into, config, device))  # fmt: skip
     q, k, v = (_readable(x, device) for x in (q, k, v))
     p = make_params(q, k, v, into.out, into.lse, operands, spec)
-    p = p._replace(statistics=Statistics(**{n: rows4(x) for n, x in into.statistics.items()}))
+    p = p._replace(statistics=_statistics4(into.statistics, rows4))
 
     # The q heads of a kv head share a tile (pack_gqa) where all their rows fit into one.
     group = heads // k.shape[1]
@@ -199,8 +204,7 @@ def _forward(call: Call, into: Outputs, config, device) -> None:
     if splits > 1:
         split_out = q.new_empty(splits, *into.out.shape, dtype=torch.float32)
         split_lse = q.new_full((splits, *into.lse.shape), -math.inf, dtype=torch.float32)
-        split_stats = _new_statistics(split_lse, into.statistics)
-        split_stats = Statistics(**{n: _splits4(x) for n, x in split_stats.items()})
+        split_stats = _statistics4(_new_statistics(split_lse, into.statistics), _splits4)
         parts = p._replace(
             out=_splits4(split_out),
             lse=_splits4(split_lse),
@@ -254,7 +258,7 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, config: Config | None = None,
             *(rows4(dout), rows4(delta), rows4(lse2), rows4(dq), rows4(dk), rows4(dv)),
             *_bias_sums(p, q, dbias if need_dbias else None),
             torch.zeros(lse.shape[:2], dtype=torch.int32, device=q.device),
-            Tensor4() if dentropy is None else rows4(dentropy),
+            None if dentropy is None else rows4(dentropy),
         )
         dlse4 = Tensor4() if dlse is None else rows4(dlse)
         _backward(q, k, v, dlse4, operands, p, g, config, device)

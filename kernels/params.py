@@ -73,9 +73,9 @@ class Descale(NamedTuple):
 class Statistics(NamedTuple):
     """What the forward tells of each row beside out and lse, laid out like lse."""
 
-    max_logit: Tensor4 = Tensor4()  # fp32; -inf where a row sees no key
-    entropy: Tensor4 = Tensor4()  # fp32, in nats, of the keys and the sink
-    argmax: Tensor4 = Tensor4()  # int64: the first key of the largest score; -1
+    max_logit: Tensor4  # fp32; -inf where a row sees no key
+    entropy: Any = None  # a Tensor4, fp32: in nats, of the keys and the sink; None: not asked for
+    argmax: Any = None  # a Tensor4, int64: the first key of the largest score; -1
 
 
 class Params(NamedTuple):
@@ -101,7 +101,7 @@ class Params(NamedTuple):
     left: int | None  # keys visible behind the diagonal; None: unbounded
     right: int | None
     align_end: int | None  # 1: the diagonal ends at the last key; None: it starts at the first
-    statistics: Statistics = Statistics()
+    statistics: Any = None  # of Statistics; None: none are asked for
 
 
 @dataclass(frozen=True)
