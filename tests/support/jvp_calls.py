@@ -41,7 +41,9 @@ def true_jvp(problem: Problem, tangents: dict[str, Tensor]) -> dict[str, Tensor]
     """The reference's results and tangents, by torch's forward AD, in the problem's dtype."""
     with forward_ad.dual_level():
         x = {
-            name: forward_ad.make_dual(p.contiguous(), tangents[name].to(p)) if name in tangents else p
+            name: forward_ad.make_dual(p.contiguous(), tangents[name].to(p))
+            if name in tangents
+            else p
             for name, p in primals_of(problem).items()
         }
         operands = replace(problem.operands, **{n: x[n] for n in LEAVES if n in x})
