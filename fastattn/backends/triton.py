@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core.call import Gradients, JvpResult, Result
 from ..core.statistics import FirstPass, Maps
 from . import schema
@@ -11,11 +9,10 @@ from .backend import Backend
 from .cpu import DTYPES
 from .gpu import gpu_missing, interpreting, launcher, triton_missing
 
-OPERATORS = torch.ops.fastattn
 MAX_HEAD_DIM = 1024
 
-# Kernels beside those of the ordinary forward and backward, which operators.py registers: where
-# kernels/ has each.
+# Where kernels/ has the kernels of Triton's operators, beside those of the ordinary forward and
+# backward, which operators.py registers. flash_attn_jvp_bwd_triton is plain torch.
 KERNELS = {
     "flash_attn_jvp": ("launch_jvp", "jvp"),
     "flash_attn_fwd_stats": ("launch", "forward_stats"),
@@ -33,7 +30,7 @@ def forward(call):
 
 def forward_statistics(call, need_entropy, need_argmax):
     needs = (call.num_splits, need_entropy, need_argmax)
-    return FirstPass(*OPERATORS.flash_attn_fwd_stats_triton(*schema.arguments(call), *needs))
+    return FirstPass(*schema.FORWARD_STATISTICS["_triton"](*schema.arguments(call), *needs))
 
 
 def backward(call, result, dout, dlse, needs, dentropy=None):
@@ -52,7 +49,7 @@ def jvp_bwd(call, result, tangents, dtout, dtlse, needs):
 
 def maps(call, lse, need_col_mass, topk, pooled):
     arguments = (lse, *schema.arguments(call), need_col_mass, topk, pooled)
-    return Maps(*OPERATORS.flash_attn_maps_triton(*arguments))
+    return Maps(*schema.MAPS["_triton"](*arguments))
 
 
 def unsupported_reason(call):
