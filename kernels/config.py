@@ -147,7 +147,7 @@ BACKWARD_KEYS = {
 # Forward mode: two tiles of results stay in registers, and a tile of keys loads four tensors. More
 # than CHUNK_D channels of v are processed in chunks, since two tiles of 256 would spill.
 _SM80_JVP = {
-    64: Config(64, 64, 4, 2),
+    64: Config(128, 32, 8, 2),
     128: Config(64, 32, 8, 2),
     256: Config(32, 32, 8, 1),
     CHUNKED: Config(32, 32, 8, 1),

@@ -30,11 +30,14 @@ def maps(lse, q, k, v, *rest, config: Config | None = None, device=None) -> Maps
     tensors, (scale, softcap, *band, _), (need_col_mass, topk, pooled) = split_arguments(rest)
     spec = Spec(scale, softcap, *band)  # P is before dropout
     call = Call(*map(unit_stride, (q, k, k)), spec, Operands(*tensors))
-    with_kernels = pooled if not call.operands.paged else 0
-    found = probabilities.maps(call, lse, False, topk, pooled - with_kernels)
+    empty = lse.new_empty(0)
+    found = Maps(empty, empty, torch.empty(0, dtype=torch.int64, device=q.device), empty)
+    pooled_in_torch = pooled if call.operands.packed or call.operands.paged else 0
+    if topk or pooled_in_torch:
+        found = probabilities.maps(call, lse, False, topk, pooled_in_torch)
     if need_col_mass:
         found = found._replace(col_mass=column_mass(call, lse, config, device))
-    if with_kernels:
+    if pooled and not pooled_in_torch:
         found = found._replace(pooled=pooled_map(call, lse, pooled, config, device))
     return found
 

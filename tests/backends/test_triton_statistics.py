@@ -14,6 +14,7 @@ from pairwise import CROWDED, KINDS, crossed
 from statistics_calls import entropy_of, first_keys, probabilities, true_statistics
 from triton_calls import DEVICE, row
 
+import fastattn
 from fastattn.core.reference import reference
 from fastattn.core.spec import LEAVES, Operands, Spec
 from fastattn.core.tolerance import Tolerance
@@ -228,6 +229,30 @@ def test_lse_of_more_keys_than_these():
         want = getattr(whole, name) * 0.4723665527  # exp(-0.75)
         torch.testing.assert_close(getattr(part, name), want, rtol=1e-5, atol=1e-6)
     assert torch.equal(part.topk_keys, whole.topk_keys)
+
+
+def test_the_public_call_and_its_gradients():
+    """The doors reach these kernels: values and gradients are those of the reference backend."""
+    q, k, v = SMALL.make(torch.float32, device=DEVICE)[:3]
+    names = ("max_logit", "entropy", "argmax", "col_mass", "topk:3", "pooled:4")
+
+    def results(backend):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, found = fastattn.attention(
+            *leaves, causal=True, backend=backend, return_stats=names, softcap=2.0
+        )
+        loss = out.square().sum() + found["entropy"].square().sum() + found["col_mass"].cos().sum()
+        grads = torch.autograd.grad(loss, leaves)
+        return (
+            out,
+            *(found[name] for name in names[:4]),
+            *found["topk:3"],
+            found["pooled:4"],
+            *grads,
+        )
+
+    for got, want in zip(results("triton"), results("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
 
 
 def test_column_mass_of_packed_pages_is_refused():
