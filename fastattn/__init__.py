@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from . import masks, nn
+from .capturing import capture
 from .core.spec import Spec
 from .decoding import decode_attention, merge_states
 from .explanation import Explanation, explain
@@ -33,6 +34,7 @@ __all__ = [
     "Spec",
     "SwapReport",
     "attention",
+    "capture",
     "decode_attention",
     "disable",
     "enable",

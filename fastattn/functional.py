@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from . import habits
+from . import capturing, habits
 from .backends import registry
 from .backends.autograd import SimplePlan, attend, attend_simple
 from .backends.backend import Backend
@@ -325,11 +325,14 @@ def run(call: Call, backend: Backend) -> Result:
     """The result of a checked call with any strides; out has q's memory order."""
     refuse_context_parallel()
     try:
-        return _in_order(call.q, attend(call, backend))
+        result = _in_order(call.q, attend(call, backend))
     except RuntimeError:  # perhaps a sparse layout, which the plan of a strided call did not check
         if call.operands.descales is None:
             checks.same_kind(q=call.q, k=call.k, v=call.v)
         raise
+    if capturing.watched:
+        capturing.show(call, result)
+    return result
 
 
 def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
@@ -337,9 +340,12 @@ def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
     layout, say) go through torch's dispatcher, which runs them or raises a clear error."""
     refuse_context_parallel()
     try:
-        return _in_order(q, attend_simple(q, k, v, plan))
+        result = _in_order(q, attend_simple(q, k, v, plan))
     except RuntimeError:
         return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.backend)
+    if capturing.watched:
+        capturing.show(Call(q, k, v, plan.spec, NO_OPERANDS), Result(*result))
+    return result
 
 
 def _in_order(q: Tensor, result: Any) -> Result:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .capturing import unseen
 from .core import checks
 from .core.philox import keep_probability
 from .core.reference import finite_sum
@@ -164,7 +165,7 @@ def _kept(seed, batch, heads, q_len, kv_len, p, head_origin=None) -> Tensor:
     values = torch.where(j[:, None] // 16 == words, 2.0 ** (j % 16)[:, None], 0.0)
     q = torch.zeros(batch, heads, q_len, 1, device=device)
     k = torch.zeros(batch, 1, kv_len, 1, device=device)  # one kv head for all heads
-    with torch.autocast(device.type, enabled=False):
+    with unseen(), torch.autocast(device.type, enabled=False):
         v = values.expand(batch, 1, -1, -1)
         out = attention(q, k, v, head_origin=head_origin, dropout_p=p, dropout_seed=seed)
     return (out * (kv_len * keep_probability(p))).round().to(torch.int32)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastattn.capturing import unseen
 from fastattn.functional import attention, varlen_attention
 
 ROUND = 128  # flash_attn rounds the sizes of S_dmask up to multiples of this
@@ -22,7 +23,8 @@ def signed_weights(weights: Callable[..., Tensor], **dropout) -> Tensor:
 
     weights(**dropout) computes them with that dropout, and weights() without dropout.
     """
-    plain, dropped = weights(), weights(**dropout)
+    with unseen():
+        plain, dropped = weights(), weights(**dropout)
     return torch.where(dropped == 0, 0.0 - plain, plain)  # not -plain, which makes 0 into -0
 
 
