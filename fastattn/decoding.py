@@ -5,9 +5,10 @@ results. Next hops: fused/kv_append.py, then functional.py's run().
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from .core.call import Call
 from .core.memory import copied_if_overlapping
 from .core.spec import OPERANDS, Descales, Operands
 from .core.tensors import autocast_dtype, autocast_to, is_8_bit
-from .forms import score_operands, spec_of
-from .functional import run
+from .forms import asking, score_operands, spec_of
+from .functional import run, run_with_statistics
 from .fused.kv_append import Append, check_rotary
 from .fused.operator import has_kernel
 from .options import Align, BackendName, CacheOptions
@@ -38,6 +39,7 @@ def decode_attention(
     *,
     cache_lens: Tensor | int,
     return_lse: Literal[False] = False,
+    return_stats: None = None,
     **options: Unpack[CacheOptions],
 ) -> Tensor: ...
 @overload
@@ -48,6 +50,7 @@ def decode_attention(
     *,
     cache_lens: Tensor | int,
     return_lse: Literal[True],
+    return_stats: None = None,
     **options: Unpack[CacheOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -58,8 +61,31 @@ def decode_attention(
     *,
     cache_lens: Tensor | int,
     return_lse: bool,
+    return_stats: None = None,
     **options: Unpack[CacheOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lens: Tensor | int,
+    return_lse: Literal[False] = False,
+    return_stats: Sequence[str],
+    **options: Unpack[CacheOptions],
+) -> tuple[Tensor, dict[str, Any]]: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lens: Tensor | int,
+    return_lse: Literal[True],
+    return_stats: Sequence[str],
+    **options: Unpack[CacheOptions],
+) -> tuple[Tensor, Tensor, dict[str, Any]]: ...
 @habits.public
 def decode_attention(
     q: Tensor,
@@ -93,10 +119,11 @@ def decode_attention(
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Sequence[str] | None = None,
     deterministic: bool | None = None,
     backend: BackendName | None = None,
     **unknown,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     """Appends k and v to a cache in place, then attends to all it holds. No gradient.
 
     Batch entry b holds cache_lens[b] keys before the call and cache_lens[b] + Snew after it; q
@@ -149,7 +176,8 @@ def decode_attention(
     Smax is max_pages * page_size).
 
     Returns:
-        out [B, Hq, Sq, Dv] in q's dtype; with return_lse=True also lse [B, Hq, Sq].
+        out [B, Hq, Sq, Dv] in q's dtype; with return_lse=True also lse [B, Hq, Sq]. Keys of
+        statistics are slots: col_mass is [B, Hq, Smax].
 
     Rotary embeddings: RoFormer (Su et al., arXiv:2104.09864).
     """
@@ -165,11 +193,15 @@ def decode_attention(
         "align": align, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes,
         "softcap": softcap, "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
         "key_ranges": key_ranges, "head_origin": head_origin, "dropout_p": dropout_p,
-        "dropout_seed": dropout_seed, "return_lse": return_lse, "deterministic": deterministic,
+        "dropout_seed": dropout_seed, "return_lse": return_lse, "return_stats": return_stats,
+        "deterministic": deterministic,
     })  # fmt: skip
     chosen = registry.pick(backend, call)
     if append is not None:
         append.by_kernel() if chosen.name == "triton" else append.in_torch()
+    if call.statistics is not None:
+        (out, lse), found = run_with_statistics(call, chosen)
+        return (out, lse, found) if return_lse else (out, found)
     out, lse = run(call, chosen)
     return (out, lse) if return_lse else out
 
@@ -303,11 +335,12 @@ def cached_form(given: dict) -> tuple[Call, Append | None]:
         descales=Descales(None, k_descale, v_descale) if narrow else None,
     )
     caches, append = (k_cache, v_cache), None
+    statistics = asking(Call(q, *caches, spec, operands), given).statistics
     if k is not None and v is not None and new_len and batch:
         append = Append(k, v, *caches, cache_lens, table, rotary, (k_descale, v_descale)).checked()
         q = copied_if_overlapping(q, *caches)
         operands = _apart(operands, caches)
-    return Call(q, *caches, spec, operands, splits), append
+    return Call(q, *caches, spec, operands, splits, statistics), append
 
 
 def _apart(operands, caches):

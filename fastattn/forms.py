@@ -15,6 +15,7 @@ from .backends import backend, registry
 from .core import checks, quantization, ranges
 from .core.call import Call
 from .core.spec import NO_OPERANDS, Descales, Operands, Spec
+from .core.statistics import Wanted
 from .core.tensors import autocast_dtype, autocast_to
 
 is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
@@ -55,7 +56,8 @@ def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | 
         or given["v_descale"] is not None
     )
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
-    if plain and not float8 and not is_compiling() and not _is_tracing():
+    asks = given["return_stats"] is not None
+    if plain and not float8 and not asks and not is_compiling() and not _is_tracing():
         try:
             asked, window = _asked_of(given), given["window"]
             key = (
@@ -89,7 +91,8 @@ def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | 
         and given["key_ranges"] is None
         and not spec.dropout_p
     ):
-        return Call(q, k, v, spec, NO_OPERANDS), rank, chosen, key
+        call = Call(q, k, v, spec, NO_OPERANDS)
+        return asking(call, given) if asks else call, rank, chosen, key
 
     batch, heads, q_len, _ = q.shape
     kv_len, device = k.shape[2], q.device
@@ -112,7 +115,16 @@ def dense_form(given: dict) -> tuple[Call, int, backend.Backend | None, tuple | 
         dropout_seed=checks.dropout(spec, given["dropout_seed"], head_origin, device),
         descales=scales,
     )
-    return Call(q, k, v, spec, operands), rank, chosen, key
+    return asking(Call(q, k, v, spec, operands), given), rank, chosen, key
+
+
+def asking(call: Call, given: dict) -> Call:
+    """The call with the statistics that return_stats asks for, checked."""
+    if given["return_stats"] is None:
+        return call
+    call = call.but(statistics=Wanted.parse(given["return_stats"]))
+    call.statistics.check(call)
+    return call
 
 
 def spec_of(head_dim: int, given: dict) -> Spec:
@@ -210,7 +222,7 @@ def packed_form(given: dict) -> Call:
         page_table=page_table,
         dropout_seed=checks.dropout(spec, given["dropout_seed"], head_origin, device),
     )
-    return Call(q, k, v, spec, operands)
+    return asking(Call(q, k, v, spec, operands), given)
 
 
 def autocast(*tensors):

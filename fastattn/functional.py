@@ -4,6 +4,7 @@ backends/autograd.py, which calls it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
@@ -12,11 +13,13 @@ from . import capturing, habits
 from .backends import registry
 from .backends.autograd import SimplePlan, attend, attend_simple
 from .backends.backend import Backend
+from .backends.statistics import attend_with_statistics
 from .context_parallel import refuse_context_parallel
 from .core import checks
 from .core.call import Call, Result
 from .core.reference import in_memory_order_of
 from .core.spec import NO_OPERANDS
+from .core.statistics import mapped
 from .forms import PLANS, SIMPLE_PLANS, dense_form, packed_form, remember, simple_plan
 from .options import Align, BackendName, DenseOptions, PackedOptions
 
@@ -31,16 +34,49 @@ def attention(
     v: Tensor,
     *,
     return_lse: Literal[False] = False,
+    return_stats: None = None,
     **options: Unpack[DenseOptions],
 ) -> Tensor: ...
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[DenseOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_stats: None = None,
+    **options: Unpack[DenseOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[DenseOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool,
+    return_stats: None = None,
+    **options: Unpack[DenseOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_stats: Sequence[str],
+    **options: Unpack[DenseOptions],
+) -> tuple[Tensor, dict[str, Any]]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_stats: Sequence[str],
+    **options: Unpack[DenseOptions],
+) -> tuple[Tensor, Tensor, dict[str, Any]]: ...
 @habits.public
 def attention(
     q: Tensor,
@@ -66,10 +102,11 @@ def attention(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Sequence[str] | None = None,
     deterministic: bool | None = None,
     backend: BackendName | None = None,
     **unknown,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     """Attention with every option and every derivative, in memory linear in the lengths.
 
     out[i] = sum_j z_ij * softmax_j(s_ij) * v[j],
@@ -127,6 +164,9 @@ def attention(
         k_descale: the same for k.
         v_descale: the same for v.
         return_lse: also return lse.
+        return_stats: names of statistics of the attention probabilities, which are then returned
+            too: "max_logit", "entropy", "max", "argmax", "sink_mass", "diagonal_mass", "col_mass",
+            "topk:K" and "pooled:N". docs/statistics.md says what each is and what it costs.
         deterministic: any value is accepted, because every backend always gives the same bits.
         backend: "cuda", "triton", "cpu" or "reference". None: the environment's FASTATTN_BACKEND,
             or the fastest that can run the call. A named one that cannot run it says why.
@@ -135,7 +175,9 @@ def attention(
         out [B, Hq, Sq, Dv] (q's rank) in q's dtype (bfloat16 for float8), in q's memory order where
         Dv = D and q is dense, else contiguous. With return_lse=True, (out, lse): lse [B, Hq, Sq]
         float32 (float64 for float64), the natural log of the softmax denominator, sink included;
-        differentiable.
+        differentiable. With return_stats, a dict of the statistics by name comes last: of rows
+        [B, Hq, Sq], col_mass [B, Hq, Skv], topk a pair (probs, keys) of [B, Hq, Sq, K], pooled [B,
+        Hq, N, N]. All but keys are differentiable.
         A row that sees no key gives out = 0, lse = -inf and zero gradients.
 
     Under torch.autocast q, k and v are cast to its dtype (float64 and float8 are not); the operands
@@ -165,6 +207,7 @@ def attention(
         and k_descale is None
         and v_descale is None
         and head_origin is None
+        and return_stats is None
     ):
         asked = (
             scale,
@@ -187,8 +230,8 @@ def attention(
         "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
         "key_ranges": key_ranges, "head_origin": head_origin, "dropout_p": dropout_p,
         "dropout_seed": dropout_seed, "q_descale": q_descale, "k_descale": k_descale,
-        "v_descale": v_descale, "return_lse": return_lse, "deterministic": deterministic,
-        "backend": backend,
+        "v_descale": v_descale, "return_lse": return_lse, "return_stats": return_stats,
+        "deterministic": deterministic, "backend": backend,
     })  # fmt: skip
     if chosen is None:
         chosen = registry.pick(backend, call)
@@ -196,6 +239,13 @@ def attention(
             remember(PLANS, key, (call.spec, rank, chosen))
     if simple is not None and rank == 4 and call.operands is NO_OPERANDS:
         remember(SIMPLE_PLANS, simple, SimplePlan.of(call, chosen))
+    if call.statistics is not None:
+        (out, lse), found = run_with_statistics(call, chosen)
+        if rank != 4:
+            out, lse, found = mapped(
+                lambda x: x.squeeze(1) if rank == 3 else x[0, 0], out, lse, found
+            )
+        return (out, lse, found) if return_lse else (out, found)
     out, lse = run(call, chosen)
     if rank != 4:
         out, lse = (x.squeeze(1) if rank == 3 else x[0, 0] for x in (out, lse))
@@ -213,6 +263,7 @@ def varlen_attention(
     max_seqlen_k: int,
     *,
     return_lse: Literal[False] = False,
+    return_stats: None = None,
     **options: Unpack[PackedOptions],
 ) -> Tensor: ...
 @overload
@@ -226,6 +277,7 @@ def varlen_attention(
     max_seqlen_k: int,
     *,
     return_lse: Literal[True],
+    return_stats: None = None,
     **options: Unpack[PackedOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -239,8 +291,37 @@ def varlen_attention(
     max_seqlen_k: int,
     *,
     return_lse: bool,
+    return_stats: None = None,
     **options: Unpack[PackedOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[False] = False,
+    return_stats: Sequence[str],
+    **options: Unpack[PackedOptions],
+) -> tuple[Tensor, dict[str, Any]]: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[True],
+    return_stats: Sequence[str],
+    **options: Unpack[PackedOptions],
+) -> tuple[Tensor, Tensor, dict[str, Any]]: ...
 @habits.public
 def varlen_attention(
     q: Tensor,
@@ -268,10 +349,11 @@ def varlen_attention(
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Sequence[str] | None = None,
     deterministic: bool | None = None,
     backend: BackendName | None = None,
     **unknown,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     """attention() over N sequences packed one after the other, without padding.
 
     Sequence n is rows cu_seqlens_q[n] : cu_seqlens_q[n + 1] of q, and keys
@@ -300,7 +382,9 @@ def varlen_attention(
     head_origin n * total + first + h.
 
     Returns:
-        out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq].
+        out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq]. Statistics of rows are
+        [Hq, Tq] as well, col_mass is [Hq, Tk], and keys count from the first of their sequence.
+        "pooled:N" is refused, and with page_table "col_mass".
     """
     if unknown:
         habits.refuse_unknown(varlen_attention, unknown)
@@ -311,9 +395,15 @@ def varlen_attention(
         "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap, "sinks": sinks,
         "kv_lens": kv_lens, "document_ids": document_ids, "key_ranges": key_ranges,
         "head_origin": head_origin, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
-        "return_lse": return_lse, "deterministic": deterministic,
+        "return_lse": return_lse, "return_stats": return_stats, "deterministic": deterministic,
     })  # fmt: skip
-    out, lse = run(call, registry.pick(backend, call))
+    chosen = registry.pick(backend, call)
+    if call.statistics is not None:
+        (out, lse), found = run_with_statistics(call, chosen)
+        out, lse, found = mapped(lambda x: x.squeeze(0), out, lse, found)
+        out = out.transpose(0, 1)
+        return (out, lse, found) if return_lse else (out, found)
+    out, lse = run(call, chosen)
     out, lse = (
         out.squeeze(0).transpose(0, 1),
         lse.squeeze(0),
@@ -333,6 +423,13 @@ def run(call: Call, backend: Backend) -> Result:
     if capturing.watched:
         capturing.show(call, result)
     return result
+
+
+def run_with_statistics(call: Call, backend: Backend) -> tuple[Result, dict[str, Any]]:
+    """run() of a call that asks for statistics, and these by name, in the operators' normal form."""
+    refuse_context_parallel()
+    result, found = attend_with_statistics(call, backend)
+    return _in_order(call.q, result), found
 
 
 def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.call import Call, Gradients, Result
+from ..core.statistics import FirstPass, Maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,9 @@ class Backend:
     role: str
     why_not: Callable[[Call], str | None]
     forward: Callable[[Call], Result]
-    # (call, its result, dout, dlse or None, needs: one bool for each of LEAVES) -> Gradients
+    # (call, its result, dout, dlse or None, needs: one bool for each of LEAVES) -> Gradients; a
+    # backend with forward_statistics also takes dentropy, the gradient of entropy, whose part
+    # -dentropy * entropy is in dlse
     backward: Callable[..., Gradients]
     unsupported_reason: Callable[[Call], str | None]  # the part of why_not that no machine changes
     tile: tuple[int, int] | None = None  # query rows and keys of a forward tile; None: not fixed
@@ -35,6 +38,10 @@ class Backend:
     # Called like why_not: the reason why a backend that could run the call does so only when
     # backend= or FASTATTN_BACKEND names it.
     why_not_auto: Callable[[Call], str | None] = lambda call: None
+    # (call, need_entropy, need_argmax) -> FirstPass, and (call, lse, need_col_mass, topk, pooled) ->
+    # Maps, as core/statistics.py defines them; None: plain torch computes them (statistics.py)
+    forward_statistics: Callable[[Call, bool, bool], FirstPass] | None = None
+    maps: Callable[..., Maps] | None = None
 
 
 _warned: set[str] = set()

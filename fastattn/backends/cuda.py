@@ -121,6 +121,8 @@ def unsupported_reason(call):
     for x in fields(spec):
         if x.name not in NUMBERS and getattr(spec, x.name) != x.default:
             return f"{x.name} is {getattr(spec, x.name)}; the kernels take {', '.join(NUMBERS)}"
+    if call.statistics is not None:
+        return "return_stats is given; the kernels compute out and lse alone"
     low, high = SOFTCAPS
     if spec.softcap and not low <= spec.softcap <= high:
         return f"softcap is {spec.softcap}; the kernels take 0 (off) and [{low}, {high}]"

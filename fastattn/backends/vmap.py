@@ -7,9 +7,8 @@ metadata of each operand's field (core/spec.py) says how it is folded.
 
 from __future__ import annotations
 
-import torch
-
 from ..core.spec import LEAVES, OPERANDS, VMAP
+from ..core.transforms import one_by_one
 
 _SINKS_GRADIENT = LEAVES.index("sinks")
 
@@ -47,16 +46,6 @@ def vmap_backward(size, dims, call, tensors, needs):
         dbias = dbias.unflatten(0, (size, batch))
         dbias = dbias.sum(1, keepdim=True) if own_batch == 1 else dbias
     return (*grads, dbias, dsinks), (0, 0, 0, 0 if need_dbias else None, None)
-
-
-def one_by_one(size, dims, call, tensors):
-    """Each instance by itself, and the results stacked."""
-    results = [
-        call(*(x if dim is None else x.select(dim, n) for x, dim in zip(tensors, dims)))
-        for n in range(size)
-    ]
-    stacked = tuple(torch.stack(column) for column in zip(*results))
-    return stacked, (0,) * len(stacked)
 
 
 def _joins(operands, dims) -> bool:

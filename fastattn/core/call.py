@@ -1,5 +1,5 @@
-"""`Call` and `Result`: what every function between the public functions and the kernels takes and
-returns.
+"""`Call`, and the results: what every function between the public functions and the kernels takes
+and returns.
 
 The public functions make a Call from their arguments, checked and in normal form, and
 backends/registry.py finds the backend that runs it.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .spec import Operands, Spec
+from .statistics import Wanted
 
 
 # Not frozen, because making a frozen dataclass costs a call of setattr for each field. Treat it as
@@ -28,6 +29,7 @@ class Call:
     spec: Spec
     operands: Operands  # NO_OPERANDS for a call without any
     num_splits: int = 0  # splits of the keys (split-KV decoding); 0: the backend chooses
+    statistics: Wanted | None = None  # what return_stats asks for
 
     def but(self, **changes) -> Call:
         """A copy of the call with other tensors, operands or numbers."""
@@ -50,3 +52,23 @@ class Gradients(NamedTuple):
     dv: Tensor
     dbias: Tensor
     dsinks: Tensor
+
+
+class Tangents(NamedTuple):
+    """Tangents of a call's inputs that have gradients, each with its input's shape. None counts as
+    zero. Those of operands may also be fp32 (fp64 for fp64)."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class JvpResult(NamedTuple):
+    """The results of a forward pass and their tangents."""
+
+    out: Tensor
+    lse: Tensor
+    tout: Tensor  # like out; 0 in a row that sees no key
+    tlse: Tensor  # like lse; 0 in a row that sees no key

@@ -51,11 +51,22 @@ def widen(x: Tensor, descale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def widened(forward: Callable[[Call], Result], call: Call) -> Result:
     """The result of a call with 8-bit tensors by the `forward` of a backend that reads none.
 
-    8-bit k and v are dequantized to q's dtype. An FP8 q is dequantized to fp32, and so are its k
-    and v; out is then bfloat16. Of a cache, only the slots that some sequence uses are read.
+    Of a cache, only the slots that some sequence uses are read.
+    """
+    wide, out_dtype = dequantized(call)
+    out, lse = forward(wide)
+    return Result(out.to(out_dtype), lse)
+
+
+def dequantized(call: Call, used: bool = True) -> tuple[Call, torch.dtype]:
+    """The call with k and v in q's dtype, or all three in fp32 where q is FP8, and the dtype of out,
+    which is then bfloat16.
+
+    Args:
+        used: leave away the slots of a cache past every sequence's keys.
     """
     descales, q = call.operands.descales or Descales(), call.q
-    call = _used(call.but(operands=replace(call.operands, descales=None)))
+    call = _without_pages(call.but(operands=replace(call.operands, descales=None)), used)
     dtype = torch.float32 if q.dtype == E4M3 else q.dtype
     out_dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
     if q.dtype == E4M3:
@@ -64,18 +75,17 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
             own = own.repeat_interleave(q.shape[1] // max(1, call.k.shape[1]), -1)
         q = widen(q, own, dtype)
     k, v = widen(call.k, descales.k, dtype), widen(call.v, descales.v, dtype)
-    out, lse = forward(call.but(q=q, k=k, v=v))
-    return Result(out.to(out_dtype), lse)
+    return call.but(q=q, k=k, v=v), out_dtype
 
 
-def _used(call: Call) -> Call:
-    """The call without pages, and without the slots past every sequence's keys."""
+def _without_pages(call: Call, used: bool) -> Call:
+    """The call without pages; with `used`, also without the slots past every sequence's keys."""
     k, v, operands = call.k, call.v, call.operands
     if operands.kv_lens is None or operands.document_ids is not None:
         return call
     table, size = operands.page_table, k.shape[2]
     slots = size if table is None else size * table.shape[1]
-    if checks.has_values(operands.kv_lens):
+    if used and checks.has_values(operands.kv_lens):
         slots = max(operands.kv_lens.tolist(), default=0)
     if table is not None:
         used = table[:, : -(-slots // size)].long().clamp(0, k.shape[0] - 1)  # [B, pages]

@@ -42,7 +42,7 @@ def reference(
     batch, heads, q_len, _ = q.shape
     wide = (q.to(compute), k.to(compute), v.to(compute))
     outs, lses = [], []
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         for piece in pieces(q, k, operands):
             out, lse = _attend(*wide, spec, operands, piece)
             outs.append(out)
@@ -60,7 +60,8 @@ def reference(
 AUTOCAST = frozenset(x for x in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(x))
 
 
-def _no_autocast(device_type: str):
+def no_autocast(device_type: str):
+    """A context in which autocast changes no dtype."""
     if device_type not in AUTOCAST:  # e.g. meta
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -118,20 +119,33 @@ def _documents(document_ids: Tensor | None, n: int, q_len: int, kv_len: int):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, piece: Piece):
     """out [b, heads, m, v_dim] and lse [b, heads, m] of one piece: m rows over n keys."""
-    q = q[_batch(operands, piece), :, _span(piece.i, piece.row)]  # [b, heads, m, D]
-    k = _existing(k, operands, piece)  # [b, kv_heads, n, D]
-    v = _existing(v, operands, piece)  # [b, kv_heads, n, v_dim]
-    groups = q.shape[1] // max(1, k.shape[1])  # a call may have no heads
-    k, v = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+    q = rows_of(q, operands, piece)  # [b, heads, m, D]
+    k, v = (for_query_heads(keys_of(x, operands, piece), q.shape[1]) for x in (k, v))
+    bias = None if operands.bias is None else part_of(operands.bias, piece)
+    scores, _ = scores_of(q, k, bias, spec, operands, piece)
+    softmax = softmax_of(scores, operands.sinks)
+    probs = softmax.probs
+    if spec.dropout_p > 0:
+        probs = probs * keep_factors(probs, spec, operands, piece)
+    return probs @ v, softmax.lse
+
+
+def scores_of(
+    q: Tensor, k: Tensor, bias: Tensor | None, spec: Spec, operands: Operands, piece: Piece
+) -> tuple[Tensor, Tensor | None]:
+    """The scores of one piece, [b, heads, m, n], -inf where a row does not see a key; and the tanh
+    of the softcap, None without one. q [b, heads, m, D], k [b, heads, n, D] and bias are the
+    piece's."""
     i = torch.arange(piece.i.start, piece.i.stop, device=q.device)[:, None]  # [m, 1]
     j = torch.arange(piece.j.start, piece.j.stop, device=q.device)  # [n]
     lengths = (piece.q_len, piece.kv_len)
 
-    scores = spec.scale * (q @ k.mT)  # [b, heads, m, n]
+    scores, tanh = spec.scale * (q @ k.mT), None  # [b, heads, m, n]
     if spec.softcap > 0:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    if operands.bias is not None:
-        scores = finite_sum(scores, part_of(operands.bias, piece))
+        tanh = torch.tanh(scores / spec.softcap)
+        scores = spec.softcap * tanh
+    if bias is not None:
+        scores = finite_sum(scores, bias)
     if operands.alibi_slopes is not None:
         slopes = operands.alibi_slopes.to(scores.dtype)[..., None, None]
         slopes = slopes[_index(piece)] if slopes.dim() == 4 else slopes  # [b,] heads, 1, 1
@@ -142,25 +156,44 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: Spec, operands: Operands, pie
     if operands.key_begin is not None and operands.key_end is not None:
         begin, end = part_of(operands.key_begin, piece), part_of(operands.key_end, piece)
         visible = visible & (j >= begin) & (j < end)
-    scores = torch.where(visible, scores, -torch.inf)
+    return torch.where(visible, scores, -torch.inf), tanh
 
+
+class Softmax(NamedTuple):
+    """The softmax of a piece's scores. A row that sees no key is 0, and its lse is -inf."""
+
+    probs: Tensor  # [b, heads, m, n], without dropout
+    sink_probs: Tensor  # [b, heads, m, 1], or [b, heads, m, 0] without sinks
+    lse: Tensor  # [b, heads, m]
+    dead: Tensor  # bool [b, heads, m, 1]: the row sees no key
+
+
+def softmax_of(scores: Tensor, sinks: Tensor | None) -> Softmax:
+    """The softmax of scores [b, heads, m, n] and, with sinks [heads], of one more logit a row."""
     # A row that sees no key is computed from scores of 0 and its results are then replaced, so that
     # no 0/0 is formed that would reach a derivative of some order.
+    keys = scores.shape[-1]
     dead = (scores == -torch.inf).all(-1, keepdim=True)  # [b, heads, m, 1]
-    if operands.sinks is not None:
-        sinks = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)  # the last column belongs to no key
     scores = torch.where(dead, 0.0, scores)
     lse = torch.where(dead, -torch.inf, scores.logsumexp(-1, keepdim=True))
-    probs = torch.where(dead, 0.0, scores.softmax(-1)[..., : len(j)])  # [b, heads, m, n]
-    if spec.dropout_p > 0:
-        first = piece.sequence or 0
-        if (seed := operands.dropout_seed) is None:
-            raise ValueError("dropout_p came without dropout_seed, which says what is dropped")
-        bh = heads_of(seed, range(first, first + q.shape[0]), q.shape[1])
-        kept = keep_block(seed, bh, i[:, 0], j, spec.dropout_p)
-        probs = probs * kept.view_as(probs) / keep_probability(spec.dropout_p)
-    return probs @ v, lse.squeeze(-1)
+    probs = torch.where(dead, 0.0, scores.softmax(-1))
+    return Softmax(probs[..., :keys], probs[..., keys:], lse.squeeze(-1), dead)
+
+
+def keep_factors(probs: Tensor, spec: Spec, operands: Operands, piece: Piece) -> Tensor:
+    """What dropout multiplies the probabilities [b, heads, m, n] of one piece with: 0, or 1 / the
+    probability of being kept."""
+    if (seed := operands.dropout_seed) is None:
+        raise ValueError("dropout_p came without dropout_seed, which says what is dropped")
+    first = piece.sequence or 0
+    bh = heads_of(seed, range(first, first + probs.shape[0]), probs.shape[1])
+    i = torch.arange(piece.i.start, piece.i.stop, device=probs.device)
+    j = torch.arange(piece.j.start, piece.j.stop, device=probs.device)
+    kept = keep_block(seed, bh, i, j, spec.dropout_p)
+    return kept.view_as(probs).to(probs.dtype) / keep_probability(spec.dropout_p)
 
 
 def finite_sum(scores: Tensor, term: Tensor) -> Tensor:
@@ -190,7 +223,18 @@ def _span(positions: range, base: int) -> slice:
     return slice(base + positions.start, base + positions.stop)
 
 
-def _existing(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
+def rows_of(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
+    """The piece's rows of q or of what has its rows: [b, heads, m, *]."""
+    return x[_batch(operands, piece), :, _span(piece.i, piece.row)]
+
+
+def for_query_heads(x: Tensor, heads: int) -> Tensor:
+    """k or v [b, kv_heads, n, *] as [b, heads, n, *]."""
+    groups = heads // max(1, x.shape[1])  # a call may have no heads
+    return x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
+def keys_of(x: Tensor, operands: Operands, piece: Piece) -> Tensor:
     """The piece's keys of k or v: [b, kv_heads, n, *]."""
     if operands.page_table is None:
         return x[_batch(operands, piece), :, _span(piece.j, piece.key)]

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.autograd import pull_back
 from ..backends.schema import LIBRARY, TAGS
 from ..core import checks
 from ..core.philox import keep_probability
 from ..core.tensors import accumulate_dtype, empty_result
+from ..core.transforms import pull_back
 from . import gate, operator
 from .norm import drop_reference
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.autograd import pull_back
 from ..backends.schema import LIBRARY, TAGS
 from ..core import checks
 from ..core.tensors import accumulate_dtype, empty_result
+from ..core.transforms import pull_back
 from .operator import (
     differentiable,
     floating,

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.autograd import pull_back
 from ..backends.gpu import gpu_missing
 from ..backends.library import NATIVE_MISSING
 from ..backends.schema import LIBRARY, TAGS
 from ..core import checks
 from ..core.tensors import accumulate_dtype, autocast_to
+from ..core.transforms import pull_back
 from .operator import (  # fmt: skip
     differentiable,
     floating,

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.autograd import pull_back
 from ..backends.schema import LIBRARY, TAGS
 from ..core import checks
 from ..core.philox import keep_probability, keep_rows
 from ..core.tensors import accumulate_dtype, empty_result
+from ..core.transforms import pull_back
 from .operator import (
     arrived,
     differentiable,

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.autograd import BELOW_AUTOGRAD, pull_back
+from ..backends.autograd import BELOW_AUTOGRAD
 from ..backends.gpu import gpu_missing, launcher
 from ..backends.library import NATIVE_MISSING
 from ..backends.schema import LIBRARY
 from ..core import checks
+from ..core.transforms import pull_back
 
 
 def floating(name, x) -> Tensor:
