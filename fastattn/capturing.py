@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from contextvars import ContextVar
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,7 @@ from .core.call import Call, Result
 from .core.reference import AUTOCAST
 from .core.spec import NO_OPERANDS, Operands
 from .core.statistics import Wanted
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .records import Record, Recording, shown
 
 watched = False  # is any watch open in this process? All that a call without one asks
 
@@ -84,7 +82,8 @@ class _Unseen:
 class Watch:
     """Sees the attention calls of its thread while it is open: seen(name, call, result)."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = model  # names are paths from it; None: from the outermost that is called
         self._thread: int | None = None  # the one that opened it
         self._handles: list = []
         self._stack: list[nn.Module] = []  # the modules whose forward runs, outermost first
@@ -97,8 +96,8 @@ class Watch:
         return self._thread == threading.get_ident()
 
     def place(self) -> str:
-        """The path of the innermost module that runs, from the outermost one; "" is that itself, or
-        no module."""
+        """The path of the innermost module that runs; "" is the one that paths begin at, or no
+        module."""
         names = (self._names.get(id(module)) for module in reversed(self._stack))
         path = next((name for name in names if name is not None), "")
         return re.sub(r"\b_orig_mod\b\.?", "", path).rstrip(".")  # of torch.compile's wrapper
@@ -121,7 +120,7 @@ class Watch:
     def __exit__(self, *_) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stack, self._names = [], [], {}
+        self._handles, self._stack, self._names, self._model = [], [], {}, None
         self._thread = 0  # no thread's: it sees nothing any more, wherever it is still listed
         _watches.set(tuple(watch for watch in _watches.get() if watch is not self))
         _count(-1)
@@ -129,7 +128,8 @@ class Watch:
     def _enter(self, module: nn.Module, _arguments) -> None:
         if self in _watches.get() and self.is_own_thread():
             if not self._stack:
-                self._names = {id(x): name for name, x in module.named_modules()}
+                root = module if self._model is None else self._model
+                self._names = {id(x): name for name, x in root.named_modules()}
             self._stack.append(module)
 
     def _leave(self, module: nn.Module, _arguments, _output) -> None:
@@ -165,65 +165,19 @@ def _count(change: int) -> None:
             _stance = None
 
 
-# ---- records -------------------------------------------------------------------------------------
+_GLOBAL_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
-class Record(dict):
-    """The statistics of one attention call, by the names that capture() was given. They are also
-    attributes, where "pooled:32" is pooled.
-
-    name: the path of the module that called, from the outermost module that was called; "": that
-        module itself, or a call outside of any module.
-    layer: the first number in the path; None where it has none.
-    call: the call itself, with capture(inputs=True); else None.
-    """
-
-    def __init__(self, name: str, call: Call | None = None, **stats: Any) -> None:
-        super().__init__(stats)
-        number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
-        self.name, self.call = name, call
-        self.layer = int(number[1]) if number else None
-
-    def __missing__(self, name: str) -> Any:
-        for full, x in self.items():
-            if full.partition(":")[0] == name:
-                return x
-        raise KeyError(f"this record has no {name!r}; it has {', '.join(self) or 'no statistics'}")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError as error:
-            raise AttributeError(error.args[0]) from None
-
-    def __repr__(self) -> str:
-        shown = "".join(f", {name} {_shape(x)}" for name, x in self.items())
-        return f"Record({_shown(self.name)}, layer {self.layer}{shown})"
+def has_other_hooks() -> bool:
+    """Are there global module hooks beside the watches'? Those see modules that fastattn.nn may
+    leave uncalled, and the watches' do not."""
+    if not watched:
+        return hooks._has_any_global_hook()
+    found = (getattr(hooks, f"_global_{kind}_hooks") for kind in _GLOBAL_HOOKS)
+    return sum(map(len, found)) > 2 * _open  # a watch has two
 
 
-def _shape(x: Any) -> list[int]:
-    return list(x[0].shape if isinstance(x, tuple) else x.shape)
-
-
-class Recording(list):
-    """The records of a capture(), one for each call, in the order of the calls."""
-
-    def __repr__(self) -> str:
-        lines = [f"{len(self)} attention calls"]
-        lines += (f"  {n}  {record}" for n, record in enumerate(self))
-        return "\n".join(lines)
-
-    def plot(self, path: Any = None) -> Figure:
-        """Draws what was recorded with matplotlib: statistics of rows by depth, and maps by layer
-        and head. path: also writes the figure there, in the format of the file's ending."""
-        from .pictures import figure
-
-        return figure(self, path)
-
-    def _repr_html_(self) -> str:
-        from .pictures import fragment
-
-        return fragment(self)
+# ---- capture() ---------------------------------------------------------------------------------
 
 
 class capture(Watch):
@@ -249,6 +203,7 @@ class capture(Watch):
         inputs: also record the call itself, as distillation.py takes it. Its tensors are not
             copied.
         device: where the statistics are kept, such as "cpu"; None: where they are computed.
+        model: what the records' names are paths from; None: the outermost module that is called.
 
     Returns:
         A list of records. Leaving a block in which no call was seen warns.
@@ -270,9 +225,13 @@ class capture(Watch):
         grad: bool = False,
         inputs: bool = False,
         device: torch.device | str | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self._wanted = Wanted.parse(stats)
+        super().__init__(model)
+        try:
+            self._wanted = Wanted.parse(stats)
+        except (TypeError, ValueError) as error:
+            raise type(error)(_of_capture(error)) from None
         self._layers = None if layers is None else frozenset(_layer(x) for x in layers)
         self._heads = heads if heads is None or isinstance(heads, (slice, Tensor)) else [*heads]
         self._grad, self._inputs = grad, inputs
@@ -314,11 +273,11 @@ class capture(Watch):
         # No statistic reads the values, so a few channels of them do.
         call = call.but(statistics=self._wanted, v=call.v[..., :8], **_no_dropout(call))
         try:
+            self._wanted.check(call)
             found = run_with_statistics(call, registry.pick(None, call))[1]
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise type(error)(
-                f"fastattn.capture(), at the call of {_shown(name)}: {error}"
-            ) from error
+            where = f"fastattn.capture(), at the call of {shown(name)}"
+            raise type(error)(f"{where}: {_of_capture(error)}") from error
         return {stat: self._kept(x, name) for stat, x in found.items()}
 
     def _kept(self, x: Any, name: str) -> Any:
@@ -328,7 +287,7 @@ class capture(Watch):
             try:
                 x = x[:, self._heads]
             except IndexError as error:
-                raise ValueError(f"heads is {self._heads}, and the call of {_shown(name)} has "
+                raise ValueError(f"heads is {self._heads}, and the call of {shown(name)} has "
                                  f"{x.shape[1]} heads") from error  # fmt: skip
         return x if self._device is None else x.to(self._device)
 
@@ -339,8 +298,9 @@ def _layer(x: Any) -> int:
     return x
 
 
-def _shown(name: str) -> str:
-    return name or "(model)"
+def _of_capture(error: Exception) -> str:
+    """The sentence about attention()'s argument, of which capture() has its own name."""
+    return str(error).replace("return_stats", "stats")
 
 
 def _no_dropout(call: Call) -> dict[str, Any]:

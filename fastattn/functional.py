@@ -429,7 +429,10 @@ def run_with_statistics(call: Call, backend: Backend) -> tuple[Result, dict[str,
     """run() of a call that asks for statistics, and these by name, in the operators' normal form."""
     refuse_context_parallel()
     result, found = attend_with_statistics(call, backend)
-    return _in_order(call.q, result), found
+    result = _in_order(call.q, result)
+    if capturing.watched:
+        capturing.show(call.but(statistics=None), result)
+    return result, found
 
 
 def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
