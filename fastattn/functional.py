@@ -382,8 +382,8 @@ def varlen_attention(
     head_origin n * total + first + h.
 
     Returns:
-        out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq]. Statistics of rows are
-        [Hq, Tq] as well, col_mass is [Hq, Tk], and keys count from the first of their sequence.
+        out [Tq, Hq, Dv] in q's dtype; with return_lse=True also lse [Hq, Tq]. Statistics of rows
+        are [Hq, Tq] as well, col_mass is [Hq, Tk], and keys count from the first of their sequence.
         "pooled:N" is refused, and with page_table "col_mass".
     """
     if unknown:
@@ -426,7 +426,7 @@ def run(call: Call, backend: Backend) -> Result:
 
 
 def run_with_statistics(call: Call, backend: Backend) -> tuple[Result, dict[str, Any]]:
-    """run() of a call that asks for statistics, and these by name, in the operators' normal form."""
+    """run() of a call that asks for statistics, and these by name, in normal form."""
     refuse_context_parallel()
     result, found = attend_with_statistics(call, backend)
     result = _in_order(call.q, result)

@@ -1,8 +1,11 @@
 // The backward kernel. Probabilities are made again from lse (Dao et al., FlashAttention, 2022):
 //   P = exp(S - lse),  dP = dO V',  dS = P * (dP - delta),  delta = rowsum(dO * O) - dlse
 //   dV = P' dO,  dK = scale * dS' Q,  dQ = scale * dS K,  dbias = dS
+// With the gradient of the rows' entropy, dS = P * (dP - delta - dentropy * log P); the rest of it,
+// -dentropy * entropy, the caller has added to dlse.
 // One tile of query rows runs over its keys; dQ stays in the tile, dK and dV are summed in fp32
 // (fp64) over all tiles of the item, always in the same order: the same bits at every run.
+// next: jvp_bwd.inl
 
 template <class A> struct BackwardTile {
     QueryTile<A> tile;
@@ -12,15 +15,18 @@ template <class A> struct BackwardTile {
     // is in place of lse, and this is one over the sum of exponentials below it.
     alignas(64) A inverse_sum[BLOCK_Q];
     bool exact;
-    A* exact_keys;  // rows of keys, converted; taken when first wanted
+    alignas(64) A dentropy[BLOCK_Q];          // times log(2), where P's logarithm is in base 2
+    alignas(64) A log2_inverse_sum[BLOCK_Q];  // 0 where not exact
+    A* exact_keys;                            // rows of keys, converted; taken when first wanted
     Transposed<A> q_transposed, dout_transposed;
     A *q, *dout;  // panels: [columns / PANEL][BLOCK_Q][PANEL]
     Blocks<A> blocks;
-    A *p, *ds, *softcap_slope;  // [BLOCK_KV][BLOCK_Q]
-    A* dq;                      // [BLOCK_Q][padded head_dim]
-    A* buffer;                  // 8 rows of any operand
+    A *p, *ds, *softcap_tanh;  // [BLOCK_KV][BLOCK_Q]
+    A* dq;                     // [BLOCK_Q][padded head_dim]
+    A* buffer;                 // 8 rows of any operand
     DropoutTile keep[2];
-    int k_ld, v_ld;  // padded head_dim and v_dim
+    int k_ld, v_ld;     // padded head_dim and v_dim
+    int panel_columns;  // of all that `blocks` has as panels
 };
 constexpr int TILE_LD = BLOCK_Q;
 // exp(score - lse) has the rounding of lse: 2^-12 of a weight from here on (in base 2).
@@ -29,7 +35,7 @@ template <class A> constexpr A EXACT_FROM = sizeof(A) == 4 ? A(0x1p12) : A(0x1p4
 // --- load ---------------------------------------------------------------------------------------
 
 template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Arena& arena) {
-    t.k_ld = round_up_panel<A>(p.head_dim);
+    t.k_ld = t.panel_columns = round_up_panel<A>(p.head_dim);
     t.v_ld = round_up_panel<A>(p.v_dim);
     t.q_transposed = new_transposed<A>(p, BLOCK_Q, p.head_dim, A(p.scale * LOG2E), arena);
     t.dout_transposed = new_transposed<A>(p, BLOCK_Q, p.v_dim, A(1), arena);
@@ -37,7 +43,7 @@ template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Are
     t.dout = arena.take<A>(BLOCK_Q * t.v_ld);
     t.p = arena.take<A>(BLOCK_KV * TILE_LD);
     t.ds = arena.take<A>(BLOCK_KV * TILE_LD);
-    t.softcap_slope = p.softcap > 0 ? arena.take<A>(BLOCK_KV * TILE_LD) : nullptr;
+    t.softcap_tanh = p.softcap > 0 ? arena.take<A>(BLOCK_KV * TILE_LD) : nullptr;
     t.dq = arena.take<A>(BLOCK_Q * t.k_ld);
     t.buffer = arena.take<A>(8 * imax(p.head_dim, p.v_dim));
     t.exact_keys = nullptr;
@@ -45,6 +51,15 @@ template <class A> static void allocate(const Params& p, BackwardTile<A>& t, Are
         keep = p.dropout
                    ? reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD))
                    : nullptr;
+}
+
+template <class A, class T> INLINE A dot(const T* x, const T* y, int n) {
+    Vec<A> sum = {};
+    int d = 0;
+    for (; d + SIMD_WIDTH<A> <= n; d += SIMD_WIDTH<A>) sum += load_as<A>(x + d) * load_as<A>(y + d);
+    A total = reduce_sum<A>(sum);
+    for (; d < n; d++) total += A(to_float(x[d])) * A(to_float(y[d]));
+    return total;
 }
 
 template <class A>
@@ -64,13 +79,7 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
         pack_panels<A, T>(dout_row, n, p.v_dim, BLOCK_Q, t.dout);
         for (int i = 0; i < n; i++) {
             const T* out = p.out.at<T>(s.batch, tile.head[i], s.q_begin + tile.row[i]);
-            const T* dout = reinterpret_cast<const T*>(dout_row(i));
-            Vec<A> sum = {};
-            int d = 0;
-            for (; d + SIMD_WIDTH<A> <= p.v_dim; d += SIMD_WIDTH<A>)
-                sum += load_as<A>(out + d) * load_as<A>(dout + d);
-            A delta = reduce_sum<A>(sum);
-            for (; d < p.v_dim; d++) delta += A(to_float(out[d])) * A(to_float(dout[d]));
+            A delta = dot<A>(out, reinterpret_cast<const T*>(dout_row(i)), p.v_dim);
             int head = tile.head[i], row = s.q_begin + tile.row[i];
             if (p.dlse.data) delta -= *p.dlse.at<A>(s.batch, head, row);
             A lse = *p.lse.at<A>(s.batch, head, row);
@@ -78,12 +87,13 @@ static void load_rows_of_tile(const Params& p, const Segment& s, BackwardTile<A>
             t.lse[i] = dead ? -A(NEG_INF) : to_base2<A>(lse);
             t.exact |= !dead && !(t.lse[i] < EXACT_FROM<A> && t.lse[i] > -EXACT_FROM<A>);
             t.delta[i] = dead ? A(0) : delta;
+            t.dentropy[i] = p.dentropy.data ? A(*p.dentropy.at<A>(s.batch, head, row) * LN2) : A(0);
             if (p.delta.data) *p.delta.at<A>(s.batch, head, row) = t.delta[i];
         }
     });
     for (int i = tile.count; i < tile.padded; i++) {
         t.lse[i] = -A(NEG_INF);
-        t.delta[i] = 0;
+        t.delta[i] = t.dentropy[i] = 0;
     }
 }
 
@@ -123,12 +133,8 @@ template <class A> static void row_statistics(const Params& p, const KeyRows& ke
         if (seen == Seen::NONE) continue;
         RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.exact_keys);
         for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
-            int first = panel * PANEL<A>, begin = 0, end = n;
-            if (edge) {
-                Range seen_here = tile.range(first, imin(tile.count, first + PANEL<A>));
-                begin = imin(n, imax(0, seen_here.begin - key));
-                end = imax(begin, imin(n, seen_here.end - key));
-            }
+            int first = panel * PANEL<A>;
+            auto [begin, end] = tile.of_panel(panel, edge, key, n);
             panel_product(t.q_transposed, panel, k, begin, end, t.p + first, TILE_LD);
             finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD, static_cast<A*>(nullptr));
@@ -136,26 +142,20 @@ template <class A> static void row_statistics(const Params& p, const KeyRows& ke
         }
     }
     for (int i = 0; i < tile.padded; i++) {
-        A row_max = t.lse[i], sum = t.inverse_sum[i];
-        if (i < tile.count && p.sinks.data && sum != 0) {
-            char* at = p.sinks.bytes_at(0, tile.head[i], 0);
-            A sink = to_base2<A>(bias_at<A>(p.sinks.dtype, at));
-            A base = sink > row_max ? sink : row_max;
-            sum = sum * A(__builtin_exp2(row_max - base)) + A(__builtin_exp2(sink - base));
-            row_max = base;
-        }
-        bool none = i >= tile.count || sum == 0;  // no row, or one that saw no key: weights are 0
-        t.lse[i] = none ? -A(NEG_INF) : row_max;
-        t.inverse_sum[i] = none ? A(1) : 1 / sum;
+        // no row, or one that saw no key: weights are 0
+        bool none = i >= tile.count || t.inverse_sum[i] == 0;
+        WithSink<A> whole(p, tile.head[none ? 0 : i], t.lse[i], t.inverse_sum[i]);
+        t.lse[i] = none ? -A(NEG_INF) : whole.row_max;
+        t.inverse_sum[i] = none ? A(1) : 1 / whole.row_sum;
     }
 }
 
 // --- one tile -----------------------------------------------------------------------------------
 
 // p, ds of one panel from scores and dP; rows outside [begin, end) become 0.
-template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, BackwardTile<A>& t,
-                                                           int panel, int begin, int end, int n,
-                                                           const float* z) {
+template <bool EXACT, bool ENTROPY = false, class A>
+INLINE void panel_gradients(const Params& p, BackwardTile<A>& t, int panel, int begin, int end,
+                            int n, const float* z) {
     A inverse_keep = p.dropout ? A(1 / p.dropout_key.keep_probability()) : A(1);
     for (int v = 0; v < 2; v++) {
         int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
@@ -169,6 +169,10 @@ template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, Back
             A *to_p = t.p + j * TILE_LD + tile_row, *to_ds = t.ds + j * TILE_LD + tile_row;
             Vec<A> x[N];
             for (int u = 0; u < N; u++) x[u] = load<A>(to_p + u * TILE_LD) - lse;
+            Vec<A> log_p[N] = {};
+            if constexpr (ENTROPY)
+                for (int u = 0; u < N; u++)
+                    log_p[u] = finite_exponent<A>(x[u]) + load<A>(t.log2_inverse_sum + tile_row);
             vexp2<A, N>(x);
             if constexpr (EXACT)
                 for (int u = 0; u < N; u++) x[u] *= load<A>(t.inverse_sum + tile_row);
@@ -179,6 +183,7 @@ template <bool EXACT, class A> INLINE void panel_gradients(const Params& p, Back
                     dp = dp * factor * inverse_keep;
                     dropped = x[u] * factor;
                 }
+                if constexpr (ENTROPY) dp -= load<A>(t.dentropy + tile_row) * log_p[u];
                 Vec<A> ds = x[u] * (dp - delta);
                 store<A>(to_p + u * TILE_LD, dropped);
                 // not 0 * NaN where a masked value is NaN
@@ -240,9 +245,9 @@ template <class A> INLINE void add_to_keys(const BackwardTile<A>& t, bool edge, 
     }
 }
 
-// dq[row][column] += ds[row][key] * K[key][column].
-template <class A>
-INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, const A* panels) {
+// dq[row][column] += X[row][key] * K[key][column], where X is ds, say.
+template <class A> INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, const A* x,
+                                              int key, int n, const A* panels) {
     for (int c = 0; c < t.k_ld; c += PANEL<A>)
         for (int i = 0, rows; i < t.tile.count; i += rows) {
             int begin = 0, end = n;
@@ -255,7 +260,7 @@ INLINE void add_to_queries(const BackwardTile<A>& t, bool edge, int key, int n, 
                 if (begin >= end) continue;
             }
             micro_rows<Order::COLUMNS, Store::ADD>(
-                rows, end - begin, t.ds + begin * TILE_LD + i, TILE_LD,
+                rows, end - begin, x + begin * TILE_LD + i, TILE_LD,
                 panels + c * BLOCK_KV + begin * PANEL<A>, PANEL<A>, t.dq + i * t.k_ld + c, t.k_ld,
                 static_cast<const A*>(nullptr));
         }
@@ -268,6 +273,8 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
     const QueryTile<A>& tile = t.tile;
     Range r = tile.range(0, tile.count);
     if (t.exact) row_statistics(p, keys, r, t, arena);
+    for (int i = 0; i < tile.padded; i++)
+        t.log2_inverse_sum[i] = t.exact ? A(__builtin_log2(t.inverse_sum[i])) : A(0);
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
         bool edge = key < r.full_begin || key + n > r.full_end;
@@ -280,29 +287,29 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
         const float* z =
             p.dropout ? dropout_tile(p, s, tile, key, n, t.keep[0], t.keep[1]) : nullptr;
         for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
-            int first = panel * PANEL<A>, begin = 0, end = n;
-            if (edge) {
-                Range seen_here = tile.range(first, imin(tile.count, first + PANEL<A>));
-                begin = imin(n, imax(0, seen_here.begin - key));
-                end = imax(begin, imin(n, seen_here.end - key));
-            }
+            int first = panel * PANEL<A>;
+            auto [begin, end] = tile.of_panel(panel, edge, key, n);
             panel_product(t.q_transposed, panel, k, begin, end, t.p + first, TILE_LD);
             panel_product(t.dout_transposed, panel, v, begin, end, t.ds + first, TILE_LD);
             finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           t.p + begin * TILE_LD + first, TILE_LD,
-                          t.softcap_slope ? t.softcap_slope + begin * TILE_LD + first : nullptr);
-            if (t.exact)
+                          t.softcap_tanh ? t.softcap_tanh + begin * TILE_LD + first : nullptr);
+            if (p.dentropy.data && t.exact)
+                panel_gradients<true, true>(p, t, panel, begin, end, n, z);
+            else if (p.dentropy.data)
+                panel_gradients<false, true>(p, t, panel, begin, end, n, z);
+            else if (t.exact)
                 panel_gradients<true>(p, t, panel, begin, end, n, z);
             else
                 panel_gradients<false>(p, t, panel, begin, end, n, z);
         }
         if (p.dbias.data) add_bias_gradient(p, s, t, key, n);
-        if (t.softcap_slope)
+        if (t.softcap_tanh)
             for (int j = 0; j < n; j++)
                 for (int i = 0; i < tile.padded; i += SIMD_WIDTH<A>) {
                     A* x = t.ds + j * TILE_LD + i;
-                    Vec<A> ds = load<A>(x);
-                    store<A>(x, ds == 0 ? ds : ds * load<A>(t.softcap_slope + j * TILE_LD + i));
+                    Vec<A> ds = load<A>(x), tanh = load<A>(t.softcap_tanh + j * TILE_LD + i);
+                    store<A>(x, ds == 0 ? ds : ds * (1 - tanh * tanh));
                 }
         int64_t at = key - item.key_begin;
         add_to_keys(t, edge, t.p, key, n, t.dout, t.v_ld,
@@ -314,7 +321,7 @@ template <class A> static void backward_tile(const Params& p, const Segment& s, 
                 pack_panels<A, T>([&](int j) { return keys.row(key + j); }, block.n, p.head_dim,
                                   BLOCK_KV, block.panels);
             });
-        add_to_queries(t, edge, key, n, block.panels);
+        add_to_queries(t, edge, t.ds, key, n, block.panels);
     }
 }
 
@@ -351,17 +358,19 @@ template <class A> static void write_key_gradients(const Params& p, const Backwa
     write(&BackwardItem::dv_sum, p.v_dim, inverse_keep, p.dv);
 }
 
-template <class A> static void backward(const Params& p, const BackwardItem& task) {
+// The rows of an item, tile by tile. Tile is BackwardTile, or what jvp_bwd.inl has in its place; its
+// own allocate(), load_rows_of_tile() and backward_tile() run.
+template <class Tile, class A> INLINE void run_item(const Params& p, const BackwardItem& task) {
     BackwardItem item = task;
     const Segment& s = p.segments[item.segment];
     ArenaLease lease;
     Arena& arena = *lease;
-    BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
+    Tile& t = *arena.take<Tile>(1);
     allocate(p, t, arena);
     // In fp32 keys are read where they lie just before they are packed: packing them again is
     // cheaper than reading panels that have left the cache (3 % at S 2048).
     bool keep = size_of(p.dtype) != sizeof(A);
-    t.blocks = new_blocks<A>(p, item.segment, item.kv_head, true, t.k_ld, keep, arena);
+    t.blocks = new_blocks<A>(p, item.segment, item.kv_head, true, t.panel_columns, keep, arena);
     int64_t seen = item.key_end - item.key_begin;
     if (task.dk_sum == nullptr) {
         item.dk_sum = arena.take<A>(seen * t.k_ld);
@@ -382,6 +391,10 @@ template <class A> static void backward(const Params& p, const BackwardItem& tas
                           p.dq.bytes_at(s.batch, head, s.q_begin + row + i), p.head_dim);
         }
     if (task.dk_sum == nullptr) write_key_gradients<A>(p, &item, 1, arena);
+}
+
+template <class A> static void backward(const Params& p, const BackwardItem& task) {
+    run_item<BackwardTile<A>, A>(p, task);
 }
 
 template <class A> static void reduce(const Params& p, const BackwardItem* items, int count) {

@@ -32,7 +32,7 @@ template <class A> static Blocks<A> new_blocks(const Params& p, int segment, int
     b.head_dim = p.head_dim;
     b.v_dim = p.v_dim;
     b.panel_columns = panel_columns;
-    bool in_place = p.page_table == nullptr && (size_of(p.dtype) == sizeof(A) || use_pairs<A>(p));
+    bool in_place = rows_in_place<A>(p);
     int blocks = (b.kv_len + BLOCK_KV - 1) / BLOCK_KV;
     int64_t key_width = in_place ? 0 : p.head_dim,
             value_width = in_place || !value_rows ? 0 : p.v_dim;

@@ -76,8 +76,20 @@ inline ScalarType accumulate_type(const Tensor& q) {
 
 // --- the call -----------------------------------------------------------------------------------
 
+// Checks a tensor of a number for each row.
+inline void check_like_lse(const Tensor& q, const Tensor& t, const char* name) {
+    check_cpu(t, name);
+    ScalarType dtype = accumulate_type(q);
+    CHECK(t.scalar_type() == dtype && t.dim() == 3 && t.size(0) == q.size(0) &&
+              t.size(1) == q.size(1) && t.size(2) == q.size(2),
+          name, " has shape ", shape_of(t), ", expected [", q.size(0), ", ", q.size(1), ", ",
+          q.size(2), "] in ", dtype == ScalarType::Double ? "float64" : "float32");
+}
+
 // An operator's arguments; prepare() checks them and fills in what the kernels read.
 struct Call : Inputs {
+    OptionalTensor dentropy{};  // the gradient of the rows' entropy, given to a backward
+
     // filled by prepare()
     std::vector<int> page_entries{};  // page_table as far as lengths reach, contiguous
     int64_t page_columns = 0;

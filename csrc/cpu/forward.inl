@@ -1,6 +1,6 @@
 // The forward kernel: one tile of query rows against its keys, block by block, with the softmax
 // kept online (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
-// next: backward.inl
+// next: backward.inl, jvp.inl
 
 // Fewer rows than this are decoding: keys are read once, as dot products, without transposing q.
 constexpr int DOT_ROWS = 8;
@@ -102,9 +102,11 @@ template <class A> static void decode_scores(const Params& p, const ForwardTile<
 
 // --- softmax ------------------------------------------------------------------------------------
 
-// Scores to probabilities for rows [begin, end) of a panel, 0 elsewhere in [0, n).
-template <class A>
-INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int n, A* s) {
+// Scores to probabilities for rows [begin, end) of a panel, 0 elsewhere in [0, n). `key` is the
+// block's first key, and `statistics` are a RowStatistics or none.
+template <class A, class Statistics> INLINE void panel_softmax(ForwardTile<A>& t, int panel,
+                                                               int begin, int end, int n, A* s,
+                                                               int key, Statistics& statistics) {
     int64_t ld = t.ld;
     for (int v = 0; v < 2; v++, s += SIMD_WIDTH<A>) {
         int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
@@ -120,19 +122,29 @@ INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int 
         // A row that has seen nothing yet stays at -inf; -inf - 0 gives it probabilities of 0.
         Vec<A> base = row_max == A(NEG_INF) ? Vec<A>{} : row_max;
         Vec<A> rescale = vexp2<A>(old_max - base);
-        Vec<A> sum = {};
+        if constexpr (Statistics::ON)
+            find_largest(statistics, tile_row, s, ld, begin, end, key, old_max, row_max);
+        Vec<A> sum = {}, weighted = {};
         for (x = first; x + ld < last; x += 2 * ld) {
             Vec<A> e[2] = {load<A>(x) - base, load<A>(x + ld) - base};
+            Vec<A> below[2] = {e[0], e[1]};
             vexp2<A, 2>(e);
             store<A>(x, e[0]);
             store<A>(x + ld, e[1]);
             sum += e[0] + e[1];
+            if constexpr (Statistics::ON)
+                weighted +=
+                    e[0] * finite_exponent<A>(below[0]) + e[1] * finite_exponent<A>(below[1]);
         }
         if (x < last) {
-            Vec<A> e = vexp2<A>(load<A>(x) - base);
+            Vec<A> below = load<A>(x) - base, e = vexp2<A>(below);
             store<A>(x, e);
             sum += e;
+            if constexpr (Statistics::ON) weighted += e * finite_exponent<A>(below);
         }
+        if constexpr (Statistics::ON)
+            add_weighted(statistics, tile_row, load<A>(t.row_sum + tile_row), base - old_max,
+                         rescale, weighted);
         for (int j = 0; j < begin; j++) store<A>(s + j * ld, Vec<A>{});
         for (int j = end; j < n; j++) store<A>(s + j * ld, Vec<A>{});
         store<A>(t.row_sum + tile_row, load<A>(t.row_sum + tile_row) * rescale + sum);
@@ -141,23 +153,35 @@ INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int 
     }
 }
 
-template <class A> static void apply_dropout(const Params& p, const Segment& s,
-                                             const ForwardTile<A>& t, int key, int n) {
-    const float* z = dropout_tile(p, s, t.tile, key, n, t.keep[0], t.keep[1]);
+// x [key][row] *= dropout's factors z.
+template <class A> static void drop(const ForwardTile<A>& t, const float* z, int n, A* x) {
     for (int j = 0; j < n; j++)
         for (int i = 0; i < t.tile.padded; i += SIMD_WIDTH<A>) {
-            A* x = t.scores + j * t.ld + i;
-            store<A>(x, load<A>(x) * load_dropout<A>(z + j * DROPOUT_LD + i));
+            A* to = x + j * t.ld + i;
+            store<A>(to, load<A>(to) * load_dropout<A>(z + j * DROPOUT_LD + i));
         }
+}
+
+template <class A> static void apply_dropout(const Params& p, const Segment& s,
+                                             const ForwardTile<A>& t, int key, int n) {
+    drop(t, dropout_tile(p, s, t.tile, key, n, t.keep[0], t.keep[1]), n, t.scores);
 }
 
 // --- output -------------------------------------------------------------------------------------
 
-// acc = acc * rescale + P V for keys [begin, end) of a block, a group of rows at a time. B is
-// packed panels, or (decoding) the values where they lie.
-template <class A, class T>
+// The B operand of the product with the values: packed panels, or (decoding) the values where they
+// lie.
+template <class T> struct ValuePanels {
+    const T* data;
+    int columns;
+    int64_t step, ld;  // from panel to panel, from key to key
+};
+
+// acc = acc * rescale + W V (or acc + W V) for keys [key, key + n), a group of rows at a time. W is
+// [key][row], as the scores.
+template <Store STORE = Store::RESCALE, class A, class T>
 INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int key, int n,
-                       int columns, const T* values, int64_t panel_step, int64_t ld) {
+                       const ValuePanels<T>& values, const A* weights, A* acc) {
     for (int i = 0, rows; i < t.tile.count; i += rows) {
         rows = imin(GEMM_ROWS, t.tile.count - i);
         int begin = 0, end = n;
@@ -167,12 +191,12 @@ INLINE void accumulate(const ForwardTile<A>& t, bool edge, const Range& r, int k
             begin = imax(0, imax(seen.begin, r.begin) - key);
             end = imin(n, imin(seen.end, r.end) - key);
         }
-        const T* panel = values + begin * ld;
+        const T* panel = values.data + begin * values.ld;
         if (begin < end)
-            for (int c = 0; c < columns; c += PANEL<A>, panel += panel_step)
-                micro_rows<Order::COLUMNS, Store::RESCALE>(
-                    rows, end - begin, t.scores + begin * t.ld + i, t.ld, panel, ld,
-                    t.acc + i * t.acc_ld + c, t.acc_ld, t.rescale + i);
+            for (int c = 0; c < values.columns; c += PANEL<A>, panel += values.step)
+                micro_rows<Order::COLUMNS, STORE>(rows, end - begin, weights + begin * t.ld + i,
+                                                  t.ld, panel, values.ld, acc + i * t.acc_ld + c,
+                                                  t.acc_ld, t.rescale + i);
     }
 }
 
@@ -182,33 +206,46 @@ template <class A> static void accumulate_block(const Params& p, const ForwardTi
     with_type<A>(p.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         bool in_place = t.dot_ld > 0 && values.pages == nullptr && p.v_dim % PANEL<A> == 0;
-        if (in_place)
-            return accumulate(t, edge, r, key, n, p.v_dim,
-                              reinterpret_cast<const T*>(values.row(key)), PANEL<A>,
-                              values.row_bytes / static_cast<int64_t>(sizeof(T)));
+        if (in_place) {
+            ValuePanels<T> rows{reinterpret_cast<const T*>(values.row(key)), p.v_dim, PANEL<A>,
+                                values.row_bytes / static_cast<int64_t>(sizeof(T))};
+            return accumulate(t, edge, r, key, n, rows, t.scores, t.acc);
+        }
         if (!block.done)
             pack_panels<A, T>([&](int j) { return values.row(key + j); }, block.n, p.v_dim,
                               BLOCK_KV, block.panels);
-        accumulate(t, edge, r, key, n, t.acc_ld, static_cast<const A*>(block.panels),
-                   BLOCK_KV * PANEL<A>, PANEL<A>);
+        ValuePanels<A> panels{block.panels, t.acc_ld, BLOCK_KV * PANEL<A>, PANEL<A>};
+        accumulate(t, edge, r, key, n, panels, t.scores, t.acc);
     });
 }
+
+// A row's maximum and sum with its head's sink in them.
+template <class A> struct WithSink {
+    A row_max, row_sum;
+    A keys;   // what the sums over the keys are multiplied by
+    A sink;   // the sink's part of row_sum
+    A logit;  // the sink, in base 2
+
+    INLINE_MEMBER WithSink(const Params& p, int head, A max_of_keys, A sum_of_keys)
+        : row_max(max_of_keys), row_sum(sum_of_keys), keys(1), sink(0), logit(A(NEG_INF)) {
+        if (p.sinks.data == nullptr) return;
+        logit = to_base2<A>(bias_at<A>(p.sinks.dtype, p.sinks.bytes_at(0, head, 0)));
+        row_max = logit > max_of_keys ? logit : max_of_keys;
+        keys = A(__builtin_exp2(max_of_keys - row_max));
+        sink = A(__builtin_exp2(logit - row_max));
+        row_sum = sum_of_keys * keys + sink;
+    }
+};
 
 // One row's result. A row whose sum is 0 has seen no key (a NaN score makes the sum NaN).
 template <class A> static void write_row(const Params& p, const Segment& s, int head, int row,
                                          A row_max, A row_sum, const A* acc) {
     A lse = A(NEG_INF), factor = 0;
     if (!(row_sum == 0)) {
-        A out_factor = 1;
-        if (p.sinks.data) {
-            A sink = to_base2<A>(bias_at<A>(p.sinks.dtype, p.sinks.bytes_at(0, head, 0)));
-            A base = sink > row_max ? sink : row_max;
-            out_factor = A(__builtin_exp2(row_max - base));
-            row_sum = row_sum * out_factor + A(__builtin_exp2(sink - base));
-            row_max = base;
-        }
-        lse = A(from_base2<A>(row_max) + __builtin_log(row_sum));
-        factor = out_factor / row_sum;
+        WithSink<A> whole(p, head, row_max, row_sum);
+        row_sum = whole.row_sum;
+        lse = A(from_base2<A>(whole.row_max) + __builtin_log(row_sum));
+        factor = whole.keys / row_sum;
         if (p.dropout) factor = A(factor / p.dropout_key.keep_probability());
     }
     char* to = p.out.bytes_at(s.batch, head, s.q_begin + row);
@@ -219,10 +256,34 @@ template <class A> static void write_row(const Params& p, const Segment& s, int 
     *p.lse.at<A>(s.batch, head, s.q_begin + row) = lse;
 }
 
+// One row's statistics from its maximum and sums over all keys; `key` is its argmax.
+template <class A> static void write_statistics(const Params& p, const Segment& s, int head,
+                                                int row, A row_max, A row_sum, A weighted,
+                                                int64_t key) {
+    int at = s.q_begin + row;
+    const bool none = row_sum == 0;                                    // no key seen
+    const bool broken = row_sum != row_sum && row_max != -A(NEG_INF);  // a NaN score
+    if (p.max_logit.data) {
+        A largest = broken ? row_sum : A(from_base2<A>(row_max));
+        *p.max_logit.at<A>(s.batch, head, at) = none ? A(NEG_INF) : largest;
+    }
+    if (p.argmax.data)
+        *p.argmax.at<int64_t>(s.batch, head, at) = none || broken ? -1 : s.key0 + key;
+    if (p.entropy.data == nullptr) return;
+    A entropy = 0;
+    if (!none) {
+        WithSink<A> whole(p, head, row_max, row_sum);
+        A moved = (weighted - row_sum * (whole.row_max - row_max)) * whole.keys;
+        if (whole.sink != 0) moved += whole.sink * (whole.logit - whole.row_max);
+        entropy = A(__builtin_log(whole.row_sum) - LN2 * (moved / whole.row_sum));
+    }
+    *p.entropy.at<A>(s.batch, head, at) = entropy;
+}
+
 // --- the kernel ---------------------------------------------------------------------------------
 
-template <class A>
-static void forward(const Params& p, const ForwardItem& item, const SplitResults& results) {
+template <class A, class Statistics>
+INLINE void run_forward(const Params& p, const ForwardItem& item, const SplitResults& results) {
     const Segment& s = p.segments[item.segment];
     ArenaLease lease;
     Arena& arena = *lease;
@@ -256,6 +317,8 @@ static void forward(const Params& p, const ForwardItem& item, const SplitResults
         t.row_sum[i] = 0;
     }
     if (decoding) __builtin_memset(t.scores, 0, sizeof(A) * BLOCK_KV * t.ld);
+    Statistics& statistics = *arena.take<Statistics>(1);
+    if constexpr (Statistics::ON) begin_statistics(p, tile.padded, statistics);
 
     for (int key = r.begin; key < r.end; key += BLOCK_KV) {
         int n = imin(BLOCK_KV, r.end - key);
@@ -270,17 +333,12 @@ static void forward(const Params& p, const ForwardItem& item, const SplitResults
         else
             rows = load_rows(p, keys, key, block.n, p.head_dim, block.keys, block.done);
         for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
-            int first = panel * PANEL<A>, begin = 0, end = n;
-            if (edge) {
-                Range panel_range = tile.range(first, imin(tile.count, first + PANEL<A>));
-                begin = imin(n, imax(0, panel_range.begin - key));
-                end = imax(begin, imin(n, panel_range.end - key));
-            }
-            A* scores = t.scores + first;
+            auto [begin, end] = tile.of_panel(panel, edge, key, n);
+            A* scores = t.scores + panel * PANEL<A>;
             if (!decoding) panel_product(t.q, panel, rows, begin, end, scores, t.ld);
             finish_scores(p, tile, panel, key + begin, end - begin, seen == Seen::SOME, edge,
                           scores + begin * t.ld, t.ld, static_cast<A*>(nullptr));
-            panel_softmax(t, panel, begin, end, n, scores);
+            panel_softmax(t, panel, begin, end, n, scores, key, statistics);
         }
         if (p.dropout) apply_dropout(p, s, t, key, n);
         accumulate_block(p, t, edge, r, values, key, n, block);
@@ -290,13 +348,32 @@ static void forward(const Params& p, const ForwardItem& item, const SplitResults
         const A* acc = t.acc + static_cast<int64_t>(i) * t.acc_ld;
         if (item.split_row < 0) {
             write_row(p, s, tile.head[i], tile.row[i], t.row_max[i], t.row_sum[i], acc);
+            if constexpr (Statistics::ON)
+                write_statistics(p, s, tile.head[i], tile.row[i], t.row_max[i], t.row_sum[i],
+                                 statistics.weighted[i], statistics.argmax[i]);
+            else if (p.max_logit.data)
+                write_statistics(p, s, tile.head[i], tile.row[i], t.row_max[i], t.row_sum[i], A(0),
+                                 0);
         } else {
             static_cast<A*>(results.row_max)[item.split_row + i] = t.row_max[i];
             static_cast<A*>(results.row_sum)[item.split_row + i] = t.row_sum[i];
+            if constexpr (Statistics::ON) {
+                static_cast<A*>(results.weighted)[item.split_row + i] = statistics.weighted[i];
+                results.argmax[item.split_row + i] = statistics.argmax[i];
+            }
             __builtin_memcpy(static_cast<A*>(results.acc) + (item.split_row + i) * p.v_dim, acc,
                              sizeof(A) * p.v_dim);
         }
     }
+}
+
+template <class A>
+static void forward(const Params& p, const ForwardItem& item, const SplitResults& results) {
+    run_forward<A, NoStatistics>(p, item, results);
+}
+template <class A> static void forward_statistics(const Params& p, const ForwardItem& item,
+                                                  const SplitResults& results) {
+    run_forward<A, RowStatistics<A>>(p, item, results);
 }
 
 // Merges the results of a tile's splits, in order.
@@ -310,9 +387,13 @@ template <class A> static void combine(const Params& p, const ForwardItem& item,
     const A* sums = static_cast<A*>(results.row_sum) + item.split_row;
     const A* accs = static_cast<A*>(results.acc) + item.split_row * p.v_dim;
     for (int i = 0; i < count; i++) {
-        A row_max = A(NEG_INF), row_sum = 0;
+        A row_max = A(NEG_INF), row_sum = 0, weighted = 0;
+        int64_t key = 0;
         for (int split = 0; split < splits; split++)
-            row_max = maxima[split * count + i] > row_max ? maxima[split * count + i] : row_max;
+            if (A largest = maxima[split * count + i]; largest > row_max) {
+                row_max = largest;
+                if (results.argmax) key = results.argmax[item.split_row + split * count + i];
+            }
         A base = row_max == A(NEG_INF) ? A(0) : row_max;
         for (int d = 0; d < p.v_dim; d++) acc[d] = 0;
         for (int split = 0; split < splits; split++) {
@@ -320,8 +401,15 @@ template <class A> static void combine(const Params& p, const ForwardItem& item,
             if (sums[at] == 0) continue;
             A weight = A(__builtin_exp2(maxima[at] - base));
             row_sum += sums[at] * weight;
+            if (results.weighted) {
+                A own = static_cast<A*>(results.weighted)[item.split_row + at];
+                weighted += (own - sums[at] * (base - maxima[at])) * weight;
+            }
             for (int d = 0; d < p.v_dim; d++) acc[d] += accs[at * p.v_dim + d] * weight;
         }
-        write_row(p, s, item.head + i / item.rows, item.row + i % item.rows, row_max, row_sum, acc);
+        int head = item.head + i / item.rows, row = item.row + i % item.rows;
+        write_row(p, s, head, row, row_max, row_sum, acc);
+        if (p.max_logit.data || p.entropy.data || p.argmax.data)
+            write_statistics(p, s, head, row, row_max, row_sum, weighted, key);
     }
 }

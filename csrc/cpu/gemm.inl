@@ -78,9 +78,10 @@ INLINE Vec<float> dot_pairs(Vec<float> acc, Words a, Words b) {
 #endif
 }
 
-// C = factor * A B as micro() with Order::ROWS, on bf16: B holds pairs along the depth.
-template <int R> INLINE void micro_pairs(int depth, const uint16_t* a, int64_t lda,
-                                         const uint32_t* b, float* c, int64_t ldc, float factor) {
+// C (+)= factor * A B as micro() with Order::ROWS, on bf16: B holds pairs along the depth.
+template <int R, Store STORE> INLINE void micro_pairs(int depth, const uint16_t* a, int64_t lda,
+                                                      const uint32_t* b, float* c, int64_t ldc,
+                                                      float factor) {
     Vec<float> acc[R][2] = {};
     constexpr int W = SIMD_WIDTH<float>;
     for (int k = 0; k < depth; k += 2, b += PANEL<float>) {
@@ -96,7 +97,13 @@ template <int R> INLINE void micro_pairs(int depth, const uint16_t* a, int64_t l
         }
     }
     for (int i = 0; i < R; i++) {
-        store<float>(c + i * ldc, acc[i][0] * factor);
-        store<float>(c + i * ldc + W, acc[i][1] * factor);
+        float* row = c + i * ldc;
+        Vec<float> c0 = acc[i][0] * factor, c1 = acc[i][1] * factor;
+        if (STORE == Store::ADD) {
+            c0 += load<float>(row);
+            c1 += load<float>(row + W);
+        }
+        store<float>(row, c0);
+        store<float>(row + W, c1);
     }
 }

@@ -27,8 +27,10 @@ constexpr float TANH_SERIES[6] = {-0.3333333f,  0.13333184f,   -0.053943656f,
 #include "mask.inl"
 #include "score.inl"
 #include "dropout.inl"
+#include "statistics.inl"
 #include "forward.inl"
 #include "backward.inl"
+#include "maps.inl"
 #include "rows.inl"
 #include "activate.inl"
 #include "linear.inl"
@@ -36,6 +38,8 @@ constexpr float TANH_SERIES[6] = {-0.3333333f,  0.13333184f,   -0.053943656f,
 
 template <class A> static int64_t padded(int columns) { return round_up_panel<A>(columns); }
 
-template <class A> constexpr Kernels KERNELS = {BLOCK_Q,     BLOCK_KV,  forward<A>, combine<A>,
-                                                backward<A>, reduce<A>, padded<A>,  FUSED<A>};
+template <class A>
+constexpr Kernels KERNELS = {BLOCK_Q,   BLOCK_KV,   forward<A>, forward_statistics<A>,
+                             maps<A>,   weights<A>, combine<A>, backward<A>,
+                             reduce<A>, padded<A>,  FUSED<A>};
 constexpr IsaKernels ISA_KERNELS = {KERNELS<float>, KERNELS<double>};

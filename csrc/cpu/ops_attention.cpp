@@ -20,11 +20,8 @@
 #include "schedule.h"
 
 namespace fastattn::cpu {
-namespace {
 
 // --- running the items --------------------------------------------------------------------------
-
-std::atomic<uint64_t> calls{0};  // so far, in this process
 
 // Tiles are counted in int, and each takes 40 bytes; without this, strides of 0 could ask for
 // billions of empty ones.
@@ -38,6 +35,10 @@ void check_tiles(const Call& call, int heads, int block_q) {
           " heads makes ", tiles, " tiles, the limit is 2^28: attend to fewer at a time");
 }
 
+namespace {
+
+std::atomic<uint64_t> calls{0};  // so far, in this process
+
 void run_forward(Call& call, int num_splits) {
     call.params.call = ++calls;
     const Params& p = call.params;
@@ -48,7 +49,13 @@ void run_forward(Call& call, int num_splits) {
     const int64_t row_bytes = (p.v_dim + 2) * size;
     ForwardPlan plan = plan_forward(call.segments, p, kernels.block_q, num_splits, row_bytes);
     SplitResults results{};
-    Bytes memory;
+    Bytes memory, more;
+    const bool statistics = p.entropy.data || p.argmax.data;
+    if (plan.split_rows > 0 && statistics) {
+        more = new_bytes(plan.split_rows * (sizeof(int64_t) + size));
+        results.argmax = reinterpret_cast<int64_t*>(more.get());
+        results.weighted = more.get() + plan.split_rows * sizeof(int64_t);
+    }
     if (plan.split_rows > 0) {
         memory = new_bytes(plan.split_rows * row_bytes);
         results.row_max = memory.get();
@@ -56,8 +63,8 @@ void run_forward(Call& call, int num_splits) {
         results.acc = memory.get() + 2 * plan.split_rows * size;
     }
     double flops = 2 * plan.pairs * (p.head_dim + p.v_dim);
-    for_each_item(plan.items.size(), flops,
-                  [&](int64_t i) { kernels.forward(p, plan.items[i], results); });
+    auto kernel = statistics ? kernels.forward_statistics : kernels.forward;
+    for_each_item(plan.items.size(), flops, [&](int64_t i) { kernel(p, plan.items[i], results); });
     for_each_item(plan.merges.size(), flops, [&](int64_t i) {
         kernels.combine(p, plan.items[plan.merges[i].first], plan.merges[i].splits, results);
     });
@@ -107,8 +114,12 @@ template <class T> void fill_values(const Tensor& t, T value) {
     });
 }
 
+}  // namespace
+
 void fill(const Tensor& t, double value) {
     switch (t.scalar_type()) {
+        case ScalarType::Long:
+            return fill_values(t, static_cast<int64_t>(value));
         case ScalarType::Double:
             return fill_values(t, value);
         case ScalarType::Float:
@@ -120,6 +131,8 @@ void fill(const Tensor& t, double value) {
     }
 }
 
+namespace {
+
 constexpr char NO_MEMORY[] =
     "not enough memory for the list of this call's tiles: attend to fewer rows, heads or batch "
     "entries at a time";
@@ -130,7 +143,23 @@ Tensor new_lse(const Tensor& q) {
 
 }  // namespace
 
-Result attend(Call& call, int64_t num_splits) try {
+// Tensors for the statistics that are asked for, of rows that see no key where none writes them.
+static void set_rows(Call& call, RowResults& rows) {
+    const Tensor& q = call.q;
+    auto set = [&](bool need, ScalarType dtype, double nothing, Tensor4& to) {
+        if (!need) return new_tensor(q, {0}, dtype);
+        Tensor t = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, dtype);
+        if (!call.covers_rows) fill(t, nothing);
+        to = {static_cast<char*>(t.data_ptr()), Dtype::F32, t.stride(0), t.stride(1), t.stride(2)};
+        return t;
+    };
+    Params& p = call.params;
+    rows.max_logit = set(true, accumulate_type(q), -INFINITY, p.max_logit);
+    rows.entropy = set(rows.need_entropy, accumulate_type(q), 0, p.entropy);
+    rows.argmax = set(rows.need_argmax, ScalarType::Long, -1, p.argmax);
+}
+
+Result attend(Call& call, int64_t num_splits, RowResults* rows) try {
     CHECK(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ",
           num_splits);
     const Tensor& q = call.q;
@@ -146,13 +175,12 @@ Result attend(Call& call, int64_t num_splits) try {
     }
     call.params.out = rows4(out);
     call.params.lse = lse4(lse);
+    if (rows != nullptr) set_rows(call, *rows);
     run_forward(call, static_cast<int>(num_splits));
     return {out, lse};
 } catch (const std::bad_alloc&) {
     fail(NO_MEMORY);
 }
-
-namespace {
 
 // A large result in fresh memory costs a page fault every 4 KB, a sixth of the time of a call with
 // a bias gradient at S 1024. This asks for huge pages where the system leaves them to the program.
@@ -168,6 +196,8 @@ void prefer_huge_pages(const Tensor& t) {
                 MADV_HUGEPAGE);  // a hint, which the system may ignore
 #endif
 }
+
+namespace {
 
 // Whether the tiles of every sequence visit every element of the bias. Those of a varlen call may
 // all be shorter than the bias or see fewer keys.
@@ -213,7 +243,8 @@ template <class A> void reduce_bias(const Tensor& from, const Tensor& to) {
 }
 
 // d loss / d sink[h] = -sum over rows of exp(sink - lse) * delta: the sink's probability times
-// the term that all gradients of the scores share.
+// the term that all gradients of the scores share, to which the gradient of the entropy adds its
+// own times the logarithm of the probability.
 template <class A>
 void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Tensor& dsinks) {
     const Params& p = call.params;
@@ -237,8 +268,11 @@ void sink_gradient(const Call& call, const Tensor& lse, const Tensor& delta, Ten
         for (const Segment& s : call.segments)
             for (int i = s.q_begin; i < s.q_begin + s.band.q_len; i++) {
                 A row_lse = *l.at<A>(s.batch, h, i);
-                if (row_lse != -INFINITY)
-                    sum -= std::exp(std::min(sink - row_lse, 0.0)) * *d.at<A>(s.batch, h, i);
+                if (row_lse == -INFINITY) continue;
+                double log_prob = std::min(sink - row_lse, 0.0), prob = std::exp(log_prob);
+                sum -= prob * *d.at<A>(s.batch, h, i);
+                if (p.dentropy.data && prob != 0)
+                    sum -= *p.dentropy.at<A>(s.batch, h, i) * prob * log_prob;
             }
         static_cast<A*>(dsinks.data_ptr())[h] = static_cast<A>(sum);
     }
@@ -251,7 +285,7 @@ Gradients differentiate(Call& call, Tensor dout, const OptionalTensor& dlse, Ten
     CHECK(!call.operands.page_table, "page_table is given, and paged keys have no gradient");
     call.prepare();
     const Tensor& q = call.q;
-    ScalarType accumulate = accumulate_type(q);
+    const ScalarType accumulate = accumulate_type(q);
     auto check_like_out = [&](const Tensor& t, const char* name) {
         check_cpu(t, name);
         CHECK(t.scalar_type() == q.scalar_type() && t.dim() == 4 && t.size(0) == q.size(0) &&
@@ -259,17 +293,14 @@ Gradients differentiate(Call& call, Tensor dout, const OptionalTensor& dlse, Ten
               name, " has shape ", shape_of(t), ", expected the output's [", q.size(0), ", ",
               q.size(1), ", ", q.size(2), ", ", call.v.size(3), "] in q's dtype");
     };
-    auto check_like_lse = [&](const Tensor& t, const char* name) {
-        check_cpu(t, name);
-        CHECK(t.scalar_type() == accumulate && t.dim() == 3 && t.size(0) == q.size(0) &&
-                  t.size(1) == q.size(1) && t.size(2) == q.size(2),
-              name, " has shape ", shape_of(t), ", expected [", q.size(0), ", ", q.size(1), ", ",
-              q.size(2), "] in ", accumulate == ScalarType::Double ? "float64" : "float32");
-    };
     check_like_out(dout, "dout");
     check_like_out(out, "out");
-    check_like_lse(lse, "lse");
-    if (dlse) check_like_lse(*dlse, "dlse");
+    check_like_lse(q, lse, "lse");
+    if (dlse) check_like_lse(q, *dlse, "dlse");
+    if (call.dentropy) {
+        check_like_lse(q, *call.dentropy, "dentropy");
+        call.params.dentropy = lse4(*call.dentropy);
+    }
     CHECK(!need_dbias || call.operands.bias, "need_dbias without a bias");
     CHECK(!need_dsinks || call.operands.sinks, "need_dsinks without sinks");
     dout = unit_stride(dout);
@@ -339,8 +370,10 @@ std::tuple<Tensor, Tensor> flash_attn_fwd_simple(Tensor q, Tensor k, Tensor v, S
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
                                                                   Tensor out, Tensor lse,
                                                                   Inputs inputs, bool need_dbias,
-                                                                  bool need_dsinks) {
+                                                                  bool need_dsinks,
+                                                                  OptionalTensor dentropy) {
     Call call{std::move(inputs)};
+    call.dentropy = std::move(dentropy);
     Gradients g = differentiate(call, dout, dlse, out, lse, need_dbias, need_dsinks);
     return {g.dq, g.dk, g.dv, g.dbias, g.dsinks};
 }

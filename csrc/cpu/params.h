@@ -80,12 +80,15 @@ struct Params {
     int page_size;
     int heads, kv_heads, head_dim, v_dim;
     const Segment* segments;
+    // statistics of the forward pass, as lse (argmax is int64); absent: not wanted
+    Tensor4 max_logit, entropy, argmax;
     // backward
     Tensor4 dout, dq, dk, dv;
     Tensor4 dlse;      // as lse; absent: zero
     Tensor4 dbias;     // accumulated in fp32 (fp64 for fp64); absent: not wanted
     bool dbias_unset;  // dbias holds nothing yet: the first entry and head that share it set it
     Tensor4 delta;     // as lse: rowsum(dout * out) - dlse, for dsinks; absent: not wanted
+    Tensor4 dentropy;  // as lse; absent: zero
     uint64_t call;     // a number of its own, by which threads know what they have packed for it
 
     int group() const { return heads / kv_heads; }
@@ -104,6 +107,9 @@ struct SplitResults {
     void* row_max;  // [rows], in base 2
     void* row_sum;  // [rows]
     void* acc;      // [rows][v_dim]
+    // statistics.inl's, [rows]; null: not wanted
+    void* weighted;
+    int64_t* argmax;
 };
 
 struct BackwardItem {
@@ -116,9 +122,39 @@ struct BackwardItem {
     void* dv_sum;
 };
 
+// What the second pass makes of the probabilities: [B, Hq, ...] in memory, fp32 (fp64).
+struct MapsResults {
+    int topk, pooled;        // how many of a row, and bins of a map
+    int64_t rows, keys;      // of a whole sequence, which the bins divide
+    Tensor4 probs, largest;  // topk's [B, Hq, Sq, topk], and their keys, int64; absent: not wanted
+};
+
+// A run of rows of one head. Its sums over these rows are added up over the items, in order.
+struct MapsItem {
+    int segment, head, row_begin, row_end;
+    void* col_mass;  // [the segment's keys]; null: not wanted
+    void* pooled;    // [bins of these rows, from the first one's][bins]; null: not wanted
+};
+
+// The probabilities themselves, in q's dtype.
+struct WeightsResult {
+    Tensor4 to;         // [B, Hq or 1, rows, Skv]
+    int64_t keys;       // of a row of `to`
+    const int* rows;    // rows of their segments, one run after the other
+    const int* places;  // where each goes: the row of `to`
+};
+
+// Rows [begin, end) of WeightsResult's lists, of the heads from `head` on, whose mean is wanted.
+struct WeightsItem {
+    int segment, head, heads, begin, end;
+};
+
 struct Kernels {
     int block_q, block_kv;  // rows and keys of a tile
     void (*forward)(const Params&, const ForwardItem&, const SplitResults&);
+    void (*forward_statistics)(const Params&, const ForwardItem&, const SplitResults&);
+    void (*maps)(const Params&, const MapsItem&, const MapsResults&);
+    void (*weights)(const Params&, const WeightsItem&, const WeightsResult&);
     void (*combine)(const Params&, const ForwardItem&, int splits, const SplitResults&);
     void (*backward)(const Params&, const BackwardItem&);
     void (*reduce)(const Params&, const BackwardItem*, int count);

@@ -22,6 +22,11 @@ template <class A> INLINE bool use_pairs(const Params& p) {
     return FASTATTN_BF16_DOT && sizeof(A) == 4 && p.dtype == Dtype::BF16 && p.page_table == nullptr;
 }
 
+// Whether rows of keys and values are read where they lie.
+template <class A> INLINE bool rows_in_place(const Params& p) {
+    return p.page_table == nullptr && (size_of(p.dtype) == sizeof(A) || use_pairs<A>(p));
+}
+
 template <class A> INLINE Transposed<A> new_transposed(const Params& p, int rows, int columns,
                                                        A factor, Arena& arena) {
     if (use_pairs<A>(p))
@@ -69,26 +74,26 @@ template <class A> INLINE RowBlock<A> load_rows(const Params& p, const KeyRows& 
     return {buffer, nullptr, columns};
 }
 
-// to[key][row] of one panel, for keys [begin, end) of the block.
-template <class A> INLINE void panel_product(const Transposed<A>& q, int panel,
-                                             const RowBlock<A>& rows, int begin, int end, A* to,
-                                             int64_t ld) {
+// to[key][row] of one panel, set or added to, for keys [begin, end) of the block.
+template <Store STORE = Store::SET, class A>
+INLINE void panel_product(const Transposed<A>& q, int panel, const RowBlock<A>& rows, int begin,
+                          int end, A* to, int64_t ld) {
     if constexpr (FASTATTN_BF16_DOT && sizeof(A) == 4)
         if (q.pairs) {
             const uint32_t* pairs =
                 q.pairs + static_cast<int64_t>(panel) * ((q.columns + 1) / 2) * PANEL<A>;
             int j = begin;
             for (; j + GEMM_ROWS <= end; j += GEMM_ROWS)
-                micro_pairs<GEMM_ROWS>(q.columns, rows.bf16_data + j * rows.ld, rows.ld, pairs,
-                                       to + j * ld, ld, q.factor);
+                micro_pairs<GEMM_ROWS, STORE>(q.columns, rows.bf16_data + j * rows.ld, rows.ld,
+                                              pairs, to + j * ld, ld, q.factor);
             for (; j < end; j++)
-                micro_pairs<1>(q.columns, rows.bf16_data + j * rows.ld, rows.ld, pairs, to + j * ld,
-                               ld, q.factor);
+                micro_pairs<1, STORE>(q.columns, rows.bf16_data + j * rows.ld, rows.ld, pairs,
+                                      to + j * ld, ld, q.factor);
             return;
         }
     const A* panels = q.panels + static_cast<int64_t>(panel) * q.columns * PANEL<A>;
     for (int j = begin; j < end; j += GEMM_ROWS)
-        micro_rows<Order::ROWS, Store::SET>(imin(GEMM_ROWS, end - j), q.columns,
-                                            rows.data + j * rows.ld, rows.ld, panels, PANEL<A>,
-                                            to + j * ld, ld, static_cast<const A*>(nullptr));
+        micro_rows<Order::ROWS, STORE>(imin(GEMM_ROWS, end - j), q.columns, rows.data + j * rows.ld,
+                                       rows.ld, panels, PANEL<A>, to + j * ld, ld,
+                                       static_cast<const A*>(nullptr));
 }

@@ -2,6 +2,11 @@
 // SIMD lane for each row, so a row's maximum, sum and bounds are plain vertical vector operations.
 // next: mask.inl
 
+// Keys of a block, counted from its first one.
+struct BlockKeys {
+    int begin, end;
+};
+
 // The query rows of a tile, those of one query head after those of another.
 template <class A> struct QueryTile {
     int count;  // in use; the rest, up to `padded`, see no key
@@ -31,6 +36,15 @@ template <class A> struct QueryTile {
         for (int i = 0; i < count; i++)
             if (lo[i] < end && hi[i] > begin) return true;
         return false;
+    }
+    // Of keys [key, key + n), those between the first and the last that a row of the panel sees.
+    // `edge`: some row of the tile does not see all of them.
+    INLINE_MEMBER BlockKeys of_panel(int panel, bool edge, int key, int n) const {
+        if (!edge) return {0, n};
+        int first = panel * PANEL<A>;
+        Range seen = range(first, imin(count, first + PANEL<A>));
+        int from = imin(n, imax(0, seen.begin - key));
+        return {from, imax(from, imin(n, seen.end - key))};
     }
     // How many rows from `first` on, at most `most`, make one product: each sees a key that those
     // before it see, so some row sees each key of their range, or they see nothing at all.
@@ -65,14 +79,16 @@ static void narrow_query_tile(const KeyRanges& ranges, const Segment& s, QueryTi
     }
 }
 
-// Rows [row, row + rows) of `heads` heads from `head` on.
-template <class A> static void set_query_tile(const Params& p, const Segment& s, int head,
-                                              int heads, int row, int rows, QueryTile<A>& tile) {
+// Rows row_of(0) to row_of(rows - 1) of `heads` heads from `head` on.
+template <class A, class RowOf> INLINE void set_query_rows(const Params& p, const Segment& s,
+                                                           int head, int heads, int rows,
+                                                           RowOf row_of, QueryTile<A>& tile) {
     tile.count = heads * rows;
     tile.padded = round_up_panel<A>(tile.count);
     int tile_row = 0;
     for (int h = head; h < head + heads; h++)
-        for (int i = row; i < row + rows; i++, tile_row++) {
+        for (int n = 0; n < rows; n++, tile_row++) {
+            int i = row_of(n);
             tile.lo[tile_row] = s.band.lo(i);
             tile.hi[tile_row] = s.band.hi(i);
             tile.diagonal[tile_row] = A(i) + A(s.band.offset);
@@ -98,4 +114,10 @@ template <class A> static void set_query_tile(const Params& p, const Segment& s,
         tile.one_mask &= p.mask.data == nullptr || tile.mask[i] == tile.mask[0];
         tile.one_bias &= p.bias.data == nullptr || tile.bias[i] == tile.bias[0];
     }
+}
+
+// Rows [row, row + rows).
+template <class A> static void set_query_tile(const Params& p, const Segment& s, int head,
+                                              int heads, int row, int rows, QueryTile<A>& tile) {
+    set_query_rows(p, s, head, heads, rows, [&](int n) { return row + n; }, tile);
 }

@@ -5,15 +5,15 @@
 // Scores are in base 2: the factor scale * LOG2E is in q (or is applied after the bf16 dot
 // product), and to_base2() brings biases there: only -inf masks, and a finite sum stays finite.
 
-// s = cap * tanh(s / cap); `slope`, if wanted, receives the derivative 1 - tanh^2.
-template <class A> INLINE void apply_softcap(A cap, int n, A* s, int64_t ld, A* slope) {
+// s = cap * tanh(s / cap); `tanh`, if wanted, receives the tanh, for derivatives: 1 - tanh^2.
+template <class A> INLINE void apply_softcap(A cap, int n, A* s, int64_t ld, A* tanh) {
     A inverse = 1 / cap;
     for (int j = 0; j < n; j++)
         for (int v = 0; v < 2; v++) {
             A* x = s + j * ld + v * SIMD_WIDTH<A>;
             Vec<A> t = vtanh(load<A>(x) * inverse);
             store<A>(x, t * cap);
-            if (slope) store<A>(slope + j * ld + v * SIMD_WIDTH<A>, 1 - t * t);
+            if (tanh) store<A>(tanh + j * ld + v * SIMD_WIDTH<A>, t);
         }
 }
 
@@ -34,13 +34,23 @@ template <class A> INLINE A bias_at(Dtype dtype, const char* p) {
     }
 }
 
-template <class A> INLINE void apply_bias(const Params& p, const QueryTile<A>& tile, int panel,
-                                          int key, int n, A* s, int64_t ld) {
+// What a tile's rows read of a tensor that is added to the scores: the bias, or its tangent.
+struct AddedRows {
+    Dtype dtype;
+    int64_t col;              // of the tensor: its stride from key to key
+    const char* const* rows;  // of the tile, at the segment's first key
+    int count;
+    bool one;  // every row reads the same one
+};
+
+// s += map(x) for the rows x of one panel.
+template <class A, class Map> INLINE void add_rows(Dtype dtype, const AddedRows& x, int panel,
+                                                   int key, int n, A* s, int64_t ld, Map map) {
     constexpr int W = SIMD_WIDTH<A>;
-    int64_t step = p.bias.col * size_of(p.bias.dtype);
-    if (tile.one_bias) {
+    int64_t step = x.col * size_of(x.dtype);
+    if (x.one) {
         for (int j = 0; j < n; j++) {
-            A b = to_base2<A>(bias_at<A>(p.bias.dtype, tile.bias[0] + (key + j) * step));
+            A b = map(bias_at<A>(x.dtype, x.rows[0] + (key + j) * step));
             store<A>(s + j * ld, load<A>(s + j * ld) + b);
             store<A>(s + j * ld + W, load<A>(s + j * ld + W) + b);
         }
@@ -49,28 +59,32 @@ template <class A> INLINE void apply_bias(const Params& p, const QueryTile<A>& t
     // Eight rows at a time, transposed; where they are not plain A, converted first.
     constexpr int STEP = imin(8, PANEL<A>);
     alignas(64) A converted[STEP][BLOCK_KV];
-    bool in_place = p.bias.col == 1 && (sizeof(A) == 8 ? Dtype::F64 : Dtype::F32) == p.bias.dtype;
+    bool in_place = x.col == 1 && (sizeof(A) == 8 ? Dtype::F64 : Dtype::F32) == x.dtype;
     for (int tile_row = 0; tile_row < PANEL<A>; tile_row += STEP) {
-        int first = panel * PANEL<A> + tile_row, count = imin(STEP, tile.count - first);
+        int first = panel * PANEL<A> + tile_row, count = imin(STEP, x.count - first);
         if (!in_place)
             for (int i = 0; i < count; i++) {
-                const char* from = tile.bias[first + i] + key * step;
-                if (p.bias.col == 1 && p.bias.dtype == p.dtype)
-                    with_type<A>(p.dtype, [&](auto* type) {
+                const char* from = x.rows[first + i] + key * step;
+                if (x.col == 1 && x.dtype == dtype)
+                    with_type<A>(dtype, [&](auto* type) {
                         using T = std::remove_pointer_t<decltype(type)>;
                         convert_row(reinterpret_cast<const T*>(from), converted[i], n);
                     });
                 else
                     for (int j = 0; j < n; j++)
-                        converted[i][j] = bias_at<A>(p.bias.dtype, from + j * step);
+                        converted[i][j] = bias_at<A>(x.dtype, from + j * step);
             }
         auto row = [&](int i) {
-            return in_place ? reinterpret_cast<const A*>(tile.bias[first + i]) + key : converted[i];
+            return in_place ? reinterpret_cast<const A*>(x.rows[first + i]) + key : converted[i];
         };
-        if (count > 0)
-            transpose_mapped<true>(row, count, n, s + tile_row, ld,
-                                   [](auto x) INLINE_LAMBDA { return to_base2<A>(x); });
+        if (count > 0) transpose_mapped<true>(row, count, n, s + tile_row, ld, map);
     }
+}
+
+template <class A> INLINE void apply_bias(const Params& p, const QueryTile<A>& tile, int panel,
+                                          int key, int n, A* s, int64_t ld) {
+    add_rows(p.dtype, {p.bias.dtype, p.bias.col, tile.bias, tile.count, tile.one_bias}, panel, key,
+             n, s, ld, [](auto x) INLINE_LAMBDA { return to_base2<A>(x); });
 }
 
 template <class A>
@@ -90,8 +104,8 @@ INLINE void apply_alibi(const QueryTile<A>& tile, int panel, int key, int n, A* 
 // Everything, for keys [key, key + n) of one panel. `edge`: some row does not see all of them.
 template <class A> INLINE void finish_scores(const Params& p, const QueryTile<A>& tile, int panel,
                                              int key, int n, bool masked, bool edge, A* s,
-                                             int64_t ld, A* softcap_slope) {
-    if (p.softcap > 0) apply_softcap<A>(A(p.softcap * LOG2E), n, s, ld, softcap_slope);
+                                             int64_t ld, A* softcap_tanh) {
+    if (p.softcap > 0) apply_softcap<A>(A(p.softcap * LOG2E), n, s, ld, softcap_tanh);
     if (p.bias.data) apply_bias<A>(p, tile, panel, key, n, s, ld);
     if (p.slopes) apply_alibi<A>(tile, panel, key, n, s, ld);
     if (masked) apply_mask<A>(p, tile, panel, key, n, s, ld);

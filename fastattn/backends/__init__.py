@@ -2,4 +2,4 @@
 the libraries of kernels. Next to read: registry.py.
 """
 
-from . import flops, operators  # noqa: F401  importing them tells torch of the operators
+from . import flops, operators, operators_jvp  # noqa: F401  they tell torch of the operators

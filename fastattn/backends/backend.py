@@ -9,8 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.call import Call, Gradients, Result
+from ..core import derivatives
+from ..core.call import Call, Gradients, JvpResult, Result
 from ..core.statistics import FirstPass, Maps
+
+
+def _plain_jvp_bwd(call, result, tangents, dtout, dtlse, needs) -> Gradients:
+    del result  # computed again, a chunk of rows at a time
+    return derivatives.jvp_bwd(call, tangents, dtout, dtlse, needs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +41,15 @@ class Backend:
     # (q, k, v, *numbers of the spec) -> (out, lse): the forward kernel for CPU tensors and no
     # operands, called without torch's dispatcher; None: the backend has no such kernel
     simple: Callable | None = None
+    # Both by default in plain torch, in O(S) memory: (call, Tangents) -> JvpResult; and (call, its
+    # JvpResult, Tangents, dtout, dtlse or None, needs) -> Gradients
+    jvp: Callable[..., JvpResult] = derivatives.jvp
+    jvp_bwd: Callable[..., Gradients] = _plain_jvp_bwd
     # Called like why_not: the reason why a backend that could run the call does so only when
     # backend= or FASTATTN_BACKEND names it.
     why_not_auto: Callable[[Call], str | None] = lambda call: None
-    # (call, need_entropy, need_argmax) -> FirstPass, and (call, lse, need_col_mass, topk, pooled) ->
-    # Maps, as core/statistics.py defines them; None: plain torch computes them (statistics.py)
+    # (call, need_entropy, need_argmax) -> FirstPass, and (call, lse, need_col_mass, topk, pooled)
+    # -> Maps, as core/statistics.py defines them; None: plain torch computes them
     forward_statistics: Callable[[Call, bool, bool], FirstPass] | None = None
     maps: Callable[..., Maps] | None = None
 

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ..core.call import Gradients, Result
+from ..core.call import Gradients, JvpResult, Result
 from ..core.quantization import widened
 from . import library, schema
 from .backend import Backend
@@ -24,6 +24,15 @@ def forward(call):
 
 def backward(call, result, dout, dlse, needs):
     return Gradients(*schema.backward(dout, dlse, *result, *schema.arguments(call), *needs))
+
+
+def jvp(call, tangents):
+    return JvpResult(*schema.jvp(*schema.arguments(call), *tangents))
+
+
+def jvp_bwd(call, result, tangents, dtout, dtlse, needs):
+    arguments = (*result, *schema.arguments(call), *tangents, *needs)
+    return Gradients(*schema.jvp_bwd(dtout, dtlse, *arguments))
 
 
 def why_not(call):
@@ -60,4 +69,6 @@ BACKEND = Backend(
     unsupported_reason,
     TILE,
     simple=simple,
+    jvp=jvp,
+    jvp_bwd=jvp_bwd,
 )

@@ -78,6 +78,20 @@ def _next_backward(reason, call, *rest):
     return backend.backward(call, *rest)
 
 
+def _second_order(call):
+    """The backend of forward mode and second derivatives, for which csrc/cuda has no kernels."""
+    backends = (triton.BACKEND, plain.BACKEND)
+    return next(x for x in backends if x.why_not(call) is None)
+
+
+def jvp(call, tangents):
+    return _second_order(call).jvp(call, tangents)
+
+
+def jvp_bwd(call, *rest):
+    return _second_order(call).jvp_bwd(call, *rest)
+
+
 # ---- what they take ------------------------------------------------------------------------------
 
 
@@ -179,5 +193,7 @@ BACKEND = Backend(
     unsupported_reason,
     probs_rounded=True,
     why_not_auto=why_not_auto,
+    jvp=jvp,
+    jvp_bwd=jvp_bwd,
 )
 PROVEN = replace(BACKEND, backward=backward_proven)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from ..core.call import Gradients
 from ..core.quantization import widened
 from ..core.reference import reference
-from .autograd import reference_grads_of
+from ..core.spec import Operands
+from ..core.tensors import accumulate_dtype
+from ..core.transforms import pull_back
 from .backend import Backend
 
 
@@ -17,8 +19,15 @@ def forward(call):
 
 
 def backward(call, result, dout, dlse, needs):
-    grads = reference_grads_of(call.spec, call.operands.others(), needs)
-    return Gradients(*grads(dout, dlse, call.q, call.k, call.v, *call.operands.leaves()))
+    others, accumulate = call.operands.others(), accumulate_dtype(call.q.dtype)
+
+    def function(q, k, v, *leaves):
+        return tuple(reference(q, k, v, call.spec, Operands.join(leaves, others)))
+
+    leaves = (None if x is None else x.to(accumulate) for x in call.operands.leaves())
+    grads = pull_back(function, (call.q, call.k, call.v, *leaves), (dout, dlse))
+    empty = call.q.new_empty(0, dtype=accumulate)
+    return Gradients(*grads[:3], *(x if need else empty for x, need in zip(grads[3:], needs)))
 
 
 def why_not(call):

@@ -106,9 +106,14 @@ backward = torch.ops.fastattn.flash_attn_bwd.default
 forward_triton = torch.ops.fastattn.flash_attn_fwd_triton.default
 backward_triton = torch.ops.fastattn.flash_attn_bwd_triton.default
 forward_float8 = torch.ops.fastattn.flash_attn_fwd_float8.default
+jvp = torch.ops.fastattn.flash_attn_jvp.default
+jvp_bwd = torch.ops.fastattn.flash_attn_jvp_bwd.default
+jvp_triton = torch.ops.fastattn.flash_attn_jvp_triton.default
+jvp_bwd_triton = torch.ops.fastattn.flash_attn_jvp_bwd_triton.default
 PAIRS: dict[str, tuple] = dict(
     zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton)))
 )
+JVP_PAIRS: dict[str, tuple] = dict(zip(FAMILIES, ((jvp, jvp_bwd), (jvp_triton, jvp_bwd_triton))))
 FORWARDS = {end: pair[0] for end, pair in PAIRS.items()} | {FLOAT8: forward_float8}
 
 _N, _M = len(OPERANDS), len(NUMBERS)

@@ -31,12 +31,9 @@ from ..core.reference import reference
 from ..core.spec import LEAVES, NO_OPERANDS
 from ..core.statistics import COL_MASS, FirstPass, Maps, TopK, Wanted, key_slots
 from ..core.transforms import pull_back, push_forward
-from .autograd import BELOW_AUTOGRAD, attend
-from .autograd import _call_of as call_of
-from .autograd import _gradients as gradients
-from .autograd import _in_order as in_order
-from .autograd import _leaves_and_others as leaves_and_others
+from .autograd import attend
 from .backend import Backend
+from .second_order import BELOW_AUTOGRAD, call_of, gradients, in_order, leaves_and_others
 from .vmap import vmap_forward
 
 Statistics = dict[str, Tensor | TopK]

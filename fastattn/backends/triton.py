@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.call import Gradients, Result
+from ..core.call import Gradients, JvpResult, Result
 from . import schema
 from .backend import Backend
 from .cpu import DTYPES
@@ -18,6 +18,15 @@ def forward(call):
 
 def backward(call, result, dout, dlse, needs):
     return Gradients(*schema.backward_triton(dout, dlse, *result, *schema.arguments(call), *needs))
+
+
+def jvp(call, tangents):
+    return JvpResult(*schema.jvp_triton(*schema.arguments(call), *tangents))
+
+
+def jvp_bwd(call, result, tangents, dtout, dtlse, needs):
+    arguments = (*result, *schema.arguments(call), *tangents, *needs)
+    return Gradients(*schema.jvp_bwd_triton(dtout, dtlse, *arguments))
 
 
 def unsupported_reason(call):
@@ -59,4 +68,6 @@ BACKEND = Backend(
     unsupported_reason,
     probs_rounded=True,
     why_not_auto=why_not_auto,
+    jvp=jvp,
+    jvp_bwd=jvp_bwd,
 )

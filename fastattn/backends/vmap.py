@@ -14,46 +14,64 @@ _SINKS_GRADIENT = LEAVES.index("sinks")
 
 
 def vmap_forward(size, dims, call, tensors):
-    """`call`'s results and their vmap dimensions. tensors are q, k, v and the operands, each with
-    its vmap dimension in dims, or None."""
-    operands, operand_dims = tensors[3:], dims[3:]
-    if not _joins(operands, operand_dims):
+    """`call`'s results and their vmap dimensions. tensors are q, k, v, the operands and, in forward
+    mode, the five tangents, each with its vmap dimension in dims, or None."""
+    if not _joins(tensors, dims, 0):
         return one_by_one(size, dims, call, tensors)
-    batch = _sizes(tensors[0], dims[0])[0]
-    joined = [_join(x, d, size, batch) for x, d in zip(tensors[:3], dims[:3])]
-    results = call(*joined, *_join_operands(operands, operand_dims, size, batch).values())
-    return tuple(x.unflatten(0, (size, batch)) for x in results), (0, 0)
+    joined, batch = _join_all(size, dims, tensors, 0)
+    results = tuple(x.unflatten(0, (size, batch)) for x in call(*joined))
+    return results, (0,) * len(results)
 
 
-def vmap_backward(size, dims, call, tensors, needs):
-    """The same for a backward, whose tensors begin with dout, dlse, out and lse. needs says which
-    of LEAVES need a gradient."""
-    operands, operand_dims = tensors[7:], dims[7:]
-    if needs[_SINKS_GRADIENT] or not _joins(operands, operand_dims):
+def vmap_backward(size, dims, call, tensors, needs, rows=4):
+    """The same for a backward, whose tensors begin with `rows` that have q's rows: dout, dlse, out
+    and lse, and for the backward of forward mode tout and tlse. needs says which of LEAVES need a
+    gradient."""
+    if needs[_SINKS_GRADIENT] or not _joins(tensors, dims, rows):
         return one_by_one(size, dims, call, tensors)
-    batch = _sizes(tensors[4], dims[4])[0]
-    joined = [_join(x, dim, size, batch) for x, dim in zip(tensors[:7], dims[:7])]
-    given = dict(zip(OPERANDS, zip(operands, operand_dims)))
-    operands = _join_operands(operands, operand_dims, size, batch)
-    bias, bias_dim = given["bias"]
-    own_batch = 0 if bias is None else _sizes(bias, bias_dim)[0]
     need_dbias, _ = needs
-    if need_dbias:  # each instance has its own gradient, so it needs its own bias
-        operands["bias"] = _join(bias, bias_dim, size, batch)
-    *grads, dbias, dsinks = call(*joined, *operands.values())
+    # Each instance has its own gradient of the bias, so it needs its own bias.
+    joined, batch = _join_all(size, dims, tensors, rows, own_bias=need_dbias)
+    *grads, dbias, dsinks = call(*joined)
     grads = [x.unflatten(0, (size, batch)) for x in grads]
     if need_dbias:
+        at = rows + 3 + OPERANDS.index("bias")
         dbias = dbias.unflatten(0, (size, batch))
-        dbias = dbias.sum(1, keepdim=True) if own_batch == 1 else dbias
+        shared = _sizes(tensors[at], dims[at])[0] == 1
+        dbias = dbias.sum(1, keepdim=True) if shared else dbias
     return (*grads, dbias, dsinks), (0, 0, 0, 0 if need_dbias else None, None)
 
 
-def _joins(operands, dims) -> bool:
+def _joins(tensors, dims, rows) -> bool:
     """Whether one call can compute all instances."""
-    return not any(
+    first, end = rows + 3, rows + 3 + len(OPERANDS)
+    tangents = dims[end:]
+    return not (tangents and tangents[-1] is not None) and not any(
         x is not None and (VMAP[name] == "alone" or (VMAP[name] == "all" and dim is not None))
-        for name, x, dim in zip(OPERANDS, operands, dims)
+        for name, x, dim in zip(OPERANDS, tensors[first:end], dims[first:end])
     )
+
+
+def _join_all(size, dims, tensors, rows, own_bias=False):
+    """(the tensors of the joined batch, an instance's batch size)."""
+    first, end = rows + 3, rows + 3 + len(OPERANDS)
+    batch = _sizes(tensors[rows], dims[rows])[0]
+
+    def join(n):
+        return _join(tensors[n], dims[n], size, batch)
+
+    operands = _join_operands(tensors[first:end], dims[first:end], size, batch)
+    tangents = []
+    if len(tensors) > end:
+        *_, tbias, tsinks = tensors[end:]
+        at, bias = end + 3, first + OPERANDS.index("bias")
+        # The bias and its tangent have one shape.
+        own_bias = own_bias or dims[at] is not None or dims[bias] is not None
+        shared = tbias is None or (not own_bias and tbias.shape[0] == 1)
+        tangents = [join(end), join(end + 1), join(end + 2), tbias if shared else join(at), tsinks]
+    if own_bias:
+        operands["bias"] = join(first + OPERANDS.index("bias"))
+    return [*map(join, range(first)), *operands.values(), *tangents], batch
 
 
 def _sizes(x, dim):

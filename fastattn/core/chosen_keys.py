@@ -51,8 +51,8 @@ def places(call: Call) -> Places:
 
 
 def scores_of_keys(call: Call, keys: Tensor) -> Tensor:
-    """The scores of key keys[b, h, i, n], counted in the row's sequence, for row i: [B, heads, rows,
-    n] in fp32 (fp64), -inf for a key that the row does not see or that is not there (-1).
+    """The scores of key keys[b, h, i, n], counted in the row's sequence, for row i: fp32 (fp64)
+    [B, heads, rows, n], -inf for a key that the row does not see or that is not there (-1).
 
     Args:
         keys: int64 [B or 1, heads or 1, rows, n].

@@ -43,6 +43,7 @@ from .reference import (
     softmax_of,
 )
 from .spec import OTHERS, Operands, Spec
+from .tensors import accumulate_dtype
 from .transforms import of_tensors, one_by_one, pull_back, push_forward
 
 CHUNK = 1 << 20  # scores of a chunk, of which some 12 copies exist at once: 48 MiB in float32
@@ -56,6 +57,7 @@ _PRIMALS = (ROWS, KEYS, KEYS, PLANE, ALL)  # of q, k, v, bias, sinks, and of the
 
 def jvp(call: Call, tangents: Tangents) -> JvpResult:
     """The results of a call, and their tangents."""
+    check_tangents(call, tangents)
     inputs = (*_primals(call), *tangents)
     out, lse, tout, tlse = _by_chunks(
         _jvp_of_chunk,
@@ -74,6 +76,7 @@ def jvp_bwd(
 ) -> Gradients:
     """The gradients of <dtout, tout> + <dtlse, tlse> with respect to the call's q, k, v, bias and
     sinks, not to the tangents. `needs` says which of LEAVES need one."""
+    check_tangents(call, tangents)
     pairs = zip(needs, call.operands.leaves(), strict=True)
     need_dbias, need_dsinks = (need and x is not None for need, x in pairs)
     function = partial(_jvp_bwd_of_chunk, need_dbias=need_dbias, need_dsinks=need_dsinks)
@@ -85,17 +88,31 @@ def jvp_bwd(
         (ROWS, KEYS, KEYS, *(PLANE,) * need_dbias, *(ALL,) * need_dsinks),
     )
     dq, dk, dv = (x.to(call.q.dtype) for x in (dq, dk, dv))
-    empty = dq.new_empty(0, dtype=_compute_dtype(call.q))
+    empty = dq.new_empty(0, dtype=accumulate_dtype(call.q.dtype))
     dbias = own[0] if need_dbias else empty
     return Gradients(dq, dk, dv, dbias, own[-1] if need_dsinks else empty)
 
 
+def check_tangents(call: Call, tangents: Tangents) -> None:
+    """Raises for tangents whose shape or dtype is not that of their input."""
+    for name, x, t in zip(Tangents._fields, _primals(call), tangents):
+        if t is None:
+            continue
+        if x is None:
+            raise ValueError(f"t{name}, a tangent of {name}, came without {name}")
+        if t.shape != x.shape:
+            raise ValueError(
+                f"t{name} has shape {list(t.shape)} and {name} {list(x.shape)}; a tangent has its "
+                "input's shape"
+            )
+        wider = () if name in "qkv" else (accumulate_dtype(call.q.dtype),)
+        if t.dtype not in (x.dtype, *wider):
+            accepted = " or ".join(dict.fromkeys(map(str, (x.dtype, *wider))))
+            raise TypeError(f"t{name} is {t.dtype} and {name} {x.dtype}; accepted is {accepted}")
+
+
 def _primals(call: Call) -> tuple:
     return call.q, call.k, call.v, *call.operands.leaves()
-
-
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 # ---- the formulas, for one chunk -----------------------------------------------------------------
@@ -298,7 +315,7 @@ def _by_chunks(function, call: Call, places, inputs, outputs, fills=None) -> tup
     if KEYS in outputs and call.operands.paged:
         raise NotImplementedError("k and v in pages have no gradient; pass them as dense tensors")
     program = _Program.of(function, places, outputs, inputs, fills)
-    dtype = _compute_dtype(call.q)
+    dtype = accumulate_dtype(call.q.dtype)
     tensors = [x.to(dtype) for x in inputs if x is not None]
     others = {name: x for name, x in zip(OTHERS, call.operands.others()) if x is not None}
     return _ByChunks.apply(program, call.spec, tuple(others), *tensors, *others.values())

@@ -59,8 +59,8 @@ def widened(forward: Callable[[Call], Result], call: Call) -> Result:
 
 
 def dequantized(call: Call, used: bool = True) -> tuple[Call, torch.dtype]:
-    """The call with k and v in q's dtype, or all three in fp32 where q is FP8, and the dtype of out,
-    which is then bfloat16.
+    """(The call with k and v in q's dtype, or all three in fp32 where q is FP8; the dtype of out,
+    which is then bfloat16).
 
     Args:
         used: leave away the slots of a cache past every sequence's keys.

@@ -1,8 +1,8 @@
 """Statistics of the attention probabilities P: what can be asked for, and in what form it comes.
 
-P is what the softmax gives before dropout, over the keys that a row sees and its sink. The pass that
-makes out also makes max_logit, entropy and argmax (FirstPass); what needs all of P is made by a
-second pass, which computes it again from lse (Maps). Next hops: probabilities.py defines each of
+P is what the softmax gives before dropout, over the keys that a row sees and its sink. The pass
+that makes out also makes max_logit, entropy and argmax (FirstPass); what needs all of P is made by
+a second pass, which computes it again from lse (Maps). Next hops: probabilities.py defines each of
 them in plain torch, and ../backends/statistics.py asks a backend's kernels for them.
 """
 

@@ -260,11 +260,12 @@ def test_vmap_over_packed_sequences(backend):
 
 
 @pytest.mark.parametrize("operand", ["kv_lens", "document_ids"])
-def test_further_derivatives_under_vmap_of_values_that_are_read_are_refused(operand):
-    q, k, v = qkv(q_len=5, kv_len=5)
+def test_further_derivatives_under_vmap_of_values_that_are_read(operand):
+    """Each instance has its own lengths or documents, in every order of derivative."""
+    q, k, v = qkv(batch=1, q_len=4, kv_len=4, dtype=torch.float64)
     xs = {
-        "kv_lens": torch.tensor([[1, 5], [3, 4]]),
-        "document_ids": torch.tensor([[[0, 0, 1, 1, 2]] * 2, [[0] * 5] * 2]),
+        "kv_lens": torch.tensor([[1], [3]]),
+        "document_ids": torch.tensor([[[0, 0, 1, 1]], [[0] * 4]]),
     }[operand]
 
     def loss(q, x):
@@ -276,8 +277,12 @@ def test_further_derivatives_under_vmap_of_values_that_are_read_are_refused(oper
     def second(q, x):
         return torch.func.grad(lambda q: torch.func.grad(loss)(q, x).square().sum())(q)
 
-    for derivative in (pushed, second):
-        with pytest.raises(NotImplementedError, match=f"{operand} came with a value for each"):
-            torch.vmap(derivative, in_dims=(None, 0))(q, xs)
-        shared = torch.vmap(derivative, in_dims=(0, None))(q.expand(2, *q.shape), xs[0])
-        torch.testing.assert_close(shared[1], derivative(q, xs[0]))
+    def third(q, x):
+        return torch.func.grad(lambda q: second(q, x).square().sum())(q)
+
+    for derivative in (pushed, second, third):
+        many = torch.vmap(derivative, in_dims=(None, 0))(q, xs)
+        shared = torch.vmap(derivative, in_dims=(0, None))(torch.stack((2 * q, q)), xs[0])
+        for n in range(2):
+            torch.testing.assert_close(many[n], derivative(q, xs[n]))
+        torch.testing.assert_close(shared[1], many[0])
