@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .capturing import capture
+from .nn.sharded import is_sharded
 from .projections import projections_of
 from .records import Recording
 
@@ -207,6 +209,9 @@ def qk_clip(
         threshold: Kimi K2's is 100. With a softcap or a bias, which a logit includes, the weights
             shrink by the same factor, which is then only about right.
 
+    Under torch.distributed the largest logit of all processes counts, so that copies stay equal;
+    every process has to call it.
+
     Returns:
         {module: the factors [heads] that its logits were multiplied by}, of those that changed.
 
@@ -220,6 +225,9 @@ def qk_clip(
         max_logits = largest_logits(max_logits)
     clipped = {}
     for name, logits in max_logits.items():
+        if dist.is_available() and dist.is_initialized():
+            logits = logits.clone()
+            dist.all_reduce(logits, dist.ReduceOp.MAX)
         over = logits > threshold
         if not bool(over.any()):
             continue
@@ -227,6 +235,9 @@ def qk_clip(
         if any(getattr(parts.module, norm, None) is not None for norm in NORMS):
             raise ValueError(f"{name} normalises its queries and keys, so that the size of their "
                              "weights has no effect; its logits are bounded already")  # fmt: skip
+        if is_sharded(parts.out.weight) or getattr(parts.module, "head_origin", None):
+            raise ValueError(f"{name} is sharded over processes, each of which has a part of its "
+                             "weights; accepted are whole copies (DDP)")  # fmt: skip
         factors = torch.where(over, threshold / logits.clamp(min=threshold), 1.0)
         own_keys = parts.kv_heads == parts.heads
         scale = factors.sqrt() if own_keys else factors
