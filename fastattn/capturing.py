@@ -1,4 +1,5 @@
-"""capture(): statistics of every attention call of a model, by module. Next hop: statistics.py.
+"""capture(): statistics of every attention call of a model, by module. Next hops: records.py has
+what it gives, and functional.py's run_with_statistics() computes it.
 
 functional.py's run() shows each call, with its result, to the watches that are open. The names of
 modules come from global module hooks, which exist only while a watch is open. What is watched runs
@@ -152,7 +153,7 @@ def _count(change: int) -> None:
     seconds, nothing is compiled yet, and show() raises for what is compiled meanwhile."""
     global watched, _open, _stance
     with _lock:
-        if _stance is None and "torch._dynamo" in sys.modules:
+        if change > 0 and _stance is None and "torch._dynamo" in sys.modules:
             try:
                 _stance = torch.compiler.set_stance("force_eager")
             except RuntimeError as error:  # after a break of the compiled function's graph

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from two_processes import assert_right
 
 import fastattn
 from fastattn.signals import AttentionSignals, largest_logits, qk_clip
@@ -119,6 +120,10 @@ def test_clipped_logits_are_the_threshold(kind):
     after = first_logits()[name]
     torch.testing.assert_close(after, before.clamp(max=threshold), atol=1e-5, rtol=1e-4)
     assert qk_clip(model, {name: after}, threshold * 1.01) == {}
+
+
+def test_copies_of_a_model_are_clipped_alike():
+    assert_right("signals_cases.py")
 
 
 def test_what_cannot_be_clipped_is_refused():
