@@ -200,8 +200,11 @@ void run_backward(BackwardCall& call, const Tensor& q, const Gpu& gpu) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(Tensor dout, OptionalTensor dlse,
                                                                   Tensor out, Tensor lse, Inputs in,
-                                                                  bool need_dbias,
-                                                                  bool need_dsinks) {
+                                                                  bool need_dbias, bool need_dsinks,
+                                                                  OptionalTensor dentropy) {
+    CHECK(!dentropy,
+          "dentropy is given, and the CUDA backward has no gradient of the entropy: "
+          "flash_attn_bwd_triton has it");
     check_shapes(in);
     check_half_precision(in.q);
     check_operands(in, TAKEN);

@@ -2,4 +2,9 @@
 the libraries of kernels. Next to read: registry.py.
 """
 
-from . import flops, operators, operators_jvp  # noqa: F401  they tell torch of the operators
+from . import (  # noqa: F401  they tell torch of the operators
+    flops,
+    operators,
+    operators_jvp,
+    operators_statistics,
+)

@@ -8,6 +8,7 @@ import torch
 
 from ..core.call import Gradients, JvpResult, Result
 from ..core.quantization import widened
+from ..core.statistics import FirstPass, Maps
 from . import library, schema
 from .backend import Backend
 
@@ -22,8 +23,19 @@ def forward(call):
     return Result(*schema.forward(*schema.arguments(call), call.num_splits))
 
 
-def backward(call, result, dout, dlse, needs):
-    return Gradients(*schema.backward(dout, dlse, *result, *schema.arguments(call), *needs))
+def backward(call, result, dout, dlse, needs, dentropy=None):
+    tensors = (dout, dlse, *result, *schema.arguments(call))
+    return Gradients(*schema.backward(*tensors, *needs, dentropy))
+
+
+def forward_statistics(call, need_entropy, need_argmax):
+    needs = (call.num_splits, need_entropy, need_argmax)
+    return FirstPass(*schema.FORWARD_STATISTICS[""](*schema.arguments(call), *needs))
+
+
+def maps(call, lse, need_col_mass, topk, pooled):
+    asked = (need_col_mass, topk, pooled)
+    return Maps(*schema.MAPS[""](lse, *schema.arguments(call), *asked))
 
 
 def jvp(call, tangents):
@@ -69,6 +81,8 @@ BACKEND = Backend(
     unsupported_reason,
     TILE,
     simple=simple,
+    forward_statistics=forward_statistics,
+    maps=maps,
     jvp=jvp,
     jvp_bwd=jvp_bwd,
 )

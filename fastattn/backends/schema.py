@@ -110,6 +110,15 @@ jvp = torch.ops.fastattn.flash_attn_jvp.default
 jvp_bwd = torch.ops.fastattn.flash_attn_jvp_bwd.default
 jvp_triton = torch.ops.fastattn.flash_attn_jvp_triton.default
 jvp_bwd_triton = torch.ops.fastattn.flash_attn_jvp_bwd_triton.default
+weights = torch.ops.fastattn.flash_attn_weights.default
+FORWARD_STATISTICS = {
+    "": torch.ops.fastattn.flash_attn_fwd_stats.default,
+    "_triton": torch.ops.fastattn.flash_attn_fwd_stats_triton.default,
+}
+MAPS = {
+    "": torch.ops.fastattn.flash_attn_maps.default,
+    "_triton": torch.ops.fastattn.flash_attn_maps_triton.default,
+}
 PAIRS: dict[str, tuple] = dict(
     zip(FAMILIES, ((forward, backward), (forward_triton, backward_triton)))
 )

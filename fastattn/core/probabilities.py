@@ -6,6 +6,8 @@ rows at a time, differentiable any number of times. Next hop: the scores of refe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from .call import Call
 from .reference import (
     Piece,
     for_query_heads,
+    keep_factors,
     keys_of,
     no_autocast,
     part_of,
@@ -25,6 +28,7 @@ from .reference import (
 )
 from .statistics import FirstPass, Maps, Rows, key_slots
 from .tensors import accumulate_dtype
+from .transforms import pull_back
 
 CHUNK = 1 << 20  # scores of a chunk of rows
 LARGE_LSE = 4096.0  # from here on, the rounding of lse matters in exp(score - lse)
@@ -50,9 +54,10 @@ def rows(call: Call, need_entropy: bool, need_argmax: bool) -> Rows:
         if not len(piece.j):
             continue
         scores = _scores(call, piece)
-        broken = scores.isnan().any(-1)
-        first = scores.argmax(-1, keepdim=True)  # of equal scores the first, of NaN the NaN
-        largest = scores.gather(-1, first).squeeze(-1)
+        first = scores.masked_fill(scores.isnan(), -torch.inf).argmax(-1, keepdim=True)
+        largest = scores.gather(-1, first).squeeze(-1)  # of equal scores the first
+        broken = scores.isnan().any(-1) & (largest != torch.inf)
+        largest = largest.masked_fill(broken, torch.nan)
         at = call.operands, piece
         rows_of(max_logit, *at).copy_(largest)
         if need_entropy:
@@ -106,10 +111,11 @@ def maps(call: Call, lse: Tensor, need_col_mass: bool, topk: int, pooled: int) -
 
 
 def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and 0 for a row that sees no key. Where lse is so large that its rounding
-    is felt, it is the softmax of the scores times the share of the mass that lse gives them."""
+    """exp(scores - lse), and 0 for keys that a row does not see. Where lse is so large that its
+    rounding is felt, it is the softmax of the scores times the share that lse gives them."""
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees no key: exp(-inf) is 0
-    probs = (scores - lse.unsqueeze(-1)).clamp(max=0).exp()
+    hidden = scores == -torch.inf
+    probs = (scores - lse.unsqueeze(-1)).clamp(max=0).exp().masked_fill(hidden, 0.0)
     far = (lse.abs() >= LARGE_LSE) & lse.isfinite()
     readable = type(far) is Tensor and far.is_cpu and not torch.compiler.is_compiling()
     if readable and not bool(far.any()):
@@ -118,7 +124,8 @@ def probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     gap = near.logsumexp(-1) - lse
     rounding = 8 * torch.finfo(lse.dtype).eps * lse.abs()
     share = torch.where(gap.abs() <= rounding, 1.0, gap.clamp(max=0).exp())
-    return torch.where(far.unsqueeze(-1), near.softmax(-1) * share.unsqueeze(-1), probs)
+    exact = (near.softmax(-1) * share.unsqueeze(-1)).masked_fill(hidden, 0.0)
+    return torch.where(far.unsqueeze(-1), exact, probs)
 
 
 def _largest(scores: Tensor, probs: Tensor, k: int, first_key: int) -> tuple[Tensor, Tensor]:
@@ -147,6 +154,79 @@ def _bins(positions: range, size: int, n: int, like: Tensor) -> Tensor:
     """[len(positions), n]: 1 where a position is in the bin."""
     own = bins(size, n, like.device)[positions.start : positions.stop]
     return F.one_hot(own, n).to(like.dtype)
+
+
+# ---- attention weights --------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """Rows of one piece whose weights are made at once."""
+
+    piece: Piece  # with those of its rows
+    at: slice | Tensor  # where they are among the rows asked for
+
+
+def weights(call: Call, lse: Tensor, row_numbers: Tensor | None, average: bool) -> Tensor:
+    """P with dropout, in q's dtype: [B, heads, rows, keys] of all rows or of those listed (int64),
+    or with `average` the mean over heads [B, rows, keys]. Differentiable; a chunk at a time."""
+    q = call.q
+    count = q.shape[2] if row_numbers is None else row_numbers.shape[0]
+    heads = () if average else (q.shape[1],)
+    made = lse.new_zeros(q.shape[0], *heads, count, call.k.shape[2])
+    for part in _parts(call, row_numbers):
+        own = _weights_of(call, lse, part.piece)
+        own = own.mean(1) if average else own
+        n, keys = part.piece.sequence, part.piece.j
+        entries = made if n is None else made[n : n + 1]
+        if isinstance(part.at, slice):
+            entries[..., part.at, keys.start : keys.stop].add_(own)
+        else:
+            own = own.expand(*own.shape[:-2], len(part.at), -1)
+            entries[..., keys.start : keys.stop].index_copy_(-2, part.at, own)
+    return made.to(q.dtype)
+
+
+def _weights_of(call: Call, lse: Tensor, piece: Piece) -> Tensor:
+    probs = probabilities(_scores(call, piece), rows_of(lse, call.operands, piece))
+    if call.spec.dropout_p:
+        probs = probs * keep_factors(probs, call.spec, call.operands, piece)
+    return probs
+
+
+def _parts(call: Call, row_numbers: Tensor | None) -> Iterator[_Part]:
+    """The chunks of all rows, or the runs of rows that are listed."""
+    if row_numbers is None:
+        for piece in _chunks(call):
+            yield _Part(piece, slice(piece.i.start, piece.i.stop))
+        return
+    listed = row_numbers.tolist()
+    for piece in pieces(call.q, call.k, call.operands):
+        for row in sorted({*listed} & {*piece.i}):
+            places = [n for n, other in enumerate(listed) if other == row]
+            at = torch.tensor(places, device=call.q.device)
+            yield _Part(piece._replace(i=range(row, row + 1)), at)
+
+
+def weights_gradient(call: Call, lse: Tensor, row_numbers, average: bool, dweights: Tensor):
+    """The gradients (dlse, dq, dk, dbias or None) of weights(). A chunk at a time, which is made
+    again, so that no more than a chunk of scores is stored."""
+    inputs, sums = (lse, call.q, call.k, call.operands.bias), None
+    for part in _parts(call, row_numbers):
+
+        def function(lse, q, k, bias, piece=part.piece):
+            own = call.but(q=q, k=k, operands=replace(call.operands, bias=bias))
+            made = _weights_of(own, lse, piece)
+            return ((made.mean(1) if average else made),)
+
+        n, keys = part.piece.sequence, part.piece.j
+        entries = dweights if n is None else dweights[n : n + 1]
+        own = entries[..., part.at, keys.start : keys.stop]
+        if not isinstance(part.at, slice):  # a row that is listed several times
+            own = own.sum(-2, keepdim=True)
+        grads = pull_back(function, inputs, (own.to(lse.dtype),))
+        pairs = zip(sums or grads, grads)
+        sums = grads if sums is None else [x if y is None else x + y for x, y in pairs]
+    return sums or [None if x is None else torch.zeros_like(x) for x in inputs]
 
 
 # ---- pieces -------------------------------------------------------------------------------------
