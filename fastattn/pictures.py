@@ -249,7 +249,7 @@ def figure(records: Sequence[Record], path: Any = None) -> Figure:
         for axes, ((name, unit), heads) in zip(parts[0].subplots(1, len(depth), squeeze=False)[0],
                                                depth):  # fmt: skip
             for n, one in enumerate(heads):
-                axes.plot([n] * len(one), one, ".", color="#5c677d", alpha=0.5)
+                axes.plot([n] * len(one), one.numpy(), ".", color="#5c677d", alpha=0.5)
             means = [float(one.mean()) for one in heads]
             axes.plot(range(len(heads)), means, "o-", color=LIGHT["teal"], markersize=4)
             axes.set_title(f"{name}, {unit}" if unit else name, fontsize=10, loc="left")
@@ -262,7 +262,7 @@ def figure(records: Sequence[Record], path: Any = None) -> Figure:
             for axes in line:
                 axes.set_axis_off()
             for axes, x in zip(line, heads):
-                axes.imshow(x.sqrt(), cmap="GnBu", vmin=0, interpolation="nearest")
+                axes.imshow(x.sqrt().numpy(), cmap="GnBu", vmin=0, interpolation="nearest")
             line[0].set_title(name, fontsize=8, loc="left")
     if path is not None:
         drawn.savefig(path, dpi=150)

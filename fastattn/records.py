@@ -40,8 +40,8 @@ class Record(dict):
             raise AttributeError(error.args[0]) from None
 
     def __repr__(self) -> str:
-        shown = "".join(f", {name} {_shape(x)}" for name, x in self.items())
-        return f"Record({shown(self.name)}, layer {self.layer}{shown})"
+        shapes = "".join(f", {name} {_shape(x)}" for name, x in self.items())
+        return f"Record({shown(self.name)}, layer {self.layer}{shapes})"
 
 
 def _shape(x: Any) -> list[int]:
