@@ -73,6 +73,8 @@ class Task:
     flops: Callable[[Batch], float] | None = None  # of a step, forward and backward: for MFU
     data: str = ""  # a fingerprint: a checkpoint made with other data is refused
     time_attention: Callable[[nn.Module, Clock], None] = lambda model, clock: clock.watch(model)
+    before_step: Callable[[int], object] = lambda step: None
+    after_step: Callable[[], dict[str, float]] = dict  # after the optimizer's; numbers to log
 
 
 def share_of_loss(task: Task, model: nn.Module, piece: Batch, whole: Batch) -> Tensor:
@@ -220,6 +222,7 @@ class Stepper:
         lr = learning_rate(index, options)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        task.before_step(index)
         whole = beside(self.bare, task.batch(index))
         share = self.world * options.accumulate
         loss = torch.zeros((), device=self.device)
@@ -237,7 +240,7 @@ class Stepper:
         if self.world > 1:
             dist.all_reduce(loss)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        values = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+        values = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, **task.after_step()}
         values["tokens"] = task.tokens(whole)
         values["flops"] = task.flops(whole) if task.flops else 0.0
         return values

@@ -34,6 +34,8 @@ from cost import Clock, Cost, report
 from rich.console import Console
 from torch import Tensor, nn
 
+from fastattn.core.call import Call
+from fastattn.distillation import attention_transfer_loss, relation
 from fastattn.models import BERT
 
 
@@ -79,25 +81,21 @@ class Data:
         return {"input_ids": ids, "attention_mask": ids != PAD, "labels": labels}
 
 
-class MapOfLastLayer:
-    """Keeps the attention weights [B, H, S, S] of a BERT's last layer, call after call.
-
-    The call itself goes on as it was; q and k give the weights once more, which costs O(S^2) memory
-    for one layer of short texts. Differentiable.
-    """
+class LastLayer:
+    """Keeps the queries and keys of a BERT's last layer, call after call; the call itself goes on
+    as it was. The loss needs no more: it never makes the S x S attention weights."""
 
     def __init__(self, model: BERT) -> None:
         self.layer = model.blocks[-1].attn
         self.attend, self.layer.attend = self.layer.attend, self
-        self.log_weights: Tensor | None = None
+        self.q = self.k = self.kv_lens = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if options["kv_lens"] is not None:
-            keys = torch.arange(k.shape[2], device=k.device)
-            scores = scores.masked_fill(keys >= options["kv_lens"][:, None, None, None], -1e4)
-        self.log_weights = scores.log_softmax(-1)
+        self.q, self.k, self.kv_lens = q, k, options["kv_lens"]
         return self.attend(q, k, v, **options)
+
+    def relation(self) -> Call:
+        return relation(self.q, self.k, kv_lens=self.kv_lens)
 
 
 def bert(options: DistillOptions, data: Data, size: int) -> BERT:
@@ -138,7 +136,7 @@ def build(options: DistillOptions, data: Data, folder: Path) -> Task:
         if has != wanted:
             raise ValueError(f"--teacher has {name} {has} and the student {wanted}; accepted is a "
                              "teacher with as many heads, of the same data")  # fmt: skip
-    theirs, ours = MapOfLastLayer(teacher), MapOfLastLayer(student)
+    theirs, ours = LastLayer(teacher), LastLayer(student)
     hot = options.temperature
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -147,9 +145,10 @@ def build(options: DistillOptions, data: Data, folder: Path) -> Task:
             wanted = (teacher(**inputs).logits / hot).log_softmax(-1)
         found = (model(**inputs).logits / hot).log_softmax(-1)
         outputs = F.kl_div(found, wanted, reduction="batchmean", log_target=True) * hot**2
-        apart = F.kl_div(ours.log_weights, theirs.log_weights, reduction="none", log_target=True)
-        real = batch["attention_mask"][:, None, :].expand(-1, options.heads, -1)
-        return {"texts": outputs, "maps": options.maps * apart.sum(-1)[real].mean()}
+        maps = attention_transfer_loss(
+            theirs.relation(), ours.relation(), rows=batch["attention_mask"]
+        )
+        return {"texts": outputs, "maps": options.maps * maps}
 
     def weight(batch: Batch) -> dict[str, float]:
         return {"texts": len(batch["input_ids"]), "maps": int(batch["attention_mask"].sum())}

@@ -10,7 +10,7 @@ padding, and document_ids keep each file to itself. Killed? The same command goe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from cost import Cost, report
 from rich.console import Console
 
 from fastattn.models import GPT
+from fastattn.signals import AttentionSignals, qk_clip
 
 END = 0  # the token after each document, <|end|>
 
@@ -38,6 +39,10 @@ class GPTOptions(Options):
     heads: int = option(4, "attention heads", COUNT)
     kv_heads: int = option(2, "heads of keys and values", COUNT)
     dropout: float = option(0.0, "dropout", SHARE)
+    signals: int = option(0, "steps between logs of attention's statistics; 0: none", NONE_OR_MORE)
+    qk_clip: float = option(
+        0.0, "bound on attention's logits at these steps; 0: none", NONE_OR_MORE
+    )
     prompt: str = option("def ", "what the sample at the end begins with", free=True)
     sample: int = option(64, "tokens of the sample; 0: none", NONE_OR_MORE, free=True)
 
@@ -99,7 +104,7 @@ def build(options: GPTOptions, data: Data) -> Task:
             weight += part
         return {"eval_loss": total / weight}
 
-    return Task(
+    task = Task(
         model,
         batch=lambda step: data.rows.batch(step, options.batch),
         loss=lambda model, batch: model(**batch, skip_logits=True).loss,
@@ -108,6 +113,32 @@ def build(options: GPTOptions, data: Data) -> Task:
         flops=lambda batch: flops(model, batch),
         data=data.fingerprint,
     )
+    if options.signals:
+        watch_attention(task, options)
+    return task
+
+
+def watch_attention(task: Task, options: GPTOptions) -> None:
+    """Logits, entropy and mass on the first token of each layer go into the log, with warnings, and
+    QK-clip bounds the logits (docs/training_signals.md)."""
+    for name, x in (("compile", options.compile), ("parallel", options.parallel == "fsdp"),
+                    ("attention", options.attention != "fastattn")):  # fmt: skip
+        if x:
+            raise ValueError(f"--signals is {options.signals} and --{name} "
+                             f"{getattr(options, name)}; accepted with it is 0")  # fmt: skip
+    signals = AttentionSignals(task.model, every=options.signals)
+
+    def before_step(step: int) -> None:
+        signals.step = step  # also of a run that goes on from a checkpoint
+
+    def after_step() -> dict[str, float]:
+        if not signals.max_logits:
+            return {}
+        if options.qk_clip:
+            qk_clip(task.model, signals.max_logits, options.qk_clip)
+        return signals.last
+
+    task.before_step, task.after_step = before_step, after_step
 
 
 def write(folder: Path, data: Data, options: GPTOptions) -> str:
@@ -128,7 +159,9 @@ def main(argv: list[str] | None = None) -> tuple[Result, Cost | None]:
         result = train(build(options, data), options)
         if options.sample and result.losses:
             console.print(write(result.folder, data, options), markup=False)
-        return result, report(lambda changed: build(changed, data), options, console)
+        return result, report(
+            lambda changed: build(replace(changed, signals=0), data), options, console
+        )
 
 
 if __name__ == "__main__":

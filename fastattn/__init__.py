@@ -6,13 +6,16 @@ fastattn.enable()                                       # for every call of SDPA
 print(fastattn.swap(model))                             # for a built model, in place: swapping.py
 print(fastattn.explain(q, k, v, causal=True))           # what would run, and why: explanation.py
 
-fastattn.flash_attn, .hf and .models are imported on first use.
+with fastattn.capture() as rec: model(x)                # statistics of its calls: capturing.py
+
+fastattn.distillation, .flash_attn, .hf, .models, .pruning and .signals are imported on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from . import masks, nn
+from .capturing import capture
 from .core.spec import Spec
 from .decoding import decode_attention, merge_states
 from .explanation import Explanation, explain
@@ -23,9 +26,12 @@ from .swapping import SwapReport, swap, unswap
 from .weights import attention_weights
 
 if TYPE_CHECKING:
+    from . import distillation as distillation
     from . import flash_attn as flash_attn
     from . import hf as hf
     from . import models as models
+    from . import pruning as pruning
+    from . import signals as signals
 
 __version__ = "0.1.0"
 
@@ -35,6 +41,7 @@ __all__ = [
     "SwapReport",
     "attention",
     "attention_weights",
+    "capture",
     "decode_attention",
     "disable",
     "enable",
@@ -49,7 +56,7 @@ __all__ = [
     "varlen_attention",
 ]
 
-_LAZY = ("flash_attn", "hf", "models")
+_LAZY = ("distillation", "flash_attn", "hf", "models", "pruning", "signals")
 
 if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 

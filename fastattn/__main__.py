@@ -1,4 +1,4 @@
-"""The command line: python -m fastattn info | verify | demo | bench.
+"""The command line: python -m fastattn info | verify | inspect | demo | bench.
 
 Each command is a function `main(argv) -> int` in its own module; it parses its own options.
 """
@@ -14,6 +14,10 @@ import sys
 COMMANDS = {  # name: (module, what it does)
     "info": ("fastattn.cli.info", "what this machine can run, and why not the rest"),
     "verify": ("fastattn.cli.verify", "every backend against float64 on this machine"),
+    "inspect": (
+        "fastattn.cli.inspect_model",
+        "what a transformers model attends to in a text, as an HTML page",
+    ),
     "demo": (
         "fastattn.benchmarks.demo.main",
         "swap fastattn into a pretrained encoder: compare, time, report",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from . import habits
+from . import capturing, habits
 from .backends import registry
 from .backends.autograd import SimplePlan, attend, attend_simple
 from .backends.backend import Backend
@@ -415,18 +415,24 @@ def run(call: Call, backend: Backend) -> Result:
     """The result of a checked call with any strides; out has q's memory order."""
     refuse_context_parallel()
     try:
-        return _in_order(call.q, attend(call, backend))
+        result = _in_order(call.q, attend(call, backend))
     except RuntimeError:  # perhaps a sparse layout, which the plan of a strided call did not check
         if call.operands.descales is None:
             checks.same_kind(q=call.q, k=call.k, v=call.v)
         raise
+    if capturing.watched:
+        capturing.show(call, result)
+    return result
 
 
 def run_with_statistics(call: Call, backend: Backend) -> tuple[Result, dict[str, Any]]:
     """run() of a call that asks for statistics, and these by name, in normal form."""
     refuse_context_parallel()
     result, found = attend_with_statistics(call, backend)
-    return _in_order(call.q, result), found
+    result = _in_order(call.q, result)
+    if capturing.watched:
+        capturing.show(call.but(statistics=None), result)
+    return result, found
 
 
 def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
@@ -434,9 +440,12 @@ def _run_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result:
     layout, say) go through torch's dispatcher, which runs them or raises a clear error."""
     refuse_context_parallel()
     try:
-        return _in_order(q, attend_simple(q, k, v, plan))
+        result = _in_order(q, attend_simple(q, k, v, plan))
     except RuntimeError:
         return run(Call(q, k, v, plan.spec, NO_OPERANDS), plan.backend)
+    if capturing.watched:
+        capturing.show(Call(q, k, v, plan.spec, NO_OPERANDS), Result(*result))
+    return result
 
 
 def _in_order(q: Tensor, result: Any) -> Result:

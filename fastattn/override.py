@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from . import capturing
 from .backends import backend, library, operators_sdpa, registry
 from .context_parallel import refuse_context_parallel
 from .core import checks
@@ -235,6 +236,7 @@ def _composite(
             and query.is_cpu
             and query.dim() == key.dim() == 4
             and not registry.forced()
+            and not capturing.watched  # that operator shows its calls to nobody
             and forward_ad._current_level < 0
             and not torch._C._len_torch_dispatch_stack()
             and _choice(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastattn.capturing import unseen
 from fastattn.functional import varlen_attention
 from fastattn.weights import attention_weights
 
@@ -24,7 +25,8 @@ def signed_weights(weights: Callable[..., Tensor], **dropout) -> Tensor:
 
     weights(**dropout) computes them with that dropout, and weights() without dropout.
     """
-    plain, dropped = weights(), weights(**dropout)
+    with unseen():
+        plain, dropped = weights(), weights(**dropout)
     return torch.where(dropped == 0, 0.0 - plain, plain)  # not -plain, which makes 0 into -0
 
 

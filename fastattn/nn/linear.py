@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
+from .. import capturing
 from ..backends.schema import LIBRARY, TAGS
 from ..fused import operator
 
@@ -113,5 +113,5 @@ def plain(module, cls: type) -> bool:
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
-        and not _has_any_global_hook()
+        and not capturing.has_other_hooks()
     )

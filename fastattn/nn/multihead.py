@@ -91,7 +91,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v [..., E], their heads still concatenated, by one product for each different
         input."""
-        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        dim = self.out_proj.in_features  # embed_dim, unless heads were pruned
         biases = [None] * 3 if bias is None else bias.split(dim)
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

