@@ -13,13 +13,16 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastattn
 from fastattn.core.work import MODES, Work, attention_work, pairs_of_band
 
 SEED = 20  # for the inputs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LABELS = {"fwd": "fwd", "bwd": "bwd", "fwdbwd": "fwd+bwd"}  # of the modes, in a case's name
+# Of the modes, in a case's name. "jvp" is the forward with tangents of q, k and v, "double" the
+# forward, the backward and the backward of that.
+LABELS = {"fwd": "fwd", "bwd": "bwd", "fwdbwd": "fwd+bwd", "jvp": "jvp", "double": "double"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class AttentionCase:
     chunk: int = 0  # tokens per chunk of chunked attention: a token sees its own chunk only
     softcap: float = 0.0
     dropout: float = 0.0
+    stats: str = ""  # names of statistics, separated by commas, that the forward computes too
     mode: str = "fwd"
 
     def __post_init__(self) -> None:
@@ -60,7 +64,7 @@ class AttentionCase:
     @property
     def backward(self) -> bool:
         """Whether gradients are computed."""
-        return self.mode != "fwd"
+        return self.mode in ("bwd", "fwdbwd", "double")
 
     @property
     def options(self) -> list[str]:
@@ -73,6 +77,7 @@ class AttentionCase:
             *(f"{word} {getattr(self, name):g}" for name, word in numbers.items()
               if getattr(self, name)),
             *([f"p {self.dropout:g}"] if self.dropout else []),
+            *([f"+{self.stats}"] if self.stats else []),
         ]  # fmt: skip
 
     @property
@@ -99,6 +104,9 @@ class Problem:
         self.v = normal(case.batch, case.kv_heads, case.keys, case.dim)
         self.dout = normal(case.batch, case.heads, case.q_len, case.dim) if case.backward else None
         self.bias = normal(1, case.heads, case.q_len, case.keys) if case.bias else None
+        # of q, k and v in mode jvp; cotangents of all gradients in mode double
+        directions = {"jvp": self.inputs[:3], "double": self.inputs}.get(case.mode, [])
+        self.tangents = [normal(*x.shape) for x in directions]
         if case.backward:
             for tensor in self.inputs:
                 tensor.requires_grad_()
@@ -174,11 +182,14 @@ class Problem:
         self, forward: Callable[[], Tensor], mode: str = ""
     ) -> Callable[[], tuple[Tensor, ...]]:
         """The function to time, in the case's mode unless another is given. It returns (out,), or
-        (out, dq, dk, dv, dbias). In mode bwd the forward pass runs once, here, and every call
-        repeats its backward pass."""
+        (out, dq, dk, dv, dbias), or in mode jvp (out, tout). In mode double the gradients are those
+        of the first gradients' product with `tangents`. In mode bwd the forward pass runs once,
+        here, and every call repeats its backward pass."""
         mode = mode or self.case.mode
         if mode == "fwd":
             return lambda: (forward(),)
+        if mode == "jvp":
+            return lambda: self._with_tangents(forward)
         inputs, dout = self.inputs, self.dout
         if mode == "bwd":
             kept = forward()
@@ -186,9 +197,22 @@ class Problem:
 
         def step() -> tuple[Tensor, ...]:
             out = forward()
-            return (out, *torch.autograd.grad(out, inputs, dout))
+            if mode == "fwdbwd":
+                return (out, *torch.autograd.grad(out, inputs, dout))
+            first = torch.autograd.grad(out, inputs, dout, create_graph=True)
+            return (out, *torch.autograd.grad(first, inputs, self.tangents))
 
         return step
+
+    def _with_tangents(self, forward: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """(out, tout) of a forward that reads this problem's tensors."""
+        primals = self.q, self.k, self.v
+        with forward_ad.dual_level():
+            try:
+                self.q, self.k, self.v = map(forward_ad.make_dual, primals, self.tangents)
+                return tuple(forward_ad.unpack_dual(forward()))
+            finally:
+                self.q, self.k, self.v = primals
 
     def double(self) -> Problem:
         """The same problem in float64."""
@@ -200,6 +224,7 @@ class Problem:
             if tensor is not None:
                 twin_tensor = tensor.detach().double().requires_grad_(tensor.requires_grad)
                 setattr(twin, name, twin_tensor)
+        twin.tangents = [x.double() for x in self.tangents]
         return twin
 
     # ---- fastattn ----
@@ -208,6 +233,9 @@ class Problem:
         """The forward call: the SDPA drop-in if torch's signature has the options, else
         attention()."""
         case = self.case
+        if case.stats:
+            options = self.call_options() | {"return_stats": case.stats.split(",")}
+            return lambda: fastattn.attention(self.q, self.k, self.v, **options)[0]
         if case.window or case.alibi or case.documents or case.chunk or case.softcap:
             options = self.call_options()
             return lambda: fastattn.attention(self.q, self.k, self.v, **options)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastattn
+
 from .cases import Problem, eager
 
 Forward = Callable[[], Tensor]
@@ -150,6 +152,23 @@ def _eager(problem: Problem) -> Forward:
     return lambda: eager(problem.q, problem.k, problem.v, **options)
 
 
+# ---- fastattn's own forward, which says what statistics and tangents cost ------------------------
+
+BARE = "bare"
+
+
+def _bare(problem: Problem) -> Forward:
+    q, k, v = problem.q, problem.k, problem.v  # without the tangents that the case's call gets
+    options = problem.call_options()
+    return lambda: fastattn.attention(q, k, v, **options)
+
+
+def _bare_why_not(problem: Problem) -> str | None:
+    if problem.case.stats or problem.case.mode == "jvp":
+        return None
+    return "the case has neither statistics nor tangents"
+
+
 # ---- torch's flex_attention, compiled ------------------------------------------------------------
 
 
@@ -271,6 +290,8 @@ COMPETITORS = [
                    problem, "padding", "documents", "chunk", "alibi", "window", "softcap"),
                checks_dropout=False),
     Competitor("eager", "the formula in plain torch operators", _eager, dense=True),
+    Competitor(BARE, "fastattn's own forward, without the case's statistics and tangents", _bare,
+               why_not=_bare_why_not, backend=lambda problem, forward: problem.fastattn_backend()),
 ]  # fmt: skip
 BY_NAME = {competitor.name: competitor for competitor in COMPETITORS}
 

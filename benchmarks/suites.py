@@ -26,6 +26,9 @@ class Case(Protocol):
     def name(self) -> str: ...
 
 
+# The statistics that the forward's own pass computes.
+FIRST_PASS = "max_logit,entropy,max,argmax,sink_mass,diagonal_mass"
+
 # ---- the suite of attention cases ---------------------------------------------------------------
 
 
@@ -66,6 +69,11 @@ def _cases() -> Iterator[AttentionCase]:
         yield AttentionCase("alibi", q_len=q_len, causal=True, alibi=True)
         yield AttentionCase("documents", q_len=q_len, documents=4, causal=True, mode="fwdbwd")
     yield AttentionCase("chunk", q_len=8192, chunk=1024, causal=True)
+    for q_len in (512, 1024, 2048):
+        for mode in ("jvp", "double"):
+            yield AttentionCase("derivatives", q_len=q_len, mode=mode)
+    for stats in ("max_logit,entropy", FIRST_PASS, "col_mass"):
+        yield AttentionCase("statistics", q_len=1024, stats=stats)
 
 
 CASES = tuple(_cases())

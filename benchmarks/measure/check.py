@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.core.tolerance import Comparison, Tolerance
+from fastattn.core.tolerance import Comparison, DerivativeTolerance, Tolerance
 
 from ..cases import AttentionCase, Problem, eager
-from ..competitors import Forward, visible
+from ..competitors import BARE, Forward, visible
 
 DROPOUT_SEED = 3
-RESULTS = ("out", "dq", "dk", "dv", "dbias")  # of a step, in this order
+GRADIENTS = ("out", "dq", "dk", "dv", "dbias")  # the results of a step, in this order
+TANGENTS = ("out", "tout")  # the same in mode jvp
 CHECKED_PAIRS = 1 << 24  # scores per case compared with float64; of more, some heads are sampled
 # A competitor with a larger error computes a different function, not the same one with other
 # rounding. The limits are loose: torch's half-precision gradients are off by several percent.
@@ -73,8 +74,11 @@ def check(
         for name, errors in found.items():
             if isinstance(errors, Exception):
                 continue
-            for index, (what, truth) in enumerate(zip(RESULTS, truths)):
-                one = _heads_of(problem.case, results[name][index], head, index)
+            for index, (what, truth) in enumerate(zip(names_of(problem.case), truths)):
+                one = results[name][index]
+                if one is None and name == BARE:  # which ignores the tangents
+                    continue
+                one = _heads_of(problem.case, one, head, index)
                 errors.keep_worst(
                     what, tolerance.compare(what, one, truth, rounded[index].to(problem.dtype))
                 )
@@ -84,7 +88,11 @@ def check(
 
 def _whole(problem: Problem) -> str:
     """The mode to check in: gradients are checked together with their forward pass."""
-    return "fwdbwd" if problem.case.backward else "fwd"
+    return "fwdbwd" if problem.case.mode == "bwd" else problem.case.mode
+
+
+def names_of(case: AttentionCase) -> tuple[str, ...]:
+    return TANGENTS if case.mode == "jvp" else GRADIENTS
 
 
 def _tried(call):
@@ -116,6 +124,11 @@ def _tolerance(problem: Problem, kv_heads: slice) -> Tolerance:
     scores = scale * q.float() @ k.float().mT.unsqueeze(2)  # [B, kv heads, group, q_len, keys]
     dout = None if dout is None else dout[:, kv_heads]
     lse, on_gpu = scores.logsumexp(-1), problem.device == "cuda"
+    if problem.tangents:
+        tangents = [*problem.tangents, None, None][:5]  # of the whole call: only sizes count
+        return DerivativeTolerance(
+            q, k, v, scale, lse, tangents, dout, softcap=case.softcap, probs_rounded=on_gpu
+        )
     return Tolerance(q, k, v, scale, lse, dout, probs_rounded=on_gpu)
 
 
@@ -141,12 +154,24 @@ def _plain(problem: Problem, kv_head: int, dtype: torch.dtype) -> list[Tensor]:
     if alibi is not None:  # from the exact slopes, not from the rounded bias
         twin = problem.double()
         alibi = _heads_of(case, twin.alibi_bias, kv_head, 0).to(dtype)
-    biases = (inputs[3] if case.bias else None, alibi)
-    out = eager(*inputs[:3], masks=visible(problem), biases=biases, softcap=case.softcap)
+
+    def forward(*inputs: Tensor) -> Tensor:
+        biases = (inputs[3] if case.bias else None, alibi)
+        return eager(*inputs[:3], masks=visible(problem), biases=biases, softcap=case.softcap)
+
+    directions = (_heads_of(case, t, kv_head, i + 1) for i, t in enumerate(problem.tangents))
+    tangents = tuple(t.to(dtype) for t in directions)
+    if case.mode == "jvp":
+        of_qkv = lambda *qkv: forward(*qkv, *inputs[3:])  # noqa: E731
+        return list(torch.func.jvp(of_qkv, tuple(inputs[:3]), tangents))
+    out = forward(*inputs)
     if not case.backward:
         return [out]
     dout = _heads_of(case, problem.dout, kv_head, 0).to(dtype)
-    return [out, *torch.autograd.grad(out, inputs, dout)]
+    grads = torch.autograd.grad(out, inputs, dout, create_graph=case.mode == "double")
+    if case.mode == "double":
+        grads = torch.autograd.grad(grads, inputs, tangents)
+    return [out, *grads]
 
 
 # ---- dropout: each contender draws its own -------------------------------------------------------
@@ -165,7 +190,7 @@ def _with_dropout(problem: Problem, forward: Forward, make: Callable[[Problem], 
         results.append(owner.step(call, _whole(problem))())
     errors = Errors(heads=list(range(problem.case.kv_heads)))
     tolerance = _tolerance(problem, slice(None))
-    for what, one, true, plain in zip(RESULTS, *results):
+    for what, one, true, plain in zip(GRADIENTS, *results):
         errors.keep_worst(what, tolerance.compare(what, one, true, plain))
         errors.measure(one, true)
     return errors

@@ -97,7 +97,7 @@ class Tolerance:
         """Compares `got` with the truth `want`; torch_math is plain torch's result.
 
         Args:
-            name: "out", "lse", or "d" and an input's name.
+            name: "out", "lse", "d" and an input's name, or (DerivativeTolerance) "tout", "tlse".
             got: the result, in the call's dtype.
             want: the same in float64.
             torch_math: the same by plain torch math in the call's dtype.
@@ -119,8 +119,8 @@ class Tolerance:
         got, want, torch_math = (torch.where(finite, x, 0.0) for x in (got, want, torch_math))
         error, plain, size = (got - want).abs(), (torch_math - want).abs(), want.abs()
 
-        kind = "result" if name in ("out", "lse") else "gradient"
-        dtype = self.compute if name == "lse" else self.dtype
+        kind = "result" if name in ("out", "lse", "tout", "tlse") else "gradient"
+        dtype = self.compute if name in ("lse", "tlse") else self.dtype
         eps = max(torch.finfo(dtype).eps, torch.finfo(self.compute).eps * self.exponent)
         roundings = ROUNDINGS["result" if name == "dv" else kind][dtype] * eps
         term = self.terms[name]
@@ -147,6 +147,40 @@ def _broken(what: str) -> Comparison:
 
 def _finite(x: Tensor) -> Tensor:
     return x.detach()[x.isfinite()].double()
+
+
+class DerivativeTolerance(Tolerance):
+    """The rule for forward mode's results, whose tangents are tout and tlse, and for the gradients
+    of <dtout, tout> + <dtlse, tlse>, which are also the gradients of a backward's gradients. Their
+    sums have terms of other sizes: those of core/derivatives.py's formulas.
+
+    Args:
+        q, k, v, scale, lse, probs_rounded: as in Tolerance.
+        tangents: those of q, k, v, bias and sinks, each None where there is none.
+        dtout, dtlse: the cotangents, where gradients are compared.
+        softcap: the call's softcap.
+    """
+
+    def __init__(
+        self, q, k, v, scale, lse, tangents, dtout=None, dtlse=None, *, softcap=0.0,
+        probs_rounded=False,
+    ):  # fmt: skip
+        super().__init__(q, k, v, scale, lse, dtout, dtlse, probs_rounded=probs_rounded)
+        tq, tk, tv, tbias, tsinks = map(_size, tangents)
+        score = tq * _size(k) + _size(q) * tk  # size of T, the tangent of a score
+        score = abs(scale) * q.shape[-1] ** 0.5 * score + tbias + tsinks
+        wide = v.shape[-1] ** 0.5 * _size(dtout)
+        first = wide * _size(v) + _size(dtlse)
+        second = first * score * (1 + (2 / softcap if softcap else 0)) + wide * tv
+        self.terms |= {
+            "tout": tv + score * _size(v),
+            "tlse": score,
+            "dq": abs(scale) * (second * _size(k) + first * tk),
+            "dk": abs(scale) * (second * _size(q) + first * tq),
+            "dv": score * _size(dtout),
+            "dbias": second,
+            "dsinks": second,
+        }
 
 
 def _size(x: Tensor | None) -> float:

@@ -16,11 +16,13 @@ from .call import Call, Tangents
 from .reference import Piece, part_of, pieces
 from .spec import Operands
 
-MODES = ("fwd", "bwd", "fwdbwd")
+MODES = ("fwd", "bwd", "fwdbwd", "jvp", "double")
 FORMULAS = {  # FLOPs, 2 per multiply-add, softmax not counted
     "fwd": "2 (D + Dv) per visible pair",
     "bwd": "2 (3 D + 2 Dv) per visible pair",
     "fwdbwd": "2 (4 D + 3 Dv) per visible pair",
+    "jvp": "2 (3 D + 3 Dv) per visible pair",
+    "double": "2 (14 D + 8 Dv) per visible pair",
 }
 
 _LENGTHS = (
@@ -95,9 +97,17 @@ def flops(pairs: int, dim: int, v_dim: int, mode: str) -> int:
 
     Forward: QK^T and PV, 2 (D + Dv) per pair. Backward: five products, QK^T again, dO V^T, dS K,
     dS^T Q and P^T dO, 2 (3 D + 2 Dv) per pair, which is 2.5 forwards where D = Dv (the count of
-    FlashAttention-2, arXiv 2307.08691). mode is one of MODES.
+    FlashAttention-2, arXiv 2307.08691). The modes "jvp" (the forward with tangents of q, k and v)
+    and "double" (forward, backward and the backward's own backward: QK^T, T and tout, then the
+    products of flops_of_jvp()'s "jvp_bwd") are counted alike. mode is one of MODES.
     """
-    one = {"fwd": dim + v_dim, "bwd": 3 * dim + 2 * v_dim, "fwdbwd": 4 * dim + 3 * v_dim}
+    one = {
+        "fwd": dim + v_dim,
+        "bwd": 3 * dim + 2 * v_dim,
+        "fwdbwd": 4 * dim + 3 * v_dim,
+        "jvp": 3 * dim + 3 * v_dim,
+        "double": 14 * dim + 8 * v_dim,
+    }
     return 2 * pairs * one[mode]
 
 
@@ -152,6 +162,8 @@ def attention_work(
     moved = {
         "fwd": inputs + out_bytes + (lse_bytes if mode != "fwd" else 0) + mask_bytes + bias_bytes,
         "bwd": 2 * inputs + 2 * out_bytes + lse_bytes + mask_bytes + 2 * bias_bytes,
+        "jvp": 2 * inputs + 2 * out_bytes + mask_bytes + bias_bytes,
+        "second": 3 * inputs + 3 * out_bytes + lse_bytes + mask_bytes + 3 * bias_bytes,
     }
-    passes = ("fwd", "bwd") if mode == "fwdbwd" else (mode,)
+    passes = {"fwdbwd": ("fwd", "bwd"), "double": ("fwd", "bwd", "second")}.get(mode, (mode,))
     return Work(pairs, flops(pairs, dim, v_dim, mode), sum(moved[p] for p in passes))

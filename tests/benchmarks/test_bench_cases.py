@@ -12,7 +12,7 @@ from fastattn.benchmarks import competitors, suites
 from fastattn.benchmarks.cases import AttentionCase, Problem, eager
 from fastattn.benchmarks.end_to_end import WORKLOADS, Built, Workload
 from fastattn.benchmarks.measure import devices, machine, protocol, timing
-from fastattn.benchmarks.measure.check import RESULTS, checked_heads
+from fastattn.benchmarks.measure.check import checked_heads, names_of
 
 import fastattn
 from fastattn.backends import registry
@@ -105,7 +105,8 @@ def test_the_most_informative_rows_come_first():
 
 
 def test_a_row_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="mode: got 'train', accepted are fwd, bwd, fwdbwd"):
+    modes = "fwd, bwd, fwdbwd, jvp, double"
+    with pytest.raises(ValueError, match=f"mode: got 'train', accepted are {modes}"):
         AttentionCase("x", mode="train")
     with pytest.raises(ValueError, match="dtype: got 'fp8'"):
         AttentionCase("x", dtype="fp8")
@@ -137,8 +138,10 @@ def test_every_way_to_write_a_row_computes_the_same(name, who):
     competitor = competitors.BY_NAME[who]
     if competitor.why_not(problem):
         pytest.skip(competitor.why_not(problem))
+    if who == "sdpa" and name in ("jvp", "double"):
+        pytest.skip("torch's kernel for the CPU has neither derivative")
     steps = [problem.step(forward) for forward in (competitor.forward(problem), problem.fastattn())]
-    for theirs, ours, what in zip(*(step() for step in steps), RESULTS):
+    for theirs, ours, what in zip(*(step() for step in steps), names_of(problem.case)):
         assert torch.allclose(theirs, ours, rtol=1e-9, atol=1e-9), what
 
 

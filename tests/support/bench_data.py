@@ -48,6 +48,9 @@ TINY = {
     "dropout": replace(SMALL, causal=True, dropout=0.1, mode="fwdbwd"),
     "dropped back": replace(SMALL, dropout=0.1, mode="bwd"),
     "half": replace(SMALL, dtype="fp16", mode="fwdbwd"),
+    "jvp": replace(SMALL, bias=True, mode="jvp"),
+    "double": replace(SMALL, causal=True, mode="double"),
+    "statistics": replace(SMALL, causal=True, stats="max_logit,entropy,col_mass"),
 }
 
 FACTS = {
