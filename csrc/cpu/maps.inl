@@ -337,6 +337,7 @@ static void weights(const Params& p, const WeightsItem& item, const WeightsResul
         Range own = range_of(head);
         all.begin = imin(all.begin, own.begin / BLOCK_KV * BLOCK_KV);
         all.end = imax(all.end, own.end);
+        if (!p.key_ranges.given()) break;  // the band is the same for all heads
     }
     all.end = imax(all.begin, all.end);
     write_zeros<A>(p, item, result, 0, s.key0 + all.begin);
