@@ -105,42 +105,52 @@ INLINE void for_each_block(const Params& p, const KeyRows& keys, Range r, Backwa
 
 // --- topk ---------------------------------------------------------------------------------------
 
-// The largest scores of each row, in falling order, [BLOCK_Q][topk]; of equal ones the first keys.
+// x moved up by a lane, and the last lane of `before` in the first.
+template <class V, int... LANE>
+INLINE V moved_up(V before, V x, std::integer_sequence<int, LANE...>) {
+    constexpr int W = sizeof...(LANE);
+    return __builtin_shufflevector(before, x, W - 1 + LANE...);
+}
+
+// The largest scores of each row, in falling order, [BLOCK_Q][ld]; of equal ones the first keys.
 template <class A> struct Largest {
-    int topk;
+    int topk, ld;  // ld: topk in whole vectors
     A* scores;
-    int* keys;
+    IntOf<A>* keys;
     A* buffer;  // [8][BLOCK_KV]
 
     INLINE_MEMBER void begin(int rows) {
-        for (int i = 0; i < rows * topk; i++) {
+        for (int i = 0; i < rows * ld; i++) {
             scores[i] = A(NEG_INF);
             keys[i] = -1;
         }
     }
-    // A score goes before the first that is smaller, and those from there on move down. Returns the
-    // last of them.
-    INLINE_MEMBER A insert(int row, A score, int key) {
-        A* score_of = scores + static_cast<int64_t>(row) * topk;
-        int *key_of = keys + static_cast<int64_t>(row) * topk, u = topk - 1;
-        for (; u > 0 && score_of[u - 1] < score; u--) {
-            score_of[u] = score_of[u - 1];
-            key_of[u] = key_of[u - 1];
+    // A score goes before the first that is smaller, and those from there on move up by one, without
+    // a branch: one that is foretold wrongly costs more than this.
+    INLINE_MEMBER void insert(A* score_of, IntOf<A>* key_of, A score, IntOf<A> key) {
+        constexpr auto lanes = std::make_integer_sequence<int, SIMD_WIDTH<A>>{};
+        Vec<A> own = splat(score), before = splat(-A(NEG_INF));
+        VecI<A> own_key = splat_int<A>(key), before_key = {};
+        for (int u = 0; u < ld; u += SIMD_WIDTH<A>) {
+            Vec<A> x = load<A>(score_of + u), up = moved_up(before, x, lanes);
+            VecI<A> x_key = load_int<A>(key_of + u), up_key = moved_up(before_key, x_key, lanes);
+            store<A>(score_of + u, x >= own ? x : up >= own ? own : up);
+            store_int<A>(key_of + u, x >= own ? x_key : up >= own ? own_key : up_key);
+            before = x;
+            before_key = x_key;
         }
-        score_of[u] = score;
-        key_of[u] = key;
-        return score_of[topk - 1];
     }
     // A row's scores x of keys [key, key + n). A vector of them at a time is compared with the last
     // of the largest: most are below it.
     INLINE_MEMBER void add_row(int row, A* x, int key, int n) {
-        A least = scores[static_cast<int64_t>(row) * topk + topk - 1];
+        A* score_of = scores + static_cast<int64_t>(row) * ld;
+        IntOf<A>* key_of = keys + static_cast<int64_t>(row) * ld;
         for (int j = n; j % SIMD_WIDTH<A> != 0; j++) x[j] = A(NEG_INF);
         for (int j = 0; j < n; j += SIMD_WIDTH<A>) {
-            uint32_t lanes = lanes_of<A>(load<A>(x + j) > splat(least));
+            uint32_t lanes = lanes_of<A>(load<A>(x + j) > splat(score_of[topk - 1]));
             for (; lanes != 0; lanes &= lanes - 1) {
                 int at = j + __builtin_ctz(lanes);
-                if (x[at] > least) least = insert(row, x[at], key + at);
+                insert(score_of, key_of, x[at], key + at);
             }
         }
     }
@@ -168,9 +178,9 @@ template <class A> static void write_largest(const Params& p, const Segment& s,
         int64_t* keys = results.largest.at<int64_t>(s.batch, head, row);
         A lse = *p.lse.at<A>(s.batch, head, row);
         for (int u = 0; u < x.topk; u++) {
-            int key = x.keys[i * x.topk + u];
+            int64_t key = x.keys[i * x.ld + u];
             bool broken = lse != lse, none = key < 0 || lse == A(NEG_INF);
-            Vec<A> e = vexp2<A>(splat(A(x.scores[i * x.topk + u] - t.lse[i])));
+            Vec<A> e = vexp2<A>(splat(A(x.scores[i * x.ld + u] - t.lse[i])));
             probs[u] = broken ? lse : none ? A(0) : A(e[0] * t.inverse_sum[i]);
             keys[u] = none || broken ? -1 : s.key0 + key;
         }
@@ -226,8 +236,9 @@ static void maps(const Params& p, const MapsItem& item, const MapsResults& resul
     const int bins = item.pooled ? results.pooled : 0;
     Largest<A>& largest = *arena.take<Largest<A>>(1);
     largest.topk = results.probs.data ? results.topk : 0;
-    largest.scores = arena.take<A>(static_cast<int64_t>(largest.topk) * BLOCK_Q);
-    largest.keys = arena.take<int>(static_cast<int64_t>(largest.topk) * BLOCK_Q);
+    largest.ld = (largest.topk + SIMD_WIDTH<A> - 1) / SIMD_WIDTH<A> * SIMD_WIDTH<A>;
+    largest.scores = arena.take<A>(static_cast<int64_t>(largest.ld) * BLOCK_Q);
+    largest.keys = arena.take<IntOf<A>>(static_cast<int64_t>(largest.ld) * BLOCK_Q);
     largest.buffer = arena.take<A>(8 * BLOCK_KV);
     A* acc = bins > 0 ? arena.take<A>(static_cast<int64_t>(bins) * BLOCK_Q) : nullptr;
     A* sums = static_cast<A*>(item.col_mass);

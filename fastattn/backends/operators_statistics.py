@@ -112,7 +112,8 @@ def _first_pass_setup(ctx, inputs, output):
     out, lse, max_logit, entropy, argmax = output
     ctx.save_for_backward(x.q, x.k, x.v, *x.tensors, out, lse, entropy)
     ctx.numbers, ctx.rest = x.numbers, len(x.rest)
-    ctx.mark_non_differentiable(max_logit, argmax)
+    empty = () if x.rest[1] else (entropy,)
+    ctx.mark_non_differentiable(max_logit, argmax, *empty)
     ctx.set_materialize_grads(False)
 
 
@@ -134,8 +135,9 @@ def _first_pass_grad(backward, ctx, dout, dlse, _max_logit, dentropy, _argmax):
 def _maps_setup(ctx, inputs, output):
     x = Arguments.of(*inputs[1:])
     ctx.save_for_backward(x.q, x.k, *x.tensors)
-    ctx.numbers = x.numbers
-    ctx.mark_non_differentiable(*output[1:3])
+    ctx.numbers, (need_col_mass, _, pooled) = x.numbers, x.rest
+    empty = (output[n] for n, need in ((0, need_col_mass), (3, pooled)) if not need)
+    ctx.mark_non_differentiable(*output[1:3], *empty)
     ctx.set_materialize_grads(False)
 
 

@@ -252,3 +252,48 @@ def test_weights_refuse_rows_that_are_not_there():
     arguments = schema.arguments(Call(q, q, q, Spec(1.0), NO_OPERANDS))
     with pytest.raises(RuntimeError, match=r"rows\[1\] is 6, outside \[0, 6\)"):
         schema.weights(torch.zeros(1, 2, 6), *arguments, torch.tensor([0, 6]), False)
+
+
+# ---- what torch asks of operators ----------------------------------------------------------------
+
+CHECKED = {
+    "plain": {},
+    "sinks and bias": {"sinks": torch.randn(4), "bias": torch.randn(1, 4, 6, 9)},
+    "lengths": {"kv_lens": torch.tensor([9, 4], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("end", ["", "_triton"])
+@pytest.mark.parametrize("name", CHECKED)
+def test_opcheck(name, end):
+    q, k = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randn(2, 2, 9, 5, requires_grad=True)
+    call = Call(q, k, k.detach(), Spec(0.4, right=0), Operands(**CHECKED[name]))
+    arguments, lse = schema.arguments(call), cpu.forward(call).lse.detach()
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static",
+    )
+    for operator, args in (
+        (schema.FORWARD_STATISTICS[end], (*arguments, 0, True, True)),
+        (schema.FORWARD_STATISTICS[end], (*arguments, 0, False, False)),
+        (schema.MAPS[end], (lse, *arguments, True, 2, 3)),
+        (schema.weights, (lse, *arguments, torch.tensor([0, 5, 5]), True)),
+    ):
+        if end == "" or operator is not schema.weights:
+            torch.library.opcheck(operator, args, test_utils=tests)
+
+
+def test_vmap_of_the_operators():
+    q, k = torch.randn(3, 1, 2, 6, 4), torch.randn(3, 1, 2, 9, 4)
+
+    def function(q, k):
+        arguments = schema.arguments(Call(q, k, k, Spec(0.5), NO_OPERANDS))
+        first = schema.FORWARD_STATISTICS[""](*arguments, 0, True, False)
+        return first[2], first[3], schema.MAPS[""](first[1], *arguments, True, 0, 2)[0]
+
+    got = torch.func.vmap(function)(q, k)
+    for n in range(3):
+        for x, y in zip(got, function(q[n], k[n])):
+            torch.testing.assert_close(x[n], y)
