@@ -177,6 +177,18 @@ def launch_stats(q, k, spec, num_splits, config):
     return dict(zip(NAMES, launch.forward_stats(q, k, k, *arguments, config=config)))
 
 
+@pytest.mark.parametrize("asked", [(True, 2, 3), (False, 0, 0)], ids=str)
+def test_operators(asked):
+    q = torch.randn(1, 2, 9, 8, device=DEVICE)
+    arguments = (q, q, q, *Operands().tensors(), *numbers(Spec(0.3)))
+    checks = ("test_schema", "test_faketensor")
+    statistics = torch.ops.fastattn.flash_attn_fwd_stats_triton.default
+    torch.library.opcheck(statistics, (*arguments, 0, *map(bool, asked[1:])), test_utils=checks)
+    maps = torch.ops.fastattn.flash_attn_maps_triton.default
+    lse = statistics(*arguments, 0, False, False)[1]
+    torch.library.opcheck(maps, (lse, *arguments, *asked), test_utils=checks)
+
+
 def test_entropy_of_peaked_and_of_far_scores():
     """No cancellation: one key that has almost all of P, and scores far from zero."""
     q = torch.tensor([1.0, 20.0, 300.0], device=DEVICE).view(1, 1, 3, 1)
