@@ -9,8 +9,9 @@ from functools import partial
 
 import torch
 
-from ..core.spec import Operands, Spec
-from . import combine, config, kv_append, launch
+from ..core.call import Call
+from ..core.spec import Operands, Spec, numbers_of
+from . import combine, config, kv_append, launch, launch_jvp, launch_maps
 
 # Triton's targets as config.py names them, each with the multiprocessors of a typical GPU.
 DEVICES = {
@@ -30,30 +31,54 @@ def _int32(*shape):
     return _empty(*shape, dtype=torch.int32)
 
 
-def _call(arch, backward, dtype=torch.bfloat16, dims=(128, 128), lengths=(4096, 4096),
+def _call(arch, kernels, dtype=torch.bfloat16, dims=(128, 128), lengths=(4096, 4096),
           heads=(16, 16), batch=2, spec=(), kv_dtype=None, descales=(), **operands):  # fmt: skip
-    """A function that launches what one call would."""
+    """A function that launches what one call would; `kernels` is a key of KERNELS."""
     (q_len, kv_len), (heads, kv_heads) = lengths, heads
     q = _empty(batch, heads, q_len, dims[0], dtype=dtype)
     pages = operands.pop("pages", batch)
     k, v = (_empty(pages, kv_heads, kv_len, dim, dtype=kv_dtype or dtype) for dim in dims)
-    spec = Spec(dims[0] ** -0.5, *spec)
-    numbers = tuple(getattr(spec, name) for name in Spec.__slots__)
-    x = Operands(**operands)
-    device = DEVICES[arch.name]
-
-    def run():
-        if not backward:
-            tensors = (q, k, v, *x.tensors())
-            return launch.forward(*tensors, *numbers, 0, *descales, device=device)
-        out, lse = _empty(*q.shape[:3], dims[1], dtype=dtype), _empty(*q.shape[:3]).float()
-        needs = (x.bias is not None, False)
-        tensors = (out, None, out, lse, q, k, v)
-        return launch.backward(*tensors, *x.tensors(), *numbers, *needs, device=device)
-
-    return run
+    call = Call(q, k, v, Spec(dims[0] ** -0.5, *spec), Operands(**operands))
+    return partial(KERNELS[kernels], call, DEVICES[arch.name], descales)
 
 
+def _arguments(call: Call) -> tuple:
+    return call.q, call.k, call.v, *call.operands.tensors(), *numbers_of(call.spec)
+
+
+def _forward(call, device, descales):
+    launch.forward(*_arguments(call), 0, *descales, device=device)
+
+
+def _statistics(call, device, _):
+    launch.forward_stats(*_arguments(call), 0, True, True, device=device)
+
+
+def _backward_of(call, device, _, with_entropy=False):
+    shape, dtype = call.q.shape[:3], call.q.dtype
+    out, lse = _empty(*shape, call.v.shape[3], dtype=dtype), _empty(*shape).float()
+    needs = (call.operands.bias is not None, False, lse if with_entropy else None)
+    launch.backward(out, None, out, lse, *_arguments(call), *needs, device=device)
+
+
+def _jvp(call, device, _):
+    tangents = (call.q, call.k, call.v, *call.operands.leaves())
+    launch_jvp.jvp(*_arguments(call), *tangents, device=device)
+
+
+def _column_mass(call, device, _):
+    lse = _empty(*call.q.shape[:3]).float()
+    launch_maps.column_mass(call, lse, device=device)
+
+
+KERNELS = {
+    "forward": _forward,
+    "statistics": _statistics,
+    "backward": _backward_of,
+    "backward of entropy": partial(_backward_of, with_entropy=True),
+    "jvp": _jvp,
+    "column mass": _column_mass,
+}
 CAUSAL = (0.0, -1, 0)
 FP8 = {"sm_90": "QGMMA", "sm_100": "UTCQMMA"}  # the instruction of fp8 products
 
@@ -65,19 +90,46 @@ def audit_subjects(arch):
     for dim, name, spec in fast if arch.name == "sm_90" else fast[1::2]:
         call = {"dims": (dim, dim), "spec": spec}
         name = f"bf16 {dim} {name}"
-        yield from arch.launches(name, _call(arch, False, **call), hot=True, needs="matrix")
+        yield from arch.launches(name, _call(arch, "forward", **call), hot=True, needs="matrix")
         yield from _backward(arch, name, dim <= 128, **call)
     yield from _eight(arch)
     for name, call in _variants() if arch.name == "sm_90" else _largest():
-        yield from arch.launches(name, _call(arch, False, **call))
+        yield from arch.launches(name, _call(arch, "forward", **call))
         if "page_table" not in call:
             yield from _backward(arch, name, False, **call)
+    yield from _derivatives_and_statistics(arch)
 
 
 def _backward(arch, name, hot, **call):
     needs = "matrix" if hot else None
-    for x in arch.launches(f"{name}, backward", _call(arch, True, **call), hot=hot, needs=needs):
+    run = _call(arch, "backward", **call)
+    for x in arch.launches(f"{name}, backward", run, hot=hot, needs=needs):
         yield replace(x, needs=None) if "delta" in x.name else x
+
+
+def _derivatives_and_statistics(arch):
+    """Forward mode, statistics and the gradient of the entropy: the fast paths, and on sm_90 some
+    of each kind. sm_86 has sm_80's instructions and nearly its tables."""
+    if arch.name == "sm_86":
+        return
+    for kernels in ("jvp", "statistics", "backward of entropy", "column mass"):
+        for dim in (64, 128):
+            run = _call(arch, kernels, dims=(dim, dim), spec=CAUSAL)
+            name = f"bf16 {dim} causal, {kernels}"
+            for x in arch.launches(name, run, hot=True, needs="matrix"):
+                yield replace(x, needs=None) if "delta" in x.name else x
+    everything, largest = "bf16 128 everything", dict(_largest())
+    rest = {"jvp": ("bf16 256 causal", "bf16 512 causal", everything)}
+    calls = largest | {"bf16 256 causal": {"dims": (256, 256), "spec": CAUSAL}}
+    if arch.name == "sm_90":
+        calls |= dict(_variants())
+        rest["jvp"] += ("fp32 64 causal", "fp32 256 causal", "bf16 128 varlen")
+        rest["statistics"] = ("bf16 128 grouped kv_lens", "bf16 128 paged decoding", everything)
+        rest["column mass"] = ("bf16 128 varlen", "bf16 512 causal", everything)
+    for kernels, names in rest.items():
+        for name in names:
+            run = _call(arch, kernels, **calls[name])
+            yield from arch.launches(f"{name}, {kernels}", run)
 
 
 def _largest():
@@ -116,12 +168,12 @@ def _eight(arch):
     scale = _empty(16, dtype=torch.float32)
     call = {"dtype": E4M3, "spec": CAUSAL, "descales": (scale,) * 3}
     for dim in (64, 128, 256) if all_kinds else (128,):
-        run = _call(arch, False, dims=(dim, dim), **call)
+        run = _call(arch, "forward", dims=(dim, dim), **call)
         needs = FP8.get(arch.name, "matrix")
         yield from arch.launches(f"fp8 {dim} causal", run, hot=device.fp8, needs=needs)
     scale = _empty(8, dtype=torch.float32)
     for name, dtype in (("fp8", E4M3), ("int8", torch.int8))[: 2 if all_kinds else 1]:
-        run = _call(arch, False, **PAGED, kv_dtype=dtype, descales=(None, scale, scale))
+        run = _call(arch, "forward", **PAGED, kv_dtype=dtype, descales=(None, scale, scale))
         yield from arch.launches(f"{name} cache 128 paged decoding", run)
         yield from arch.launches(f"{name} cache", partial(_append, dtype, scale), hot=True)
     if all_kinds:

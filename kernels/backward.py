@@ -9,6 +9,9 @@ dbias where sequences or heads share a bias.
     P = exp(S - lse), dP = dO V', dS = P * (dP - delta), delta = rowsum(dO * O) - dlse
     dV = P' dO, dQ = scale dS K, dK = scale dS' Q, dbias = dS
 
+A gradient of the rows' entropy, -rowsum(P log P), adds -dentropy * P log P to dS and
+-dentropy * entropy to dlse, which the caller does.
+
 Sections: load, one step, rows (dq). backward_keys.py has dk and dv, backward_bias.py the bias.
 """
 
@@ -19,7 +22,7 @@ import triton.language as tl
 
 from .params import Range, Tensor4
 from .philox import dropout_head, keep_tile
-from .score import NEG_INF, finish_scores, to_base2
+from .score import LN2, NEG_INF, finish_scores, to_base2
 from .spec import (
     document_at,
     edge_tile,
@@ -57,6 +60,7 @@ class Gradients(NamedTuple):
     bias_rows: Tensor4  # [sequences, heads, rows] fp32: dS summed over keys
     bias_keys: Tensor4  # [sequences, heads, keys] fp32: dS summed over rows
     large: Any  # int32 [B, heads]: 1 where some lse is at least LARGE_LSE
+    dentropy: Any  # a Tensor4 [B, heads, q_len], gradient of the rows' entropy, or None
 
 
 class Tma(NamedTuple):
@@ -76,6 +80,7 @@ class Query(NamedTuple):
     dout: Any
     lse: Any  # [rows], in base 2; +inf where there is no row
     delta: Any
+    dentropy: Any  # [rows]; None: the entropy has no gradient
 
 
 class Keys(NamedTuple):
@@ -111,7 +116,10 @@ def load_query(p, g, s, tma, head, start, C: tl.constexpr, EDGE: tl.constexpr):
         delta = tl.load(delta_at, mask=rows.ok, other=0.0)
     else:
         lse, delta = tl.load(lse_at), tl.load(delta_at)
-    return Query(rows, q_at, dout_at, q, dout, lse, delta)
+    dentropy = None
+    if g.dentropy is not None:
+        dentropy = tl.load(rows_at(g.dentropy, s, rows), mask=rows.ok, other=0.0).to(tl.float32)
+    return Query(rows, q_at, dout_at, q, dout, lse, delta, dentropy)
 
 
 @triton.jit
@@ -225,7 +233,9 @@ def gradient_of_scores(
         )
         i, j = r.rows.i[None, :], y.j[:, None]
         seen = in_band_transposed(p, s, r.rows.i, r.rows.ok, y.j, y.first, y.last, EDGE)
-        lse, delta = r.lse[None, :], r.delta[None, :]
+        lse, delta, dentropy = r.lse[None, :], r.delta[None, :], r.dentropy
+        if dentropy is not None:
+            dentropy = dentropy[None, :]
     else:
         x = product(r.q, r.q_at, r.rows.ok, y.k, y.k_at, y.exists, C.D, C.BLOCK_D, C.PRECISION)
         dp = product(
@@ -233,7 +243,9 @@ def gradient_of_scores(
         )
         i, j = r.rows.i[:, None], y.j[None, :]
         seen = in_band(r.rows, y.j, EDGE)
-        lse, delta = r.lse[:, None], r.delta[:, None]
+        lse, delta, dentropy = r.lse[:, None], r.delta[:, None], r.dentropy
+        if dentropy is not None:
+            dentropy = dentropy[:, None]
     x, slope = finish_scores(p, s.n, x, head, i, j, seen, s.offset, EDGE)
     x -= lse
     if EDGE:  # the clamp of LARGE_LSE, which keeps NaN
@@ -246,6 +258,8 @@ def gradient_of_scores(
         dp = tl.where(kept, dp * p.dropout.inverse_keep, 0.0)
         dropped = tl.where(kept, probs, 0.0)
     ds = probs * (dp - delta)
+    if dentropy is not None:
+        ds -= tl.where(probs == 0.0, 0.0, dentropy * probs * (x * LN2))  # 0 * -inf would be NaN
     if EDGE or p.mask.ptr is not None:
         ds = tl.where(probs == 0.0, 0.0, ds)  # 0 * NaN would be NaN where a hidden key or value is
     before_cap = ds

@@ -15,7 +15,7 @@ def bias_step(p, g, s, head, start, key, acc, C: tl.constexpr):
     r = load_query(p, g, s, Tma(None, None), head, start, C, True)
     if p.lengths.doc_begin is not None:
         rows = document_rows(p, s, r.rows)
-        r = Query(rows, r.q_at, r.dout_at, r.q, r.dout, r.lse, r.delta)
+        r = Query(rows, r.q_at, r.dout_at, r.q, r.dout, r.lse, r.delta, r.dentropy)
     y = load_keys(p, s, Tma(None, None), head // (p.heads // p.kv_heads), key, C, True)
     _, _, ds = gradient_of_scores(p, s, r, y, head, start, key, C, False, True)
     return acc + ds

@@ -144,10 +144,49 @@ BACKWARD_KEYS = {
     "interpreter": _INTERPRETER,
 }
 
+# Forward mode: two tiles of results stay in registers, and a tile of keys loads four tensors. More
+# than CHUNK_D channels of v are processed in chunks, since two tiles of 256 would spill.
+_SM80_JVP = {
+    64: Config(128, 32, 8, 2),
+    128: Config(64, 32, 8, 2),
+    256: Config(32, 32, 8, 1),
+    CHUNKED: Config(32, 32, 8, 1),
+}
+_FP32_JVP = {
+    64: Config(32, 16, 4, 2),
+    128: Config(16, 16, 4, 2),
+    256: Config(16, 16, 4, 1),
+    CHUNKED: Config(16, 16, 4, 1),
+}
+
+JVP = {
+    "sm90": {
+        2: {
+            64: Config(128, 64, 8, 2),
+            128: Config(128, 32, 8, 2),
+            256: Config(128, 32, 8, 1),
+            CHUNKED: Config(32, 32, 8, 1),
+        },
+        4: _FP32_JVP,
+    },
+    "sm80": {2: _SM80_JVP, 4: _FP32_JVP},
+    "sm86": {2: _SM80_JVP, 4: _FP32_JVP},
+    "gfx9": {
+        2: {
+            64: Config(64, 32, 4, 1),
+            128: Config(32, 32, 4, 1),
+            256: Config(32, 16, 4, 1),
+            CHUNKED: Config(32, 16, 4, 1),
+        },
+        4: {size: config._replace(stages=1) for size, config in _FP32_JVP.items()},
+    },
+    "interpreter": _INTERPRETER,
+}
+
 # sm_100 has too few registers for one of sm_90's Configs.
 _SM100_FORWARD = FORWARD["sm90"][2] | {64: Config(128, 64, 8, 2, tma=True)}
 FORWARD["sm100"] = {2: _SM100_FORWARD, 4: _FP32}
-for _table in (BACKWARD_ROWS, BACKWARD_KEYS):
+for _table in (BACKWARD_ROWS, BACKWARD_KEYS, JVP):
     _table["sm100"] = _table["sm90"]
 
 

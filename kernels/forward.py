@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .params import Range
 from .philox import dropout_head, keep_each, keep_tile
-from .score import NEG_INF, finish_scores, from_base2, logit
+from .score import LN2, NEG_INF, finish_scores, from_base2, logit
 from .spec import document_at, edge_tile, full_segment, sequence_of_tile
 from .tile import (
     dot,
@@ -27,6 +27,8 @@ from .tile import (
     widen,
 )
 
+NO_KEY = tl.constexpr(2**31 - 1)  # past every key
+
 
 class Query(NamedTuple):
     """A tile's query rows, and how to load its keys."""
@@ -38,6 +40,13 @@ class Query(NamedTuple):
     first: Any  # column of v and out that this program computes
     k_tma: Any  # tensor descriptors of k and v; None: plain loads
     v_tma: Any
+
+
+class RowStatistics(NamedTuple):
+    """What the loop keeps of each row for Statistics. None: not asked for."""
+
+    entropy: Any  # [rows]: sum of P log2(P), where P = exp2(score - row_max)
+    argmax: Any  # [rows]: the first key whose score is row_max
 
 
 # ---- load ---------------------------------------------------------------------------------------
@@ -70,7 +79,7 @@ def descale(p, s, kv_head, pointer):
 
 @triton.jit
 def forward_step(
-    p, s, q, t, row_max, row_sum, acc, score_scale, C: tl.constexpr, EDGE: tl.constexpr
+    p, s, q, t, row_max, row_sum, acc, stats, score_scale, C: tl.constexpr, EDGE: tl.constexpr
 ):
     """The rows' softmax state after key tile t."""
     start = t * C.BLOCK_KV
@@ -97,6 +106,7 @@ def forward_step(
     base = tl.where(new_max == NEG_INF, 0.0, new_max)  # -inf - -inf would be NaN
     probs = tl.exp2(x - base[:, None])
     rescale = tl.exp2(row_max - base)
+    stats = stats_after(stats, x, probs, j, row_max, row_sum, base)
     row_sum = row_sum * rescale + tl.sum(probs, 1)
     if p.dropout.seed is not None:
         bh = dropout_head(p, s.n, head)
@@ -112,7 +122,31 @@ def forward_step(
         else:
             v = widen(v, p.q.ptr.dtype.element_ty)
     acc = dot(probs.to(v.dtype), v, acc * rescale[:, None], C.PRECISION)
-    return new_max, row_sum, acc
+    return new_max, row_sum, acc, stats
+
+
+@triton.jit
+def stats_after(stats, x, probs, j, row_max, row_sum, base):
+    """RowStatistics after a tile of scores x [rows, keys]; row_max and row_sum are those before it,
+    and base is the new maximum."""
+    entropy, argmax = stats.entropy, stats.argmax
+    if entropy is not None:
+        terms = tl.where(probs == 0.0, 0.0, probs * (x - base[:, None]))  # 0 * -inf would be NaN
+        entropy = entropy_at(entropy, row_max, row_sum, base) + tl.sum(terms, 1)
+    if argmax is not None:
+        tile_max = tl.max(x, 1)
+        first = tl.min(tl.where(x == tile_max[:, None], j[None, :], NO_KEY), 1)
+        # Tiles on the edges come before those between, so equal scores are compared by key.
+        better = (tile_max > row_max) | ((tile_max == row_max) & (first < argmax))
+        argmax = tl.where(better, first, argmax)
+    return RowStatistics(entropy, argmax)
+
+
+@triton.jit
+def entropy_at(entropy, row_max, row_sum, base):
+    """RowStatistics' entropy with probabilities relative to base instead of row_max."""
+    grown = tl.where(row_max == NEG_INF, 0.0, tl.minimum(base - row_max, 256.0))  # exp2 gives 0
+    return (entropy - row_sum * grown) * tl.exp2(-grown)
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -143,31 +177,44 @@ def forward_tile(p, s, visible, start, head, kv_head, chunk, split, k_tma, v_tma
     row_max = tl.full([C.BLOCK_Q], NEG_INF, tl.float32)
     row_sum = tl.zeros([C.BLOCK_Q], tl.float32)
     acc = tl.zeros([C.BLOCK_Q, C.BLOCK_DV], tl.float32)
+    stats = no_statistics(p, C.BLOCK_Q)
     if p.mask.ptr is not None:
         if visible.rank is not None:  # only the tiles that hold a True, in order
             at = s.n * visible.batch + head * visible.head + start // C.BLOCK_Q * visible.row
             rank = visible.rank + at.to(tl.int64) * (visible.others + 1)
             tiles = visible.tile + at.to(tl.int64) * visible.others
             for e in tl.range(tl.load(rank + r.begin), tl.load(rank + r.end), num_stages=C.STAGES):
-                row_max, row_sum, acc = forward_step(
-                    p, s, q, tl.load(tiles + e), row_max, row_sum, acc, score_scale, C, True
+                row_max, row_sum, acc, stats = forward_step(
+                    p, s, q, tl.load(tiles + e), row_max, row_sum, acc, stats, score_scale, C, True
                 )
         else:
             for t in tl.range(r.begin, r.end, num_stages=C.STAGES):
-                row_max, row_sum, acc = forward_step(
-                    p, s, q, t, row_max, row_sum, acc, score_scale, C, True
+                row_max, row_sum, acc, stats = forward_step(
+                    p, s, q, t, row_max, row_sum, acc, stats, score_scale, C, True
                 )
     else:
         edges = r.end - r.begin - (r.full_end - r.full_begin)
         for e in tl.range(0, edges, num_stages=C.STAGES):
-            row_max, row_sum, acc = forward_step(
-                p, s, q, edge_tile(r, e), row_max, row_sum, acc, score_scale, C, True
+            row_max, row_sum, acc, stats = forward_step(
+                p, s, q, edge_tile(r, e), row_max, row_sum, acc, stats, score_scale, C, True
             )
         for t in tl.range(r.full_begin, r.full_end, num_stages=C.STAGES):
-            row_max, row_sum, acc = forward_step(
-                p, s, q, t, row_max, row_sum, acc, score_scale, C, False
+            row_max, row_sum, acc, stats = forward_step(
+                p, s, q, t, row_max, row_sum, acc, stats, score_scale, C, False
             )
-    finish(p, s, q, split, row_max, row_sum, acc, C)
+    finish(p, s, q, split, row_max, row_sum, acc, stats, C)
+
+
+@triton.jit
+def no_statistics(p, BLOCK_Q: tl.constexpr):
+    """RowStatistics before the first key."""
+    entropy, argmax = None, None
+    if p.statistics is not None:
+        if p.statistics.entropy is not None:
+            entropy = tl.zeros([BLOCK_Q], tl.float32)
+        if p.statistics.argmax is not None:
+            argmax = tl.full([BLOCK_Q], NO_KEY, tl.int32)
+    return RowStatistics(entropy, argmax)
 
 
 # ---- finish -------------------------------------------------------------------------------------
@@ -182,22 +229,26 @@ def is_dead(row_max, row_sum):
 
 @triton.jit
 def add_sinks(p, head, row_max, row_sum):
-    """(row_max, row_sum, rescale of acc) with the sink in the sum of rows that see a key."""
+    """(row_max, row_sum, rescale of acc, the sink's part of row_sum) with the sink in the sum of
+    rows that see a key."""
     if p.sinks.ptr is None:
-        return row_max, row_sum, row_sum * 0 + 1
+        return row_max, row_sum, row_sum * 0 + 1, row_sum * 0
     else:
         sink = logit(tl.load(p.sinks.ptr + head * p.sinks.head))
         sink = tl.where(is_dead(row_max, row_sum), NEG_INF, sink)
         top = tl.maximum(row_max, sink)
         base = tl.where(top == NEG_INF, 0.0, top)
-        rescale = tl.exp2(row_max - base)
-        return top, row_sum * rescale + tl.exp2(sink - base), rescale
+        rescale, part = tl.exp2(row_max - base), tl.exp2(sink - base)
+        return top, row_sum * rescale + part, rescale, part
 
 
 @triton.jit
-def finish(p, s, q, split, row_max, row_sum, acc, C: tl.constexpr):
+def finish(p, s, q, split, row_max, row_sum, acc, stats, C: tl.constexpr):
     rows = q.rows
-    row_max, row_sum, rescale = add_sinks(p, rows.head, row_max, row_sum)
+    if p.statistics is not None:  # noqa: SIM102  a compile-time condition, unlike the next
+        if q.first == 0:
+            store_statistics(p, s, rows, split, row_max, row_sum, stats)
+    row_max, row_sum, rescale, _ = add_sinks(p, rows.head, row_max, row_sum)
     dead = is_dead(row_max, row_sum)
     row_sum = tl.where(dead, 1.0, row_sum)
     rescale = rescale / row_sum
@@ -213,6 +264,34 @@ def finish(p, s, q, split, row_max, row_sum, acc, C: tl.constexpr):
     if q.first == 0:
         lse_at = rows_at(p.lse, s, rows) + split.to(tl.int64) * p.lse.col
         tl.store(lse_at, lse, mask=rows.ok)
+
+
+@triton.jit
+def store_statistics(p, s, rows, split, row_max, row_sum, stats):
+    """The statistics of the rows, from the softmax state without the sink. A NaN among the scores,
+    which row_max does not show, makes row_sum NaN: then these are NaN, and argmax is -1."""
+    to = p.statistics
+    at = rows_at(to.max_logit, s, rows) + split.to(tl.int64) * to.max_logit.col
+    tl.store(at, tl.where(row_sum == row_sum, from_base2(row_max), row_sum), mask=rows.ok)
+    if to.entropy is not None:
+        at = rows_at(to.entropy, s, rows) + split.to(tl.int64) * to.entropy.col
+        entropy = entropy_with_sinks(p, rows.head, row_max, row_sum, stats.entropy)
+        tl.store(at, entropy, mask=rows.ok)
+    if to.argmax is not None:
+        at = rows_at(to.argmax, s, rows) + split.to(tl.int64) * to.argmax.col
+        argmax = tl.where((row_max == NEG_INF) | (row_sum != row_sum), -1, stats.argmax)
+        tl.store(at, argmax.to(tl.int64), mask=rows.ok)
+
+
+@triton.jit
+def entropy_with_sinks(p, head, row_max, row_sum, entropy):
+    """The entropy in nats: log(row_sum) minus the mean of log(P); 0 where a row sees no key."""
+    top, total, _, part = add_sinks(p, head, row_max, row_sum)
+    entropy = entropy_at(entropy, row_max, row_sum, top)
+    entropy += tl.where(part == 0.0, 0.0, part * tl.log2(part))
+    dead = is_dead(top, total)
+    total = tl.where(dead, 1.0, total)
+    return tl.where(dead, 0.0, (tl.log2(total) - entropy / total) * LN2)
 
 
 # ---- the kernel ---------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def operand4(x: torch.Tensor | None) -> Tensor4:
     return Tensor4(x.view(torch.uint8) if x.dtype == torch.bool else x, *strides)
 
 
-def _heads4(x: torch.Tensor | None) -> Tensor4:
+def heads4(x: torch.Tensor | None) -> Tensor4:
     """[heads] or [sequences, heads]."""
     if x is None:
         return Tensor4()
@@ -107,8 +107,8 @@ def make_params(q, k, v, out, lse, x: Operands, spec: Spec) -> Params:
         lse=rows4(lse),
         mask=operand4(x.mask),
         bias=operand4(x.bias),
-        slopes=_heads4(x.alibi_slopes),
-        sinks=_heads4(x.sinks),
+        slopes=heads4(x.alibi_slopes),
+        sinks=heads4(x.sinks),
         lengths=_lengths(q, k, x),
         ranges=Ranges(operand4(x.key_begin), operand4(x.key_end)),
         pages=Pages() if table is None else Pages(table, table.stride(0), k.shape[2]),

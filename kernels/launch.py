@@ -8,11 +8,13 @@ Arguments are in the normal form of backends/schema.py.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..core.call import Call
 from ..core.quantization import E4M3
 from ..core.spec import Descales, Operands, Spec, split_arguments
 from ..core.tensors import is_dense, unit_stride
@@ -26,10 +28,11 @@ from .config import Config, Device
 from .forward import forward_kernel
 from .host_params import make_params, operand4, rows4, with_rows_of_keys
 from .mask_tiles import tile_lists
-from .params import Params, Tensor4, TileList, constants
+from .params import Params, Statistics, Tensor4, TileList, constants
 
 MAX_SPLITS = 128
 MIN_SPLIT_KEYS = 256  # a split of fewer keys costs more than it saves
+LOG_ZERO = -200.0  # exp() of it is 0 in fp32
 
 
 # ---- what both passes share ---------------------------------------------------------------------
@@ -53,7 +56,7 @@ def row_tiles(p: Params, group: int, block: int) -> int:
     return p.lengths.q_len * group // block + p.lengths.sequences
 
 
-def _sizes(q, v) -> dict:
+def sizes_of(q, v) -> dict:
     dims = {"D": q.shape[3], "DV": v.shape[3]}
     blocks = {f"BLOCK_{name}": configs.block_of(size) for name, size in dims.items()}
     if q.dtype == E4M3:
@@ -61,11 +64,11 @@ def _sizes(q, v) -> dict:
     return dims | blocks | {"PRECISION": precision(q)}
 
 
-def _blocks(config: Config) -> dict:
+def blocks_of(config: Config) -> dict:
     return {"BLOCK_Q": config.block_q, "BLOCK_KV": config.block_kv, "STAGES": config.stages}
 
 
-def _tile_list(operands, p: Params, config: Config, transposed: bool = False) -> TileList:
+def tile_list(operands, p: Params, config: Config, transposed: bool = False) -> TileList:
     if operands.mask is None:
         return TileList()
     lengths = (p.lengths.q_len, p.lengths.kv_len)
@@ -112,14 +115,68 @@ def forward(q, k, v, *rest, config: Config | None = None, device=None):
     operands, spec = Operands(*tensors, Descales(*descales)), Spec(*numbers)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     out, lse = new_results(q, v, operands.packed)
-    if lse.numel() == 0 or out.numel() == 0:
-        return out, lse
-    with torch.cuda.device_of(q):
-        _forward(q, k, v, out, lse, operands, spec, num_splits, config, device)
+    call = Call(q, k, v, spec, operands, num_splits)
+    run_forward(call, Outputs(out, lse, {}), config, device)
     return out, lse
 
 
-def _forward(q, k, v, out, lse, operands, spec, num_splits, config, device) -> None:
+def forward_stats(q, k, v, *rest, config: Config | None = None, device=None):
+    """flash_attn_fwd_stats: (out, lse, max_logit, entropy, argmax). rest is the operands, the
+    numbers, num_splits, need_entropy and need_argmax."""
+    tensors, numbers, (num_splits, *needs) = split_arguments(rest)
+    operands, spec = Operands(*tensors), Spec(*numbers)
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    out, lse = new_results(q, v, operands.packed)
+    wanted = [name for name, need in zip(STATISTICS, (True, *needs)) if need]
+    statistics = _new_statistics(lse, wanted)
+    call = Call(q, k, v, spec, operands, num_splits)
+    run_forward(call, Outputs(out, lse, statistics), config, device)
+    empty = _new_statistics(lse.new_empty(0), STATISTICS)
+    return out, lse, *(empty | statistics).values()
+
+
+class Outputs(NamedTuple):
+    """What the forward fills."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    statistics: dict[str, torch.Tensor]  # by name; of lse's shape
+
+
+# What a statistic is where a row sees no key, and its dtype.
+STATISTICS = {
+    "max_logit": (-math.inf, torch.float32),
+    "entropy": (0.0, torch.float32),
+    "argmax": (-1, torch.int64),
+}
+
+
+def _new_statistics(like: torch.Tensor, names) -> dict[str, torch.Tensor]:
+    """Tensors of like's shape for the named statistics. Rows that no sequence has keep their
+    values, because no program writes them."""
+    return {name: torch.full_like(like, STATISTICS[name][0], dtype=STATISTICS[name][1])
+            for name in names}  # fmt: skip
+
+
+def _statistics4(tensors: dict[str, torch.Tensor], tensor4) -> Statistics | None:
+    """The kernels' Statistics; None without any."""
+    return Statistics(**{name: tensor4(x) for name, x in tensors.items()}) if tensors else None
+
+
+def _splits4(x: torch.Tensor) -> Tensor4:
+    """x [splits, B, heads, q_len, ...]; col is the stride between splits."""
+    return Tensor4(x, *x.stride()[1:4], x.stride(0))
+
+
+def run_forward(call: Call, into: Outputs, config: Config | None, device) -> None:
+    """Fills `into` with the results of a call whose tensors have unit last strides."""
+    if into.lse.numel() and into.out.numel():
+        with torch.cuda.device_of(call.q):
+            _forward(call, into, config, device)
+
+
+def _forward(call: Call, into: Outputs, config, device) -> None:
+    q, k, v, operands, spec = call.q, call.k, call.v, call.operands, call.spec
     batch, heads, q_len, head_dim = q.shape
     v_dim = v.shape[3]
     block_dv = configs.block_of(v_dim)
@@ -127,11 +184,11 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, config, device) -> N
     itemsize = max(2, q.element_size())  # 8-bit tensors use the 16-bit table
     if config is None:
         default = configs.find(configs.FORWARD, device, itemsize, head_dim, v_dim)
-        arguments = (q, k, v, out, lse, operands, spec, num_splits)
         config = tune.choose("forward", q.dtype, (head_dim, v_dim), default,
-                          lambda config: _forward(*arguments, config, device))  # fmt: skip
+                          lambda config: _forward(call, into, config, device))  # fmt: skip
     q, k, v = (_readable(x, device) for x in (q, k, v))
-    p = make_params(q, k, v, out, lse, operands, spec)
+    p = make_params(q, k, v, into.out, into.lse, operands, spec)
+    p = p._replace(statistics=_statistics4(into.statistics, rows4))
 
     # The q heads of a kv head share a tile (pack_gqa) where all their rows fit into one.
     group = heads // k.shape[1]
@@ -140,28 +197,30 @@ def _forward(q, k, v, out, lse, operands, spec, num_splits, config, device) -> N
     tiles = row_tiles(p, group, config.block_q)
     programs = tiles * triton.cdiv(v_dim, block_dv) * (heads // group)
     programs *= 1 if operands.packed else batch
-    visible = _tile_list(operands, p, config) if group == 1 else TileList()
-    splits = num_splits or _splits(p, programs, device)
+    visible = tile_list(operands, p, config) if group == 1 else TileList()
+    splits = call.num_splits or _splits(p, programs, device)
     splits = min(splits, MAX_SPLITS, max(1, p.lengths.kv_len))
-    into = p
+    parts = p
     if splits > 1:
-        split_out = q.new_empty(splits, *out.shape, dtype=torch.float32)
-        split_lse = q.new_full((splits, *lse.shape), -math.inf, dtype=torch.float32)
-        into = p._replace(
-            out=Tensor4(split_out, *split_out.stride()[1:4], split_out.stride(0)),
-            lse=Tensor4(split_lse, *split_lse.stride()[1:4], split_lse.stride(0)),
+        split_out = q.new_empty(splits, *into.out.shape, dtype=torch.float32)
+        split_lse = q.new_full((splits, *into.lse.shape), -math.inf, dtype=torch.float32)
+        split_stats = _statistics4(_new_statistics(split_lse, into.statistics), _splits4)
+        parts = p._replace(
+            out=_splits4(split_out),
+            lse=_splits4(split_lse),
             sinks=Tensor4(),
+            statistics=split_stats,
         )
-    sizes = _sizes(q, v)
+    sizes = sizes_of(q, v)
     tma = _descriptors(p, (k, v), config, config.block_kv, (sizes["BLOCK_D"], sizes["BLOCK_DV"]))
-    compiled_for = constants(**sizes, **_blocks(config), GROUP=group, SPLITS=splits)
+    compiled_for = constants(**sizes, **blocks_of(config), GROUP=group, SPLITS=splits)
     forward_kernel[(programs * splits,)](
-        into, visible, tiles, *tma, compiled_for, num_warps=config.warps
+        parts, visible, tiles, *tma, compiled_for, num_warps=config.warps
     )
     if splits > 1:
-        rows, block = lse.numel(), 16
+        rows, block = into.lse.numel(), 16
         combine_kernel[(triton.cdiv(rows, block) * triton.cdiv(v_dim, block_dv),)](
-            p.out, lse, split_out, split_lse, p, rows, heads, q_len, splits,
+            p, split_out, split_lse, split_stats, rows, splits,
             DV=v_dim, BLOCK_Q=block, BLOCK_DV=block_dv,
         )  # fmt: skip
 
@@ -177,8 +236,10 @@ def _splits(p: Params, programs: int, device: Device) -> int:
 
 def backward(dout, dlse, out, lse, q, k, v, *rest, config: Config | None = None, device=None):
     """flash_attn_bwd: (dq, dk, dv, dbias, dsinks), the last two fp32 and empty where not needed.
-    rest is the operands, the numbers, need_dbias and need_dsinks."""
-    tensors, numbers, (need_dbias, need_dsinks) = split_arguments(rest)
+    rest is the operands, the numbers, need_dbias, need_dsinks and dentropy, the gradient of the
+    rows' entropy, of which dlse has the part -dentropy * entropy; it may be None or absent."""
+    tensors, numbers, (need_dbias, need_dsinks, *more) = split_arguments(rest)
+    dentropy = more[0] if more else None
     operands, spec = Operands(*tensors), Spec(*numbers)
     if operands.paged:
         raise NotImplementedError("fastattn: page_table is given, and paged keys have no gradient")
@@ -197,13 +258,15 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, config: Config | None = None,
             *(rows4(dout), rows4(delta), rows4(lse2), rows4(dq), rows4(dk), rows4(dv)),
             *_bias_sums(p, q, dbias if need_dbias else None),
             torch.zeros(lse.shape[:2], dtype=torch.int32, device=q.device),
+            None if dentropy is None else rows4(dentropy),
         )
         dlse4 = Tensor4() if dlse is None else rows4(dlse)
         _backward(q, k, v, dlse4, operands, p, g, config, device)
         _reduce_bias(g, dbias)
         if need_dsinks:
-            probs = (sinks.float()[:, None] - lse).clamp(max=0).exp()
-            dsinks = torch.where(lse == -math.inf, 0.0, -probs * delta).sum((0, 2))
+            log_probs = (sinks.float()[:, None] - lse).clamp(max=0)
+            ds = delta if dentropy is None else delta + dentropy * log_probs.clamp(min=LOG_ZERO)
+            dsinks = torch.where(lse == -math.inf, 0.0, -log_probs.exp() * ds).sum((0, 2))
     return dq, dk, dv, dbias, dsinks
 
 
@@ -220,13 +283,13 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, config, device) 
     key = (device, q.element_size(), head_dim, v_dim)
     sequences = p.lengths.sequences
     grids = 1 if operands.packed else sequences  # a varlen tile finds its own sequence
-    sizes, blocks = _sizes(q, v), (block_d, block_dv)
+    sizes, blocks = sizes_of(q, v), (block_d, block_dv)
 
     def rows_pass(config: Config) -> None:
         tiles = row_tiles(p, 1, config.block_q)
-        visible = _tile_list(operands, p, config)
+        visible = tile_list(operands, p, config)
         tma = _descriptors(p, (k, v), config, config.block_kv, blocks)
-        compiled_for = constants(**sizes, **_blocks(config))
+        compiled_for = constants(**sizes, **blocks_of(config))
         shared = g.dbias.ptr is not None and g.dbias.ptr.shape[:2] != (sequences, heads)
         own = g._replace(dbias=Tensor4()) if shared else g  # bias_kernel writes a shared dbias
         rows_kernel[(tiles * triton.cdiv(head_dim, block_d) * grids * heads,)](
@@ -250,7 +313,7 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, config, device) 
             tiles = p.lengths.kv_len // config.block_kv + sequences
         else:
             tiles = triton.cdiv(p.lengths.kv_len, config.block_kv)
-        visible = _tile_list(operands, p, config, transposed=True)
+        visible = tile_list(operands, p, config, transposed=True)
         tma = _descriptors(p, (q, g.dout.ptr), config, config.block_q, blocks)
         chunks = max(triton.cdiv(head_dim, block_d), triton.cdiv(v_dim, block_dv))
         keys_kernel[(tiles * chunks * grids * p.kv_heads,)](
@@ -259,7 +322,7 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, config, device) 
             visible,
             chunks,
             *tma,
-            constants(**sizes, **_blocks(config)),
+            constants(**sizes, **blocks_of(config)),
             num_warps=config.warps,
         )
 

@@ -70,6 +70,14 @@ class Descale(NamedTuple):
     head: int = 0
 
 
+class Statistics(NamedTuple):
+    """What the forward tells of each row beside out and lse, laid out like lse."""
+
+    max_logit: Tensor4  # fp32; -inf where a row sees no key
+    entropy: Any = None  # a Tensor4, fp32: in nats, of the keys and the sink; None: not asked for
+    argmax: Any = None  # a Tensor4, int64: the first key of the largest score; -1
+
+
 class Params(NamedTuple):
     q: Tensor4  # [B, heads, q_len, D]
     k: Tensor4  # [B, kv_heads, kv_len, D]; paged [pages, kv_heads, page_size, D]
@@ -93,6 +101,7 @@ class Params(NamedTuple):
     left: int | None  # keys visible behind the diagonal; None: unbounded
     right: int | None
     align_end: int | None  # 1: the diagonal ends at the last key; None: it starts at the first
+    statistics: Any = None  # of Statistics; None: none are asked for
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from ..core.call import Gradients, JvpResult, Result
+from ..core.statistics import FirstPass, Maps
 from . import schema
 from .backend import Backend
 from .cpu import DTYPES
-from .gpu import gpu_missing, interpreting, triton_missing
+from .gpu import gpu_missing, interpreting, launcher, triton_missing
 
 MAX_HEAD_DIM = 1024
+
+# Where kernels/ has the kernels of Triton's operators, beside those of the ordinary forward and
+# backward, which operators.py registers. flash_attn_jvp_bwd_triton is plain torch.
+KERNELS = {
+    "flash_attn_jvp": ("launch_jvp", "jvp"),
+    "flash_attn_fwd_stats": ("launch", "forward_stats"),
+    "flash_attn_maps": ("launch_maps", "maps"),
+}
+for _key in ("CUDA", "CPU"):  # on the CPU, Triton's interpreter
+    for _name, _place in KERNELS.items():
+        schema.LIBRARY.impl(f"{_name}_triton", launcher(*_place), _key)
 
 
 def forward(call):
@@ -16,8 +28,14 @@ def forward(call):
     return Result(*schema.forward_triton(*schema.arguments(call), call.num_splits, *descales))
 
 
-def backward(call, result, dout, dlse, needs):
-    return Gradients(*schema.backward_triton(dout, dlse, *result, *schema.arguments(call), *needs))
+def forward_statistics(call, need_entropy, need_argmax):
+    needs = (call.num_splits, need_entropy, need_argmax)
+    return FirstPass(*schema.FORWARD_STATISTICS["_triton"](*schema.arguments(call), *needs))
+
+
+def backward(call, result, dout, dlse, needs, dentropy=None):
+    arguments = (dout, dlse, *result, *schema.arguments(call), *needs, dentropy)
+    return Gradients(*schema.backward_triton(*arguments))
 
 
 def jvp(call, tangents):
@@ -27,6 +45,11 @@ def jvp(call, tangents):
 def jvp_bwd(call, result, tangents, dtout, dtlse, needs):
     arguments = (*result, *schema.arguments(call), *tangents, *needs)
     return Gradients(*schema.jvp_bwd_triton(dtout, dtlse, *arguments))
+
+
+def maps(call, lse, need_col_mass, topk, pooled):
+    arguments = (lse, *schema.arguments(call), need_col_mass, topk, pooled)
+    return Maps(*schema.MAPS["_triton"](*arguments))
 
 
 def unsupported_reason(call):
@@ -70,4 +93,6 @@ BACKEND = Backend(
     why_not_auto=why_not_auto,
     jvp=jvp,
     jvp_bwd=jvp_bwd,
+    forward_statistics=forward_statistics,
+    maps=maps,
 )

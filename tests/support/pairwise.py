@@ -1,6 +1,6 @@
-"""The list of cases.py in few cases, for backends that take long: PAIRWISE has every
-pair of options, five in a case; KINDS every kind of mask, bias and layout, three in a case;
-crossed() thins the product of two lists."""
+"""The list of cases.py in few cases, for backends that take long: PAIRWISE has every pair of
+options, five in a case, and CROWDED twelve; KINDS every kind of mask, bias and layout, three in a
+case; crossed() thins the product of two lists."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def _cover(size: int = 5):
 
 
 PAIRWISE = list(_cover())
+CROWDED = list(_cover(12))  # every pair in the fewest cases, which say less about what is wrong
 
 # Without a bias there are only masks that hide all keys, and few of them. There are as many rows
 # as keys because the views of one projection need that, and more than a tile of either.
