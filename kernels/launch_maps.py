@@ -24,14 +24,15 @@ from .host_params import make_params, rows4, with_rows_of_keys
 from .launch import Outputs, blocks_of, run_forward, sizes_of, tile_list
 from .params import constants
 
+DTYPES = Maps(torch.float32, torch.float32, torch.int64, torch.float32)
+
 
 def maps(lse, q, k, v, *rest, config: Config | None = None, device=None) -> Maps:
     """flash_attn_maps. rest is the operands, the numbers, need_col_mass, topk and pooled."""
     tensors, (scale, softcap, *band, _), (need_col_mass, topk, pooled) = split_arguments(rest)
     spec = Spec(scale, softcap, *band)  # P is before dropout
     call = Call(*map(unit_stride, (q, k, k)), spec, Operands(*tensors))
-    empty = lse.new_empty(0)
-    found = Maps(empty, empty, torch.empty(0, dtype=torch.int64, device=q.device), empty)
+    found = Maps(*(lse.new_empty(0, dtype=dtype) for dtype in DTYPES))
     pooled_in_torch = pooled if call.operands.packed or call.operands.paged else 0
     if topk or pooled_in_torch:
         found = probabilities.maps(call, lse, False, topk, pooled_in_torch)

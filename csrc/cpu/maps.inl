@@ -105,53 +105,65 @@ INLINE void for_each_block(const Params& p, const KeyRows& keys, Range r, Backwa
 
 // --- topk ---------------------------------------------------------------------------------------
 
-// The largest scores of each row, in falling order, [BLOCK_Q][topk]; of equal ones the first keys.
+// x moved up by a lane, and the last lane of `before` in the first.
+template <class V, int... LANE>
+INLINE V moved_up(V before, V x, std::integer_sequence<int, LANE...>) {
+    constexpr int W = sizeof...(LANE);
+    return __builtin_shufflevector(before, x, W - 1 + LANE...);
+}
+
+// The largest scores of each row, in falling order, [BLOCK_Q][ld]; of equal ones the first keys.
 template <class A> struct Largest {
-    int topk;
+    int topk, ld;  // ld: topk in whole vectors
     A* scores;
-    int* keys;
-    alignas(64) A least[BLOCK_Q];  // the last of each row
+    IntOf<A>* keys;
+    A* buffer;  // [8][BLOCK_KV]
 
     INLINE_MEMBER void begin(int rows) {
-        for (int i = 0; i < rows * topk; i++) {
+        for (int i = 0; i < rows * ld; i++) {
             scores[i] = A(NEG_INF);
             keys[i] = -1;
         }
-        for (int i = 0; i < rows; i++) least[i] = A(NEG_INF);
     }
-    // A score goes before the first that is smaller, and those from there on move down.
-    INLINE_MEMBER void insert(int row, A score, int key) {
-        A* score_of = scores + row * topk;
-        int *key_of = keys + row * topk, u = topk - 1;
-        for (; u > 0 && score_of[u - 1] < score; u--) {
-            score_of[u] = score_of[u - 1];
-            key_of[u] = key_of[u - 1];
+    // A score goes before the first that is smaller, and those from there on move up by one, without
+    // a branch: one that is foretold wrongly costs more than this.
+    INLINE_MEMBER void insert(A* score_of, IntOf<A>* key_of, A score, IntOf<A> key) {
+        constexpr auto lanes = std::make_integer_sequence<int, SIMD_WIDTH<A>>{};
+        Vec<A> own = splat(score), before = splat(-A(NEG_INF));
+        VecI<A> own_key = splat_int<A>(key), before_key = {};
+        for (int u = 0; u < ld; u += SIMD_WIDTH<A>) {
+            Vec<A> x = load<A>(score_of + u), up = moved_up(before, x, lanes);
+            VecI<A> x_key = load_int<A>(key_of + u), up_key = moved_up(before_key, x_key, lanes);
+            store<A>(score_of + u, x >= own ? x : up >= own ? own : up);
+            store_int<A>(key_of + u, x >= own ? x_key : up >= own ? own_key : up_key);
+            before = x;
+            before_key = x_key;
         }
-        score_of[u] = score;
-        key_of[u] = key;
-        least[row] = score_of[topk - 1];
     }
-    // Scores of a panel, of a block that begins with key `key`. Four keys at a time are compared
-    // with the least of the largest: most of them are below it.
-    INLINE_MEMBER void add(int panel, BlockKeys own, int key, const A* s) {
-        for (int v = 0; v < 2; v++) {
-            int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
-            const A* x = s + v * SIMD_WIDTH<A>;
-            for (int j = own.begin; j < own.end; j += 4) {
-                int n = imin(4, own.end - j);
-                Vec<A> bound = load<A>(least + tile_row);
-                VecI<A> above = load<A>(x + j * TILE_LD) > bound;
-                for (int u = 1; u < n; u++) above |= load<A>(x + (j + u) * TILE_LD) > bound;
-                if (lanes_of<A>(above) == 0) continue;
-                for (int u = j; u < j + n; u++) {
-                    const A* of_key = x + u * TILE_LD;
-                    uint32_t lanes = lanes_of<A>(load<A>(of_key) > load<A>(least + tile_row));
-                    for (; lanes != 0; lanes &= lanes - 1) {
-                        int lane = __builtin_ctz(lanes);
-                        insert(tile_row + lane, of_key[lane], key + u);
-                    }
-                }
+    // A row's scores x of keys [key, key + n). A vector of them at a time is compared with the last
+    // of the largest: most are below it.
+    INLINE_MEMBER void add_row(int row, A* x, int key, int n) {
+        A* score_of = scores + static_cast<int64_t>(row) * ld;
+        IntOf<A>* key_of = keys + static_cast<int64_t>(row) * ld;
+        for (int j = n; j % SIMD_WIDTH<A> != 0; j++) x[j] = A(NEG_INF);
+        for (int j = 0; j < n; j += SIMD_WIDTH<A>) {
+            uint32_t lanes = lanes_of<A>(load<A>(x + j) > splat(score_of[topk - 1]));
+            for (; lanes != 0; lanes &= lanes - 1) {
+                int at = j + __builtin_ctz(lanes);
+                insert(score_of, key_of, x[at], key + at);
             }
+        }
+    }
+    // Scores of the first `count` rows of a panel, of a block that begins with key `key`, row by row:
+    // eight of them are transposed.
+    INLINE_MEMBER void add(int panel, int count, BlockKeys own, int key, const A* s) {
+        const int n = own.end - own.begin;
+        for (int r = 0; r < count && n > 0; r += 8) {
+            int rows = imin(8, count - r);
+            transpose<false>([&](int j) { return s + (own.begin + j) * TILE_LD + r; }, n, rows,
+                             buffer, BLOCK_KV, A(1));
+            for (int i = 0; i < rows; i++)
+                add_row(panel * PANEL<A> + r + i, buffer + i * BLOCK_KV, key + own.begin, n);
         }
     }
 };
@@ -166,9 +178,9 @@ template <class A> static void write_largest(const Params& p, const Segment& s,
         int64_t* keys = results.largest.at<int64_t>(s.batch, head, row);
         A lse = *p.lse.at<A>(s.batch, head, row);
         for (int u = 0; u < x.topk; u++) {
-            int key = x.keys[i * x.topk + u];
+            int64_t key = x.keys[i * x.ld + u];
             bool broken = lse != lse, none = key < 0 || lse == A(NEG_INF);
-            Vec<A> e = vexp2<A>(splat(A(x.scores[i * x.topk + u] - t.lse[i])));
+            Vec<A> e = vexp2<A>(splat(A(x.scores[i * x.ld + u] - t.lse[i])));
             probs[u] = broken ? lse : none ? A(0) : A(e[0] * t.inverse_sum[i]);
             keys[u] = none || broken ? -1 : s.key0 + key;
         }
@@ -224,8 +236,10 @@ static void maps(const Params& p, const MapsItem& item, const MapsResults& resul
     const int bins = item.pooled ? results.pooled : 0;
     Largest<A>& largest = *arena.take<Largest<A>>(1);
     largest.topk = results.probs.data ? results.topk : 0;
-    largest.scores = arena.take<A>(static_cast<int64_t>(largest.topk) * BLOCK_Q);
-    largest.keys = arena.take<int>(static_cast<int64_t>(largest.topk) * BLOCK_Q);
+    largest.ld = (largest.topk + SIMD_WIDTH<A> - 1) / SIMD_WIDTH<A> * SIMD_WIDTH<A>;
+    largest.scores = arena.take<A>(static_cast<int64_t>(largest.ld) * BLOCK_Q);
+    largest.keys = arena.take<IntOf<A>>(static_cast<int64_t>(largest.ld) * BLOCK_Q);
+    largest.buffer = arena.take<A>(8 * BLOCK_KV);
     A* acc = bins > 0 ? arena.take<A>(static_cast<int64_t>(bins) * BLOCK_Q) : nullptr;
     A* sums = static_cast<A*>(item.col_mass);
     KeyRows keys = key_rows(p, p.k, s, item.head / p.group());
@@ -238,7 +252,9 @@ static void maps(const Params& p, const MapsItem& item, const MapsResults& resul
         for_each_block(
             p, keys, t.tile.range(0, t.tile.count), t, arena, [](int) INLINE_LAMBDA {},
             [&](int panel, BlockKeys own, int key) INLINE_LAMBDA {
-                if (largest.topk > 0) largest.add(panel, own, key, t.p + panel * PANEL<A>);
+                if (largest.topk > 0)
+                    largest.add(panel, imin(PANEL<A>, t.tile.count - panel * PANEL<A>), own, key,
+                                t.p + panel * PANEL<A>);
             },
             [&](int key, int n) INLINE_LAMBDA {
                 if (sums) add_col_mass(t, n, sums + key);
@@ -332,6 +348,7 @@ static void weights(const Params& p, const WeightsItem& item, const WeightsResul
         Range own = range_of(head);
         all.begin = imin(all.begin, own.begin / BLOCK_KV * BLOCK_KV);
         all.end = imax(all.end, own.end);
+        if (!p.key_ranges.given()) break;  // the band is the same for all heads
     }
     all.end = imax(all.begin, all.end);
     write_zeros<A>(p, item, result, 0, s.key0 + all.begin);

@@ -137,6 +137,13 @@ def test_results_are_those_of_the_forward():
     torch.testing.assert_close(got["lse"], lse)
 
 
+def test_operator():
+    q, k = (torch.randn(2, 2, n, 16, device=DEVICE).transpose(1, 2) for n in (2, 2))
+    arguments = (q, k, k, *(None,) * 13, *numbers(Spec(0.3)), k, None, q, None, None)
+    operator = torch.ops.fastattn.flash_attn_jvp_triton.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize(
     "tangents, sentence",
     [

@@ -61,8 +61,6 @@ def check(case: Case, dtype=torch.float32, num_splits=0, config=None) -> None:
     problem = case.make(dtype, device=DEVICE)
     got = run(problem, num_splits, config=config)
     host = case.make(dtype).to(torch.float64)
-    if case.packed and case.page_size:
-        host = _without_pages(case, dtype)
     want = true_statistics(host)
     for name in ("lse", "max_logit", "entropy"):
         near(got[name], want[name], want["lse"], name)
@@ -80,15 +78,10 @@ def check(case: Case, dtype=torch.float32, num_splits=0, config=None) -> None:
         assert not mass.cpu()[want["col_mass"] == 0].any()
 
 
-def _without_pages(case: Case, dtype):
-    """The same call with its keys and values in one piece."""
-    return replace(case, page_size=0).make(dtype).to(torch.float64)
-
-
 # ---- every case ---------------------------------------------------------------------------------
 
 ONE_BY_ONE = select("alone", "mask", "bias", "layout", "ranges")
-LIST = [*CROWDED, *KINDS[1::3], *(ONE_BY_ONE if ON_GPU else ())]
+LIST = [*CROWDED[::2], *KINDS[1::3], *(ONE_BY_ONE if ON_GPU else ())]
 
 
 @pytest.mark.parametrize("case", LIST, ids=name_of)
@@ -97,7 +90,9 @@ def test_single_precision(case):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [c for c in (*KINDS, *CASES) if c not in LIST], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [c for c in (*CROWDED, *KINDS, *CASES) if c not in LIST], ids=name_of
+)
 def test_the_rest_of_the_list(case):
     check(case)
 
@@ -122,7 +117,7 @@ def test_halves(case, dtype):
 
 
 SPLIT = [c for c in CASES if c.name in {
-    "gqa/8_decode", "alone/sinks", "edge/kv_lens_zero+sinks", "pair/dropout+paged",
+    "gqa/2_decode", "alone/sinks", "edge/kv_lens_zero+sinks", "pair/dropout+paged",
 }]  # fmt: skip
 
 
@@ -180,6 +175,18 @@ def launch_stats(q, k, spec, num_splits, config):
 
     arguments = (*Operands().tensors(), *numbers(spec), num_splits, True, True)
     return dict(zip(NAMES, launch.forward_stats(q, k, k, *arguments, config=config)))
+
+
+@pytest.mark.parametrize("asked", [(True, 2, 3), (False, 0, 0)], ids=str)
+def test_operators(asked):
+    q = torch.randn(1, 2, 9, 8, device=DEVICE)
+    arguments = (q, q, q, *Operands().tensors(), *numbers(Spec(0.3)))
+    checks = ("test_schema", "test_faketensor")
+    statistics = torch.ops.fastattn.flash_attn_fwd_stats_triton.default
+    torch.library.opcheck(statistics, (*arguments, 0, *map(bool, asked[1:])), test_utils=checks)
+    maps = torch.ops.fastattn.flash_attn_maps_triton.default
+    lse = statistics(*arguments, 0, False, False)[1]
+    torch.library.opcheck(maps, (lse, *arguments, *asked), test_utils=checks)
 
 
 def test_entropy_of_peaked_and_of_far_scores():
@@ -310,7 +317,7 @@ def check_gradient(case: Case, dtype=torch.float32) -> None:
 
 TRAINED = [c for c in (*CROWDED, *KINDS, *CASES) if c.has_backward and c.entries]
 GRADIENT = [c for c in TRAINED if c.name in {
-    "bias/minus_inf", "pair/sinks+packed", "pair/mask+key_ranges", "pair/bias_t5+dropout",
+    "bias/minus_inf", "pair/sinks+packed", "pair/mask+key_ranges",
 }]  # fmt: skip
 
 

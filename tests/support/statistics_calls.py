@@ -15,7 +15,7 @@ from fastattn.core.reference import reference
 
 def probabilities(problem: Problem) -> tuple[Tensor, Tensor]:
     """(P before dropout [N, heads, rows, keys], lse): packed calls have the keys as they lie in
-    memory, paged calls the slots of a row of the table."""
+    memory, paged calls the slots of their sequence's row of the table."""
     q, k, _, spec, x = problem
     pages, kv_heads, length, _ = k.shape
     undropped = replace(spec, dropout_p=0.0)
@@ -25,9 +25,8 @@ def probabilities(problem: Problem) -> tuple[Tensor, Tensor]:
     unit = torch.eye(pages * length, dtype=q.dtype).view(pages, 1, length, -1)
     probs, lse = reference(q, k, unit.expand(-1, kv_heads, -1, -1), undropped, x)
     slots = (x.page_table.long()[..., None] * length + torch.arange(length)).flatten(1)
-    if x.packed:
-        raise NotImplementedError("rows of several sequences have no slots in common")
-    return probs.gather(3, slots[:, None, None].expand(*probs.shape[:3], -1)), lse
+    slots = slots[_sequence_of_rows(problem)][None] if x.packed else slots[:, None]
+    return probs.gather(3, slots[:, None].expand(*probs.shape[:3], -1)), lse
 
 
 def entropy_of(problem: Problem, probs: Tensor, lse: Tensor) -> Tensor:
@@ -54,10 +53,15 @@ def true_statistics(problem: Problem) -> dict[str, Tensor]:
 
 
 def first_keys(problem: Problem) -> Tensor:
-    """Where the keys of each row's sequence begin in memory: [N or 1, 1, rows]."""
+    """Where the keys of each row's sequence begin among those of probabilities(): [1, 1, rows]."""
     x = problem.operands
-    rows = torch.arange(problem.q.shape[2])
-    if not x.packed:
-        return torch.zeros(1, 1, len(rows), dtype=torch.long)
-    sequence = torch.searchsorted(x.cu_seqlens_q.long(), rows, right=True) - 1
-    return x.cu_seqlens_k.long()[sequence.clamp(max=len(x.cu_seqlens_k) - 1)].view(1, 1, -1)
+    if not x.packed or x.paged:
+        return torch.zeros(1, 1, problem.q.shape[2], dtype=torch.long)
+    return x.cu_seqlens_k.long()[_sequence_of_rows(problem)].view(1, 1, -1)
+
+
+def _sequence_of_rows(problem: Problem) -> Tensor:
+    """The sequence of each row of a packed call; the last for rows of none."""
+    cu = problem.operands.cu_seqlens_q.long()
+    found = torch.searchsorted(cu, torch.arange(problem.q.shape[2]), right=True) - 1
+    return found.clamp(max=len(cu) - 2)
