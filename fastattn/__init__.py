@@ -23,6 +23,7 @@ from .functional import attention, varlen_attention
 from .override import disable, enable, override_sdpa
 from .sdpa import scaled_dot_product_attention
 from .swapping import SwapReport, swap, unswap
+from .weights import attention_weights
 
 if TYPE_CHECKING:
     from . import distillation as distillation
@@ -39,6 +40,7 @@ __all__ = [
     "Spec",
     "SwapReport",
     "attention",
+    "attention_weights",
     "capture",
     "decode_attention",
     "disable",

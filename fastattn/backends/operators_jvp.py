@@ -13,7 +13,7 @@ from ..core import derivatives
 from ..core.call import Tangents
 from ..core.derivatives import check_tangents
 from ..core.spec import LEAVES, NUMBERS, OPERANDS, Operands
-from ..core.tensors import unit_stride
+from ..core.tensors import as_gradient_of, unit_stride
 from ..core.transforms import pull_back
 from .operators import (
     by_operand,
@@ -51,8 +51,7 @@ def _jvp_bwd(dtout, dtlse, out, lse, tout, tlse, *args):
     x = _checked(args)
     tangents, needs = Tangents(*x.rest[:_T]), x.rest[_T:]
     grads = derivatives.jvp_bwd(x.call(), tangents, dtout, dtlse, needs)
-    memory = (torch.empty_like(unit_stride(y)) for y in (x.q, x.k, x.v))
-    return *(y.copy_(dx) for y, dx in zip(memory, grads)), *grads[3:]
+    return *map(as_gradient_of, (x.q, x.k, x.v), grads[:3]), *grads[3:]
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
