@@ -95,8 +95,10 @@ def _mean_of_heads(x: Tensor) -> Tensor:
 
 
 def _rows(record: Record) -> float:
-    """The rows of an example: all probabilities of a row sum to 1, without a sink."""
-    return float(record["col_mass"].float().sum(-1).mean().clamp(min=1e-30))
+    """The rows of an example; without a statistic of rows, the mass on all keys, which is as much
+    where there is no sink."""
+    rows = next((x.shape[2] for name, x in record.items() if name in ROWS), None)
+    return rows or float(record["col_mass"].float().sum(-1).mean().clamp(min=1e-30))
 
 
 def maps_of(record: Record) -> Tensor | None:
@@ -170,7 +172,7 @@ def _png(alpha: Tensor) -> bytes:
     )
 
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 320, 200, 40, 30, 36
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 260, 180, 40, 30, 36
 
 
 def _svg(title: tuple[str, str], heads: list[Tensor]) -> str:
@@ -226,7 +228,9 @@ def _ticks(low: float, high: float) -> tuple[float, float, float]:
 def figure(records: Sequence[Record], path: Any = None) -> Figure:
     """What was recorded as one figure: plots by depth above, maps by layer and head below."""
     try:
+        from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(
             "rec.plot() draws with matplotlib: pip install 'fastattn[plot]'; a notebook shows the "
@@ -241,8 +245,9 @@ def figure(records: Sequence[Record], path: Any = None) -> Figure:
             f"{', '.join(ROWS)}, col_mass and pooled:N"
         )
     columns = max((len(heads) for _, heads in grids), default=1)
-    heights = ([2.4] if depth else []) + ([0.75 * len(grids)] if grids else [])
-    width = max(3.2 * len(depth), 0.75 * columns + 0.8)
+    width = max(2.8 * len(depth), 0.9 * columns)
+    side = min(width / columns, 1.6) + 0.2  # of a map, with the name of its layer
+    heights = ([2.4] if depth else []) + ([side * len(grids)] if grids else [])
     drawn = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
     parts = drawn.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if depth:
@@ -255,14 +260,16 @@ def figure(records: Sequence[Record], path: Any = None) -> Figure:
             axes.set_title(f"{name}, {unit}" if unit else name, fontsize=10, loc="left")
             axes.set_xlabel("call", fontsize=8)
             axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.spines[["top", "right"]].set_visible(False)
     if grids:
+        shades = LinearSegmentedColormap.from_list("fastattn", [LIGHT["wash"], LIGHT["teal"]])
         cells = parts[-1].subplots(len(grids), columns, squeeze=False)
         for line, (name, heads) in zip(cells, grids):
             for axes in line:
                 axes.set_axis_off()
             for axes, x in zip(line, heads):
-                axes.imshow(x.sqrt().numpy(), cmap="GnBu", vmin=0, interpolation="nearest")
+                axes.imshow(x.sqrt().numpy(), cmap=shades, vmin=0, interpolation="nearest")
             line[0].set_title(name, fontsize=8, loc="left")
     if path is not None:
         drawn.savefig(path, dpi=150)

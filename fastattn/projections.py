@@ -20,6 +20,7 @@ LAYOUTS = (
     ("query", "key", "value", "^output.dense"),  # BERT, RoBERTa, ELECTRA and their like
 )
 HEADS = ("heads", "num_heads", "num_attention_heads", "n_heads")
+HEAD_DIMS = ("head_dim", "attention_head_size")
 KV_HEADS = ("kv_heads", "num_key_value_heads")
 WIDTHS = ("all_head_size",)  # heads times head_dim
 
@@ -78,10 +79,12 @@ def projections_of(model: nn.Module, name: str) -> Projections:
             f"fastattn looks for them; accepted are modules with linear layers named "
             f"{', '.join('/'.join(names) for names in LAYOUTS)}, and torch.nn.MultiheadAttention"
         )
-    heads = _first(module, HEADS)
+    heads, head_dim = _first(module, HEADS), _first(module, HEAD_DIMS)
+    if heads is None and head_dim is not None:
+        heads = layers[0].out_features // head_dim
     if heads is None:
         raise ValueError(f"{_shown(name)} is a {type(module).__name__} without a number of heads; "
-                         f"accepted is an attribute {', '.join(HEADS)}")  # fmt: skip
+                         f"accepted is an attribute {', '.join((*HEADS, *HEAD_DIMS))}")  # fmt: skip
     width = out.in_features // heads
     kv_heads = layers[1].out_features // width
     if layers[0].out_features != heads * width or layers[2].out_features != kv_heads * width:

@@ -97,9 +97,9 @@ def prune_heads(model: nn.Module, heads: Heads) -> nn.Module:
 
     Served are fastattn.nn.Attention and fastattn.models; torch.nn.MultiheadAttention after
     fastattn.swap(), whose forward takes any number of heads (torch's own does not); and
-    transformers' encoders, such as BERT, RoBERTa, DistilBERT, ALBERT, ViT. The state_dict becomes
-    smaller; to load it, prune a new model in the same way first. Optimizers hold the old
-    parameters, so make them afterwards.
+    transformers' models with the projections of projections.LAYOUTS, such as BERT, RoBERTa,
+    DistilBERT, ALBERT, ViT and Llama. The state_dict becomes smaller; to load it, prune a new model
+    in the same way first. Optimizers hold the old parameters, so make them afterwards.
 
     Args:
         heads: {name of an attention module, as capture() and head_importance() give it: the heads

@@ -92,7 +92,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """q, k and v [..., E], their heads still concatenated, by one product for each different
         input."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        dim = self.out_proj.in_features  # embed_dim, unless heads were pruned
+        # embed_dim, unless heads were pruned
+        dim = self.q_proj_weight.shape[0] if weight is None else weight.shape[0] // 3
         biases = [None] * 3 if bias is None else bias.split(dim)
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

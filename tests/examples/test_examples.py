@@ -475,7 +475,7 @@ def test_gpt_logs_attention_and_clips_it(tmp_path, sources):
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     tag = "attention/blocks.0.attn/max_logit"
     logits = [row[tag] for row in rows if tag in row]
-    assert len(logits) == (len(result.losses) + 1) // 2 and logits[1] < logits[0] / 5
+    assert len(logits) == (len(result.losses) + 1) // 2 and logits[1] < logits[0] / 2
     with pytest.raises(ValueError, match="--signals is 2 and --compile eager"):
         run("pretrain_gpt", tmp_path / "b", sources, *bounds, "--compile", "eager")
 

@@ -36,7 +36,7 @@ def transformer(name: str) -> nn.Module:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
              "intermediate_size": 32, "vocab_size": 16, "max_position_embeddings": 16,
              "embedding_size": 16, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32,
-             "image_size": 8, "patch_size": 4}  # fmt: skip
+             "image_size": 8, "patch_size": 4, "num_key_value_heads": 2}  # fmt: skip
     config = transformers.AutoConfig.for_model(name, **sizes)
     return fastattn.hf.enable(transformers.AutoModel.from_config(config)).eval()
 
@@ -50,7 +50,10 @@ MODELS = {
     "nn": blocks,
     "grouped": partial(blocks, 2),
     "fastattn.models": bert,
-    **{name: partial(transformer, name) for name in ("bert", "distilbert", "albert", "vit")},
+    **{
+        name: partial(transformer, name)
+        for name in ("bert", "distilbert", "albert", "vit", "llama")
+    },
 }
 
 
@@ -82,7 +85,7 @@ def test_a_pruned_model_is_the_masked_one(kind):
     with fastattn.capture(stats=("max_logit",)) as rec:
         output(model, given)
     names = list(dict.fromkeys(r.name for r in rec))
-    heads = {names[0]: [2, 3], names[-1]: [0, 1] if kind == "grouped" else [1]}
+    heads = {names[0]: [2, 3], names[-1]: [0, 1] if kind in ("grouped", "llama") else [1]}
     if len(names) == 1:  # ALBERT's layers share their weights
         heads = {names[0]: [0, 2]}
     before = sum(x.numel() for x in model.state_dict().values())
