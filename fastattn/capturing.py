@@ -173,7 +173,7 @@ def has_other_hooks() -> bool:
     """Are there global module hooks beside the watches'? Those see modules that fastattn.nn may
     leave uncalled, and the watches' do not."""
     if not watched:
-        return hooks._has_any_global_hook()
+        return bool(hooks._has_any_global_hook())
     found = (getattr(hooks, f"_global_{kind}_hooks") for kind in _GLOBAL_HOOKS)
     return sum(map(len, found)) > 2 * _open  # a watch has two
 

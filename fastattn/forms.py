@@ -122,8 +122,9 @@ def asking(call: Call, given: dict) -> Call:
     """The call with the statistics that return_stats asks for, checked."""
     if given["return_stats"] is None:
         return call
-    call = call.but(statistics=Wanted.parse(given["return_stats"]))
-    call.statistics.check(call)
+    wanted = Wanted.parse(given["return_stats"])
+    call = call.but(statistics=wanted)
+    wanted.check(call)
     return call
 
 

@@ -68,9 +68,9 @@ def projections_of(model: nn.Module, name: str) -> Projections:
     if isinstance(module, nn.MultiheadAttention):
         return Projections(name, module, (), module.out_proj, module.num_heads, module.num_heads)
     for *sources, target in LAYOUTS:
-        layers = [getattr(module, source, None) for source in sources]
+        layers: list[Any] = [getattr(module, source, None) for source in sources]
         parent = model.get_submodule(name.rpartition(".")[0])
-        out = _at(parent, target[1:]) if target[0] == "^" else _at(module, target)
+        out: Any = _at(parent, target[1:]) if target[0] == "^" else _at(module, target)
         if all(isinstance(x, nn.Linear) for x in (*layers, out)):
             break
     else:
@@ -94,9 +94,10 @@ def projections_of(model: nn.Module, name: str) -> Projections:
 
 
 def _at(module: nn.Module, path: str) -> Any:
+    found: Any = module
     for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
+        found = getattr(found, part, None)
+    return found
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -154,7 +154,7 @@ class Attention(torch.autograd.Function):
     def forward(q, k, v, *rest):
         *leaves, others, (spec, backend, num_splits) = rest
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
-            return backend.forward(call_of(q, k, v, leaves, others, spec, num_splits))
+            return backend.forward(call_of((q, k, v, *leaves), others, spec, num_splits))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -212,7 +212,7 @@ class DualAttention(torch.autograd.Function):
         *tensors, others, (spec, backend, num_splits) = args
         ctx.how, ctx.pushed = (spec, backend, num_splits), None
         ctx.set_materialize_grads(False)
-        call = call_of(*tensors[:3], tensors[3:], others, spec, num_splits)
+        call = call_of(tensors, others, spec, num_splits)
         with forward_ad._set_fwd_grad_enabled(True):  # torch disables it in forward()
             tangents = [_tangent(x, forward_ad._current_level) for x in tensors]
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
@@ -225,7 +225,7 @@ class DualAttention(torch.autograd.Function):
         ctx.save_for_forward(*tensors, *result, *(others or ()))
         return tuple(result)
 
-    backward = Attention.backward
+    backward: Any = Attention.backward
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -18,7 +18,8 @@ from ..core.tensors import as_gradient_of
 def _plain_jvp_bwd(call, result, tangents, dtout, dtlse, needs) -> Gradients:
     del result  # computed again, a chunk of rows at a time
     grads = derivatives.jvp_bwd(call, tangents, dtout, dtlse, needs)
-    return Gradients(*map(as_gradient_of, (call.q, call.k, call.v), grads[:3]), *grads[3:])
+    dq, dk, dv = map(as_gradient_of, (call.q, call.k, call.v), grads[:3])
+    return grads._replace(dq=dq, dk=dk, dv=dv)
 
 
 @dataclass(frozen=True, slots=True)

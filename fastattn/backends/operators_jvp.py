@@ -117,20 +117,21 @@ def _jvp_bwd_grad(ctx, *cotangents):
     """A third derivative: that of plain torch, a chunk of rows at a time."""
     dtout, dtlse, q, k, v, *tensors = ctx.saved_tensors
     operands, tangents = Operands(*tensors[:_N]), tensors[_N:]
+    others = operands.others()
 
     def function(dtout, dtlse, q, k, v, *rest):
         leaves, tangents = rest[: len(LEAVES)], rest[len(LEAVES) :]
-        given = Operands.join(leaves, operands.others()).tensors()
+        given = Operands.join(leaves, others).tensors()
         call = Arguments(q, k, v, given, ctx.numbers, ()).call()
         return tuple(derivatives.jvp_bwd(call, Tangents(*tangents), dtout, dtlse, ctx.needs))
 
     primals = (dtout, dtlse, q, k, v, *operands.leaves(), *tangents)
     dtout, dtlse, *grads = pull_back(function, primals, cotangents)
     own = dict(zip(LEAVES, grads[3:]))
-    operands = (own.get(name) for name in OPERANDS)
+    given = (own.get(name) for name in OPERANDS)
     nothing, of_tangents = (None,) * 4, grads[3 + len(LEAVES) :]
     return (
-        dtout, dtlse, *nothing, *grads[:3], *operands, *(None,) * _M, *of_tangents,
+        dtout, dtlse, *nothing, *grads[:3], *given, *(None,) * _M, *of_tangents,
         *(None,) * len(LEAVES),
     )  # fmt: skip
 

@@ -56,7 +56,8 @@ def _weights(lse, *args):
 
 def _weights_backward(dweights, lse, *args):
     x = Arguments.of(*args)
-    grads = probabilities.weights_gradient(x.call(), lse, *x.rest, dweights)
+    rows, average = x.rest
+    grads = probabilities.weights_gradient(x.call(), lse, rows, average, dweights)
     grads = [lse.new_empty(0) if dx is None else dx for dx in grads]
     return tuple(y.copy_(dx) for y, dx in zip(_weights_backward_fake(dweights, lse, *args), grads))
 

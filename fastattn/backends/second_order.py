@@ -59,7 +59,9 @@ def apply_of(function: type) -> Any:
     return apply
 
 
-def call_of(q, k, v, leaves, others, spec, num_splits=0) -> Call:
+def call_of(tensors, others, spec, num_splits=0) -> Call:
+    """The call of q, k, v and LEAVES, and of the operands without a gradient."""
+    q, k, v, *leaves = tensors
     operands = NO_OPERANDS if others is None else Operands.join(leaves, others)
     return Call(q, k, v, spec, operands, num_splits)
 
@@ -112,7 +114,7 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(dout, dlse, out, lse, q, k, v, *rest):
         *leaves, others, (spec, backend, needs) = rest
-        call = call_of(q, k, v, leaves, others, spec)
+        call = call_of((q, k, v, *leaves), others, spec)
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             return tuple(backend.backward(call, Result(out, lse), dout, dlse, needs))
 
@@ -179,7 +181,7 @@ class AttentionJvp(torch.autograd.Function):
         *tensors, others, (spec, backend, known) = args
         if known is not None:
             return tuple(known)
-        call = call_of(*tensors[:3], tensors[3:_P], others, spec)
+        call = call_of(tensors[:_P], others, spec)
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             return tuple(backend.jvp(call, Tangents(*tensors[_P:])))
 
@@ -247,7 +249,7 @@ class AttentionJvpBackward(torch.autograd.Function):
     @staticmethod
     def forward(dtout, dtlse, out, lse, tout, tlse, *args):
         *tensors, others, (spec, backend, needs) = args
-        call = call_of(*tensors[:3], tensors[3:_P], others, spec)
+        call = call_of(tensors[:_P], others, spec)
         result, tangents = JvpResult(out, lse, tout, tlse), Tangents(*tensors[_P:])
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             return tuple(backend.jvp_bwd(call, result, tangents, dtout, dtlse, needs))
@@ -299,7 +301,7 @@ def _plain_jvp(spec, others):
     """(primals, tangents) -> JvpResult."""
 
     def function(*tensors):
-        call = call_of(*tensors[:3], tensors[3:_P], others or NO_OTHERS, spec)
+        call = call_of(tensors[:_P], others or NO_OTHERS, spec)
         return tuple(derivatives.jvp(call, Tangents(*tensors[_P:])))
 
     return function
@@ -309,7 +311,7 @@ def _plain_jvp_backward(spec, others, needs):
     """(dtout, dtlse, primals, tangents) -> Gradients."""
 
     def function(dtout, dtlse, *tensors):
-        call = call_of(*tensors[:3], tensors[3:_P], others or NO_OTHERS, spec)
+        call = call_of(tensors[:_P], others or NO_OTHERS, spec)
         return tuple(derivatives.jvp_bwd(call, Tangents(*tensors[_P:]), dtout, dtlse, needs))
 
     return function

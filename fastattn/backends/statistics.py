@@ -142,7 +142,7 @@ class AttentionWithRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *rest):
         *leaves, others, (spec, backend, num_splits, needs) = rest
-        call = call_of(q, k, v, leaves, others, spec, num_splits)
+        call = call_of((q, k, v, *leaves), others, spec, num_splits)
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             made = backend.forward_statistics(call, *needs)
         ctx.save_for_backward(q, k, v, *leaves, *made[:2], made.entropy, *(others or ()))
@@ -169,7 +169,7 @@ class AttentionWithRows(torch.autograd.Function):
         else:
             dout = torch.zeros_like(result.out) if dout is None else dout
             dlse = -dentropy * entropy if dlse is None else dlse - dentropy * entropy
-            call = call_of(*tensors[:3], tensors[3:], others, spec)
+            call = call_of(tensors, others, spec)
             grads = backend.backward(call, result, dout, dlse, needs, dentropy)
         own = zip(grads[3:], tensors[3:], needs)
         return *grads[:3], *(dx.to(x.dtype) if need else None for dx, x, need in own), None, None
@@ -179,7 +179,7 @@ def _entropy_of(spec, tensors, others):
     """(q, k, *LEAVES) -> entropy by its definition, and these tensors; of q, k, v and LEAVES."""
 
     def function(q, k, *leaves):
-        return (probabilities.rows(call_of(q, k, k, leaves, others, spec), True, False).entropy,)
+        return (probabilities.rows(call_of((q, k, k, *leaves), others, spec), True, False).entropy,)
 
     return function, (*tensors[:2], *tensors[3:])
 
@@ -194,7 +194,7 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(q, k, *rest):
         *leaves, others, (like, backend, (need_entropy, need_argmax)) = rest
-        call = call_of(q, k, k, leaves, others, like.spec, like.num_splits)
+        call = call_of((q, k, k, *leaves), others, like.spec, like.num_splits)
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             kernel = backend.forward_statistics or probabilities.first_pass
             made = kernel(call, need_entropy, need_argmax)
@@ -311,7 +311,7 @@ class SecondPass(torch.autograd.Function):
         *leaves, others, (spec, backend, asked) = rest
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             kernel = backend.maps or probabilities.maps
-            made = kernel(call_of(q, k, k, leaves, others, spec), lse, *asked)
+            made = kernel(call_of((q, k, k, *leaves), others, spec), lse, *asked)
         needs = zip(made, (asked[0], asked[1] > 0, asked[1] > 0, asked[2] > 0))
         return tuple(x for x, need in needs if need)
 
@@ -341,7 +341,7 @@ class SecondPass(torch.autograd.Function):
         if dcol is None and dpooled is None:
             return (None,) * (5 + len(LEAVES))
         needs = ctx.needs_input_grad[3:-2]
-        call = call_of(q, k, k, leaves, others, spec)
+        call = call_of((q, k, k, *leaves), others, spec)
         grads = maps_gradient(call, backend, dcol, dpooled, needs)
         own = zip(grads[2:], leaves, needs)
         leaves = (dx.to(x.dtype) if need else None for dx, x, need in own)
@@ -353,7 +353,7 @@ class SecondPass(torch.autograd.Function):
         spec, _, (need_col_mass, topk, pooled) = ctx.how
 
         def function(q, k, *leaves):
-            call = call_of(q, k, k, leaves, others, spec)
+            call = call_of((q, k, k, *leaves), others, spec)
             lse = reference(q, k, k, spec, call.operands).lse
             made = probabilities.maps(call, lse, need_col_mass, 0, pooled)
             return tuple(x for x, need in ((made[0], need_col_mass), (made[3], pooled)) if need)

@@ -138,8 +138,10 @@ class _Terms(NamedTuple):
     lse: Tensor  # [b, heads, m]
 
 
-def _terms(spec, operands, piece, q, k, v, bias, sinks, tq, tk, tbias, tsinks) -> _Terms:
-    k, v, tk = (x if x is None else for_query_heads(x, q.shape[1]) for x in (k, v, tk))
+def _terms(chunk: tuple, primals: tuple, tangents: Tangents) -> _Terms:
+    (spec, operands, piece), (q, k, v, bias, sinks) = chunk, primals
+    tq, tk, _, tbias, tsinks = tangents
+    k, v = (for_query_heads(x, q.shape[1]) for x in (k, v))
     scores, tanh = scores_of(q, k, bias, spec, operands, piece)
     probs, sink_probs, lse, _ = softmax_of(scores, sinks)
     factors = keep_factors(probs, spec, operands, piece) if spec.dropout_p > 0 else None
@@ -147,7 +149,7 @@ def _terms(spec, operands, piece, q, k, v, bias, sinks, tq, tk, tbias, tsinks) -
     if tq is not None:
         dot = dot + tq @ k.mT
     if tk is not None:
-        dot = dot + q @ tk.mT
+        dot = dot + q @ for_query_heads(tk, q.shape[1]).mT
     dot = spec.scale * dot
     slope = None if tanh is None else 1 - tanh * tanh
     tangent = dot if slope is None else slope * dot
@@ -170,17 +172,20 @@ def _tout(x: _Terms, tv: Tensor | None) -> Tensor:
     return tout if tv is None else tout + x.kept @ for_query_heads(tv, x.v.shape[1])
 
 
-def _jvp_of_chunk(chunk, q, k, v, bias, sinks, tq, tk, tv, tbias, tsinks):
-    x = _terms(*chunk, q, k, v, bias, sinks, tq, tk, tbias, tsinks)
-    return x.kept @ x.v, x.lse, _tout(x, tv), x.mu.squeeze(-1)
+def _jvp_of_chunk(chunk, *parts):
+    """parts: the primals and their tangents."""
+    tangents = Tangents(*parts[5:])
+    x = _terms(chunk, parts[:5], tangents)
+    return x.kept @ x.v, x.lse, _tout(x, tangents.v), x.mu.squeeze(-1)
 
 
-def _jvp_bwd_of_chunk(
-    chunk, q, k, v, bias, sinks, tq, tk, tv, tbias, tsinks, dtout, dtlse,
-    *, need_dbias, need_dsinks,
-):  # fmt: skip
+def _jvp_bwd_of_chunk(chunk, *parts, need_dbias, need_dsinks):
+    """parts: the primals, their tangents, and the cotangents of tout and tlse."""
+    primals, tangents, (dtout, dtlse) = parts[:5], Tangents(*parts[5:10]), parts[10:]
+    q, k, _, bias, _ = primals
+    tq, tk, tv, _, _ = tangents
     spec, kv_heads = chunk[0], k.shape[1]
-    x = _terms(*chunk, q, k, v, bias, sinks, tq, tk, tbias, tsinks)
+    x = _terms(chunk, primals, tangents)
     D = (dtout * (x.kept @ x.v)).sum(-1, keepdim=True)
     if dtlse is not None:
         D = D - dtlse[..., None]

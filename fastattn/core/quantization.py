@@ -88,9 +88,9 @@ def _without_pages(call: Call, used: bool) -> Call:
     if used and checks.has_values(operands.kv_lens):
         slots = max(operands.kv_lens.tolist(), default=0)
     if table is not None:
-        used = table[:, : -(-slots // size)].long().clamp(0, k.shape[0] - 1)  # [B, pages]
+        pages = table[:, : -(-slots // size)].long().clamp(0, k.shape[0] - 1)  # [B, pages]
         # Indexed as bytes, because not every device can index FP8; [B, kv_heads, pages * size, *].
-        k, v = (x.view(INT8)[used].view(x.dtype).transpose(1, 2).flatten(2, 3) for x in (k, v))
+        k, v = (x.view(INT8)[pages].view(x.dtype).transpose(1, 2).flatten(2, 3) for x in (k, v))
     mask, bias = (
         x if x is None or x.shape[3] == 1 else x[..., :slots]
         for x in (operands.mask, operands.bias)
