@@ -189,6 +189,15 @@ FORWARD["sm100"] = {2: _SM100_FORWARD, 4: _FP32}
 for _table in (BACKWARD_ROWS, BACKWARD_KEYS, JVP):
     _table["sm100"] = _table["sm90"]
 
+# The forward with statistics has FORWARD's tiles, and with them the same bits of out, except where
+# what it keeps beside would spill.
+_SM100_STATISTICS = _SM100_FORWARD | {128: Config(128, 32, 8, 2, tma=True)}
+_GFX9_STATISTICS = FORWARD["gfx9"][2] | {128: Config(64, 32, 4, 1)}
+STATISTICS = FORWARD | {
+    "sm100": {2: _SM100_STATISTICS, 4: _FP32},
+    "gfx9": {2: _GFX9_STATISTICS, 4: _FP32_AMD},
+}
+
 
 def device_of(x: torch.Tensor) -> Device:
     """The tables' name for x's device."""

@@ -183,8 +183,11 @@ def _forward(call: Call, into: Outputs, config, device) -> None:
     device = device or configs.device_of(q)
     itemsize = max(2, q.element_size())  # 8-bit tensors use the 16-bit table
     if config is None:
-        default = configs.find(configs.FORWARD, device, itemsize, head_dim, v_dim)
-        config = tune.choose("forward", q.dtype, (head_dim, v_dim), default,
+        table, kind = configs.FORWARD, "forward"
+        if into.statistics:
+            table, kind = configs.STATISTICS, "statistics"
+        default = configs.find(table, device, itemsize, head_dim, v_dim)
+        config = tune.choose(kind, q.dtype, (head_dim, v_dim), default,
                           lambda config: _forward(call, into, config, device))  # fmt: skip
     q, k, v = (_readable(x, device) for x in (q, k, v))
     p = make_params(q, k, v, into.out, into.lse, operands, spec)
