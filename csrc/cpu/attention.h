@@ -29,7 +29,8 @@ struct JvpResult {
 JvpResult attend_jvp(Call& call);
 
 // dlse may be missing; dbias and dsinks are empty where they are not needed. Where the call has
-// tout and tlse, dout and dlse are the cotangents of these, and the gradients those of forward mode.
+// tout and tlse, dout and dlse are the cotangents of these, and the gradients those of forward
+// mode.
 Gradients differentiate(Call& call, Tensor dout, const OptionalTensor& dlse, Tensor out,
                         const Tensor& lse, bool need_dbias, bool need_dsinks);
 

@@ -154,8 +154,8 @@ template <class A> struct Largest {
             }
         }
     }
-    // Scores of the first `count` rows of a panel, of a block that begins with key `key`. Eight rows
-    // at a time are transposed, and then looked at one by one.
+    // Scores of the first `count` rows of a panel, of a block that begins with key `key`. Eight
+    // rows at a time are transposed, and then looked at one by one.
     INLINE_MEMBER void add(int panel, int count, BlockKeys own, int key, const A* s) {
         const int n = own.end - own.begin;
         for (int r = 0; r < count && n > 0; r += 8) {
