@@ -125,8 +125,8 @@ template <class A> struct Largest {
             keys[i] = -1;
         }
     }
-    // A score goes before the first that is smaller, and those from there on move up by one, without
-    // a branch: one that is foretold wrongly costs more than this.
+    // A score goes before the first that is smaller, and those from there on move up by one. There
+    // is no branch, since one that is predicted wrongly costs more than all of this.
     INLINE_MEMBER void insert(A* score_of, IntOf<A>* key_of, A score, IntOf<A> key) {
         constexpr auto lanes = std::make_integer_sequence<int, SIMD_WIDTH<A>>{};
         Vec<A> own = splat(score), before = splat(-A(NEG_INF));
@@ -154,8 +154,8 @@ template <class A> struct Largest {
             }
         }
     }
-    // Scores of the first `count` rows of a panel, of a block that begins with key `key`, row by row:
-    // eight of them are transposed.
+    // Scores of the first `count` rows of a panel, of a block that begins with key `key`. Eight
+    // rows at a time are transposed, and then looked at one by one.
     INLINE_MEMBER void add(int panel, int count, BlockKeys own, int key, const A* s) {
         const int n = own.end - own.begin;
         for (int r = 0; r < count && n > 0; r += 8) {
@@ -271,8 +271,8 @@ static void maps(const Params& p, const MapsItem& item, const MapsResults& resul
 
 constexpr int WEIGHTS_KEYS = 4 * BLOCK_KV;  // of a chunk, which all heads of a mean add to
 
-// Columns [begin, begin + n) of the tile's rows: `factor` times chunk [n][BLOCK_Q]. Where rows of the
-// result follow each other in the type of arithmetic, eight at a time are transposed into it.
+// Columns [begin, begin + n) of the tile's rows: `factor` times chunk [n][BLOCK_Q]. Where rows of
+// the result follow each other in the type of arithmetic, eight at a time are transposed into it.
 template <class A> static void write_weights(const Params& p, const WeightsItem& item,
                                              const WeightsResult& result, const A* chunk,
                                              int64_t begin, int n, A factor, A* buffer) {

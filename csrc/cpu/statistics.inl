@@ -37,8 +37,8 @@ template <class A> struct RowStatistics {
     alignas(64) IntOf<A> argmax[BLOCK_Q];  // the first key with the largest score
 };
 
-// The first of keys [begin, end) whose score is the rows' new maximum, where that has grown. `s` are
-// the scores from key `key` on.
+// The first of keys [begin, end) whose score is the rows' new maximum, where that has grown. `s`
+// are the scores from key `key` on.
 template <class A> INLINE void find_largest(RowStatistics<A>& r, int tile_row, const A* s,
                                             int64_t ld, int begin, int end, int key, Vec<A> old_max,
                                             Vec<A> row_max) {
