@@ -91,9 +91,9 @@ def attention_transfer_loss(
         reduction: "mean" over the rows that count, of all heads; "sum"; or "none": [B, heads, Sq].
 
     Returns:
-        The loss in float32 (float64 for float64). A row that sees no key counts 0. Its rounding is
-        that of the scores, so that equal rows may give -1e-6. Differentiable in the student's
-        queries, keys, bias and sinks.
+        The loss in float32 (float64 for float64), in which it is computed. A row that sees no key
+        counts 0. Its rounding is that of the scores, so that equal rows may give -1e-6.
+        Differentiable in the student's queries, keys, bias and sinks.
 
     Raises:
         ValueError: sizes that differ, or keys that only one side sees.
@@ -103,11 +103,12 @@ def attention_transfer_loss(
     """
     teacher, student = _call("teacher", teacher), _call("student", student)
     _check(teacher, student)
-    operands = teacher.operands
-    teacher = teacher.but(
-        q=teacher.q.detach(), k=teacher.k.detach(),
-        operands=replace(operands, bias=_detached(operands.bias), sinks=_detached(operands.sinks)),
-    )  # fmt: skip
+    # A mean of keys that is rounded to half precision would be off by as much as the loss.
+    dtype = torch.promote_types(teacher.q.dtype, student.q.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        teacher = _widened(teacher, dtype)
+    student = _widened(student, dtype)
     with unseen():
         return _reduced(_divergence(teacher, student), rows, reduction)
 
@@ -148,8 +149,15 @@ def relation_loss(
     return attention_transfer_loss(*sides, rows=rows, reduction=reduction)
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
+def _widened(call: Call, dtype: torch.dtype) -> Call:
+    """The call without values, with everything that scores are made of in `dtype`. Where gradients
+    are off, in no graph."""
+    x = call.operands
+    q, k, bias, sinks = (
+        None if y is None else y.to(dtype) if torch.is_grad_enabled() else y.detach().to(dtype)
+        for y in (call.q, call.k, x.bias, x.sinks)
+    )
+    return call.but(q=q, k=k, v=k, operands=replace(x, bias=bias, sinks=sinks))
 
 
 # ---- the divergence ------------------------------------------------------------------------------
@@ -161,7 +169,8 @@ def _divergence(teacher: Call, student: Call) -> Tensor:
     wanted = teacher.but(k=_for_heads(teacher.k, teacher.q.shape[1]), v=keys,
                          statistics=Wanted.parse(("entropy",)))  # fmt: skip
     result, stats = run_with_statistics(wanted, registry.pick(None, wanted))
-    own = run(student, registry.pick(None, student)).lse  # its values are not used
+    student = student.but(v=student.k[..., :8].detach())  # lse does not depend on the values
+    own = run(student, registry.pick(None, student)).lse
     sees = result.lse > -torch.inf
     if _only_products(student):
         expected = _expected_by_keys(student, result.out)
@@ -264,6 +273,9 @@ def _call(name: str, x: Any) -> Call:
 
 
 def _check(teacher: Call, student: Call) -> None:
+    if teacher.q.device != student.q.device:
+        raise ValueError(f"the student is on {student.q.device} and the teacher on "
+                         f"{teacher.q.device}; one device is accepted")  # fmt: skip
     for what, sizes in (
         ("batch entries, heads and rows", [x.q.shape[:3] for x in (teacher, student)]),
         ("keys", [x.k.shape[2:3] for x in (teacher, student)]),

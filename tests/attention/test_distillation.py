@@ -102,6 +102,21 @@ def test_relations_of_values():
         relation_loss(theirs, ours, relation_heads=3)
 
 
+def test_half_precision_and_two_dtypes():
+    torch.manual_seed(0)
+    teacher = relation(*torch.randn(2, B, H, S, 16).bfloat16())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        q, k = (x.to(dtype).requires_grad_() for x in torch.randn(2, B, H, S, 8))
+        student = relation(q, k, bias=bias().to(dtype))
+        losses = attention_transfer_loss(teacher, student, reduction="none")
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(
+            losses.double(), divergence(teacher, student), atol=3e-5, rtol=1e-4
+        )
+        losses.sum().backward()
+        assert q.grad.dtype == dtype and bool(k.grad.isfinite().all())
+
+
 def test_rows_and_reductions():
     a, b = (relation(*torch.randn(2, B, H, S, 8)) for _ in range(2))
     real = torch.arange(S) < torch.tensor([[S], [4]])
