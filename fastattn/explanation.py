@@ -20,7 +20,7 @@ from .core.reference import Piece, pieces
 from .core.spec import Spec
 from .core.statistics import ROW_NAMES
 from .core.work import bounds, count_pairs, flops
-from .forms import dense_form, packed_form
+from .forms import dense_form, varlen_form
 from .functional import attention, varlen_attention
 from .options import CacheOptions, DenseOptions, PackedOptions
 
@@ -141,7 +141,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         checked, *_ = dense_form(arguments)
     elif function is varlen_attention:
         arguments.pop("backend")
-        checked = packed_form(arguments)
+        checked = varlen_form(arguments)
     else:
         checked = decoding.decode_form(**arguments)
 

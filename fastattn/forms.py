@@ -173,13 +173,13 @@ def _own_heads(x, dim, head_origin, heads, rank=4):
     return x.narrow(dim, first, heads)
 
 
-def packed_form(given: dict) -> Call:
+def varlen_form(given: dict) -> Call:
     """Checks varlen_attention()'s arguments."""
     q, k, v, page_table = (given[name] for name in ("q", "k", "v", "page_table"))
     if torch._C._is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
     checks.same_kind(q=q, k=k, v=v)
-    heads = checks.packed_shapes(q, k, v, page_table is not None)
+    heads = checks.varlen_shapes(q, k, v, page_table is not None)
     spec = spec_of(q.shape[-1], given)
     if given["document_ids"] is not None:
         raise NotImplementedError(

@@ -20,7 +20,7 @@ from .core.call import Call, Result
 from .core.reference import in_memory_order_of
 from .core.spec import NO_OPERANDS
 from .core.statistics import mapped
-from .forms import PLANS, SIMPLE_PLANS, dense_form, packed_form, remember, simple_plan
+from .forms import PLANS, SIMPLE_PLANS, dense_form, varlen_form, remember, simple_plan
 from .options import Align, BackendName, DenseOptions, PackedOptions
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ def varlen_attention(
     """
     if unknown:
         habits.refuse_unknown(varlen_attention, unknown)
-    call = packed_form({
+    call = varlen_form({
         "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "page_table": page_table,
         "scale": scale, "causal": causal, "window": window, "align": align, "mask": mask,

@@ -41,7 +41,7 @@ def _lengths(q, k, x: Operands) -> Lengths:
         end = torch.searchsorted(ids, ids, right=True, out_int32=True)
     vectors = (x.kv_lens, x.kv_starts, x.cu_seqlens_q, x.cu_seqlens_k)
     return Lengths(
-        x.cu_seqlens_q.shape[0] - 1 if x.packed else q.shape[0],
+        x.cu_seqlens_q.shape[0] - 1 if x.varlen else q.shape[0],
         q.shape[2],
         k.shape[2] * (x.page_table.shape[1] if x.paged else 1),
         *(None if vector is None else vector.contiguous() for vector in vectors),
@@ -56,7 +56,7 @@ def with_rows_of_keys(x: Operands, p: Params) -> Ranges:
     if x.key_begin is None:
         return p.ranges
     j, sequence = torch.arange(p.lengths.kv_len, device=x.key_begin.device), None
-    if x.packed:  # the keys of all sequences, as they lie in memory
+    if x.varlen:  # the keys of all sequences, as they lie in memory
         cu = x.cu_seqlens_k.long()
         sequence = torch.searchsorted(cu, j, right=True).clamp(1, max(1, p.lengths.sequences)) - 1
         j = j - cu[sequence]

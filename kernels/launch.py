@@ -114,7 +114,7 @@ def forward(q, k, v, *rest, config: Config | None = None, device=None):
     tensors, numbers, (num_splits, *descales) = split_arguments(rest)
     operands, spec = Operands(*tensors, Descales(*descales)), Spec(*numbers)
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    out, lse = new_results(q, v, operands.packed)
+    out, lse = new_results(q, v, operands.varlen)
     call = Call(q, k, v, spec, operands, num_splits)
     run_forward(call, Outputs(out, lse, {}), config, device)
     return out, lse
@@ -126,7 +126,7 @@ def forward_stats(q, k, v, *rest, config: Config | None = None, device=None):
     tensors, numbers, (num_splits, *needs) = split_arguments(rest)
     operands, spec = Operands(*tensors), Spec(*numbers)
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    out, lse = new_results(q, v, operands.packed)
+    out, lse = new_results(q, v, operands.varlen)
     wanted = [name for name, need in zip(STATISTICS, (True, *needs)) if need]
     statistics = _new_statistics(lse, wanted)
     call = Call(q, k, v, spec, operands, num_splits)
@@ -195,11 +195,11 @@ def _forward(call: Call, into: Outputs, config, device) -> None:
 
     # The q heads of a kv head share a tile (pack_gqa) where all their rows fit into one.
     group = heads // k.shape[1]
-    if operands.packed or q_len * group > config.block_q:
+    if operands.varlen or q_len * group > config.block_q:
         group = 1
     tiles = row_tiles(p, group, config.block_q)
     programs = tiles * triton.cdiv(v_dim, block_dv) * (heads // group)
-    programs *= 1 if operands.packed else batch
+    programs *= 1 if operands.varlen else batch
     visible = tile_list(operands, p, config) if group == 1 else TileList()
     splits = call.num_splits or _splits(p, programs, device)
     splits = min(splits, MAX_SPLITS, max(1, p.lengths.kv_len))
@@ -247,7 +247,7 @@ def backward(dout, dlse, out, lse, q, k, v, *rest, config: Config | None = None,
     if operands.paged:
         raise NotImplementedError("fastattn: page_table is given, and paged keys have no gradient")
     dout, out, q, k, v = (unit_stride(x) for x in (dout, out, q, k, v))
-    make = torch.zeros_like if operands.packed else torch.empty_like
+    make = torch.zeros_like if operands.varlen else torch.empty_like
     dq, dk, dv = (make(x) for x in (q, k, v))
     bias, sinks = operands.bias, operands.sinks
     dbias = q.new_zeros(bias.shape if need_dbias else (0,), dtype=torch.float32)
@@ -285,7 +285,7 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, config, device) 
     )  # fmt: skip
     key = (device, q.element_size(), head_dim, v_dim)
     sequences = p.lengths.sequences
-    grids = 1 if operands.packed else sequences  # a varlen tile finds its own sequence
+    grids = 1 if operands.varlen else sequences  # a varlen tile finds its own sequence
     sizes, blocks = sizes_of(q, v), (block_d, block_dv)
 
     def rows_pass(config: Config) -> None:
@@ -312,7 +312,7 @@ def _backward(q, k, v, dlse, operands, p: Params, g: Gradients, config, device) 
     of_keys = p._replace(ranges=with_rows_of_keys(operands, p))
 
     def keys_pass(config: Config) -> None:
-        if operands.packed:
+        if operands.varlen:
             tiles = p.lengths.kv_len // config.block_kv + sequences
         else:
             tiles = triton.cdiv(p.lengths.kv_len, config.block_kv)

@@ -26,8 +26,8 @@ def jvp(q, k, v, *rest, config: Config | None = None, device=None):
     tensors, numbers, tangents = split_arguments(rest)
     call = Call(*(unit_stride(x) for x in (q, k, v)), Spec(*numbers), Operands(*tensors))
     tangents = _checked(tangents, (q, k, v, *call.operands.leaves()))
-    out, lse = new_results(call.q, call.v, call.operands.packed)
-    make = torch.zeros_like if call.operands.packed else torch.empty_like
+    out, lse = new_results(call.q, call.v, call.operands.varlen)
+    make = torch.zeros_like if call.operands.varlen else torch.empty_like
     tout, tlse = make(out), make(lse)
     if lse.numel() and out.numel():
         with torch.cuda.device_of(q):
@@ -75,7 +75,7 @@ def _jvp(call: Call, results, result_tangents, tangents, config, device) -> None
         sizes["BLOCK_DV"] = min(sizes["BLOCK_DV"], configs.CHUNK_D)
         programs = tiles * triton.cdiv(v_dim, sizes["BLOCK_DV"]) * heads
         compiled_for = constants(**sizes, **blocks_of(config))
-        jvp_kernel[(programs * (1 if operands.packed else batch),)](
+        jvp_kernel[(programs * (1 if operands.varlen else batch),)](
             p, t, visible, tiles, compiled_for, num_warps=config.warps
         )
 

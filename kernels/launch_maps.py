@@ -33,7 +33,7 @@ def maps(lse, q, k, v, *rest, config: Config | None = None, device=None) -> Maps
     spec = Spec(scale, softcap, *band)  # P is before dropout
     call = Call(*map(unit_stride, (q, k, k)), spec, Operands(*tensors))
     found = Maps(*(lse.new_empty(0, dtype=dtype) for dtype in DTYPES))
-    pooled_in_torch = pooled if call.operands.packed or call.operands.paged else 0
+    pooled_in_torch = pooled if call.operands.varlen or call.operands.paged else 0
     if topk or pooled_in_torch:
         found = probabilities.maps(call, lse, False, topk, pooled_in_torch)
     if need_col_mass:
@@ -47,7 +47,7 @@ def column_mass(call: Call, lse, config: Config | None = None, device=None) -> t
     """P summed over rows: fp32 [B, heads, keys]. Keys of packed calls are those in memory, keys of
     paged calls the slots of a row of the table."""
     q, k, x = call.q, call.k, call.operands
-    if x.packed and x.paged:
+    if x.varlen and x.paged:
         raise NotImplementedError("fastattn: the column mass of packed sequences came with "
                                   "page_table; accepted are packed keys or pages")  # fmt: skip
     p = make_params(q, k, k, q, lse, x, call.spec)
@@ -59,7 +59,7 @@ def column_mass(call: Call, lse, config: Config | None = None, device=None) -> t
     device = device or configs.device_of(q)
 
     def run(config: Config) -> None:
-        if x.packed:
+        if x.varlen:
             tiles = p.lengths.kv_len // config.block_kv + p.lengths.sequences
         else:
             tiles = triton.cdiv(p.lengths.kv_len, config.block_kv) * p.lengths.sequences

@@ -205,7 +205,7 @@ template <class A> static void add_bias_gradient(const Params& p, const Segment&
                                                  const BackwardTile<A>& t, int key, int n) {
     const QueryTile<A>& tile = t.tile;
     const Tensor4& g = p.dbias;
-    A* first = g.at<A>(s.entry, tile.head[0], s.row0 + tile.row[0]) + (s.key0 + key) * g.col;
+    A* first = g.at<A>(s.sequence, tile.head[0], s.row0 + tile.row[0]) + (s.key0 + key) * g.col;
     if (g.row == 0 || g.col == 0) {
         for (int j = 0; j < n; j++)
             for (int i = 0; i < tile.count; i++)
@@ -215,7 +215,7 @@ template <class A> static void add_bias_gradient(const Params& p, const Segment&
     // Eight rows of dbias at a time: they lie a multiple of 4 KB apart where kv_len is one of 1024,
     // and more of them would evict each other from the L1 cache.
     bool set =
-        p.dbias_unset && (g.batch != 0 || s.entry == 0) && (g.head != 0 || tile.head[0] == 0);
+        p.dbias_unset && (g.batch != 0 || s.sequence == 0) && (g.head != 0 || tile.head[0] == 0);
     for (int i = 0; i < tile.count; i += 8) {
         auto row = [&](int j) { return t.ds + j * TILE_LD + i; };
         int rows = imin(8, tile.count - i);

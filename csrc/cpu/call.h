@@ -102,7 +102,7 @@ struct Call : Inputs {
     int64_t page_columns = 0;
     std::vector<float> slopes{};
     std::vector<Segment> segments{};
-    int64_t entries = 0, max_q = 0, max_kv = 0;
+    int64_t sequences = 0, max_q = 0, max_kv = 0;
     bool covers_rows = true, covers_keys = true;  // false: some rows or keys belong to no segment
     Params params{};
 
@@ -136,7 +136,7 @@ inline std::vector<int> Call::int_vector(const OptionalTensor& t, const char* na
 
 inline void Call::check_broadcast(const Tensor& t, const char* name) const {
     check_cpu(t, name);
-    int64_t full[4] = {entries, q.size(1), max_q, max_kv};
+    int64_t full[4] = {sequences, q.size(1), max_q, max_kv};
     bool ok = t.dim() == 4;
     for (int i = 0; ok && i < 4; i++)
         ok = t.size(i) == 1 || t.size(i) == full[i] ||
@@ -221,15 +221,16 @@ inline void Call::make_segments() {
         CHECK(!document_ids, "document_ids cannot be combined with cu_seqlens_q");
     }
     bool packed = !q_begins.empty();
-    entries = packed ? static_cast<int64_t>(q_begins.size()) - 1 : batch;
-    std::vector<int> lens = int_vector(operands.kv_lens, "kv_lens", entries);
-    std::vector<int> starts = int_vector(operands.kv_starts, "kv_starts", entries);
+    sequences = packed ? static_cast<int64_t>(q_begins.size()) - 1 : batch;
+    std::vector<int> lens = int_vector(operands.kv_lens, "kv_lens", sequences);
+    std::vector<int> starts = int_vector(operands.kv_starts, "kv_starts", sequences);
     int64_t pages = 0, page_size = 1;
     if (page_table) {
         check_cpu(*page_table, "page_table");
         CHECK(page_table->scalar_type() == ScalarType::Int && page_table->dim() == 2 &&
-                  page_table->size(0) == entries,
-              "page_table must be int32 [", entries, ", pages], got shape ", shape_of(*page_table));
+                  page_table->size(0) == sequences,
+              "page_table must be int32 [", sequences, ", pages], got shape ",
+              shape_of(*page_table));
         CHECK(packed || operands.kv_lens, "page_table needs kv_lens");
         CHECK(!document_ids, "document_ids cannot be combined with page_table");
         CHECK(kv_rows > 0 || page_table->size(1) == 0, "pages must hold at least one key");
@@ -252,7 +253,7 @@ inline void Call::make_segments() {
 
     int window_left = static_cast<int>(std::min<int64_t>(spec.left, MAX_LENGTH));
     int window_right = static_cast<int>(std::min<int64_t>(spec.right, MAX_LENGTH));
-    for (int e = 0; e < entries; e++) {
+    for (int e = 0; e < sequences; e++) {
         int q_len = packed ? q_begins[e + 1] - q_begins[e] : q_rows;
         int64_t capacity = packed       ? k_begins[e + 1] - k_begins[e]
                            : page_table ? pages * page_size
@@ -274,7 +275,7 @@ inline void Call::make_segments() {
                   " keys, too few for the ", kv_len, " keys of entry ", e);
         Segment s{};
         s.batch = packed ? 0 : e;
-        s.entry = e;
+        s.sequence = e;
         int offset = spec.align_end ? kv_len - q_len : 0;
         auto add = [&](int row, int rows, int key, int key_end) {
             s.q_begin = (packed ? q_begins[e] : 0) + row;
@@ -317,16 +318,17 @@ inline void Call::copy_pages(int64_t page_size) {
         return s.band.kv_len == 0 ? 0 : (s.key0 + s.band.kv_len + page_size - 1) / page_size;
     };
     for (const Segment& s : segments) page_columns = std::max(page_columns, pages_of(s));
-    CHECK(entries * page_columns <= MAX_PAGES, "page_table holds ", entries, " x ", page_columns,
+    CHECK(sequences * page_columns <= MAX_PAGES, "page_table holds ", sequences, " x ",
+          page_columns,
           " pages for these lengths, the limit is 2^28: attend to fewer entries at a time");
-    page_entries.resize(entries * page_columns);
+    page_entries.resize(sequences * page_columns);
     const int* from = static_cast<const int*>(page_table->data_ptr());
     for (const Segment& s : segments)
         for (int64_t i = 0; i < pages_of(s); i++) {
-            int page = from[s.entry * page_table->stride(0) + i * page_table->stride(1)];
-            CHECK(page >= 0 && page < k.size(0), "page_table[", s.entry, ", ", i, "] is ", page,
+            int page = from[s.sequence * page_table->stride(0) + i * page_table->stride(1)];
+            CHECK(page >= 0 && page < k.size(0), "page_table[", s.sequence, ", ", i, "] is ", page,
                   ", outside the ", k.size(0), " pages");
-            page_entries[s.entry * page_columns + i] = page;
+            page_entries[s.sequence * page_columns + i] = page;
         }
 }
 
@@ -335,12 +337,12 @@ inline void Call::copy_pages(int64_t page_size) {
 inline RowNumbers Call::key_range(const Tensor& t, const char* name) const {
     check_cpu(t, name);
     CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 4 && t.size(3) == 1, name,
-          " must be int32 [", entries, ", ", q.size(1), ", ", max_q,
+          " must be int32 [", sequences, ", ", q.size(1), ", ", max_q,
           ", 1], or 1 where it is the same for all, got shape ", shape_of(t));
     check_broadcast(t, name);
     RowNumbers x{static_cast<const int*>(t.data_ptr()), t.size(0) == 1 ? 0 : t.stride(0),
                  t.size(1) == 1 ? 0 : t.stride(1), t.size(2) == 1 ? 0 : t.stride(2)};
-    for (int64_t e = 0; e < (x.batch == 0 ? std::min<int64_t>(1, entries) : entries); e++) {
+    for (int64_t e = 0; e < (x.batch == 0 ? std::min<int64_t>(1, sequences) : sequences); e++) {
         int64_t rows = operands.cu_seqlens_q && x.batch != 0 ? segments[e].band.q_len : max_q;
         for (int64_t h = 0; h < (x.head == 0 ? std::min<int64_t>(1, q.size(1)) : q.size(1)); h++)
             for (int64_t i = 1; x.row != 0 && i < rows; i++)
@@ -364,9 +366,9 @@ inline void Call::set_dropout() {
         first = number(FIRST_HEAD);
         total = number(TOTAL_HEADS);
         CHECK(first >= 0 && total < MAX_HEADS && first <= total - q.size(1) &&
-                  entries * total < MAX_HEADS,
+                  sequences * total < MAX_HEADS,
               "dropout_seed says that the first of q's ", q.size(1), " heads is head ", first,
-              " of ", total, ": they must be among those, which over all ", entries,
+              " of ", total, ": they must be among those, which over all ", sequences,
               " entries must be below 2^31");
     }
     params.first_head = static_cast<uint32_t>(first);
@@ -449,12 +451,12 @@ inline void Call::prepare() {
         const Tensor& t = *operands.alibi_slopes;
         check_cpu(t, "alibi_slopes");
         CHECK(t.scalar_type() == ScalarType::Float &&
-                  (t.dim() == 1 || (t.dim() == 2 && t.size(0) == entries)) &&
+                  (t.dim() == 1 || (t.dim() == 2 && t.size(0) == sequences)) &&
                   t.size(t.dim() - 1) == q.size(1),
-              "alibi_slopes must be float32 [", q.size(1), "] or [", entries, ", ", q.size(1),
+              "alibi_slopes must be float32 [", q.size(1), "] or [", sequences, ", ", q.size(1),
               "], got shape ", shape_of(t));
         const float* from = static_cast<const float*>(t.data_ptr());
-        for (int64_t e = 0; e < (t.dim() == 2 ? entries : 1); e++)
+        for (int64_t e = 0; e < (t.dim() == 2 ? sequences : 1); e++)
             for (int64_t h = 0; h < q.size(1); h++)
                 slopes.push_back(
                     from[(t.dim() == 2 ? e * t.stride(0) : 0) + h * t.stride(t.dim() - 1)]);

@@ -90,7 +90,7 @@ template <class A> INLINE const float* dropout_tile(const Params& p, const Segme
         while (tile_row + rows < tile.count && tile.head[tile_row + rows] == tile.head[tile_row] &&
                tile.row[tile_row + rows] == tile.row[tile_row] + rows)
             rows++;
-        uint32_t bh = s.entry * p.total_heads + p.first_head + tile.head[tile_row];
+        uint32_t bh = s.sequence * p.total_heads + p.first_head + tile.head[tile_row];
         const float* from = dropout_block(p.dropout_key, bh, s.row0 + tile.row[tile_row], rows,
                                           s.key0 + key, n, scratch);
         if (rows == tile.count) return from;

@@ -100,7 +100,8 @@ struct FusedKernels {
     void (*activate)(const ActivateCall&, int64_t begin, int64_t end);
     // adds to dbias, [dim] of the arithmetic type; null: not wanted
     void (*activate_backward)(const ActivateCall&, int64_t begin, int64_t end, void* dbias);
-    void (*rotate)(const RotateCall&, int64_t begin, int64_t end);  // rows of all heads and entries
+    void (*rotate)(const RotateCall&, int64_t begin,
+                   int64_t end);  // rows of all heads and sequences
     void (*cross_entropy)(const CrossEntropyCall&, int64_t begin, int64_t end);
     void (*weight_pack)(const WeightCall&, int item);     // blocks of rows and columns per depth
     void (*weight_product)(const WeightCall&, int item);  // blocks of rows times of columns

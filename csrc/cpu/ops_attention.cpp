@@ -31,7 +31,7 @@ void check_tiles(const Call& call, int heads, int block_q) {
         static_cast<int64_t>(call.segments.size()) * std::max(heads, call.params.kv_heads);
     for (const Segment& s : call.segments)
         tiles += static_cast<int64_t>(heads) * (2 * int64_t(s.band.q_len) / block_q);
-    CHECK(tiles <= MOST, "a call of ", call.entries, " batch entries or sequences and ", heads,
+    CHECK(tiles <= MOST, "a call of ", call.sequences, " batch entries or sequences and ", heads,
           " heads makes ", tiles, " tiles, the limit is 2^28: attend to fewer at a time");
 }
 
@@ -229,8 +229,8 @@ namespace {
 // all be shorter than the bias or see fewer keys.
 bool visits_all(const Call& call, const Tensor& bias) {
     if (call.operands.mask || call.operands.key_begin) return false;
-    if (call.entries == 0 || call.params.heads == 0) return false;
-    if (static_cast<int64_t>(call.segments.size()) != call.entries) return false;
+    if (call.sequences == 0 || call.params.heads == 0) return false;
+    if (static_cast<int64_t>(call.segments.size()) != call.sequences) return false;
     return std::all_of(call.segments.begin(), call.segments.end(), [&](const Segment& s) {
         Range keys = s.band.kv_range(0, s.band.q_len);
         return s.band.q_len == bias.size(2) && s.band.kv_len == bias.size(3) &&
@@ -244,9 +244,9 @@ Tensor bias_sums(const Call& call, const Tensor& bias, BiasSharing& sharing, boo
     bool small = bias.size(2) == 1 || bias.size(3) == 1;
     sharing.any = true;
     sharing.rows = bias.size(2) == 1;
-    sharing.entries = !small && bias.size(0) == 1;
+    sharing.sequences = !small && bias.size(0) == 1;
     sharing.heads = !small && bias.size(1) == 1;
-    std::vector<int64_t> sizes = {small ? call.entries : bias.size(0),
+    std::vector<int64_t> sizes = {small ? call.sequences : bias.size(0),
                                   small ? call.q.size(1) : bias.size(1), bias.size(2),
                                   bias.size(3)};
     Tensor sums = new_tensor(call.q, sizes, accumulate_type(call.q));

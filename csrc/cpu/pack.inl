@@ -31,7 +31,7 @@ static KeyRows key_rows(const Params& p, const Tensor4& t, const Segment& s, int
         return {t.bytes_at(s.batch, kv_head, s.kv_begin), t.row * size, nullptr, 1, 0, 0};
     return {t.bytes_at(0, kv_head, 0),
             t.row * size,
-            p.page_table + s.entry * p.page_table_row,
+            p.page_table + s.sequence * p.page_table_row,
             p.page_size,
             t.batch * size,
             s.kv_begin};

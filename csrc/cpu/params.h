@@ -29,14 +29,14 @@ struct Tensor4 {
 // Query rows that share one run of keys: a batch entry, a packed sequence or a document. Rows and
 // keys count from 0 inside the segment; keys outside it do not exist for these rows.
 struct Segment {
-    int batch;  // index in memory of q, out and, unless paged, k and v
-    int entry;  // batch entry or packed sequence: indexes mask, bias, slopes, dropout, pages
+    int batch;     // index in memory of q, out and, unless paged, k and v
+    int sequence;  // batch entry or packed sequence: indexes mask, bias, slopes, dropout, pages
     int q_begin, kv_begin;  // first row and key in memory
     int row0, key0;         // first row and key as mask, bias and dropout count them
     Band band;              // q_len, kv_len and the diagonal, in segment coordinates
 };
 
-// [entries, Hq, rows] in memory; strides in elements, 0 where broadcast.
+// [sequences, Hq, rows] in memory; strides in elements, 0 where broadcast.
 struct RowNumbers {
     const int* data = nullptr;  // null: absent
     int64_t batch = 0, head = 0, row = 0;
@@ -52,10 +52,10 @@ struct KeyRanges {
     bool given() const { return begin.data != nullptr; }
     // In the segment's coordinates, and perhaps outside [0, kv_len].
     int first(const Segment& s, int head, int row) const {
-        return imax(0, begin.at(s.entry, head, s.row0 + row)) - s.key0;
+        return imax(0, begin.at(s.sequence, head, s.row0 + row)) - s.key0;
     }
     int past(const Segment& s, int head, int row) const {
-        return imax(0, end.at(s.entry, head, s.row0 + row)) - s.key0;
+        return imax(0, end.at(s.sequence, head, s.row0 + row)) - s.key0;
     }
 };
 
@@ -65,17 +65,17 @@ struct Params {
     double softcap;  // 0: off
     bool dropout;
     DropoutKey dropout_key;
-    uint32_t first_head, total_heads;  // dropout counts entry * total_heads + first_head + head
+    uint32_t first_head, total_heads;  // dropout counts sequence * total_heads + first_head + head
     // where
     Dtype dtype;           // of q, k, v, out and their gradients
     Tensor4 q, k, v, out;  // [B, Hq, Sq, D], [B, Hkv, Skv, D], [B, Hkv, Skv, Dv], [B, Hq, Sq, Dv]
-    Tensor4 mask, bias;    // [entries, Hq, rows, keys]
+    Tensor4 mask, bias;    // [sequences, Hq, rows, keys]
     KeyRanges key_ranges;
     const float* slopes;  // ALiBi; null: none
     int64_t slopes_batch;
     Tensor4 sinks;          // [Hq] through the head stride
     Tensor4 lse;            // [B, Hq, Sq] (the column is unused), fp32 (fp64 for fp64)
-    const int* page_table;  // [entries, max_pages]; null: not paged
+    const int* page_table;  // [sequences, max_pages]; null: not paged
     int64_t page_table_row;
     int page_size;
     int heads, kv_heads, head_dim, v_dim;

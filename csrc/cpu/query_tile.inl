@@ -95,11 +95,12 @@ template <class A, class RowOf> INLINE void set_query_rows(const Params& p, cons
             tile.row[tile_row] = i;
             tile.head[tile_row] = h;
             if (p.slopes)
-                tile.slope[tile_row] = slope_in_base2<A>(p.slopes[s.entry * p.slopes_batch + h]);
+                tile.slope[tile_row] = slope_in_base2<A>(p.slopes[s.sequence * p.slopes_batch + h]);
             if (p.mask.data)
-                tile.mask[tile_row] = p.mask.bytes_at(s.entry, h, s.row0 + i) + s.key0 * p.mask.col;
+                tile.mask[tile_row] =
+                    p.mask.bytes_at(s.sequence, h, s.row0 + i) + s.key0 * p.mask.col;
             if (p.bias.data)
-                tile.bias[tile_row] = p.bias.bytes_at(s.entry, h, s.row0 + i) +
+                tile.bias[tile_row] = p.bias.bytes_at(s.sequence, h, s.row0 + i) +
                                       s.key0 * p.bias.col * size_of(p.bias.dtype);
         }
     for (; tile_row < tile.padded; tile_row++) {

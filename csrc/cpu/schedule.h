@@ -128,10 +128,10 @@ struct BackwardPlan {
 
 // Which items may touch the same element of dbias, and so must run one after the other.
 struct BiasSharing {
-    bool any = false;      // no bias gradient: nothing is shared
-    bool entries = false;  // the bias is broadcast over entries
-    bool heads = false;    // ... over heads
-    bool rows = false;     // ... over rows: every tile of a head touches the same elements
+    bool any = false;        // no bias gradient: nothing is shared
+    bool sequences = false;  // the bias is broadcast over sequences
+    bool heads = false;      // ... over heads
+    bool rows = false;       // ... over rows: every tile of a head touches the same elements
 };
 
 // What one key takes: in k and v, and in the sums of an item that sees it.
@@ -178,18 +178,18 @@ inline std::vector<int> row_chunks(const std::vector<Segment>& segments, const P
                                    const BiasSharing& sharing) {
     const int64_t units = std::max<int64_t>(1, static_cast<int64_t>(segments.size()) * p.kv_heads);
     const int wanted = static_cast<int>((ENOUGH_GRADIENTS + units - 1) / units);
-    bool aligned = true;  // every segment has the same rows, so chunks of different entries agree
+    bool aligned = true;  // every segment has the same rows, so chunks of different sequences agree
     for (const Segment& s : segments)
         aligned &= s.row0 == 0 && s.band.q_len == segments[0].band.q_len;
     std::vector<int> chunks;
     for (const Segment& s : segments) {
         int64_t most = std::max(MOST_SUMS * bytes.operands * s.band.kv_len, SMALL_SUMS / units);
         // Chunks are disjoint rows, unless rows of other segments or all rows meet in dbias.
-        bool one = sharing.any && (sharing.rows || (sharing.entries && !aligned));
+        bool one = sharing.any && (sharing.rows || (sharing.sequences && !aligned));
         int enough = one ? 1 : std::min(wanted, ceil_div(s.band.q_len, 2 * block_q));
         chunks.push_back(RowChunks{s, p, block_q, block_kv}.within(enough, most / bytes.sums));
     }
-    if (sharing.any && sharing.entries)  // chunk n has the same rows in each of them
+    if (sharing.any && sharing.sequences)  // chunk n has the same rows in each of them
         std::fill(chunks.begin(), chunks.end(),
                   chunks.empty() ? 1 : *std::min_element(chunks.begin(), chunks.end()));
     return chunks;
@@ -200,7 +200,7 @@ inline BackwardPlan plan_backward(const std::vector<Segment>& segments, const Pa
     BackwardPlan plan;
     const std::vector<int> wanted = row_chunks(segments, p, block_q, block_kv, bytes, sharing);
     struct Key {
-        int entry, head, chunk, item;
+        int sequence, head, chunk, item;
     };
     std::vector<Key> keys;
     for (int n = 0; n < static_cast<int>(segments.size()); n++) {
@@ -213,18 +213,19 @@ inline BackwardPlan plan_backward(const std::vector<Segment>& segments, const Pa
                 int begin = std::min(q_len, chunk * rows), end = std::min(q_len, begin + rows);
                 KeySpan seen = cut.keys(head, begin, end);
                 plan.pairs += static_cast<double>(p.group()) * (end - begin) * seen.size();
-                keys.push_back({sharing.entries ? 0 : segments[n].entry, sharing.heads ? 0 : head,
-                                chunk, static_cast<int>(plan.items.size())});
+                keys.push_back({sharing.sequences ? 0 : segments[n].sequence,
+                                sharing.heads ? 0 : head, chunk,
+                                static_cast<int>(plan.items.size())});
                 plan.items.push_back({n, head, begin, end, seen.begin, seen.end, nullptr, nullptr});
             }
         }
     }
     auto same_task = [](const Key& a, const Key& b) {
-        return a.entry == b.entry && a.head == b.head && a.chunk == b.chunk;
+        return a.sequence == b.sequence && a.head == b.head && a.chunk == b.chunk;
     };
     if (sharing.any)
         std::stable_sort(keys.begin(), keys.end(), [](const Key& a, const Key& b) {
-            if (a.entry != b.entry) return a.entry < b.entry;
+            if (a.sequence != b.sequence) return a.sequence < b.sequence;
             return a.head != b.head ? a.head < b.head : a.chunk > b.chunk;
         });
     for (size_t i = 0; i < keys.size(); i++) {

@@ -39,7 +39,7 @@ template <class A> static void load_tangent_rows(const Params& p, const Segment&
     if (!p.tbias.data) return;
     bool one = true;
     for (int i = 0; i < tile.count; i++) {
-        t.bias_rows[i] = p.tbias.bytes_at(s.entry, tile.head[i], s.row0 + tile.row[i]) +
+        t.bias_rows[i] = p.tbias.bytes_at(s.sequence, tile.head[i], s.row0 + tile.row[i]) +
                          s.key0 * p.tbias.col * size_of(p.tbias.dtype);
         one &= t.bias_rows[i] == t.bias_rows[0];
     }

@@ -165,7 +165,7 @@ def dense_shapes(q, k, v) -> int:
     return rank
 
 
-def packed_shapes(q, k, v, paged) -> int:
+def varlen_shapes(q, k, v, paged) -> int:
     """Checks [T, heads, D], and paged k and v [pages, page_size, heads, D]; returns q's heads."""
     for name, x, wanted in (
         ("q", q, "[Tq, heads, D]"),

@@ -133,6 +133,6 @@ def _rows_of_keys(call: Call, at: Places, head: Tensor, keys: Tensor) -> Tensor:
     if table is not None:
         page = table[at.sequence, keys // k.shape[2]].long().clamp(0, k.shape[0] - 1)
         return k[page, kv_head, keys % k.shape[2]]
-    if call.operands.packed:
+    if call.operands.varlen:
         return k[0, kv_head, keys + at.key]
     return k[at.sequence, kv_head, keys]

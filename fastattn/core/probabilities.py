@@ -256,6 +256,6 @@ def _scores(call: Call, piece: Piece) -> Tensor:
 def _keys_at(x: Tensor, operands, piece: Piece) -> Tensor:
     """The piece's keys of x [B, heads, keys], where packed sequences lie one after the other."""
     own = slice(piece.key + piece.j.start, piece.key + piece.j.stop)
-    if operands.packed or piece.sequence is None:
+    if operands.varlen or piece.sequence is None:
         return x[:, :, own]
     return x[piece.sequence : piece.sequence + 1, :, own]

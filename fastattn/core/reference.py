@@ -36,7 +36,7 @@ def reference(
         Everything is computed in fp32 (fp64 for fp64 inputs), and out is rounded once, at the end.
         A row that sees no key is 0, and its lse is -inf.
     """
-    if operands.packed and operands.document_ids is not None:
+    if operands.varlen and operands.document_ids is not None:
         raise ValueError("document_ids came with cu_seqlens: packed sequences take cu_seqlens only")
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_len, _ = q.shape
@@ -216,7 +216,7 @@ def _index(piece: Piece) -> slice:
 
 def _batch(operands: Operands, piece: Piece) -> slice:
     """Where the sequence lies along the batch dimension: packed sequences share index 0."""
-    return slice(0, 1) if operands.packed else _index(piece)
+    return slice(0, 1) if operands.varlen else _index(piece)
 
 
 def _span(positions: range, base: int) -> slice:

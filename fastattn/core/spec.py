@@ -100,7 +100,7 @@ class Operands:
     descales: Descales | None = None  # of FP8 or INT8 k and v (and FP8 q); not a tensor
 
     @property
-    def packed(self) -> bool:
+    def varlen(self) -> bool:
         """Sequences lie one after the other in one batch entry; cu_seqlens says where each is."""
         return self.cu_seqlens_q is not None
 

@@ -100,7 +100,7 @@ class Wanted:
                 f"return_stats has 'topk:{self.topk}' and k has {keys} keys; accepted is at most "
                 "that many"
             )
-        if self.pooled and x.packed:
+        if self.pooled and x.varlen:
             raise NotImplementedError(
                 f"return_stats has 'pooled:{self.pooled[0]}' for packed sequences, whose maps "
                 "would be of different sizes; call attention() of each sequence for it"
@@ -111,7 +111,7 @@ class Wanted:
                     f"return_stats has 'pooled:{size}' for {q_len} rows and {keys} keys; accepted "
                     "is at most the smaller of the two"
                 )
-        if self.need_col_mass and x.packed and x.paged:
+        if self.need_col_mass and x.varlen and x.paged:
             raise NotImplementedError(
                 "return_stats has 'col_mass' for packed sequences with page_table, whose keys "
                 "have no order of their own; decode_attention() has it, one row of keys for each "

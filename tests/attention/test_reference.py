@@ -452,6 +452,6 @@ def test_operands_order():
     tensors = [torch.tensor(n) for n in range(len(names))]
     operands = Operands(*tensors)
     assert all(a is b for a, b in zip(operands.tensors(), tensors, strict=True))
-    assert operands.packed and operands.paged
+    assert operands.varlen and operands.paged
     assert not Operands().packed and not Operands().paged
     assert hash(Spec(1.0)) == hash(Spec(1.0)) and Spec(1.0) == Spec(1.0)

@@ -98,10 +98,10 @@ def visible(problem: Problem) -> Tensor:
     """[B, 1, q_len, kv_len]: which keys a row sees."""
     q, k, _, spec, x = problem
     seen = torch.zeros(q.shape[0], q.shape[2], k.shape[2], dtype=torch.bool)
-    sequences = x.cu_seqlens_q.shape[0] - 1 if x.packed else q.shape[0]
+    sequences = x.cu_seqlens_q.shape[0] - 1 if x.varlen else q.shape[0]
     for i in range(sequences):
-        view = seen[0 if x.packed else i]
-        if x.packed:
+        view = seen[0 if x.varlen else i]
+        if x.varlen:
             own, theirs = (
                 slice(*cu[i : i + 2].tolist()) for cu in (x.cu_seqlens_q, x.cu_seqlens_k)
             )

@@ -25,7 +25,7 @@ def probabilities(problem: Problem) -> tuple[Tensor, Tensor]:
     unit = torch.eye(pages * length, dtype=q.dtype).view(pages, 1, length, -1)
     probs, lse = reference(q, k, unit.expand(-1, kv_heads, -1, -1), undropped, x)
     slots = (x.page_table.long()[..., None] * length + torch.arange(length)).flatten(1)
-    slots = slots[_sequence_of_rows(problem)][None] if x.packed else slots[:, None]
+    slots = slots[_sequence_of_rows(problem)][None] if x.varlen else slots[:, None]
     return probs.gather(3, slots[:, None].expand(*probs.shape[:3], -1)), lse
 
 
@@ -55,7 +55,7 @@ def true_statistics(problem: Problem) -> dict[str, Tensor]:
 def first_keys(problem: Problem) -> Tensor:
     """Where the keys of each row's sequence begin among those of probabilities(): [1, 1, rows]."""
     x = problem.operands
-    if not x.packed or x.paged:
+    if not x.varlen or x.paged:
         return torch.zeros(1, 1, problem.q.shape[2], dtype=torch.long)
     return x.cu_seqlens_k.long()[_sequence_of_rows(problem)].view(1, 1, -1)
 
