@@ -20,7 +20,7 @@ from .core.call import Call, Result
 from .core.reference import in_memory_order_of
 from .core.spec import NO_OPERANDS
 from .core.statistics import mapped
-from .forms import PLANS, SIMPLE_PLANS, dense_form, varlen_form, remember, simple_plan
+from .forms import PLANS, SIMPLE_PLANS, dense_form, remember, simple_plan, varlen_form
 from .options import Align, BackendName, DenseOptions, PackedOptions
 
 if TYPE_CHECKING:
