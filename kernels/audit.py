@@ -115,7 +115,7 @@ def _derivatives_and_statistics(arch):
     for kernels in ("jvp", "statistics", "backward of entropy", "column mass"):
         for dim in (64, 128):
             run = _call(arch, kernels, dims=(dim, dim), spec=CAUSAL)
-            name = f"bf16 {dim} causal, {kernels}"
+            name = f"{kernels} bf16 {dim} causal"
             for x in arch.launches(name, run, hot=True, needs="matrix"):
                 yield replace(x, needs=None) if "delta" in x.name else x
     everything, largest = "bf16 128 everything", dict(_largest())
@@ -129,7 +129,7 @@ def _derivatives_and_statistics(arch):
     for kernels, names in rest.items():
         for name in names:
             run = _call(arch, kernels, **calls[name])
-            yield from arch.launches(f"{name}, {kernels}", run)
+            yield from arch.launches(f"{kernels} {name}", run)
 
 
 def _largest():
