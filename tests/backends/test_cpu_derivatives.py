@@ -126,7 +126,8 @@ def test_the_results_are_those_of_the_forward(case):
     got = CPU.run(problem, tangents_of(problem), None)
     for name, want in (("out", out), ("lse", lse)):
         torch.testing.assert_close(got[name], want)
-        assert case.packed or torch.equal(got[name], want), name  # a sequence may have few rows
+        few_rows = case.packed or case.documents  # in some of them
+        assert few_rows or torch.equal(got[name], want), name
 
 
 @pytest.mark.parametrize("case", [c for c in select("everything") if c.has_backward], ids=name_of)
@@ -346,13 +347,21 @@ def test_hostile_tangents_are_refused(name):
     """By both operators, in a sentence that names the tangent."""
     problem = problem_of(plain())
     tangents = ABSENT | TANGENT_SPOILERS[name](*problem[:3])
-    with pytest.raises(REFUSALS, match=name.split()[0]):
-        CPU.run(problem, tangents, None)
     results = CPU.run(problem, ABSENT, None).values()
     shared = (*problem[:3], *problem.operands.tensors(), *numbers(problem.spec))
     dtout = torch.ones_like(problem.q)
+    refuse(lambda: CPU.run(problem, tangents, None).values(), name)
+    last = (*shared, *tangents.values(), False, False)
+    refuse(lambda: CPU.jvp_bwd(dtout, None, *results, *last), name)
+
+
+def refuse(run, name):
+    """A tensor on meta makes a call on meta, if torch takes it; everything else is refused."""
+    if name.endswith("on meta"):
+        assert refused(run)
+        return
     with pytest.raises(REFUSALS, match=name.split()[0]):
-        CPU.jvp_bwd(dtout, None, *results, *shared, *tangents.values(), False, False)
+        run()
 
 
 @pytest.mark.parametrize("wrong", [(1, 1, 7, 1), (7, 33)])
@@ -389,8 +398,8 @@ def test_backward_refuses_what_is_not_of_forward_mode(name):
     ((which, spoil),) = BACKWARD_SPOILERS[name].items()
     given_[which] = spoil(given_[which])
     shared = (*problem[:3], *problem.operands.tensors(), *numbers(problem.spec))
-    with pytest.raises(REFUSALS, match=which):
-        CPU.jvp_bwd(*given_.values(), *shared, *[None] * 5, False, False)
+    last = (*shared, *[None] * 5, False, False)
+    refuse(lambda: CPU.jvp_bwd(*given_.values(), *last), name)
 
 
 def test_backward_of_pages_is_refused():
