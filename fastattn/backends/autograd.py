@@ -45,6 +45,8 @@ from .second_order import (
 )
 from .vmap import vmap_forward
 
+_transformed = torch._C._are_functorch_transforms_active
+
 _NOTHING = (None, None)
 _NO_LEAVES = (None,) * len(LEAVES)
 _NO_NEEDS = (False,) * len(LEAVES)
@@ -64,18 +66,13 @@ class SimplePlan(NamedTuple):
         return cls(call.spec, backend, numbers_of(call.spec) if serves else None)
 
 
-def attend(call: Call, backend: Backend) -> Result:
-    """The result of a checked call on `backend`, differentiable."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        # The operator has its own autograd (operators.py), and transforms.py is where torch.func's
-        # transforms enter it.
-        return backend.forward(call)
-    return attend_eagerly(call, backend)
-
-
-def attend_eagerly(call: Call, backend: Backend) -> Result:
+def attend(call: Call, backend: Backend, eagerly: bool = False) -> Result:
+    """The result of a checked call on `backend`, differentiable. `eagerly` is transforms.py's: what
+    torch traces is the operator, and it enters the transforms there."""
+    if not eagerly and (torch.compiler.is_compiling() or torch._C._is_tracing()):
+        return backend.forward(call)  # the operator has its own autograd (operators.py)
     operands = call.operands
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _transformed()
     if operands.descales is not None and (transformed or forward_ad._current_level >= 0):
         _refuse_tangent("q", call.q)
         return backend.forward(call)  # the operator has its own vmap; 8 bits have no gradient
@@ -110,7 +107,7 @@ def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result |
         or q.is_neg()  # a view that torch's dispatcher negates: z.conj().imag
         or k.is_neg()
         or v.is_neg()
-        or torch._C._are_functorch_transforms_active()
+        or _transformed()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -160,7 +157,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         *tensors, others, how = inputs
         ctx.save_for_backward(*tensors, *output, *(others or ()))
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if forward_ad._current_level >= 0 or _transformed():
             ctx.save_for_forward(*tensors, *output, *(others or ()))
         ctx.how = how
         ctx.set_materialize_grads(False)
@@ -245,7 +242,7 @@ def _level() -> int | None:
     """The level of forward mode by which unpack_dual() finds tangents here, or None: an outer
     transform's are not seen. Transforms have level 0, of which compiled code does not tell
     forward_ad._current_level."""
-    if torch._C._are_functorch_transforms_active():
+    if _transformed():
         return 0 if peek_interpreter_stack().key() == TransformType.Jvp else None
     return forward_ad._current_level if forward_ad._current_level >= 0 else None
 
@@ -265,7 +262,7 @@ def _differentiable(q, k, v, *rest):
     """(out, lse) of Attention's arguments. Their tangents are computed in the same pass where the
     innermost transform is forward mode."""
     *leaves, others, how = rest
-    if not torch._C._are_functorch_transforms_active():
+    if not _transformed():
         return (_apply_eager if forward_ad._current_level < 0 else _apply_dual)(q, k, v, *rest)
     level, primals = _level(), (q, k, v, *leaves)
     if level is None or all(_tangent(x, level) is None for x in primals):

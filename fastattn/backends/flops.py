@@ -8,7 +8,7 @@ import sys
 
 from ..core.call import Tangents
 from ..core.work import count_pairs, flops, flops_of_jvp
-from .schema import FORWARDS, JVP_PAIRS, PAIRS, Arguments
+from .schema import FORWARD_STATISTICS, FORWARDS, JVP_PAIRS, MAPS, PAIRS, Arguments, weights
 
 
 def forward_flops(*args, out_val=None, **_) -> int:
@@ -31,6 +31,12 @@ def jvp_bwd_flops(dtout, dtlse, out, lse, tout, tlse, *args, out_val=None, **_) 
     return jvp_flops(*args, mode="jvp_bwd")
 
 
+def second_pass_flops(lse, *args, out_val=None, **_) -> int:
+    """The scores' product alone."""
+    call = Arguments.of(*args).call()
+    return flops(count_pairs(call), call.q.shape[-1], 0, "fwd")
+
+
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
@@ -41,6 +47,10 @@ def _register_flops() -> None:
     for jvp, jvp_bwd in JVP_PAIRS.values():
         register_flop_formula(jvp.overloadpacket, get_raw=True)(jvp_flops)
         register_flop_formula(jvp_bwd.overloadpacket, get_raw=True)(jvp_bwd_flops)
+    for first in FORWARD_STATISTICS.values():
+        register_flop_formula(first.overloadpacket, get_raw=True)(forward_flops)
+    for second in (*MAPS.values(), weights):
+        register_flop_formula(second.overloadpacket, get_raw=True)(second_pass_flops)
     for operator, formula in _more.items():
         register_flop_formula(operator)(formula)
 

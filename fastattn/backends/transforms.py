@@ -10,7 +10,7 @@ import torch
 from ..core.call import Call
 from ..core.spec import Operands, Spec
 from . import cpu, cuda, triton
-from .autograd import attend_eagerly
+from .autograd import attend
 from .schema import FAMILIES, LIBRARY, Arguments
 
 _FUNCTORCH = "FuncTorchDynamicLayerFrontMode"  # where torch.func's transforms enter an operator
@@ -27,7 +27,7 @@ def _register(end: str) -> None:
             return torchs(keys, *args)
         backend = triton.BACKEND if end else cuda.BACKEND if x.q.is_cuda else cpu.BACKEND
         call = Call(x.q, x.k, x.v, Spec(*x.numbers), Operands(*x.tensors), num_splits)
-        return tuple(attend_eagerly(call, backend))
+        return tuple(attend(call, backend, eagerly=True))
 
     LIBRARY.impl(name, transformed, _FUNCTORCH, with_keyset=True)
 

@@ -150,6 +150,9 @@ def test_forward_mode_is_one_pass():
         torch.func.jvp(torch.func.grad(loss), (q,), (q,))
     assert sorted(calls.names) == ["bwd", "bwd", "fwd", "jvp", "jvp_bwd"]
     leaf = q.clone().requires_grad_()
+    with Calls() as calls, forward_ad.dual_level():
+        torch.autograd.grad(loss(forward_ad.make_dual(leaf, q)), leaf)
+    assert sorted(calls.names) == ["bwd", "bwd", "jvp", "jvp_bwd"]
     (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
     with Calls() as calls:
         grad.sum().backward()
@@ -382,6 +385,31 @@ def test_no_order_stores_all_scores():
     forward_mode, second, third = map(int, done.stdout.split())
     plane = 4 * length * length
     assert forward_mode < 1.5 * plane and second < 2 * plane and third < 4 * plane, done.stdout
+
+
+def test_forward_mode_of_decoding():
+    """Caches are buffers, whose keys and values may have tangents, in pages too."""
+    q, k, v = qkv(batch=2, q_len=1, kv_len=8)
+    lens = torch.tensor([8, 5], dtype=torch.int32)
+    table = torch.tensor([[1, 0], [3, 2]], dtype=torch.int32)
+
+    def paged(x):  # [B, heads, 8, D] -> four pages of four keys, of which the table swaps pairs
+        return x.unflatten(2, (2, 4)).flip(2).transpose(1, 2).flatten(0, 1)
+
+    def decode(q, k, v):
+        return fastattn.decode_attention(q, k, v, cache_lens=lens)
+
+    def from_pages(q, k, v):
+        return fastattn.decode_attention(q, paged(k), paged(v), cache_lens=lens, page_table=table)
+
+    def exact(q, k, v):
+        hidden = torch.arange(8) >= lens[:, None, None, None]
+        return (q @ k.mT / 2).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    tangents = tuple(torch.randn_like(x) for x in (q, k, v))
+    want = torch.func.jvp(exact, (q, k, v), tangents)
+    for function in (decode, from_pages):
+        torch.testing.assert_close(torch.func.jvp(function, (q, k, v), tangents), want)
 
 
 def test_what_has_no_tangent_is_refused():

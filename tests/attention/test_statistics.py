@@ -288,3 +288,15 @@ def test_explain_names_the_passes():
     }
     assert "statistic entropy" in str(told)
     assert fastattn.explain(q, q, q).statistics == {}
+
+
+@pytest.mark.native
+def test_flops_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q = torch.randn(1, 2, 8, 4)
+    forward = 2 * 2 * 8 * 8 * (4 + 4)
+    for names, flops in ((("entropy",), forward), (("entropy", "col_mass"), forward * 3 // 2)):
+        with FlopCounterMode(display=False) as counter:
+            fastattn.attention(q, q, q, return_stats=names)
+        assert counter.get_total_flops() == flops
