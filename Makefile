@@ -126,7 +126,8 @@ asan: build
 	FASTATTN_CPU_LIBRARY="$$PWD/build/asan/_cpu.abi3.so" LD_PRELOAD="$(SANITIZERS)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider \
-	    tests/backends/test_native.py tests/backends/test_cpu.py tests/fused/test_fused.py tests/fused/test_fused_dropout.py \
+	    tests/backends/test_native.py tests/backends/test_cpu.py tests/backends/test_cpu_derivatives.py \
+	    tests/fused/test_fused.py tests/fused/test_fused_dropout.py \
 	    tests/fused/test_fused_native.py tests/attention/test_memory.py $(ARGS)
 
 # The tests, then a table of the lines of kernels and package that they ran. A failed test does not

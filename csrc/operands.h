@@ -57,6 +57,17 @@ struct Operands {
     }
 };
 
+// The tangents of forward mode, each absent where it is zero.
+struct Tangents {
+    OptionalTensor q, k, v, bias, sinks;
+
+    static constexpr auto fields() {
+        return std::tuple{Field{"tq", &Tangents::q}, Field{"tk", &Tangents::k},
+                          Field{"tv", &Tangents::v}, Field{"tbias", &Tangents::bias},
+                          Field{"tsinks", &Tangents::sinks}};
+    }
+};
+
 // The arguments that all attention operators share, in the order of the schemas.
 struct Inputs {
     Tensor q, k, v;

@@ -20,6 +20,7 @@ from .functional import attention, varlen_attention
 from .override import disable, enable, override_sdpa
 from .sdpa import scaled_dot_product_attention
 from .swapping import SwapReport, swap, unswap
+from .weights import attention_weights
 
 if TYPE_CHECKING:
     from . import flash_attn as flash_attn
@@ -33,6 +34,7 @@ __all__ = [
     "Spec",
     "SwapReport",
     "attention",
+    "attention_weights",
     "decode_attention",
     "disable",
     "enable",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from . import decoding, habits
 from .backends import isa, registry
+from .backends.backend import Backend
 from .core.call import Call
 from .core.philox import keep_probability
 from .core.reference import Piece, pieces
 from .core.spec import Spec
+from .core.statistics import ROW_NAMES
 from .core.work import bounds, count_pairs, flops
 from .forms import dense_form, packed_form
 from .functional import attention, varlen_attention
@@ -54,6 +57,7 @@ class Explanation:
     device: torch.device
     spec: Spec
     operands: tuple[str, ...]  # the optional tensors of the call
+    statistics: dict[str, str]  # those of return_stats, and the pass that computes each
     pairs: int  # (row, key) pairs inside band, lengths and key ranges, over all heads
     all_pairs: int  # rows times key slots, over all heads
     tiles: Tiles | None  # None where the backend has none
@@ -70,7 +74,14 @@ class Explanation:
 
 @overload
 def explain(
-    q: Tensor, k: Tensor, v: Tensor, /, *, return_lse: bool = False, **options: Unpack[DenseOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    /,
+    *,
+    return_lse: bool = False,
+    return_stats: Sequence[str] | None = None,
+    **options: Unpack[DenseOptions],
 ) -> Explanation: ...
 @overload
 def explain(
@@ -84,6 +95,7 @@ def explain(
     max_seqlen_k: int,
     *,
     return_lse: bool = False,
+    return_stats: Sequence[str] | None = None,
     **options: Unpack[PackedOptions],
 ) -> Explanation: ...
 @overload
@@ -95,6 +107,7 @@ def explain(
     *,
     cache_lens: Tensor | int,
     return_lse: bool = False,
+    return_stats: Sequence[str] | None = None,
     **options: Unpack[CacheOptions],
 ) -> Explanation: ...
 def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any) -> Explanation:
@@ -162,6 +175,7 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         device=q.device,
         spec=spec,
         operands=tuple(operands.given()),
+        statistics=_statistics(checked, backend),
         pairs=pairs,
         all_pairs=work.all_pairs(),
         tiles=work.tiles(*backend.tile) if backend and backend.tile else None,
@@ -170,6 +184,21 @@ def explain(q: Tensor, keys: Tensor, values: Tensor, /, *args: Any, **call: Any)
         bytes_forward=work.bytes_forward(),
         keep_probability=keep_probability(spec.dropout_p) if spec.dropout_p else None,
     )
+
+
+def _statistics(call: Call, backend: Backend | None) -> dict[str, str]:
+    """By which pass each statistic is computed."""
+    wanted, passes = call.statistics, {}
+    for name in () if wanted is None else wanted.names:
+        kernel = backend is not None and backend.forward_statistics is not None
+        if name in ("sink_mass", "diagonal_mass"):
+            passes[name] = "from lse, in plain torch"
+        elif name in ROW_NAMES:
+            passes[name] = "in the forward pass" if kernel else "after it, in plain torch"
+        else:
+            kernel = backend is not None and backend.maps is not None
+            passes[name] = "by a second pass" + ("" if kernel else ", in plain torch")
+    return passes
 
 
 def _signature() -> inspect.Signature:
@@ -284,6 +313,8 @@ def _table(x: Explanation) -> str:
         ("computes", ", ".join(spec)),
         ("operands", ", ".join(x.operands) or "none"),
     ]
+    for name, how in x.statistics.items():
+        rows.append((f"statistic {name}", how))
     if x.keep_probability is not None:
         rows.append(("dropout", f"keeps {x.keep_probability:.6f} of the probabilities"))
     unread = [n for n in ("mask", "bias") if n in x.operands]

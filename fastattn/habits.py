@@ -19,7 +19,7 @@ _DROPOUT = "dropout_p= is its name"
 _LSE = "return_lse=True returns (out, lse)"
 _WINDOW = "window=(left, right) is how many keys a row sees on each side"
 _TABLE = "page_table= is its name, in varlen_attention() and decode_attention()"
-_PROBS = "attention weights are never stored; fastattn.nn.MultiheadAttention can return them"
+_PROBS = "fastattn.attention_weights(q, k, lse, ...) makes them from lse"
 _OURS = {
     "is_causal": "causal= is its name, with align='start' for torch's diagonal from the top left",
     "attn_mask": _MASK,

@@ -14,8 +14,8 @@ BackendName = Literal["cuda", "triton", "cpu", "reference"]
 
 
 class Options(TypedDict, total=False):
-    """The options that the three functions share, without return_lse, which decides their return
-    type and so has overloads."""
+    """The options that the three functions share, without return_lse and return_stats, which decide
+    their return type and so have overloads."""
 
     scale: float | None
     causal: bool

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .backends import backend, library, registry
+from .backends import backend, library, operators_sdpa, registry
 from .context_parallel import refuse_context_parallel
 from .core import checks
 from .sdpa import scaled_dot_product_attention
@@ -78,9 +78,8 @@ def enable() -> None:
     other than the CPU, dtypes that fastattn lacks, NestedTensors, and calls under
     torch.nn.attention.sdpa_kernel without FLASH_ATTENTION (MATH, say).
 
-    Calls nest: as many calls of disable() restore torch. Double backward of calls that torch's own
-    rules give to its CPU flash operator is not supported, as in torch; call
-    fastattn.scaled_dot_product_attention, or use torch.func, where it is.
+    Every derivative exists; torch's own CPU kernel has no second derivative and no forward mode.
+    Calls nest: as many calls of disable() restore torch.
     """
     global _depth
     for attempt in range(_PATIENCE):
@@ -147,6 +146,7 @@ def _register() -> None:
         str(getattr(torch.ops.aten, name).default._schema) == f"aten::{name}{schema}"
         for name, schema in _BORROWED.items()
     ):
+        operators_sdpa.define(_BORROWED["_scaled_dot_product_efficient_attention_backward"])
         library.NATIVE.fastattn_register_sdpa()
         _borrowed = True
     # Not a torch.library.Library, which deregisters at interpreter exit, while threads may still

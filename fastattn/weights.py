@@ -1,170 +1,170 @@
-"""The attention weights of a call, computed from its lse, for need_weights and output_attentions.
-Rows are processed in chunks, in plain torch.
+"""attention_weights(): the attention weights of a call, made again from its lse, for need_weights,
+output_attentions and whoever looks inside. Next hops: forms.py, which checks the call, and
+torch.ops.fastattn.flash_attn_weights (csrc/cpu/ops_statistics.cpp, or core/probabilities.py).
 """
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd import forward_ad
 
-from .core import checks
-from .core.philox import keep_probability
-from .core.reference import finite_sum
-from .core.spec import Spec
-from .functional import attention
+from . import habits
+from .backends import schema
+from .core import checks, probabilities
+from .core.call import Call
+from .core.tensors import accumulate_dtype
+from .forms import dense_form
+from .options import Align
 
-LARGE_LSE = 4096.0  # above this, the rounding of lse matters in exp(score - lse)
-CHUNK = 1 << 18  # scores of a chunk: 1 MiB in float32, which fits in the CPU's L2 cache
 
-
+@habits.public
 def attention_weights(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
     *,
+    rows: Tensor | slice | None = None,
+    heads: Tensor | slice | None = None,
+    average: bool = False,
     scale: float | None = None,
+    causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    align: str = "end",
+    align: Align = "end",
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     kv_lens: Tensor | None = None,
     document_ids: Tensor | None = None,
     key_ranges: tuple[Tensor, Tensor] | None = None,
     head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    average: bool = False,
+    dropout_seed: tuple[int, int] | Tensor | None = None,
+    **unknown,
 ) -> Tensor:
-    """The attention weights that attention() multiplied with v: exp(score - lse), with the same
-    dropout.
+    """The attention weights that attention() multiplied with v: exp(score - lse), and with dropout
+    what it kept of them.
 
     Args:
-        q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D].
-        lse: [B, Hq, Sq], returned by attention(); it includes the sinks.
-        average: return the mean over heads.
-        The other arguments are those of the call of attention(), with masks and biases in four
-        dimensions and key ranges in three.
+        q: [B, Hq, Sq, D], as in the call of attention(); also [B, Sq, D] and [Sq, D].
+        k: [B, Hkv, Skv, D].
+        lse: [B, Hq, Sq], returned by attention(..., return_lse=True). It includes the sinks.
+        rows: which rows of q: an int64 tensor [R] in any order, a slice, or None for all.
+        heads: which query heads, likewise.
+        average: the mean over these heads, which are then never stored apart.
+        dropout_seed: the call's; needed with dropout_p, because a seed that is drawn now drops
+            other weights.
+        sinks: the call's. Where lse is so large that its rounding would be felt, the weights are
+            made from the scores and the sinks instead.
+
+    The other arguments are those of the call.
 
     Returns:
-        [B, Hq, Sq, Skv], or with average [B, Sq, Skv], in q's dtype; differentiable. A row that
-        sees no key is 0. Additional memory is CHUNK scores and, with dropout, 32 bits for every 16
-        weights, because rows are computed in chunks, and again in the backward pass. Under
-        torch.compile, which would unroll the chunks, there is one chunk.
+        [B, heads, rows, Skv] in q's dtype, or with average [B, rows, Skv], and [heads, ...] and
+        [...] for q of a lower rank. Differentiable in q, k, lse and bias. A row that sees no key is
+        0. Beside the result, memory is linear in the lengths, in the backward too.
     """
-    (batch, heads, q_len, head_dim), kv_len = q.shape, k.shape[2]
-    spec = checks.spec_of(head_dim, scale, False, window, align, softcap, dropout_p)
-    if head_origin is not None:
-        head_origin = checks.head_origin(head_origin, batch, heads)
-    kept = None
-    if dropout_p:
-        kept = _kept(dropout_seed, batch, heads, q_len, kv_len, dropout_p, head_origin)
-    chunk = partial(_chunk, spec, q_len, average)
-    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        chunk = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False)
-    rows = max(1, CHUNK // max(1, batch * heads * kv_len))
-    # A range over chunks would make q_len a constant of the trace, and unroll every chunk.
-    whole = torch.compiler.is_compiling() or torch._C._is_tracing() or q_len <= rows
-    rows, starts = (q_len, [0]) if whole else (rows, range(0, q_len, rows))
-    chunks = [
-        chunk(
-            i, q[:, :, i : i + rows], k, lse[:, :, i : i + rows], _rows(mask, i, rows),
-            _rows(bias, i, rows), _rows(kept, i, rows), kv_lens, document_ids,
-            [_rows(x, i, rows) for x in key_ranges or ()],
+    if unknown:
+        habits.refuse_unknown(attention_weights, unknown)
+    checks.flag("average", average)
+    if dropout_p and dropout_seed is None:
+        raise ValueError("dropout_p came without dropout_seed; accepted is the seed of the call "
+                         "whose weights these are")  # fmt: skip
+    call, rank, _, _ = dense_form({
+        "q": q, "k": k, "v": k, "scale": scale, "causal": causal, "window": window, "align": align,
+        "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "softcap": softcap,
+        "sinks": sinks, "kv_lens": kv_lens, "document_ids": document_ids,
+        "key_ranges": key_ranges, "head_origin": head_origin, "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed, "q_descale": None, "k_descale": None, "v_descale": None,
+        "return_lse": True, "return_stats": None, "deterministic": None, "backend": None,
+    })  # fmt: skip
+    lse = _lse_of(call, lse, rank)
+    if rows is not None:
+        rows = _indices("rows", rows, call.q)
+    if heads is None:
+        made = _weights(call, lse, rows, average)
+    else:
+        calls = _of_heads(call, lse, _indices("heads", heads, call.q, dim=1), head_origin)
+        parts = [_weights(*one, rows, False) for one in calls]
+        made = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        made = made.mean(1) if average else made
+    if rank == 4:
+        return made
+    made = made if average else made.squeeze(1)
+    return made if rank == 3 else made[0]
+
+
+def _weights(call: Call, lse: Tensor, rows: Tensor | None, average: bool) -> Tensor:
+    if forward_ad._current_level >= 0:  # the operator has no tangents
+        return probabilities.weights(call, lse, rows, average)
+    return schema.weights(lse, *schema.arguments(call), rows, average)
+
+
+def _lse_of(call: Call, lse: Tensor, rank: int) -> Tensor:
+    checks.tensor("lse", lse)
+    checks.on_device("lse", lse, call.q.device)
+    wanted, dtype = tuple(call.q.shape[:3]), accumulate_dtype(call.q.dtype)
+    own = wanted if rank == 4 else (wanted[0], wanted[2]) if rank == 3 else wanted[2:]
+    if tuple(lse.shape) != own or lse.dtype != dtype:
+        raise ValueError(
+            f"lse is {lse.dtype} of shape {checks.show(lse)}; accepted is attention()'s, {dtype} "
+            f"of shape {list(own)}"
         )
-        for i in starts
-    ]  # fmt: skip
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-2)
+    return lse if rank == 4 else lse.reshape(wanted)
 
 
-def _rows(x: Tensor | None, first: int, rows: int) -> Tensor | None:
-    return x if x is None or x.shape[2] == 1 else x[:, :, first : first + rows]
+def _indices(name: str, x, q: Tensor, dim: int = 2) -> Tensor:
+    """rows or heads as an int64 tensor of numbers in [0, n)."""
+    n = q.shape[dim]
+    if isinstance(x, slice):
+        return torch.arange(n, device=q.device)[x] if (x.step or 1) > 0 else _refuse(name, x, n)
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64) or x.dim() != 1:
+        _refuse(name, x, n)
+    checks.on_device(name, x, q.device)
+    if checks.has_values(x) and x.numel() and not (int(x.min()) >= 0 and int(x.max()) < n):
+        raise ValueError(
+            f"{name} has {int(x.min())} and {int(x.max())}; accepted are numbers in [0, {n})"
+        )
+    return x.long()
 
 
-def _chunk(
-    spec: Spec,
-    q_len,
-    average,
-    first,
-    q,
-    k,
-    lse,
-    mask,
-    bias,
-    kept,
-    kv_lens,
-    document_ids,
-    key_ranges,
-) -> Tensor:
-    """Rows [first, first + q.shape[2]) of the attention weights."""
-    compute, dtype, kv_len = lse.dtype, q.dtype, k.shape[2]
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1) if k.shape[1] != q.shape[1] else k
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q.to(compute) * spec.scale @ k.to(compute).mT  # [B, H, rows, Skv]
-    if spec.softcap:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    if bias is not None:
-        scores = finite_sum(scores, bias)
-    for visible in _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids, key_ranges):
-        scores = scores.masked_fill(~visible, -torch.inf)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees no key: exp(-inf) = 0
-    weights = (scores - lse.unsqueeze(-1)).clamp_(max=0).exp()
-    far = (lse.abs() >= LARGE_LSE) & lse.isfinite()
-    if not checks.has_values(far) or bool(far.any()):
-        exact = _of_large_scores(scores.masked_fill(~far.unsqueeze(-1), 0.0), lse)
-        weights = torch.where(far.unsqueeze(-1), exact, weights)
-    if kept is not None:
-        bits = kept.unsqueeze(-1) >> torch.arange(16, dtype=torch.int32, device=q.device) & 1
-        bits = bits.flatten(-2)[..., :kv_len]  # [B, H, rows, Skv]
-        weights = weights * bits / keep_probability(spec.dropout_p)
-    return (weights.mean(1) if average else weights).to(dtype)
+def _refuse(name: str, x, n: int):
+    raise TypeError(
+        f"{name} is {checks.said(x)}; accepted are an int64 tensor of one dimension with numbers "
+        f"in [0, {n}), a slice that goes forward, and None for all"
+    )
 
 
-def _of_large_scores(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse) without the rounding of lse: the softmax, times 1 - the sink's share."""
-    gap = scores.logsumexp(-1) - lse
-    rounding = 8 * torch.finfo(lse.dtype).eps * lse.abs()
-    kept = torch.where(gap.abs() <= rounding, 1.0, gap.clamp(max=0).exp())
-    return scores.softmax(-1) * kept.unsqueeze(-1)
+def _of_heads(call: Call, lse: Tensor, heads: Tensor, head_origin) -> list[tuple[Call, Tensor]]:
+    """The call of these heads alone, and their lse. With dropout, which counts heads, one of each
+    head: [(call, lse), ...]."""
+    if call.spec.dropout_p:
+        first, total = head_origin or (0, call.q.shape[1])
+        return [
+            _chosen(call, lse, heads[n : n + 1], (first + int(heads[n]), total))
+            for n in range(heads.shape[0])
+        ] or [_chosen(call, lse, heads, (0, total))]
+    return [_chosen(call, lse, heads, None)]
 
 
-def _visible(spec, q_len, kv_len, first, q, mask, kv_lens, document_ids, key_ranges):
-    """The masks of the call, each bool and broadcastable to the scores, True = visible."""
-    i = torch.arange(first, first + q.shape[2], device=q.device)[:, None]
-    j = torch.arange(kv_len, device=q.device)
-    if kv_lens is not None:
-        kv_len = kv_lens.long()[:, None, None, None]  # each sequence has its own diagonal
-        yield j < kv_len
-    if spec.left >= 0:
-        yield j >= spec.lo(i, q_len, kv_len)
-    if spec.right >= 0:
-        yield j < spec.hi(i, q_len, kv_len)
-    if document_ids is not None:
-        own = document_ids[:, first : first + q.shape[2]]
-        yield own[:, None, :, None] == document_ids[:, None, None, :]
-    if mask is not None:
-        yield mask
-    if key_ranges:
-        begin, end = (x.unsqueeze(3) for x in key_ranges)
-        yield (j >= begin) & (j < end)
+def _chosen(call: Call, lse: Tensor, heads: Tensor, origin) -> tuple[Call, Tensor]:
+    x, group = call.operands, call.q.shape[1] // max(1, call.k.shape[1])
 
+    def of(y: Tensor | None, dim: int) -> Tensor | None:
+        return y if y is None or y.shape[dim] == 1 < call.q.shape[1] else y.index_select(dim, heads)
 
-def _kept(seed, batch, heads, q_len, kv_len, p, head_origin=None) -> Tensor:
-    """Which weights dropout keeps: int32 [B, H, Sq, Skv / 16]; key j is bit j % 16 of word j // 16.
-
-    The attention kernel computes it: all scores are 0, so that all weights are equal, and the value
-    of key j is 2^(j % 16) in channel j // 16. The output is then the words times a constant, which
-    rounding makes exact.
-    """
-    device, j = seed.device, torch.arange(kv_len, device=seed.device)
-    words = torch.arange(-(-kv_len // 16), device=device)
-    values = torch.where(j[:, None] // 16 == words, 2.0 ** (j % 16)[:, None], 0.0)
-    q = torch.zeros(batch, heads, q_len, 1, device=device)
-    k = torch.zeros(batch, 1, kv_len, 1, device=device)  # one kv head for all heads
-    with torch.autocast(device.type, enabled=False):
-        v = values.expand(batch, 1, -1, -1)
-        out = attention(q, k, v, head_origin=head_origin, dropout_p=p, dropout_seed=seed)
-    return (out * (kv_len * keep_probability(p))).round().to(torch.int32)
+    seed = x.dropout_seed
+    if seed is not None and origin is not None:
+        seed = torch.cat([seed[:2], seed.new_tensor(origin)])
+    operands = replace(
+        x, mask=of(x.mask, 1), bias=of(x.bias, 1), alibi_slopes=of(x.alibi_slopes, -1),
+        sinks=of(x.sinks, 0), key_begin=of(x.key_begin, 1), key_end=of(x.key_end, 1),
+        dropout_seed=seed,
+    )  # fmt: skip
+    k = call.k.index_select(1, heads // group)
+    q = call.q.index_select(1, heads)
+    return call.but(q=q, k=k, v=k, operands=operands), lse.index_select(1, heads)

@@ -1,7 +1,7 @@
 // Times variants of the AVX2 kernels against each other and against the core's FMA peak. They run
 // interleaved and are measured in the CPU time of one thread, so that a busy machine affects all
 // alike. Run by tune.py:
-//   tune forward|backward|both full|quick NAME=LIBRARY ...
+//   tune forward|backward|jvp|jvp_bwd|all full|quick NAME=LIBRARY ...
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -27,6 +27,10 @@ static double now() {
 // GFLOP/s of 12 independent chains of 8-wide FMAs: the core's peak at this moment.
 __attribute__((target("avx2,fma"), noinline)) static double peak() {
     constexpr int STEPS = 200000;
+    // What a kernel left in the registers may be subnormal, which takes a hundred times as long.
+    asm volatile("vzeroall" ::
+                     : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",
+                       "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
     double start = now();
     for (int k = 0; k < STEPS; k++)
         asm volatile(
@@ -70,12 +74,14 @@ struct Problem {
         p.heads = p.kv_heads = s.heads;
         p.head_dim = p.v_dim = s.dim;
         p.segments = segments.data();
-        for (Tensor4* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv, &p.lse}) {
+        for (Tensor4* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv, &p.lse, &p.tq,
+                           &p.tk, &p.tv, &p.tout, &p.tlse}) {
             memory.emplace_back(all);
             for (float& x : memory.back()) x = float(drand48() * 2 - 1);
+            bool number = t == &p.lse || t == &p.tlse;
             t->data = reinterpret_cast<char*>(memory.back().data());
-            t->head = t == &p.lse ? s.length : plane;
-            t->row = t == &p.lse ? 1 : s.dim;
+            t->head = number ? s.length : plane;
+            t->row = number ? 1 : s.dim;
         }
     }
 
@@ -84,47 +90,65 @@ struct Problem {
         p.call = ++calls;
     }
 
-    double forward(const Kernels& kernels) {
+    template <class Run> double rows(const Kernels& kernels, Run run) {
         new_call();
         ForwardPlan plan =
             plan_forward(segments, p, kernels.block_q, 1, sizeof(float) * (shape.dim + 2));
         double start = now();
-        for (const ForwardItem& item : plan.items) kernels.forward(p, item, {});
+        for (const ForwardItem& item : plan.items) run(item);
         return now() - start;
     }
 
-    double backward(const Kernels& kernels) {
+    double heads(void (*run)(const Params&, const BackwardItem&)) {
         new_call();
         double start = now();
         for (int head = 0; head < shape.heads; head++)
-            kernels.backward(p, {0, head, 0, shape.length, 0, shape.length, nullptr, nullptr});
+            run(p, {0, head, 0, shape.length, 0, shape.length, nullptr, nullptr});
         return now() - start;
     }
 
-    double flops(bool forward) const {
-        double pairs = shape.causal ? shape.length * (shape.length + 1.0) / 2
-                                    : double(shape.length) * shape.length;
-        return (forward ? 4 : 10) * pairs * shape.heads * shape.dim;
+    double pairs() const {
+        return shape.causal ? shape.length * (shape.length + 1.0) / 2
+                            : double(shape.length) * shape.length;
     }
 };
 
+struct Pass {
+    const char* name;
+    int products;
+    double (*seconds)(Problem&, const Kernels&);
+};
+static const Pass PASSES[] = {
+    {"forward", 2,
+     [](Problem& x, const Kernels& k) {
+         return x.rows(k, [&](const ForwardItem& item) { k.forward(x.p, item, {}); });
+     }},
+    {"backward", 5, [](Problem& x, const Kernels& k) { return x.heads(k.backward); }},
+    {"jvp", 6,
+     [](Problem& x, const Kernels& k) {
+         return x.rows(k, [&](const ForwardItem& item) { k.jvp(x.p, item); });
+     }},
+    {"jvp_bwd", 10, [](Problem& x, const Kernels& k) { return x.heads(k.jvp_bwd); }},
+};
+
 // Prints a line: the first variant's share of the peak, and the speed of the others relative to it.
-static void race(Problem& problem, const std::vector<Variant>& variants, bool forward, int rounds) {
+static void race(Problem& problem, const std::vector<Variant>& variants, const Pass& pass,
+                 int rounds) {
+    const Shape& shape = problem.shape;
+    const double flops = 2 * pass.products * problem.pairs() * shape.heads * shape.dim;
     std::vector<double> of_peak;
     std::vector<std::vector<double>> ratios(variants.size());
     for (int round = 0; round < rounds; round++) {
         double roof = peak(), first = 0;
         for (size_t i = 0; i < variants.size(); i++) {
-            const Kernels& kernels = *variants[i].kernels;
-            double seconds = forward ? problem.forward(kernels) : problem.backward(kernels);
-            if (i == 0) of_peak.push_back(problem.flops(forward) / seconds * 1e-9 / roof);
+            double seconds = pass.seconds(problem, *variants[i].kernels);
+            if (i == 0) of_peak.push_back(flops / seconds * 1e-9 / roof);
             if (i == 0) first = seconds;
             ratios[i].push_back(first / seconds);
         }
     }
-    const Shape& shape = problem.shape;
-    std::printf("%-8s S %-5d D %-4d %-7s %3.0f %% of peak", forward ? "forward" : "backward",
-                shape.length, shape.dim, shape.causal ? "causal" : "full", 100 * median(of_peak));
+    std::printf("%-8s S %-5d D %-4d %-7s %3.0f %% of peak", pass.name, shape.length, shape.dim,
+                shape.causal ? "causal" : "full", 100 * median(of_peak));
     for (size_t i = 1; i < variants.size(); i++)
         std::printf("   %s x%.3f", variants[i].name.c_str(), median(ratios[i]));
     std::printf("\n");
@@ -152,8 +176,9 @@ int main(int count, char** words) {
     const int rounds = quick ? 1 : 15;
     for (const Shape& shape : shapes) {
         Problem problem(shape);
-        problem.forward(*variants[0].kernels);  // out and lse, for the backward
-        if (mode != "backward") race(problem, variants, true, rounds);
-        if (mode != "forward") race(problem, variants, false, rounds);
+        for (const Pass& pass : {PASSES[0], PASSES[2]})  // what the backward passes read
+            pass.seconds(problem, *variants[0].kernels);
+        for (const Pass& pass : PASSES)
+            if (mode == pass.name || mode == "all") race(problem, variants, pass, rounds);
     }
 }

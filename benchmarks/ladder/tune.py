@@ -39,7 +39,7 @@ def build(folder: Path, flags: list[str], change: tuple[str, str] | None) -> Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("forward", "backward", "both"))
+    parser.add_argument("mode", choices=("forward", "backward", "jvp", "jvp_bwd", "all"))
     parser.add_argument("changes", nargs="*", metavar="OLD NEW")
     parser.add_argument("--quick", action="store_true", help="only test that it runs")
     args = parser.parse_args()

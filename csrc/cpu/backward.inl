@@ -358,8 +358,8 @@ template <class A> static void write_key_gradients(const Params& p, const Backwa
     write(&BackwardItem::dv_sum, p.v_dim, inverse_keep, p.dv);
 }
 
-// The rows of an item, tile by tile. Tile is BackwardTile, or what jvp_bwd.inl has in its place; its
-// own allocate(), load_rows_of_tile() and backward_tile() run.
+// The rows of an item, tile by tile. Tile is BackwardTile, or what jvp_bwd.inl has in its place;
+// its own allocate(), load_rows_of_tile() and backward_tile() run.
 template <class Tile, class A> INLINE void run_item(const Params& p, const BackwardItem& task) {
     BackwardItem item = task;
     const Segment& s = p.segments[item.segment];

@@ -70,6 +70,11 @@ inline Tensor4 lse4(const Tensor& t) {
     return x;
 }
 
+// A number for each head.
+inline Tensor4 heads4(const Tensor& t) {
+    return {static_cast<char*>(t.data_ptr()), *dtype_of(t), 0, t.stride(0), 0, 0};
+}
+
 inline ScalarType accumulate_type(const Tensor& q) {
     return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -88,7 +93,9 @@ inline void check_like_lse(const Tensor& q, const Tensor& t, const char* name) {
 
 // An operator's arguments; prepare() checks them and fills in what the kernels read.
 struct Call : Inputs {
-    OptionalTensor dentropy{};  // the gradient of the rows' entropy, given to a backward
+    Tangents tangents{};            // of forward mode
+    OptionalTensor tout{}, tlse{};  // results of forward mode, given to its backward
+    OptionalTensor dentropy{};      // the gradient of the rows' entropy, given to a backward
 
     // filled by prepare()
     std::vector<int> page_entries{};  // page_table as far as lengths reach, contiguous
@@ -105,6 +112,7 @@ struct Call : Inputs {
     void check_operands();
     void make_segments();
     void set_dropout();
+    void set_tangents();
     void copy_pages(int64_t page_size);
     RowNumbers key_range(const Tensor& t, const char* name) const;
     std::vector<int> int_vector(const OptionalTensor& t, const char* name, int64_t size) const;
@@ -365,6 +373,41 @@ inline void Call::set_dropout() {
     params.total_heads = static_cast<uint32_t>(total);
 }
 
+// Each tangent has its primal's shape.
+inline void Call::set_tangents() {
+    auto check = [&](const Tensor& t, const char* name, const Tensor& x, const char* of) {
+        check_cpu(t, name);
+        bool same = t.dim() == x.dim();
+        for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == x.size(i);
+        CHECK(same, name, " has shape ", shape_of(t), ", and ", of, ", whose tangent it is, ",
+              shape_of(x));
+    };
+    auto rows = [&](OptionalTensor& t, const char* name, const Tensor& x, const char* of) {
+        if (!t) return Tensor4{};
+        check(*t, name, x, of);
+        CHECK(t->scalar_type() == q.scalar_type(), name, " must have q's dtype");
+        t = unit_stride(*t);
+        return rows4(*t);
+    };
+    auto operand = [&](const OptionalTensor& t, const char* name, const OptionalTensor& x,
+                       const char* of) {
+        if (!t) return false;
+        CHECK(x, name, " is given, but not ", of, ", whose tangent it is");
+        check(*t, name, *x, of);
+        CHECK(t->scalar_type() == x->scalar_type() || t->scalar_type() == accumulate_type(q), name,
+              " must have the dtype of ", of, " or ",
+              accumulate_type(q) == ScalarType::Double ? "float64" : "float32");
+        return true;
+    };
+    params.tq = rows(tangents.q, "tq", q, "q");
+    params.tk = rows(tangents.k, "tk", k, "k");
+    params.tv = rows(tangents.v, "tv", v, "v");
+    if (operand(tangents.bias, "tbias", operands.bias, "bias"))
+        params.tbias = operand4(*tangents.bias);
+    if (operand(tangents.sinks, "tsinks", operands.sinks, "sinks"))
+        params.tsinks = heads4(*tangents.sinks);
+}
+
 inline void Call::prepare() {
     const OptionalTensor& mask = operands.mask;
     const OptionalTensor& bias = operands.bias;
@@ -424,13 +467,14 @@ inline void Call::prepare() {
         CHECK(dtype && *dtype != Dtype::BOOL && sinks->dim() == 1 && sinks->size(0) == q.size(1),
               "sinks must be a floating-point tensor [", q.size(1), "], got shape ",
               shape_of(*sinks));
-        p.sinks = {static_cast<char*>(sinks->data_ptr()), *dtype, 0, sinks->stride(0), 0, 0};
+        p.sinks = heads4(*sinks);
     }
     if (operands.page_table) {
         p.page_table = page_entries.data();
         p.page_table_row = page_columns;
         p.page_size = std::max(1, static_cast<int>(k.size(2)));
     }
+    set_tangents();
     p.segments = segments.data();
 }
 

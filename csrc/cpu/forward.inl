@@ -153,6 +153,12 @@ template <class A, class Statistics> INLINE void panel_softmax(ForwardTile<A>& t
     }
 }
 
+template <class A>
+INLINE void panel_softmax(ForwardTile<A>& t, int panel, int begin, int end, int n, A* s) {
+    NoStatistics none;
+    panel_softmax(t, panel, begin, end, n, s, 0, none);
+}
+
 // x [key][row] *= dropout's factors z.
 template <class A> static void drop(const ForwardTile<A>& t, const float* z, int n, A* x) {
     for (int j = 0; j < n; j++)

@@ -31,6 +31,9 @@ constexpr float TANH_SERIES[6] = {-0.3333333f,  0.13333184f,   -0.053943656f,
 #include "forward.inl"
 #include "backward.inl"
 #include "maps.inl"
+#include "tangents.inl"
+#include "jvp.inl"
+#include "jvp_bwd.inl"
 #include "rows.inl"
 #include "activate.inl"
 #include "linear.inl"
@@ -41,5 +44,6 @@ template <class A> static int64_t padded(int columns) { return round_up_panel<A>
 template <class A>
 constexpr Kernels KERNELS = {BLOCK_Q,   BLOCK_KV,   forward<A>, forward_statistics<A>,
                              maps<A>,   weights<A>, combine<A>, backward<A>,
-                             reduce<A>, padded<A>,  FUSED<A>};
+                             reduce<A>, jvp<A>,     jvp_bwd<A>, padded<A>,
+                             FUSED<A>};
 constexpr IsaKernels ISA_KERNELS = {KERNELS<float>, KERNELS<double>};

@@ -62,7 +62,7 @@ INLINE void panel_probabilities(BackwardTile<A>& t, int panel, BlockKeys own, in
             for (int u = 0; u < N; u++) store<A>(x + (j + u) * TILE_LD, e[u] * factor);
         };
         int j = own.begin;
-        if (any_lane<A>(lse != lse))
+        if (lanes_of<A>(lse != lse) != 0)
             for (; j < own.end; j++) {
                 Vec<A> score = load<A>(x + j * TILE_LD), e = vexp2<A>(score - lse) * factor;
                 store<A>(x + j * TILE_LD, score == A(NEG_INF) ? Vec<A>{} : e);
@@ -74,11 +74,12 @@ INLINE void panel_probabilities(BackwardTile<A>& t, int panel, BlockKeys own, in
     }
 }
 
-// Calls made(key, n) for each block of keys that some row sees, when t.p has its probabilities, and
-// scored(panel, keys, key) before that for each panel, when t.p has its scores.
-template <class A, class Scored, class Made>
+// Calls for each block of keys that some row sees begin(key), which may move t.p; for each panel
+// scored(panel, keys, key), when t.p has its scores; and made(key, n), when it has probabilities.
+template <class A, class Begin, class Scored, class Made>
 INLINE void for_each_block(const Params& p, const KeyRows& keys, Range r, BackwardTile<A>& t,
-                           Arena& arena, const Scored& scored, const Made& made) {
+                           Arena& arena, const Begin& begin, const Scored& scored,
+                           const Made& made) {
     const QueryTile<A>& tile = t.tile;
     if (t.exact_keys == nullptr) t.exact_keys = arena.take<A>(BLOCK_KV * p.head_dim);
     for (int key = r.begin / BLOCK_KV * BLOCK_KV; key < r.end; key += BLOCK_KV) {
@@ -88,6 +89,7 @@ INLINE void for_each_block(const Params& p, const KeyRows& keys, Range r, Backwa
         Seen seen = p.mask.data ? mask_summary(p, tile, key, n) : Seen::ALL;
         if (seen == Seen::NONE) continue;
         RowBlock<A> k = load_rows(p, keys, key, n, p.head_dim, t.exact_keys);
+        begin(key);
         for (int panel = 0; panel * PANEL<A> < tile.padded; panel++) {
             BlockKeys own = tile.of_panel(panel, edge, key, n);
             A* scores = t.p + panel * PANEL<A>;
@@ -103,53 +105,65 @@ INLINE void for_each_block(const Params& p, const KeyRows& keys, Range r, Backwa
 
 // --- topk ---------------------------------------------------------------------------------------
 
-// The largest scores of each row, in falling order, [topk][BLOCK_Q]; of equal ones the first keys.
+// x moved up by a lane, and the last lane of `before` in the first.
+template <class V, int... LANE>
+INLINE V moved_up(V before, V x, std::integer_sequence<int, LANE...>) {
+    constexpr int W = sizeof...(LANE);
+    return __builtin_shufflevector(before, x, W - 1 + LANE...);
+}
+
+// The largest scores of each row, in falling order, [BLOCK_Q][ld]; of equal ones the first keys.
 template <class A> struct Largest {
-    int topk;
+    int topk, ld;  // ld: topk in whole vectors
     A* scores;
     IntOf<A>* keys;
+    A* buffer;  // [8][BLOCK_KV]
 
     INLINE_MEMBER void begin(int rows) {
-        for (int u = 0; u < topk; u++)
-            for (int i = 0; i < rows; i++) {
-                scores[u * BLOCK_Q + i] = A(NEG_INF);
-                keys[u * BLOCK_Q + i] = -1;
-            }
-    }
-    // A score enters before the first that is smaller, and those from there on move down.
-    INLINE_MEMBER void insert(int tile_row, Vec<A> x, VecI<A> key) {
-        VecI<A> moved = {};
-        for (int u = 0; u < topk; u++) {
-            A* score_at = scores + u * BLOCK_Q + tile_row;
-            IntOf<A>* key_at = keys + u * BLOCK_Q + tile_row;
-            Vec<A> old = load<A>(score_at);
-            VecI<A> old_key = load_int<A>(key_at);
-            moved |= x > old;
-            store<A>(score_at, moved ? x : old);
-            store_int<A>(key_at, moved ? key : old_key);
-            x = moved ? old : x;
-            key = moved ? old_key : key;
+        for (int i = 0; i < rows * ld; i++) {
+            scores[i] = A(NEG_INF);
+            keys[i] = -1;
         }
     }
-    // Scores of a panel from key `key` on. Four keys at a time are compared with the least of the
-    // largest: most of them are below it.
-    INLINE_MEMBER void add(int panel, BlockKeys own, int key, const A* s) {
-        for (int v = 0; v < 2; v++) {
-            int tile_row = panel * PANEL<A> + v * SIMD_WIDTH<A>;
-            const A* x = s + v * SIMD_WIDTH<A>;
-            const A* least = scores + (topk - 1) * BLOCK_Q + tile_row;
-            for (int j = own.begin; j < own.end; j += 4) {
-                int n = imin(4, own.end - j);
-                Vec<A> most = load<A>(x + j * TILE_LD);
-                for (int u = 1; u < n; u++) most = vmax<A>(load<A>(x + (j + u) * TILE_LD), most);
-                // a NaN stays in `most` only if it is the first: ask whether none is larger
-                if (!any_lane<A>((most > load<A>(least)) | (most != most))) continue;
-                for (int u = 0; u < n; u++) {
-                    Vec<A> score = load<A>(x + (j + u) * TILE_LD);
-                    if (any_lane<A>(score > load<A>(least)))
-                        insert(tile_row, score, splat_int<A>(key + j + u));
-                }
+    // A score goes before the first that is smaller, and those from there on move up by one. There
+    // is no branch, since one that is predicted wrongly costs more than all of this.
+    INLINE_MEMBER void insert(A* score_of, IntOf<A>* key_of, A score, IntOf<A> key) {
+        constexpr auto lanes = std::make_integer_sequence<int, SIMD_WIDTH<A>>{};
+        Vec<A> own = splat(score), before = splat(-A(NEG_INF));
+        VecI<A> own_key = splat_int<A>(key), before_key = {};
+        for (int u = 0; u < ld; u += SIMD_WIDTH<A>) {
+            Vec<A> x = load<A>(score_of + u), up = moved_up(before, x, lanes);
+            VecI<A> x_key = load_int<A>(key_of + u), up_key = moved_up(before_key, x_key, lanes);
+            store<A>(score_of + u, x >= own ? x : up >= own ? own : up);
+            store_int<A>(key_of + u, x >= own ? x_key : up >= own ? own_key : up_key);
+            before = x;
+            before_key = x_key;
+        }
+    }
+    // A row's scores x of keys [key, key + n). A vector of them at a time is compared with the last
+    // of the largest: most are below it.
+    INLINE_MEMBER void add_row(int row, A* x, int key, int n) {
+        A* score_of = scores + static_cast<int64_t>(row) * ld;
+        IntOf<A>* key_of = keys + static_cast<int64_t>(row) * ld;
+        for (int j = n; j % SIMD_WIDTH<A> != 0; j++) x[j] = A(NEG_INF);
+        for (int j = 0; j < n; j += SIMD_WIDTH<A>) {
+            uint32_t lanes = lanes_of<A>(load<A>(x + j) > splat(score_of[topk - 1]));
+            for (; lanes != 0; lanes &= lanes - 1) {
+                int at = j + __builtin_ctz(lanes);
+                insert(score_of, key_of, x[at], key + at);
             }
+        }
+    }
+    // Scores of the first `count` rows of a panel, of a block that begins with key `key`. Eight
+    // rows at a time are transposed, and then looked at one by one.
+    INLINE_MEMBER void add(int panel, int count, BlockKeys own, int key, const A* s) {
+        const int n = own.end - own.begin;
+        for (int r = 0; r < count && n > 0; r += 8) {
+            int rows = imin(8, count - r);
+            transpose<false>([&](int j) { return s + (own.begin + j) * TILE_LD + r; }, n, rows,
+                             buffer, BLOCK_KV, A(1));
+            for (int i = 0; i < rows; i++)
+                add_row(panel * PANEL<A> + r + i, buffer + i * BLOCK_KV, key + own.begin, n);
         }
     }
 };
@@ -158,19 +172,17 @@ template <class A> static void write_largest(const Params& p, const Segment& s,
                                              const BackwardTile<A>& t, const Largest<A>& x,
                                              const MapsResults& results) {
     const QueryTile<A>& tile = t.tile;
-    for (int u = 0; u < x.topk; u++) {
-        alignas(64) A probs[BLOCK_Q];
-        for (int i = 0; i < tile.padded; i += SIMD_WIDTH<A>) {
-            Vec<A> e = vexp2<A>(load<A>(x.scores + u * BLOCK_Q + i) - load<A>(t.lse + i));
-            store<A>(probs + i, e * load<A>(t.inverse_sum + i));
-        }
-        for (int i = 0; i < tile.count; i++) {
-            int row = s.q_begin + tile.row[i], head = tile.head[i];
-            int64_t key = x.keys[u * BLOCK_Q + i];
-            A lse = *p.lse.at<A>(s.batch, head, row);
+    for (int i = 0; i < tile.count; i++) {
+        int row = s.q_begin + tile.row[i], head = tile.head[i];
+        A* probs = results.probs.at<A>(s.batch, head, row);
+        int64_t* keys = results.largest.at<int64_t>(s.batch, head, row);
+        A lse = *p.lse.at<A>(s.batch, head, row);
+        for (int u = 0; u < x.topk; u++) {
+            int64_t key = x.keys[i * x.ld + u];
             bool broken = lse != lse, none = key < 0 || lse == A(NEG_INF);
-            results.probs.at<A>(s.batch, head, row)[u] = broken ? lse : none ? A(0) : probs[i];
-            results.largest.at<int64_t>(s.batch, head, row)[u] = none || broken ? -1 : s.key0 + key;
+            Vec<A> e = vexp2<A>(splat(A(x.scores[i * x.ld + u] - t.lse[i])));
+            probs[u] = broken ? lse : none ? A(0) : A(e[0] * t.inverse_sum[i]);
+            keys[u] = none || broken ? -1 : s.key0 + key;
         }
     }
 }
@@ -222,11 +234,12 @@ static void maps(const Params& p, const MapsItem& item, const MapsResults& resul
     BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
     allocate_probabilities(p, t, arena);
     const int bins = item.pooled ? results.pooled : 0;
-    Largest<A> largest{results.probs.data ? results.topk : 0, nullptr, nullptr};
-    if (largest.topk > 0) {
-        largest.scores = arena.take<A>(static_cast<int64_t>(largest.topk) * BLOCK_Q);
-        largest.keys = arena.take<IntOf<A>>(static_cast<int64_t>(largest.topk) * BLOCK_Q);
-    }
+    Largest<A>& largest = *arena.take<Largest<A>>(1);
+    largest.topk = results.probs.data ? results.topk : 0;
+    largest.ld = (largest.topk + SIMD_WIDTH<A> - 1) / SIMD_WIDTH<A> * SIMD_WIDTH<A>;
+    largest.scores = arena.take<A>(static_cast<int64_t>(largest.ld) * BLOCK_Q);
+    largest.keys = arena.take<IntOf<A>>(static_cast<int64_t>(largest.ld) * BLOCK_Q);
+    largest.buffer = arena.take<A>(8 * BLOCK_KV);
     A* acc = bins > 0 ? arena.take<A>(static_cast<int64_t>(bins) * BLOCK_Q) : nullptr;
     A* sums = static_cast<A*>(item.col_mass);
     KeyRows keys = key_rows(p, p.k, s, item.head / p.group());
@@ -237,9 +250,11 @@ static void maps(const Params& p, const MapsItem& item, const MapsResults& resul
         largest.begin(t.tile.padded);
         if (acc) __builtin_memset(acc, 0, sizeof(A) * bins * BLOCK_Q);
         for_each_block(
-            p, keys, t.tile.range(0, t.tile.count), t, arena,
+            p, keys, t.tile.range(0, t.tile.count), t, arena, [](int) INLINE_LAMBDA {},
             [&](int panel, BlockKeys own, int key) INLINE_LAMBDA {
-                if (largest.topk > 0) largest.add(panel, own, key, t.p + panel * PANEL<A>);
+                if (largest.topk > 0)
+                    largest.add(panel, imin(PANEL<A>, t.tile.count - panel * PANEL<A>), own, key,
+                                t.p + panel * PANEL<A>);
             },
             [&](int key, int n) INLINE_LAMBDA {
                 if (sums) add_col_mass(t, n, sums + key);
@@ -256,7 +271,8 @@ static void maps(const Params& p, const MapsItem& item, const MapsResults& resul
 
 constexpr int WEIGHTS_KEYS = 4 * BLOCK_KV;  // of a chunk, which all heads of a mean add to
 
-// Columns [begin, begin + n) of the tile's rows: `factor` times chunk [n][BLOCK_Q].
+// Columns [begin, begin + n) of the tile's rows: `factor` times chunk [n][BLOCK_Q]. Where rows of
+// the result follow each other in the type of arithmetic, eight at a time are transposed into it.
 template <class A> static void write_weights(const Params& p, const WeightsItem& item,
                                              const WeightsResult& result, const A* chunk,
                                              int64_t begin, int n, A factor, A* buffer) {
@@ -264,8 +280,15 @@ template <class A> static void write_weights(const Params& p, const WeightsItem&
     int rows = item.end - item.begin;
     for (int i = 0; i < rows; i += 8) {
         int count = imin(8, rows - i);
-        transpose<false>([&](int j) { return chunk + j * BLOCK_Q + i; }, n, count, buffer,
-                         WEIGHTS_KEYS, A(1));
+        auto from = [&](int j) { return chunk + j * BLOCK_Q + i; };
+        const int* places = result.places + item.begin + i;
+        if (size_of(p.dtype) == sizeof(A) && places[count - 1] - places[0] == count - 1) {
+            char* to = result.to.bytes_at(s.batch, item.heads > 1 ? 0 : item.head, places[0]);
+            transpose<false>(from, n, count, reinterpret_cast<A*>(to) + begin, result.to.row,
+                             factor);
+            continue;
+        }
+        transpose<false>(from, n, count, buffer, WEIGHTS_KEYS, A(1));
         for (int r = 0; r < count; r++) {
             char* to = result.to.bytes_at(s.batch, item.heads > 1 ? 0 : item.head,
                                           result.places[item.begin + i + r]);
@@ -285,14 +308,17 @@ template <class A> static void write_zeros(const Params& p, const WeightsItem& i
     }
 }
 
-// chunk += the block's probabilities, times dropout's factors z where there are any.
-template <class A>
-INLINE void add_weights(const BackwardTile<A>& t, int n, const float* z, A* chunk) {
+// chunk = or += the block's probabilities, times dropout's factors z where there are any. The
+// probabilities may be in the chunk already.
+template <bool ADD, class A>
+INLINE void take_block(const BackwardTile<A>& t, int n, const float* z, A* chunk) {
+    if (!ADD && z == nullptr) return;
     for (int j = 0; j < n; j++)
         for (int i = 0; i < t.tile.padded; i += SIMD_WIDTH<A>) {
             Vec<A> x = load<A>(t.p + j * TILE_LD + i);
             if (z) x *= load_dropout<A>(z + j * DROPOUT_LD + i);
-            store<A>(chunk + j * BLOCK_Q + i, load<A>(chunk + j * BLOCK_Q + i) + x);
+            A* to = chunk + j * TILE_LD + i;
+            store<A>(to, ADD ? load<A>(to) + x : x);
         }
 }
 
@@ -304,7 +330,7 @@ static void weights(const Params& p, const WeightsItem& item, const WeightsResul
     BackwardTile<A>& t = *arena.take<BackwardTile<A>>(1);
     allocate_probabilities(p, t, arena);
     A* chunk = arena.take<A>(WEIGHTS_KEYS * BLOCK_Q);
-    A* buffer = arena.take<A>(8 * WEIGHTS_KEYS);
+    A *buffer = arena.take<A>(8 * WEIGHTS_KEYS), *block = t.p;
     for (DropoutTile& keep : t.keep)
         keep = p.dropout
                    ? reinterpret_cast<DropoutTile>(arena.take<float>(DROPOUT_ROWS * DROPOUT_LD))
@@ -322,27 +348,43 @@ static void weights(const Params& p, const WeightsItem& item, const WeightsResul
         Range own = range_of(head);
         all.begin = imin(all.begin, own.begin / BLOCK_KV * BLOCK_KV);
         all.end = imax(all.end, own.end);
+        if (!p.key_ranges.given()) break;  // the band is the same for all heads
     }
     all.end = imax(all.begin, all.end);
     write_zeros<A>(p, item, result, 0, s.key0 + all.begin);
     write_zeros<A>(p, item, result, s.key0 + all.end, result.keys);
     for (int begin = all.begin; begin < all.end; begin += WEIGHTS_KEYS) {
-        int n = imin(WEIGHTS_KEYS, all.end - begin);
-        __builtin_memset(chunk, 0, sizeof(A) * n * BLOCK_Q);
+        int n = imin(WEIGHTS_KEYS, all.end - begin), done = begin;
+        auto zero_until = [&](int key) {  // of the first head, where it sees nothing
+            if (key > done)
+                __builtin_memset(chunk + static_cast<int64_t>(done - begin) * TILE_LD, 0,
+                                 sizeof(A) * (key - done) * TILE_LD);
+        };
         for (int head = item.head; head < last_head; head++) {
             Range own = range_of(head);
             own.begin = imax(own.begin, begin);
             own.end = imin(own.end, begin + n);
             KeyRows keys = key_rows(p, p.k, s, head / p.group());
             load_probabilities(p, s, keys, t, arena);
+            const bool first = head == item.head;
             for_each_block(
-                p, keys, own, t, arena, [](int, BlockKeys, int) INLINE_LAMBDA {},
+                p, keys, own, t, arena,
+                [&](int key) INLINE_LAMBDA {
+                    t.p = first ? chunk + static_cast<int64_t>(key - begin) * TILE_LD : block;
+                },
+                [](int, BlockKeys, int) INLINE_LAMBDA {},
                 [&](int key, int count) INLINE_LAMBDA {
                     const float* z =
                         p.dropout ? dropout_tile(p, s, t.tile, key, count, t.keep[0], t.keep[1])
                                   : nullptr;
-                    add_weights(t, count, z, chunk + static_cast<int64_t>(key - begin) * BLOCK_Q);
+                    A* to = chunk + static_cast<int64_t>(key - begin) * TILE_LD;
+                    if (!first) return take_block<true>(t, count, z, to);
+                    zero_until(key);
+                    done = key + count;
+                    take_block<false>(t, count, z, to);
                 });
+            if (first) zero_until(begin + n);
+            t.p = block;
         }
         write_weights(p, item, result, chunk, s.key0 + begin, n, factor, buffer);
     }

@@ -53,6 +53,16 @@ FourTensors aten_backward(const Tensor& dout, const Tensor& q, const Tensor& k, 
     return {g.dq, g.dk, g.dv, Tensor()};
 }
 
+// The backward operator where autograd enters it. Gradients that are to be differentiated again
+// (create_graph) come from sdpa_bwd_differentiable, which override.py defines, all others from the
+// kernel above by an operator without a derivative. Calling the kernel itself would bypass torch's
+// modes. All three operators have the same schema, so that the arguments stay where they are.
+void aten_backward_autograd(StableIValue* stack, uint64_t /*arguments*/, uint64_t /*results*/) {
+    const char* name = aoti_torch_grad_mode_is_enabled() ? "fastattn::sdpa_bwd_differentiable"
+                                                         : "fastattn::sdpa_bwd";
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+}
+
 }  // namespace
 }  // namespace fastattn::cpu
 
@@ -68,5 +78,18 @@ extern "C" __attribute__((visibility("default"))) void fastattn_register_sdpa() 
                    TORCH_BOX(&fastattn::cpu::aten_backward));
         return made;
     }();
-    (void)library;
+    static StableLibrary* autograd = [] {
+        auto* made =
+            new StableLibrary(StableLibrary::Kind::IMPL, "aten", "AutogradCPU", "ops_aten.cpp", 0);
+        made->impl("_scaled_dot_product_efficient_attention_backward",
+                   &fastattn::cpu::aten_backward_autograd);
+        return made;
+    }();
+    static StableLibrary* own = [] {
+        auto* made =
+            new StableLibrary(StableLibrary::Kind::IMPL, "fastattn", "CPU", "ops_aten.cpp", 0);
+        made->impl("sdpa_bwd", TORCH_BOX(&fastattn::cpu::aten_backward));
+        return made;
+    }();
+    (void)library, (void)autograd, (void)own;
 }

@@ -64,7 +64,12 @@ void run_forward(Call& call, int num_splits) {
     }
     double flops = 2 * plan.pairs * (p.head_dim + p.v_dim);
     auto kernel = statistics ? kernels.forward_statistics : kernels.forward;
-    for_each_item(plan.items.size(), flops, [&](int64_t i) { kernel(p, plan.items[i], results); });
+    for_each_item(plan.items.size(), flops, [&](int64_t i) {
+        if (p.tout.data)
+            kernels.jvp(p, plan.items[i]);
+        else
+            kernel(p, plan.items[i], results);
+    });
     for_each_item(plan.merges.size(), flops, [&](int64_t i) {
         kernels.combine(p, plan.items[plan.merges[i].first], plan.merges[i].splits, results);
     });
@@ -92,10 +97,11 @@ void run_backward(Call& call, BiasSharing sharing) {
                 *sum = memory.back().get();
             }
         }
-    double flops = 5 * plan.pairs * (p.head_dim + p.v_dim);
+    double flops = 5 * plan.pairs * (p.head_dim + p.v_dim);  // twice as many for jvp_bwd
+    auto kernel = p.tout.data ? kernels.jvp_bwd : kernels.backward;
     for_each_item(static_cast<int64_t>(plan.task_begin.size()) - 1, flops, [&](int64_t task) {
         for (int i = plan.task_begin[task]; i < plan.task_begin[task + 1]; i++)
-            kernels.backward(p, plan.items[plan.tasks[i]]);
+            kernel(p, plan.items[plan.tasks[i]]);
     });
     for_each_item(plan.merges.size(), flops, [&](int64_t i) {
         kernels.reduce(p, &plan.items[plan.merges[i].first], plan.merges[i].count);
@@ -159,11 +165,9 @@ static void set_rows(Call& call, RowResults& rows) {
     rows.argmax = set(rows.need_argmax, ScalarType::Long, -1, p.argmax);
 }
 
-Result attend(Call& call, int64_t num_splits, RowResults* rows) try {
-    CHECK(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ",
-          num_splits);
+// out and lse, or their tangents. Rows of no sequence have an lse of `no_keys`.
+static Result new_result(const Call& call, double no_keys) {
     const Tensor& q = call.q;
-    call.prepare();
     Tensor lse = new_lse(q);
     Tensor out =
         call.params.head_dim == call.params.v_dim && is_dense(q)
@@ -171,13 +175,35 @@ Result attend(Call& call, int64_t num_splits, RowResults* rows) try {
             : new_tensor(q, {q.size(0), q.size(1), q.size(2), call.v.size(3)}, q.scalar_type());
     if (!call.covers_rows) {
         fill(out, 0);
-        fill(lse, -INFINITY);
+        fill(lse, no_keys);
     }
-    call.params.out = rows4(out);
-    call.params.lse = lse4(lse);
+    return {out, lse};
+}
+
+Result attend(Call& call, int64_t num_splits, RowResults* rows) try {
+    CHECK(num_splits >= 0 && num_splits <= 1 << 20, "num_splits must be in [0, 2^20], got ",
+          num_splits);
+    call.prepare();
+    Result result = new_result(call, -INFINITY);
+    call.params.out = rows4(result.out);
+    call.params.lse = lse4(result.lse);
     if (rows != nullptr) set_rows(call, *rows);
     run_forward(call, static_cast<int>(num_splits));
-    return {out, lse};
+    return result;
+} catch (const std::bad_alloc&) {
+    fail(NO_MEMORY);
+}
+
+JvpResult attend_jvp(Call& call) try {
+    call.prepare();
+    JvpResult result{new_result(call, -INFINITY), new_result(call, 0)};
+    Params& p = call.params;
+    p.out = rows4(result.primal.out);
+    p.lse = lse4(result.primal.lse);
+    p.tout = rows4(result.tangent.out);
+    p.tlse = lse4(result.tangent.lse);
+    run_forward(call, 1);
+    return result;
 } catch (const std::bad_alloc&) {
     fail(NO_MEMORY);
 }
@@ -293,13 +319,20 @@ Gradients differentiate(Call& call, Tensor dout, const OptionalTensor& dlse, Ten
               name, " has shape ", shape_of(t), ", expected the output's [", q.size(0), ", ",
               q.size(1), ", ", q.size(2), ", ", call.v.size(3), "] in q's dtype");
     };
-    check_like_out(dout, "dout");
+    check_like_out(dout, call.tout ? "dtout" : "dout");
     check_like_out(out, "out");
     check_like_lse(q, lse, "lse");
-    if (dlse) check_like_lse(q, *dlse, "dlse");
+    if (dlse) check_like_lse(q, *dlse, call.tout ? "dtlse" : "dlse");
     if (call.dentropy) {
         check_like_lse(q, *call.dentropy, "dentropy");
         call.params.dentropy = lse4(*call.dentropy);
+    }
+    if (call.tout) {
+        check_like_out(*call.tout, "tout");
+        check_like_lse(q, *call.tlse, "tlse");
+        call.tout = unit_stride(*call.tout);
+        call.params.tout = rows4(*call.tout);
+        call.params.tlse = lse4(*call.tlse);
     }
     CHECK(!need_dbias || call.operands.bias, "need_dbias without a bias");
     CHECK(!need_dsinks || call.operands.sinks, "need_dsinks without sinks");

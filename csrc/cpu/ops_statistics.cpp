@@ -1,5 +1,5 @@
-// The CPU operators of statistics: the forward pass with those of its rows, the second pass, and the
-// attention weights.
+// The CPU operators of statistics: the forward pass with those of its rows, the second pass, and
+// the attention weights.
 // next: attention.h, maps.inl
 #include <torch/csrc/stable/library.h>
 

@@ -89,7 +89,10 @@ struct Params {
     bool dbias_unset;  // dbias holds nothing yet: the first entry and head that share it set it
     Tensor4 delta;     // as lse: rowsum(dout * out) - dlse, for dsinks; absent: not wanted
     Tensor4 dentropy;  // as lse; absent: zero
-    uint64_t call;     // a number of its own, by which threads know what they have packed for it
+    // forward mode
+    Tensor4 tq, tk, tv, tbias, tsinks;  // tangents, as q, k, v, bias and sinks; absent: zero
+    Tensor4 tout, tlse;                 // as out and lse; in its backward, what it was given
+    uint64_t call;  // a number of its own, by which threads know what they have packed for it
 
     int group() const { return heads / kv_heads; }
 };
@@ -158,6 +161,8 @@ struct Kernels {
     void (*combine)(const Params&, const ForwardItem&, int splits, const SplitResults&);
     void (*backward)(const Params&, const BackwardItem&);
     void (*reduce)(const Params&, const BackwardItem*, int count);
+    void (*jvp)(const Params&, const ForwardItem&);  // of items without splits
+    void (*jvp_bwd)(const Params&, const BackwardItem&);
     int64_t (*padded)(int columns);  // row length of dk_sum and dv_sum
     FusedKernels fused;
 };

@@ -6,17 +6,18 @@
 //   entropy = log(sum of P) - log(2) * (sum of P (s - m)) / (sum of P)
 // has two terms that are never negative, so nothing cancels.
 
-// Whether some lane of a comparison is true.
-template <class A> INLINE bool any_lane(VecI<A> x) {
+// The lanes of a comparison that are true, a bit each.
+template <class A> INLINE uint32_t lanes_of(VecI<A> x) {
 #if defined(FASTATTN_AVX2) && VECTOR_BYTES == 32
-    return _mm256_movemask_ps((__m256)x) != 0;
+    if constexpr (sizeof(A) == 8) return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)x));
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)x));
 #elif defined(FASTATTN_AVX2)
-    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+    if constexpr (sizeof(A) == 8) return _mm512_test_epi64_mask((__m512i)x, (__m512i)x);
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
 #else
-    uint64_t words[sizeof(x) / 8], any = 0;
-    __builtin_memcpy(words, &x, sizeof x);
-    for (uint64_t word : words) any |= word;
-    return any != 0;
+    uint32_t lanes = 0;
+    for (int i = 0; i < SIMD_WIDTH<A>; i++) lanes |= static_cast<uint32_t>(x[i] & 1) << i;
+    return lanes;
 #endif
 }
 
@@ -36,13 +37,13 @@ template <class A> struct RowStatistics {
     alignas(64) IntOf<A> argmax[BLOCK_Q];  // the first key with the largest score
 };
 
-// The first of keys [begin, end) whose score is the rows' new maximum, where that has grown. `s` are
-// the scores from key `key` on.
+// The first of keys [begin, end) whose score is the rows' new maximum, where that has grown. `s`
+// are the scores from key `key` on.
 template <class A> INLINE void find_largest(RowStatistics<A>& r, int tile_row, const A* s,
                                             int64_t ld, int begin, int end, int key, Vec<A> old_max,
                                             Vec<A> row_max) {
     VecI<A> grown = row_max > old_max;
-    if (!r.need_argmax || !any_lane<A>(grown)) return;
+    if (!r.need_argmax || lanes_of<A>(grown) == 0) return;
     VecI<A> at = {};
     for (int j = end - 1; j >= begin; j--)
         at = load<A>(s + j * ld) == row_max ? splat_int<A>(key + j) : at;

@@ -7,4 +7,5 @@ from . import (  # noqa: F401  they tell torch of the operators
     operators,
     operators_jvp,
     operators_statistics,
+    transforms,
 )

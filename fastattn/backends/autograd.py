@@ -33,10 +33,10 @@ from torch.autograd import forward_ad
 
 from ..core.call import Call, Result, Tangents
 from ..core.spec import LEAVES, NO_OPERANDS, Spec, numbers_of
-from . import second_order
 from .backend import Backend
 from .second_order import (
     BELOW_AUTOGRAD,
+    attention_jvp,
     call_of,
     eager_apply,
     gradients,
@@ -44,6 +44,8 @@ from .second_order import (
     leaves_and_others,
 )
 from .vmap import vmap_forward
+
+_transformed = torch._C._are_functorch_transforms_active
 
 _NOTHING = (None, None)
 _NO_LEAVES = (None,) * len(LEAVES)
@@ -64,12 +66,13 @@ class SimplePlan(NamedTuple):
         return cls(call.spec, backend, numbers_of(call.spec) if serves else None)
 
 
-def attend(call: Call, backend: Backend) -> Result:
-    """The result of a checked call on `backend`, differentiable."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+def attend(call: Call, backend: Backend, eagerly: bool = False) -> Result:
+    """The result of a checked call on `backend`, differentiable. `eagerly` is transforms.py's: what
+    torch traces is the operator, and it enters the transforms there."""
+    if not eagerly and (torch.compiler.is_compiling() or torch._C._is_tracing()):
         return backend.forward(call)  # the operator has its own autograd (operators.py)
     operands = call.operands
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _transformed()
     if operands.descales is not None and (transformed or forward_ad._current_level >= 0):
         _refuse_tangent("q", call.q)
         return backend.forward(call)  # the operator has its own vmap; 8 bits have no gradient
@@ -89,12 +92,10 @@ def attend(call: Call, backend: Backend) -> Result:
     if operands is not NO_OPERANDS:
         leaves, others = operands.leaves(), operands.others()
     how = (call.spec, backend, call.num_splits)
-    if forward_ad._current_level >= 0:
-        if operands.alibi_slopes is not None:
-            _refuse_tangent("alibi_slopes", operands.alibi_slopes)
-        return Result(*_in_forward_mode(call.q, call.k, call.v, *leaves, others, how))
-    apply = Attention.apply if transformed else _apply_eager
-    return Result(*apply(call.q, call.k, call.v, *leaves, others, how))
+    if transformed or forward_ad._current_level >= 0:
+        _refuse_tangent("alibi_slopes", operands.alibi_slopes)
+        return Result(*_differentiable(call.q, call.k, call.v, *leaves, others, how))
+    return Result(*_apply_eager(call.q, call.k, call.v, *leaves, others, how))
 
 
 def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result | tuple:
@@ -106,7 +107,7 @@ def attend_simple(q: Tensor, k: Tensor, v: Tensor, plan: SimplePlan) -> Result |
         or q.is_neg()  # a view that torch's dispatcher negates: z.conj().imag
         or k.is_neg()
         or v.is_neg()
-        or torch._C._are_functorch_transforms_active()
+        or _transformed()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -156,7 +157,7 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         *tensors, others, how = inputs
         ctx.save_for_backward(*tensors, *output, *(others or ()))
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or _transformed():
             ctx.save_for_forward(*tensors, *output, *(others or ()))
         ctx.how = how
         ctx.set_materialize_grads(False)
@@ -184,8 +185,8 @@ class Attention(torch.autograd.Function):
         """Of an outer transform; see the module's docstring."""
         tensors, _, others = Attention._saved(ctx)
         spec, backend, _ = ctx.how
-        pushed = second_order.jvp(tensors, tangents[:-2], others, (spec, backend, None))
-        return pushed.tout, pushed.tlse
+        _, _, *pushed = attention_jvp(*tensors, *tangents[:-2], others, (spec, backend, None))
+        return tuple(pushed)
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, *rest):
@@ -193,7 +194,7 @@ class Attention(torch.autograd.Function):
         dims = (*in_dims[:3], *in_order(in_dims[3:-2], in_dims[-2]))
 
         def attention(q, k, v, *operands):
-            return _in_forward_mode(q, k, v, *leaves_and_others(operands), how)
+            return _differentiable(q, k, v, *leaves_and_others(operands), how)
 
         tensors = (q, k, v, *in_order(leaves, others))
         return vmap_forward(info.batch_size, dims, attention, tensors)
@@ -209,7 +210,8 @@ class DualAttention(torch.autograd.Function):
         ctx.how, ctx.pushed = (spec, backend, num_splits), None
         ctx.set_materialize_grads(False)
         call = call_of(*tensors[:3], tensors[3:], others, spec, num_splits)
-        tangents = [None if x is None else forward_ad.unpack_dual(x).tangent for x in tensors]
+        with forward_ad._set_fwd_grad_enabled(True):  # torch disables it in forward()
+            tangents = [_tangent(x, forward_ad._current_level) for x in tensors]
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
             if all(x is None for x in tangents):
                 result = backend.forward(call)
@@ -227,8 +229,8 @@ class DualAttention(torch.autograd.Function):
         tensors, _, others = Attention._saved(ctx)
         spec, backend, _ = ctx.how
         known, ctx.pushed = ctx.pushed, None
-        pushed = second_order.jvp(tensors, tangents[:-2], others, (spec, backend, known))
-        return pushed.tout, pushed.tlse
+        _, _, *pushed = attention_jvp(*tensors, *tangents[:-2], others, (spec, backend, known))
+        return tuple(pushed)
 
 
 _apply_eager, _apply_simple, _apply_dual = map(
@@ -236,36 +238,39 @@ _apply_eager, _apply_simple, _apply_dual = map(
 )
 
 
-def _innermost_is_forward_mode() -> bool:
-    """Whether unpack_dual() has the tangents: an outer transform's are not seen."""
-    return forward_ad._current_level >= 0 and (
-        not torch._C._are_functorch_transforms_active()
-        or peek_interpreter_stack().key() == TransformType.Jvp
-    )
+def _level() -> int | None:
+    """The level of forward mode by which unpack_dual() finds tangents here, or None: an outer
+    transform's are not seen. Transforms have level 0, of which compiled code does not tell
+    forward_ad._current_level."""
+    if _transformed():
+        return 0 if peek_interpreter_stack().key() == TransformType.Jvp else None
+    return forward_ad._current_level if forward_ad._current_level >= 0 else None
 
 
-def _refuse_tangent(name: str, x: Tensor) -> None:
-    if _innermost_is_forward_mode() and forward_ad.unpack_dual(x).tangent is not None:
+def _tangent(x: Tensor | None, level: int) -> Tensor | None:
+    return None if x is None else forward_ad.unpack_dual(x, level=level).tangent
+
+
+def _refuse_tangent(name: str, x: Tensor | None) -> None:
+    if (level := _level()) is not None and _tangent(x, level) is not None:
         raise NotImplementedError(
             f"{name} came with a tangent, and has no derivative; pass {name}.detach()"
         )
 
 
-def _in_forward_mode(q, k, v, *rest):
-    """(out, lse) of Attention's arguments, with their tangents computed in the same pass where the
-    innermost level is forward mode."""
+def _differentiable(q, k, v, *rest):
+    """(out, lse) of Attention's arguments. Their tangents are computed in the same pass where the
+    innermost transform is forward mode."""
     *leaves, others, how = rest
-    transformed = torch._C._are_functorch_transforms_active()
-    if not _innermost_is_forward_mode():
-        apply = Attention.apply if transformed else _apply_eager
-        return apply(q, k, v, *rest)
-    if not transformed:
-        return _apply_dual(q, k, v, *rest)
-    duals = [_NOTHING if x is None else forward_ad.unpack_dual(x) for x in (q, k, v, *leaves)]
-    primals, tangents = zip(*duals)
-    if all(x is None for x in tangents):
+    if not _transformed():
+        return (_apply_eager if forward_ad._current_level < 0 else _apply_dual)(q, k, v, *rest)
+    level, primals = _level(), (q, k, v, *leaves)
+    if level is None or all(_tangent(x, level) is None for x in primals):
         return Attention.apply(q, k, v, *rest)
+    unpack = forward_ad.unpack_dual
+    duals = [_NOTHING if x is None else unpack(x, level=level) for x in primals]
+    primals, tangents = zip(*duals)
     spec, backend, _ = how
-    pushed = second_order.jvp(primals, tangents, others, (spec, backend, None))
-    make = forward_ad.make_dual
-    return make(pushed.out, pushed.tout), make(pushed.lse, pushed.tlse)
+    out, lse, *pushed = attention_jvp(*primals, *tangents, others, (spec, backend, None))
+    pairs = zip((out, lse), pushed)
+    return tuple(forward_ad.make_dual(x, t, level=level) for x, t in pairs)

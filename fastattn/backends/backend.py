@@ -12,11 +12,13 @@ import torch
 from ..core import derivatives
 from ..core.call import Call, Gradients, JvpResult, Result
 from ..core.statistics import FirstPass, Maps
+from ..core.tensors import as_gradient_of
 
 
 def _plain_jvp_bwd(call, result, tangents, dtout, dtlse, needs) -> Gradients:
     del result  # computed again, a chunk of rows at a time
-    return derivatives.jvp_bwd(call, tangents, dtout, dtlse, needs)
+    grads = derivatives.jvp_bwd(call, tangents, dtout, dtlse, needs)
+    return Gradients(*map(as_gradient_of, (call.q, call.k, call.v), grads[:3]), *grads[3:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from ..core import derivatives
 from ..core.call import Tangents
 from ..core.derivatives import check_tangents
 from ..core.spec import LEAVES, NUMBERS, OPERANDS, Operands
-from ..core.tensors import unit_stride
+from ..core.tensors import as_gradient_of, unit_stride
 from ..core.transforms import pull_back
 from .operators import (
     by_operand,
@@ -41,18 +41,17 @@ def _checked(args) -> Arguments:
 # ---- kernels in plain torch ----------------------------------------------------------------------
 
 
-def _jvp(*args):
+def plain_jvp(*args):
     x = _checked(args)
     call = x.call().but(q=unit_stride(x.q))
     return tuple(derivatives.jvp(call, Tangents(*x.rest)))
 
 
-def _jvp_bwd(dtout, dtlse, out, lse, tout, tlse, *args):
+def plain_jvp_bwd(dtout, dtlse, out, lse, tout, tlse, *args):
     x = _checked(args)
     tangents, needs = Tangents(*x.rest[:_T]), x.rest[_T:]
     grads = derivatives.jvp_bwd(x.call(), tangents, dtout, dtlse, needs)
-    memory = (torch.empty_like(unit_stride(y)) for y in (x.q, x.k, x.v))
-    return *(y.copy_(dx) for y, dx in zip(memory, grads)), *grads[3:]
+    return *map(as_gradient_of, (x.q, x.k, x.v), grads[:3]), *grads[3:]
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
@@ -165,9 +164,9 @@ def _jvp_bwd_vmap(jvp_bwd, info, in_dims, *args):
 for _end, (_op, _bwd) in JVP_PAIRS.items():
     _, _first = PAIRS[_end]
     for _operator, _plain, _fake, _grad, _setup, _vmap in (
-        (_op, _jvp, _jvp_fake, functools.partial(_jvp_grad, _first, _bwd), _jvp_setup,
+        (_op, plain_jvp, _jvp_fake, functools.partial(_jvp_grad, _first, _bwd), _jvp_setup,
          functools.partial(_jvp_vmap, _op)),
-        (_bwd, _jvp_bwd, _jvp_bwd_fake, _jvp_bwd_grad, _jvp_bwd_setup,
+        (_bwd, plain_jvp_bwd, _jvp_bwd_fake, _jvp_bwd_grad, _jvp_bwd_setup,
          functools.partial(_jvp_bwd_vmap, _bwd)),
     ):  # fmt: skip
         _name = _operator.name()

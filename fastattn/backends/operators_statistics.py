@@ -16,7 +16,15 @@ from ..core.tensors import accumulate_dtype, unit_stride
 from ..core.transforms import one_by_one
 from . import cpu, triton
 from .operators import by_operand, one_device, register_autocast, results_like
-from .schema import FORWARD_STATISTICS, LIBRARY, MAPS, PAIRS, Arguments, weights
+from .schema import (
+    FORWARD_STATISTICS,
+    LIBRARY,
+    MAPS,
+    PAIRS,
+    Arguments,
+    weights,
+    weights_backward,
+)
 from .statistics import maps_gradient
 from .vmap import vmap_forward
 
@@ -44,6 +52,13 @@ def _maps(lse, *args):
 def _weights(lse, *args):
     x = Arguments.of(*args)
     return probabilities.weights(x.call(), lse, *x.rest)
+
+
+def _weights_backward(dweights, lse, *args):
+    x = Arguments.of(*args)
+    grads = probabilities.weights_gradient(x.call(), lse, *x.rest, dweights)
+    grads = [lse.new_empty(0) if dx is None else dx for dx in grads]
+    return tuple(y.copy_(dx) for y, dx in zip(_weights_backward_fake(dweights, lse, *args), grads))
 
 
 # ---- fake kernels --------------------------------------------------------------------------------
@@ -82,6 +97,13 @@ def _weights_fake(lse, *args):
     return x.q.new_empty((x.q.shape[0], *heads, count, x.k.shape[2]))
 
 
+def _weights_backward_fake(dweights, lse, *args):
+    x = Arguments.of(*args)
+    bias = x.call().operands.bias
+    own = (torch.empty_like(unit_stride(y)) for y in (x.q, x.k))
+    return torch.empty_like(lse), *own, lse.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
 # ---- autograd ------------------------------------------------------------------------------------
 
 
@@ -90,7 +112,8 @@ def _first_pass_setup(ctx, inputs, output):
     out, lse, max_logit, entropy, argmax = output
     ctx.save_for_backward(x.q, x.k, x.v, *x.tensors, out, lse, entropy)
     ctx.numbers, ctx.rest = x.numbers, len(x.rest)
-    ctx.mark_non_differentiable(max_logit, argmax)
+    empty = () if x.rest[1] else (entropy,)
+    ctx.mark_non_differentiable(max_logit, argmax, *empty)
     ctx.set_materialize_grads(False)
 
 
@@ -112,8 +135,9 @@ def _first_pass_grad(backward, ctx, dout, dlse, _max_logit, dentropy, _argmax):
 def _maps_setup(ctx, inputs, output):
     x = Arguments.of(*inputs[1:])
     ctx.save_for_backward(x.q, x.k, *x.tensors)
-    ctx.numbers = x.numbers
-    ctx.mark_non_differentiable(*output[1:3])
+    ctx.numbers, (need_col_mass, _, pooled) = x.numbers, x.rest
+    empty = (output[n] for n, need in ((0, need_col_mass), (3, pooled)) if not need)
+    ctx.mark_non_differentiable(*output[1:3], *empty)
     ctx.set_materialize_grads(False)
 
 
@@ -138,8 +162,13 @@ def _weights_setup(ctx, inputs, output):
 
 def _weights_grad(ctx, dweights):
     lse, q, k, *tensors, rows = ctx.saved_tensors
-    call = Arguments(q, k, k, tuple(tensors), ctx.numbers, ()).call()
-    dlse, dq, dk, dbias = probabilities.weights_gradient(call, lse, rows, ctx.average, dweights)
+    if torch.is_grad_enabled():  # create_graph
+        call = Arguments(q, k, k, tuple(tensors), ctx.numbers, ()).call()
+        dlse, dq, dk, dbias = probabilities.weights_gradient(call, lse, rows, ctx.average, dweights)
+    else:  # an operator of its own reads lengths, and so is not traced
+        call = (q, k, k, *tensors, *ctx.numbers)
+        dlse, dq, dk, dbias = weights_backward(dweights, lse, *call, rows, ctx.average)
+        dbias = dbias if dbias.numel() else None
     own = (dbias if name == "bias" else None for name in OPERANDS)
     return dlse, dq, dk, None, *own, *(None,) * (_M + 2)
 
@@ -212,3 +241,5 @@ for _end, (_, _bwd) in PAIRS.items():
         functools.partial(_maps_vmap, _op), (1, 2, 3),
     )  # fmt: skip
 _register(weights, _weights, _weights_fake, _weights_grad, _weights_setup, _weights_vmap, (1, 2, 3))
+LIBRARY.impl("flash_attn_weights_bwd", _weights_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::flash_attn_weights_bwd", _weights_backward_fake, lib=LIBRARY)

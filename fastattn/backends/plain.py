@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..core.call import Gradients
 from ..core.quantization import widened
 from ..core.reference import reference
 from ..core.spec import Operands
-from ..core.tensors import accumulate_dtype
+from ..core.tensors import accumulate_dtype, as_gradient_of
 from ..core.transforms import pull_back
 from .backend import Backend
 
@@ -26,8 +28,9 @@ def backward(call, result, dout, dlse, needs):
 
     leaves = (None if x is None else x.to(accumulate) for x in call.operands.leaves())
     grads = pull_back(function, (call.q, call.k, call.v, *leaves), (dout, dlse))
-    empty = call.q.new_empty(0, dtype=accumulate)
-    return Gradients(*grads[:3], *(x if need else empty for x, need in zip(grads[3:], needs)))
+    empty = partial(call.q.new_empty, 0, dtype=accumulate)
+    own = (dx if need and dx is not None else empty() for dx, need in zip(grads[3:], needs))
+    return Gradients(*map(as_gradient_of, (call.q, call.k, call.v), grads[:3]), *own)
 
 
 def why_not(call):

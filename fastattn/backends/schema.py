@@ -92,6 +92,13 @@ LIBRARY.define(
     " Tensor? rows, bool average) -> Tensor",
     tags=TAGS,
 )
+# Its backward, in plain torch.
+LIBRARY.define(
+    "flash_attn_weights_bwd(Tensor dweights, Tensor lse, Tensor q, Tensor k, Tensor v,"
+    f" {_OPERANDS}, {_SPEC}, Tensor? rows, bool average) -> (Tensor dlse, Tensor dq, Tensor dk,"
+    " Tensor dbias)",
+    tags=TAGS,
+)
 
 # The forward for CPU tensors without operands, for calls that need nothing but the kernel
 # (attend_simple() in autograd.py). It has few arguments, because torch takes 1 to 2 thousand
@@ -111,6 +118,7 @@ jvp_bwd = torch.ops.fastattn.flash_attn_jvp_bwd.default
 jvp_triton = torch.ops.fastattn.flash_attn_jvp_triton.default
 jvp_bwd_triton = torch.ops.fastattn.flash_attn_jvp_bwd_triton.default
 weights = torch.ops.fastattn.flash_attn_weights.default
+weights_backward = torch.ops.fastattn.flash_attn_weights_bwd.default
 FORWARD_STATISTICS = {
     "": torch.ops.fastattn.flash_attn_fwd_stats.default,
     "_triton": torch.ops.fastattn.flash_attn_fwd_stats_triton.default,

@@ -84,7 +84,7 @@ def gradients(dout, dlse, result, tensors, others, how):
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
-        differentiate = _backward
+        differentiate = attention_backward
     else:
         differentiate = AttentionBackward.forward
     return differentiate(dout, dlse, *result, *tensors, others, how)
@@ -138,11 +138,11 @@ class AttentionBackward(torch.autograd.Function):
         tangents = (*cotangents[:3], *own)  # the direction in which dout and dlse are pushed
         if not _given(tangents):
             return nothing
-        pushed = JvpResult(*_jvp(*primals, *tangents, others, (spec, backend, None)))
+        pushed = JvpResult(*attention_jvp(*primals, *tangents, others, (spec, backend, None)))
         wanted, grads = ctx.needs_input_grad[4:-2], (None,) * _P
         if any(wanted):
             inputs = (dout, dlse, *pushed, *primals, *tangents, others)
-            grads = _jvp_backward(*inputs, (spec, backend, wanted[3:]))
+            grads = attention_jvp_backward(*inputs, (spec, backend, wanted[3:]))
             grads = _in_dtype_of(primals, grads, wanted)
         dlse = None if dlse is None else pushed.tlse
         return pushed.tout, dlse, None, None, *grads, None, None
@@ -154,12 +154,12 @@ class AttentionBackward(torch.autograd.Function):
         tangents, first, second = rest[:-2], None, None
         if _given(tangents):
             if tout is None or tlse is None:
-                *_, tout, tlse = _jvp(*primals, *tangents, others, (spec, backend, None))
+                *_, tout, tlse = attention_jvp(*primals, *tangents, others, (spec, backend, None))
             inputs = (dout, dlse, *result, tout, tlse, *primals, *tangents, others)
-            first = _jvp_backward(*inputs, ctx.how)
+            first = attention_jvp_backward(*inputs, ctx.how)
         if tdout is not None or tdlse is not None:
             tdout = torch.zeros_like(dout) if tdout is None else tdout
-            second = _backward(tdout, tdlse, *result, *primals, others, ctx.how)
+            second = attention_backward(tdout, tdlse, *result, *primals, others, ctx.how)
         return _sum(first, second)
 
     @staticmethod
@@ -210,7 +210,7 @@ class AttentionJvp(torch.autograd.Function):
             dtout = torch.zeros_like(pushed.tout) if dtout is None else dtout
             if any(wanted):
                 inputs = (dtout, dtlse, *pushed, *primals, *tangents, others)
-                grads = _sum(grads, _jvp_backward(*inputs, how))
+                grads = _sum(grads, attention_jvp_backward(*inputs, how))
             if any(wanted_tangents):
                 how = (*ctx.how, wanted_tangents[3:])
                 grads_tangents = gradients(dtout, dtlse, result, primals, others, how)
@@ -231,7 +231,7 @@ class AttentionJvp(torch.autograd.Function):
         tensors, dims, how = _flat(in_dims, args, 0)
 
         def jvp(*x):
-            return _jvp(*_nested(x, 0), how)
+            return attention_jvp(*_nested(x, 0), how)
 
         return vmap_forward(info.batch_size, dims, jvp, tensors)
 
@@ -282,14 +282,9 @@ class AttentionJvpBackward(torch.autograd.Function):
         return _vmap(AttentionJvpBackward, info, in_dims, args, rows=6)
 
 
-_backward, _jvp, _jvp_backward = map(
+attention_backward, attention_jvp, attention_jvp_backward = map(
     apply_of, (AttentionBackward, AttentionJvp, AttentionJvpBackward)
 )
-
-
-def jvp(primals, tangents, others, how) -> JvpResult:
-    """AttentionJvp of tuples, with `how` its (spec, backend, known)."""
-    return JvpResult(*_jvp(*primals, *tangents, others, how))
 
 
 def _in_dtype_of(tensors, grads, wanted):

@@ -68,7 +68,7 @@ def attend_with_statistics(call: Call, backend: Backend) -> tuple[Result, Statis
         "argmax": lambda: argmax,
         "max": lambda: mass(max_logit, lse),
         "sink_mass": lambda: _sink_mass(call, lse),
-        "diagonal_mass": lambda: mass(scores_of_keys(call, diagonal(call)).squeeze(-1), lse),
+        "diagonal_mass": lambda: mass(diagonal(call), lse),
     }
     found = {name: made[name] if name in made else rows[name]() for name in wanted.names}
     return Result(out, lse), found

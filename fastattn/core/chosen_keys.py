@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call
 from .reference import finite_sum, no_autocast
+from .spec import NO_OPERANDS
 from .tensors import accumulate_dtype
 
 
@@ -83,9 +85,22 @@ def scores_of_keys(call: Call, keys: Tensor) -> Tensor:
 
 
 def diagonal(call: Call) -> Tensor:
-    """The key on each row's diagonal, int64 [B or 1, 1, rows, 1]; it need not exist."""
+    """The score of the key on each row's diagonal, [B, heads, rows]; -inf where the row does not
+    see it."""
+    q, k, x, spec = call.q, call.k, call.operands, call.spec
     at = places(call)
-    return at.i + call.spec.offset(at.q_len, at.kv_len)
+    keys = at.i + spec.offset(at.q_len, at.kv_len)
+    plain = x is NO_OPERANDS and spec.softcap == 0 and q.shape[1] == k.shape[1]
+    if not plain or q.shape[2] == 0:
+        return scores_of_keys(call, keys).squeeze(-1)
+    # Without operands rows and their keys are slices: a tenth of the time of looking each key up.
+    offset = spec.offset(q.shape[2], k.shape[2])
+    first, end = max(0, -offset), min(q.shape[2], k.shape[2] - offset)
+    rows, own = q[:, :, first:end], k[:, :, first + offset : max(first, end) + offset]
+    dtype = accumulate_dtype(q.dtype)
+    with no_autocast(q.device.type):
+        scores = spec.scale * torch.linalg.vecdot(rows.to(dtype), own.to(dtype))
+    return F.pad(scores, (first, q.shape[2] - max(first, end)), value=-torch.inf)
 
 
 def _visible(call: Call, at: Places, head: Tensor, keys: Tensor) -> Tensor:

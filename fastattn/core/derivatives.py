@@ -88,9 +88,10 @@ def jvp_bwd(
         (ROWS, KEYS, KEYS, *(PLANE,) * need_dbias, *(ALL,) * need_dsinks),
     )
     dq, dk, dv = (x.to(call.q.dtype) for x in (dq, dk, dv))
-    empty = dq.new_empty(0, dtype=accumulate_dtype(call.q.dtype))
-    dbias = own[0] if need_dbias else empty
-    return Gradients(dq, dk, dv, dbias, own[-1] if need_dsinks else empty)
+    own = iter(own)
+    empty = partial(dq.new_empty, 0, dtype=accumulate_dtype(call.q.dtype))
+    dbias, dsinks = (next(own) if need else empty() for need in (need_dbias, need_dsinks))
+    return Gradients(dq, dk, dv, dbias, dsinks)
 
 
 def check_tangents(call: Call, tangents: Tangents) -> None:

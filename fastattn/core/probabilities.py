@@ -147,7 +147,8 @@ def bins(size: int, n: int, device) -> Tensor:
 
 def rows_of_bins(size: int, n: int, like: Tensor) -> Tensor:
     """How many positions each bin has: [n], in the dtype of `like`."""
-    return torch.bincount(bins(size, n, like.device), minlength=n).to(like.dtype)
+    first = (torch.arange(n + 1, device=like.device) * size + n - 1) // n  # of each bin
+    return first.diff().to(like.dtype)
 
 
 def _bins(positions: range, size: int, n: int, like: Tensor) -> Tensor:

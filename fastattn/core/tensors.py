@@ -45,3 +45,8 @@ def empty_result(x: Tensor) -> Tensor:
     """An uninitialised tensor like x, in x's memory order where x is dense, else contiguous."""
     dense = is_dense(x) and (x.shape[-1] <= 1 or x.stride(-1) == 1)
     return torch.empty_like(x) if dense else x.new_empty(x.shape)
+
+
+def as_gradient_of(x: Tensor, dx: Tensor) -> Tensor:
+    """A copy of dx with the strides that every backend gives the gradient of x."""
+    return torch.empty_like(unit_stride(x)).copy_(dx)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, Tangents
 from .reference import Piece, part_of, pieces
 from .spec import Operands
 
@@ -98,6 +98,21 @@ def flops(pairs: int, dim: int, v_dim: int, mode: str) -> int:
     FlashAttention-2, arXiv 2307.08691). mode is one of MODES.
     """
     one = {"fwd": dim + v_dim, "bwd": 3 * dim + 2 * v_dim, "fwdbwd": 4 * dim + 3 * v_dim}
+    return 2 * pairs * one[mode]
+
+
+def flops_of_jvp(pairs: int, dim: int, v_dim: int, tangents: Tangents, mode: str) -> int:
+    """FLOPs of forward mode ("jvp") and of its backward ("jvp_bwd"), counted like flops().
+
+    jvp: QK^T, PV, (P T)V, and for each tangent of q, k and v one product with K, Q and P. Its
+    backward: QK^T, G V^T, (P T)^T G, dS K and dS^T Q; for tq tq K^T and dS^T tq, for tk Q tK^T and
+    dS tK, for tv G tV^T.
+    """
+    q, k, v = (x is not None for x in tangents[:3])
+    one = {
+        "jvp": dim * (1 + q + k) + v_dim * (2 + v),
+        "jvp_bwd": dim * (3 + 2 * q + 2 * k) + v_dim * (2 + v),
+    }
     return 2 * pairs * one[mode]
 
 

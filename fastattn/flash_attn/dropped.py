@@ -1,8 +1,9 @@
-"""S_dmask, the attention weights that flash_attn returns to show what dropout dropped.
+"""S_dmask, the attention weights that flash_attn returns to show what dropout dropped: the weights
+without dropout, negative where dropout drops them. O(S^2) memory.
 
-The attention kernels compute it: with the j-th unit vector as the value of key j, the output is the
-attention weights. Comparing two calls, without and with dropout, shows what was dropped. O(S^2)
-memory.
+Those of dense calls are made from lse by attention_weights(). For packed calls the attention
+kernels compute them, without reading lengths on the host: with the j-th unit vector as the value of
+key j, the output is the attention weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastattn.functional import attention, varlen_attention
+from fastattn.functional import varlen_attention
+from fastattn.weights import attention_weights
 
 ROUND = 128  # flash_attn rounds the sizes of S_dmask up to multiples of this
 
@@ -26,16 +28,15 @@ def signed_weights(weights: Callable[..., Tensor], **dropout) -> Tensor:
     return torch.where(dropped == 0, 0.0 - plain, plain)  # not -plain, which makes 0 into -0
 
 
-def dense_weights(q: Tensor, k: Tensor, options: dict) -> Callable[..., Tensor]:
+def dense_weights(q: Tensor, k: Tensor, lse: Tensor, options: dict) -> Callable[..., Tensor]:
     """Weights [B, H, Sq, Skv] of attention(q, k, _, **options), Sq and Skv padded with zeros to
-    multiples of ROUND."""
-    (batch, kv_heads, keys, _), rows = k.shape, q.shape[2]
-    places = torch.arange(keys, device=q.device)
-    v = _unit_vectors(places, keys, q.dtype).expand(batch, kv_heads, -1, -1)
+    multiples of ROUND. lse is that of the call, which dropout does not change."""
+    options = {name: x for name, x in options.items() if name != "deterministic"}
 
     def weights(**dropout):
-        out = attention(q, k, v, **options, **dropout)[..., : _round(keys)]
-        return torch.nn.functional.pad(out, (0, 0, 0, _round(rows) - rows))
+        made = attention_weights(q, k, lse, **options, **dropout)
+        rows, keys = (_round(n) - n for n in made.shape[2:])
+        return torch.nn.functional.pad(made, (0, keys, 0, rows))
 
     return weights
 

@@ -81,8 +81,8 @@ def flash_attn_func(
     def call(**more):
         return call_named(attention, q, k, v, **options, **more)
 
-    def weights():
-        return dense_weights(q, k, options)
+    def weights(lse):
+        return dense_weights(q, k, lse, options)
 
     return _results(call, weights, (1, 2), q, dropout_p, return_attn_probs)
 
@@ -184,7 +184,7 @@ def flash_attn_varlen_func(
     def call(**more):
         return call_named(attend, q, k, v, *packing, page_table=block_table, **options, **more)
 
-    def weights():
+    def weights(_lse):
         return packed_weights(q, k, *packing, block_table, options)
 
     return _results(call, weights, None, q, dropout_p, return_attn_probs)
@@ -322,8 +322,8 @@ def flash_attn_with_kvcache(
 
 def _results(call, weights, swapped, q, dropout_p, return_attn_probs) -> Result:
     """out, or (out, softmax_lse, S_dmask). call(**dropout, return_lse=) computes attention,
-    weights() returns the first argument of signed_weights, and `swapped` are two dimensions of out
-    to transpose."""
+    weights(lse) returns the first argument of signed_weights, and `swapped` are two dimensions of
+    out to transpose."""
 
     def arranged(out):
         # A contiguous view, except for q of a packed tensor and for Dv != D.
@@ -338,7 +338,7 @@ def _results(call, weights, swapped, q, dropout_p, return_attn_probs) -> Result:
     if "dropout_seed" not in dropout:
         return arranged(out), _unseen_is_inf(lse), out.new_empty(0)
     with torch.no_grad():
-        s_dmask = signed_weights(weights(), **dropout)
+        s_dmask = signed_weights(weights(lse), **dropout)
     return arranged(out), _unseen_is_inf(lse), s_dmask
 
 

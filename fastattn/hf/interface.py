@@ -122,7 +122,7 @@ def attention_forward(
     if dropout:
         options["dropout_seed"] = checks.dropout_key(None, query.device)
     out, lse = attention(query, key, value, return_lse=True, **seen, **options)
-    del options["sinks"], options["deterministic"]
+    del options["deterministic"]
     weights = attention_weights(query, key, lse, **seen, **options)
     weights = torch.nn.functional.pad(weights, (0, kv_len - used))
     return out.transpose(1, 2).contiguous(), weights

@@ -128,7 +128,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             if torch.is_autocast_enabled(q.device.type):
                 q, k = (x.to(out.dtype) for x in (q, k))
             weights = attention_weights(q, k, lse, align="start", average=average, **operands)
-            weights = weights.roll(-extra, -1)
+            weights = weights.roll(-extra, -1) if extra else weights
         if everything:  # dropout of 1
             out, weights = (x if x is None else F.dropout(x, 1.0) for x in (out, weights))
         return out.transpose(1, 2).flatten(2), weights

@@ -88,6 +88,7 @@ CALLS = (fastattn.attention, fastattn.varlen_attention, fastattn.decode_attentio
 ELSEWHERE = {  # options that no small case above gives: a file of tests/ that does
     "backend": "attention/test_check.py",
     "return_lse": "attention/test_check.py",
+    "return_stats": "attention/test_statistics.py",
     "deterministic": "attention/test_errors.py",
     "head_origin": "nn/test_tensor_parallel.py",
     "q_descale": "backends/test_triton_decode.py",
@@ -157,7 +158,7 @@ def test_verify_has_every_option():
     draw = features.Draw(torch.float32, "cpu")
     given = {name for feature in features.FEATURES for name in feature.options(draw)}
     shared = set.intersection(*(set(inspect.signature(f).parameters) for f in CALLS))
-    missing = shared - given - {*"qkv", "unknown", "backend", "return_lse"}
+    missing = shared - given - {*"qkv", "unknown", "backend", "return_lse", "return_stats"}
     assert missing == {"scale", "head_origin", "deterministic"}
 
 
@@ -165,7 +166,8 @@ def test_verify_has_every_option():
 
 
 PUBLIC = {
-    "fastattn": """attention varlen_attention decode_attention merge_states explain Explanation Spec
+    "fastattn": """attention attention_weights varlen_attention decode_attention merge_states
+        explain Explanation Spec
         scaled_dot_product_attention override_sdpa enable disable swap unswap SwapReport
         masks nn models flash_attn __version__""",
     "fastattn.masks": "prefix chunked block_causal",
@@ -186,7 +188,7 @@ PUBLIC = {
     "fastattn.benchmarks.timing": "Comparison Contender Noise Ratio compare noise_floor quantile",
 }
 SHARED = """scale causal window align mask bias alibi_slopes softcap sinks kv_lens document_ids
-    key_ranges head_origin dropout_p dropout_seed return_lse deterministic backend"""
+    key_ranges head_origin dropout_p dropout_seed return_lse return_stats deterministic backend"""
 CACHE = """cache_lens k v page_table cache_leftpad cache_batch_idx rotary rotary_interleaved
     num_splits k_descale v_descale"""
 SIGNATURES = {  # function: parameters, in any order after the positional ones
@@ -196,6 +198,11 @@ SIGNATURES = {  # function: parameters, in any order after the positional ones
     ),
     "decode_attention": ("q k_cache v_cache", f"{SHARED} {CACHE}"),
     "merge_states": ("out_a lse_a out_b lse_b", ""),
+    "attention_weights": (
+        "q k lse",
+        """rows heads average scale causal window align mask bias alibi_slopes softcap sinks kv_lens
+        document_ids key_ranges head_origin dropout_p dropout_seed""",
+    ),
     "scaled_dot_product_attention": (
         "query key value attn_mask dropout_p is_causal", "scale enable_gqa",
     ),

@@ -208,8 +208,8 @@ def gradchecks(every, second):
             return F.scaled_dot_product_attention(*qkv, **options)
 
         with fastattn.override_sdpa():
-            assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-            if second and torch._fused_sdp_choice(*inputs, **options) != 1:
+            assert torch.autograd.gradcheck(call, inputs, check_forward_ad=second, fast_mode=True)
+            if second:
                 assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 

@@ -24,9 +24,12 @@ from fastattn.backends import registry
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parents[1] / "support/typed_program.py"
 CALLS = {  # each call: its options, and the additional ones of its overloads
-    fastattn.attention: (options.DenseOptions, {"return_lse"}),
-    fastattn.varlen_attention: (options.PackedOptions, {"return_lse"}),
-    fastattn.decode_attention: (options.CacheOptions, {"return_lse", "cache_lens"}),
+    fastattn.attention: (options.DenseOptions, {"return_lse", "return_stats"}),
+    fastattn.varlen_attention: (options.PackedOptions, {"return_lse", "return_stats"}),
+    fastattn.decode_attention: (
+        options.CacheOptions,
+        {"return_lse", "return_stats", "cache_lens"},
+    ),
 }
 
 
@@ -139,7 +142,7 @@ def test_the_overloads_begin_as_the_calls_do(call):
         return [(p.name, p.annotation, p.default) for p in ordered]
 
     found = get_overloads(call)
-    assert len(found) == 3 and all(first(overload) == first(call) for overload in found)
+    assert len(found) == 5 and all(first(overload) == first(call) for overload in found)
 
 
 def test_the_backends_are_named_in_the_signatures():

@@ -7,34 +7,30 @@ crash, which would end the process and so the test run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from native_calls import SPOILERS, Call, calls, packed, paged, plain
+from native_calls import (
+    FUZZ,
+    LENIENT,
+    REFUSALS,
+    SPOILERS,
+    Call,
+    assert_close,
+    calls,
+    packed,
+    paged,
+    plain,
+    refused,
+)
 from torch import Tensor
 
 from fastattn.backends import isa
 from fastattn.core.reference import reference
 
 pytestmark = pytest.mark.native
-
-REFUSALS = (RuntimeError, ValueError, TypeError)  # NotImplementedError is a RuntimeError
-TOLERANCES = {  # of the largest value, for draws of a few dozen normal numbers
-    torch.float64: 1e-10,
-    torch.float32: 3e-5,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}
-FUZZ = settings(
-    max_examples=int(os.environ.get("FASTATTN_FUZZ", "150")),
-    deadline=None,
-    derandomize=True,  # the same calls in every run; FASTATTN_FUZZ=5000 tries more
-    suppress_health_check=list(HealthCheck),
-    database=None,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,16 +55,6 @@ def expected(call: Call, inputs) -> tuple[Tensor, Tensor]:
     q, k, v, tensors = inputs
     wide = Call(q, k, v, tensors, call.numbers)
     return reference(q, k, v, wide.spec(), wide.operands())
-
-
-def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> None:
-    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)} for {tuple(want.shape)}"
-    got, want = got.double(), want.detach().double()
-    assert torch.equal(got.isinf(), want.isinf()), f"{name}: infinities in other places"
-    got, want = got.nan_to_num(posinf=0, neginf=0), want.nan_to_num(posinf=0, neginf=0)
-    allowed = TOLERANCES[dtype] * max(1.0, want.abs().max().item() if want.numel() else 0.0)
-    error = (got - want).abs().max().item() if want.numel() else 0.0
-    assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"
 
 
 @FUZZ
@@ -114,29 +100,6 @@ def test_random_backward_is_right(call, data):
             want = want.sum_to_size(gradient.shape)
         scale = 4 if call.q.dtype in (torch.float16, torch.bfloat16) else 1
         assert_close(gradient / scale, want / scale, call.q.dtype, name)
-
-
-# Hostile but harmless: computing them is as right as refusing them.
-LENIENT = {
-    "bias in another half",
-    "kv_starts huge",
-    "last stride 0",
-    "last stride 2",
-    "left huge",
-    "num_splits 2^40",
-    "right huge",
-}
-
-
-def refused(run: Callable[[], Sequence[Tensor]]) -> bool:
-    """Whether `run` raises with a sentence. A meta operand may instead make the call a meta
-    call."""
-    try:
-        results = run()
-    except REFUSALS as error:
-        assert len(str(error).strip()) > 10, "a refusal is a sentence"
-        return True
-    return all(result.is_meta for result in results)
 
 
 @pytest.mark.parametrize("name", sorted(SPOILERS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import nn as fnn
-from fastattn import weights
+from fastattn.core import probabilities
 from fastattn.core.philox import keep_mask, keep_probability
 from fastattn.core.tolerance import allowed_error
 from fastattn.nn import torch_masks
@@ -296,12 +297,16 @@ def test_dropout_of_everything():
 @pytest.mark.parametrize("kv_len", [1, 16, 45, 700])
 def test_the_kernel_says_which_weights_it_keeps(p, kv_len):
     seed = torch.tensor([-(2**62) - 12345, 2**61 + 99])
-    words = weights._kept(seed, 2, 3, 21, kv_len, p)
-    bits = (words.unsqueeze(-1) >> torch.arange(16) & 1).flatten(-2)
+    q, k = torch.zeros(2, 3, 21, 1), torch.zeros(2, 3, kv_len, 1)
+    lse, options = torch.full((2, 3, 21), math.log(kv_len)), {"dropout_p": p, "dropout_seed": seed}
+    weights = fastattn.attention_weights(q, k, lse, **options)
     want = keep_mask(seed, 6, 21, kv_len, p).view(2, 3, 21, kv_len)
-    assert torch.equal(bits[..., :kv_len].bool(), want) and not bits[..., kv_len:].any()
-    part = weights._kept(seed, 2, 1, 21, kv_len, p, (2, 3))  # the last of the three heads
-    assert torch.equal(part, words[:, 2:])
+    torch.testing.assert_close(weights, want / (kv_len * keep_probability(p)))
+    one = slice(2, 3)  # the last of the three heads
+    part = fastattn.attention_weights(
+        q[:, one], k[:, one], lse[:, one], head_origin=(2, 3), **options
+    )
+    assert torch.equal(part, weights[:, one])
 
 
 def test_checkpointing_drops_the_same():
@@ -320,8 +325,8 @@ def test_checkpointing_drops_the_same():
 
 @pytest.mark.parametrize("average", [True, False])
 def test_weights_in_chunks(monkeypatch, average):
-    """Many chunks of 16 rows, each with its part of masks, triangle and gradient."""
-    monkeypatch.setattr(weights, "CHUNK", 1)
+    """The gradient in chunks of one row, each with its part of masks, triangle and gradient."""
+    monkeypatch.setattr(probabilities, "CHUNK", 1)
     modules = pair(E, H, batch_first=True)
     x = torch.randn(B, 50, E, dtype=torch.float64, requires_grad=True)
     hidden = torch.arange(50) >= torch.tensor([[30], [50]])

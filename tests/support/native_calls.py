@@ -7,10 +7,12 @@ hypothesis strategy of valid ones; each of SPOILERS makes one with a single host
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +22,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NUMBERS = tuple(f.name for f in fields(Spec))
 PAGE_SIZE = 8
 HUGE = 2**40
+REFUSALS = (RuntimeError, ValueError, TypeError)  # NotImplementedError is a RuntimeError
+TOLERANCES = {  # of the largest value, for draws of a few dozen normal numbers
+    torch.float64: 1e-10,
+    torch.float32: 3e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+FUZZ = settings(
+    max_examples=int(os.environ.get("FASTATTN_FUZZ", "150")),
+    deadline=None,
+    derandomize=True,  # the same calls in every run; FASTATTN_FUZZ=5000 tries more
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
 
 
 @dataclass
@@ -39,7 +55,7 @@ class Call:
     def operands(self) -> Operands:
         return Operands(**self.tensors)
 
-    def _shared(self) -> list:
+    def shared(self) -> list:
         defaults = {"scale": 0.3, "softcap": 0.0, "left": -1, "right": -1}
         defaults |= {"align_end": True, "dropout_p": 0.0}
         tensors = [self.tensors.get(name) for name in OPERANDS]
@@ -47,12 +63,12 @@ class Call:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         op = torch.ops.fastattn.flash_attn_fwd
-        return op(self.q, self.k, self.v, *self._shared(), self.num_splits)
+        return op(self.q, self.k, self.v, *self.shared(), self.num_splits)
 
     def backward(self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor):
         op = torch.ops.fastattn.flash_attn_bwd
         need = ("bias" in self.tensors, "sinks" in self.tensors)
-        return op(dout, dlse, out, lse, self.q, self.k, self.v, *self._shared(), *need)
+        return op(dout, dlse, out, lse, self.q, self.k, self.v, *self.shared(), *need)
 
 
 # ---- valid calls ------------------------------------------------------------------------------
@@ -402,3 +418,38 @@ SPOILERS: dict[str, Callable[[], Call]] = {
     "num_splits -1": _with(plain, num_splits=-1),
     "num_splits 2^40": _with(plain, num_splits=HUGE),
 }
+
+
+# ---- what comes of them --------------------------------------------------------------------------
+
+# Hostile but harmless: computing them is as right as refusing them.
+LENIENT = {
+    "bias in another half",
+    "kv_starts huge",
+    "last stride 0",
+    "last stride 2",
+    "left huge",
+    "num_splits 2^40",
+    "right huge",
+}
+
+
+def refused(run: Callable[[], Sequence[Tensor]]) -> bool:
+    """Whether `run` raises with a sentence. A meta operand may instead make the call a meta
+    call."""
+    try:
+        results = run()
+    except REFUSALS as error:
+        assert len(str(error).strip()) > 10, "a refusal is a sentence"
+        return True
+    return all(result.is_meta for result in results)
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> None:
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)} for {tuple(want.shape)}"
+    got, want = got.double(), want.detach().double()
+    assert torch.equal(got.isinf(), want.isinf()), f"{name}: infinities in other places"
+    got, want = got.nan_to_num(posinf=0, neginf=0), want.nan_to_num(posinf=0, neginf=0)
+    allowed = TOLERANCES[dtype] * max(1.0, want.abs().max().item() if want.numel() else 0.0)
+    error = (got - want).abs().max().item() if want.numel() else 0.0
+    assert error <= allowed, f"{name}: off by {error:.2e}, allowed {allowed:.2e}"

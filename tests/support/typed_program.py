@@ -54,6 +54,12 @@ def calls(with_lse: bool) -> tuple[Tensor, Tensor]:
         return_lse=False,
     )  # fmt: skip
 
+    first, found = fastattn.attention(q, q, q, return_stats=("entropy", "topk:2"))
+    entropy: Tensor = found["entropy"]
+    out, lse, found = fastattn.attention(q, q, q, return_lse=True, return_stats=["col_mass"])
+    weights: Tensor = fastattn.attention_weights(q, q, lse, rows=slice(0, 2), average=True)
+    out = out + first + entropy[..., None] + weights.sum()
+
     ranges: tuple[Tensor, Tensor] = fastattn.masks.chunked(4, 6, offset=0)
     out = out + fastattn.attention(q, q, q, causal=True, key_ranges=ranges)
     prefix = fastattn.masks.prefix(torch.tensor([2, 0]), q_len=6)
