@@ -3,6 +3,7 @@
 #   make demo    swap fastattn into a pretrained encoder: compare, time, write out/demo.html
 #   make test    the whole test suite                make bench   the quick benchmark (ARGS="...")
 #   make check   a quick test, one minute            make docs    the site, out/site/index.html
+#   make test-all    the tests with their long lists, about an hour
 #   make build   rebuild what changed in csrc        make asan    native tests under the sanitizers
 #   make lint    ruff, as CI runs it                 make fmt     format Python and C++
 #   make size    line budgets                        make gpu     the suite on this machine's GPU
@@ -47,12 +48,12 @@ NATIVE := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CXX_FILES = $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl csrc/cuda/* \
     tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: demo test check bench build asan coverage fuzz lint fmt size docs gpu gpu-audit cuda-load wheel \
+.PHONY: demo test test-all check bench build asan coverage fuzz lint fmt size docs gpu gpu-audit cuda-load wheel \
     versions clean distclean writable help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,15s/^#   //p' Makefile
+	@sed -n '3,16s/^#   //p' Makefile
 
 demo: build
 	$(BIN)/python -m fastattn demo $(ARGS)
@@ -61,6 +62,10 @@ demo: build
 # process again, for a debugger: make test ARGS="-n 0 --pdb tests/backends/test_cpu.py".
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist worksteal $(ARGS)
+
+# The long lists too: about an hour on two cores.
+test-all: ARGS += --long
+test-all: test
 
 # One small case of every option on every backend, the public names and types, lint, line budgets.
 check: lint size build

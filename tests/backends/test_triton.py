@@ -15,7 +15,7 @@ import torch
 from case_tensors import BIASES, LAYOUTS, MASKS
 from cases import CASES, OPTIONS, select
 from operator_calls import cotangents_of, name_of, numbers
-from pairwise import KINDS, PAIRWISE, crossed
+from pairwise import KINDS, PAIRWISE, crossed, thinned
 from triton_calls import DEVICE, check, row, run_triton
 
 import fastattn
@@ -36,24 +36,25 @@ def _on_the_cpu_too(monkeypatch):
 
 ON_GPU = DEVICE == "cuda"  # where nothing is left out
 ONE_BY_ONE = select("alone", "mask", "bias", "layout")
-LIST = [*PAIRWISE, *KINDS, *select("gqa", "edge", "everything"), *(ONE_BY_ONE if ON_GPU else ())]
+LIST = [*PAIRWISE, *KINDS, *select("gqa", "everything")]
+MANY = [*select("edge"), *(ONE_BY_ONE if ON_GPU else ())]
 
 
-@pytest.mark.parametrize("case", LIST, ids=name_of)
+@pytest.mark.parametrize("case", [*LIST, *thinned(MANY, all_of_them=ON_GPU)], ids=name_of)
 def test_single_precision(case):
     check(case, torch.float32)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [c for c in CASES if c not in LIST], ids=name_of)
+@pytest.mark.parametrize("case", [c for c in CASES if c not in LIST and c not in MANY], ids=name_of)
 def test_the_rest_of_the_list(case):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in {
+@pytest.mark.parametrize("case", thinned([c for c in CASES if c.name in {
     "dim/1", "dim/20", "dim/80", "dim/256", "dim/512", "dim/192,128", "dim/80,33", "dim/512,1",
     "size/17x130", "size/65", "size/257x65_causal", "long/rows", "long/packed+bias_heads",
-}], ids=name_of)  # fmt: skip
+}], all_of_them=ON_GPU), ids=name_of)  # fmt: skip
 def test_shapes(case):
     check(case, torch.float32)
 
@@ -61,7 +62,9 @@ def test_shapes(case):
 HALVES = [torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("case, dtype", crossed(select("alone"), HALVES, ON_GPU), ids=name_of)
+@pytest.mark.parametrize(
+    "case, dtype", thinned(select("alone"), HALVES, all_of_them=ON_GPU), ids=name_of
+)
 def test_halves(case, dtype):
     check(case, dtype)
 

@@ -11,7 +11,7 @@ import triton_calls
 from case_tensors import RANGES
 from cases import Problem
 from operator_calls import cotangents_of, name_of
-from pairwise import crossed
+from pairwise import crossed, thinned
 from ranged_cases import Ranged
 from triton_calls import DEVICE, row, run_triton
 
@@ -58,7 +58,9 @@ SHARED = [  # ranges shared by sequences, and ranges shared by heads
 ]
 
 
-@pytest.mark.parametrize("case", [*KINDS, *COMBINED, *SHARED], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [*thinned(KINDS, all_of_them=ON_GPU), *COMBINED, *SHARED], ids=name_of
+)
 def test_single_precision(case):
     check(case)
 

@@ -8,15 +8,14 @@ import torch
 from cases import Case
 from cuda_backward import Kernel, check, same_bits, sequences_are_apart
 from cuda_cases import DIMS, MASKS, OPTIONS, PACKED, SHAPES
+from pairwise import thinned
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
 )
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim, shape, mask", thinned(DIMS, SHAPES, MASKS))
 def test_masks(dim, shape, mask):
     seed = DIMS.index(dim) + list(SHAPES).index(shape) + list(MASKS).index(mask)
     case = Case(f"cuda/{shape}-{mask}", **SHAPES[shape], **MASKS[mask])
@@ -29,17 +28,14 @@ def test_masks(dim, shape, mask):
     )
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim, option", thinned(DIMS, OPTIONS))
 def test_options(dim, option):
     seed = DIMS.index(dim) + list(OPTIONS).index(option)
     case = Case(f"cuda/{option}", **OPTIONS[option])
     check(Kernel("sm90", dim), case, torch.float16 if seed % 2 else torch.bfloat16, seed)
 
 
-@pytest.mark.parametrize("deterministic", (True, False), ids=("deterministic", "any-order"))
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim, name, deterministic", thinned(DIMS, PACKED, (True, False)))
 def test_packed_sequences(dim, name, deterministic):
     seed = DIMS.index(dim) + list(PACKED).index(name) + deterministic
     case = Case("cuda/packed", **PACKED[name])
@@ -59,8 +55,7 @@ def test_in_any_order(dim, seed):
     check(Kernel("sm90", dim), case, torch.bfloat16, seed, deterministic=False)
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim, seed", thinned(DIMS, range(6)))
 def test_moments_of_asynchronous_work(dim, seed):
     mask = {"window": (200, 0)} if seed % 2 else {"causal": True}
     case = Case("cuda/seeds", batch=1, q_len=260, kv_len=390, **mask)

@@ -20,8 +20,8 @@ from cuda_cases import (
     SHAPES,
     check_forward,
     check_problem,
-    thinned,
 )
+from pairwise import thinned
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"
@@ -33,8 +33,8 @@ ARCHS = ["sm90", "sm80"]
 
 def cases(*axes):
     """For parametrize: all combinations of an architecture, a head dimension and the values of the
-    axes. Those of sm_80 are many, so that without --long only a third of them run."""
-    return thinned(ARCHS, DIMS, *axes, when=lambda arch, *others: arch == "sm80")
+    axes, of which only a third run without --long."""
+    return thinned(ARCHS, DIMS, *axes)
 
 
 @pytest.mark.parametrize("arch, dim, shape, mask", cases(SHAPES, MASKS))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import Case
 from cuda_backward import Kernel, check, same_bits, sequences_are_apart
-from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES, thinned
+from cuda_cases import MASKS, OPTIONS, PACKED, SHAPES
+from pairwise import thinned
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"

@@ -10,7 +10,8 @@ import emulated
 import pytest
 import torch
 from cases import Case
-from cuda_cases import DIMS, check_forward, thinned
+from cuda_cases import DIMS, check_forward
+from pairwise import thinned
 
 pytestmark = pytest.mark.skipif(
     emulated.why_not() is not None, reason=f"no emulator here: {emulated.why_not()}"

@@ -16,6 +16,7 @@ import test_fused_dropout as D
 import torch
 from fresh_python import ROOT
 from fused_cases import LAYOUTS, LOSSES, OPS, check, exact_norm, randn, table
+from pairwise import thinned
 from torch._subclasses import FakeTensorMode
 
 from fastattn.backends import gpu
@@ -163,16 +164,14 @@ def test_rotate_at_positions(kind, calls):
     assert past[..., 1:3, :6].isnan().all() and past.isnan().sum() == 2 * 3 * 2 * 6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", list(fused_gate.GATES))
+@pytest.mark.parametrize("dtype, activation", thinned(DTYPES, fused_gate.GATES))
 def test_gate(dtype, activation, calls):
     for shape in ((1,), (3, 63), (2, 3, 65), (2, 1000)):
         inputs = [4 * randn(*shape, dtype=dtype) for _ in range(2)]
         check(cases.ours_gate, cases.torch_gate, inputs, dtype, activation=activation)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", list(D.ACTIVATIONS))
+@pytest.mark.parametrize("dtype, activation", thinned(DTYPES, D.ACTIVATIONS))
 def test_activate(dtype, activation, calls):
     for shape in ((1,), (3, 63), (2, 3, 65), (2, 1000)):
         x, bias = 3 * randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
@@ -185,11 +184,14 @@ def test_activations_over_the_whole_range(calls):
     T.test_gate_over_the_whole_range()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name, count", [("all", True), *((name, False) for name in LOSSES)])
-def test_linear_cross_entropy(dtype, name, count, calls, monkeypatch):
+COUNTED = [("all", True), *((name, False) for name in LOSSES)]
+
+
+@pytest.mark.parametrize("dtype, loss", thinned(DTYPES, COUNTED))
+def test_linear_cross_entropy(dtype, loss, calls, monkeypatch):
     """With ignored rows, both as on a GPU, where they are not counted or skipped, and as
     elsewhere."""
+    name, count = loss
     monkeypatch.setattr(fused_loss, "_can_count", lambda x: count)
     monkeypatch.setattr(loss_kernels, "BLOCK", 128)  # the longest row takes two steps
     T.test_linear_cross_entropy(dtype, name)

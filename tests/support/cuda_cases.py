@@ -4,10 +4,8 @@ tolerance of the forward kernels."""
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import emulated
-import pytest
 import torch
 from cases import Case, Problem
 from torch import Tensor
@@ -94,19 +92,6 @@ PACKED = {
     "documents-tiny": {"documents": (1,) * 65, "q_len": 65, "kv_len": 65, "causal": True},
     "documents-one": {"documents": (139,), "q_len": 139, "kv_len": 139, "causal": True},
 }  # fmt: skip
-
-
-def thinned(*axes, when=lambda *values: True) -> list:
-    """For parametrize: all combinations of the axes' values, of which one in three always runs and
-    the others with --long. With three axes, each pair of values is in a combination that runs.
-    Combinations for which `when` is false always run."""
-    lists = [list(axis) for axis in axes]
-    params = []
-    for places in product(*(range(len(axis)) for axis in lists)):
-        values = [axis[place] for axis, place in zip(lists, places)]
-        skip = sum(places) % 3 and when(*values)
-        params.append(pytest.param(*values, marks=[pytest.mark.long] if skip else []))
-    return params
 
 
 def visible(problem: Problem) -> Tensor:

@@ -1,17 +1,17 @@
 """The list of cases.py in few cases, for backends that take long: PAIRWISE has every pair of
-options, five in a case, and CROWDED twelve; KINDS every kind of mask, bias and layout, three in a
-case; crossed() thins the product of two lists."""
+options, nine in a case, and CROWDED twelve; KINDS every kind of mask, bias and layout, three in a
+case; crossed() and thinned() thin products of lists."""
 
 from __future__ import annotations
 
-from itertools import combinations, cycle
+from itertools import combinations, cycle, product
 
 import pytest
 from case_tensors import BIASES, LAYOUTS, MASKS
 from cases import OPTIONS, Case, combine
 
 
-def _cover(size: int = 5):
+def _cover(size: int = 9):
     """A few cases of `size` options each, among which every pair that combine takes appears."""
     names = list(OPTIONS)[1:]
     missing = {pair for pair in combinations(names, 2) if combine("", *(OPTIONS[n] for n in pair))}
@@ -51,3 +51,15 @@ def crossed(first, second, all_of_them: bool = False) -> list:
         for i, a in enumerate(first)
         for j, b in enumerate(second)
     ]
+
+
+def thinned(*axes, all_of_them: bool = False) -> list:
+    """For parametrize: all combinations of the axes' values, of which one in three always runs and
+    the others with --long. With three axes, each pair of values is in a combination that runs."""
+    lists = [list(axis) for axis in axes]
+    params = []
+    for places in product(*(range(len(axis)) for axis in lists)):
+        values = [axis[place] for axis, place in zip(lists, places)]
+        marks = [pytest.mark.long] if sum(places) % 3 and not all_of_them else []
+        params.append(pytest.param(*values, marks=marks))
+    return params
