@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from ..core.call import Call, Result, Tangents
+from ..core.call import Call, JvpResult, Result, Tangents
 from ..core.spec import LEAVES, NO_OPERANDS, Spec, numbers_of
 from .backend import Backend
 from .second_order import (
@@ -173,7 +173,10 @@ class Attention(torch.autograd.Function):
         nothing = (None,) * (5 + len(LEAVES))
         if dout is None and dlse is None:
             return nothing
-        tensors, result, others = Attention._saved(ctx)
+        return Attention._gradients(ctx, dout, dlse, *Attention._saved(ctx))
+
+    @staticmethod
+    def _gradients(ctx, dout, dlse, tensors, result, others):
         spec, backend, _ = ctx.how
         needs = ctx.needs_input_grad[3:-2]
         grads = gradients(dout, dlse, result, tensors, others, (spec, backend, needs))
@@ -207,7 +210,7 @@ class DualAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *tensors, others, (spec, backend, num_splits) = args
-        ctx.how, ctx.pushed = (spec, backend, num_splits), None
+        ctx.how, ctx.pushed, ctx.tangents = (spec, backend, num_splits), None, None
         ctx.set_materialize_grads(False)
         call = call_of(tensors, others, spec, num_splits)
         with forward_ad._set_fwd_grad_enabled(True):  # torch disables it in forward()
@@ -222,13 +225,26 @@ class DualAttention(torch.autograd.Function):
         ctx.save_for_forward(*tensors, *result, *(others or ()))
         return tuple(result)
 
-    backward: Any = Attention.backward
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return (None,) * (5 + len(LEAVES))
+        tensors, result, others = Attention._saved(ctx)
+        if ctx.tangents is not None and (level := forward_ad._current_level) >= 0:
+            # torch saves outputs without their tangents, which jvp() of AttentionBackward reads.
+            pairs = zip(result, ctx.tangents)
+            result = Result(*(forward_ad.make_dual(x.detach(), t, level=level) for x, t in pairs))
+        return Attention._gradients(ctx, dout, dlse, tensors, result, others)
 
     @staticmethod
     def jvp(ctx, *tangents):
         tensors, _, others = Attention._saved(ctx)
         spec, backend, _ = ctx.how
         known, ctx.pushed = ctx.pushed, None
+        if known is not None:
+            # Copies, since out and lse themselves would become results of AttentionJvp.
+            known = JvpResult(known.out.clone(), known.lse.clone(), known.tout, known.tlse)
+            ctx.tangents = known.tout, known.tlse
         _, _, *pushed = attention_jvp(*tensors, *tangents[:-2], others, (spec, backend, known))
         return tuple(pushed)
 
