@@ -216,7 +216,7 @@ class DualAttention(torch.autograd.Function):
         with forward_ad._set_fwd_grad_enabled(True):  # torch disables it in forward()
             tangents = [_tangent(x, forward_ad._current_level) for x in tensors]
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOGRAD):
-            # torch's older vmap (gradcheck's, and is_grads_batched's) allows no batched result here:
+            # torch's older vmap, which gradcheck uses, allows no batched result here:
             # then only jvp() computes tangents.
             if all(x is None or is_legacy_batchedtensor(x) for x in tangents):
                 result = backend.forward(call)
