@@ -1,11 +1,15 @@
-"""The forward operators under torch.func's transforms, where torch.library's own derivatives do not
-exist: torch.func.grad raises, and torch.func.jvp would lose the tangents without a word. There, and
-so in torch.compile of functions that use them, an operator is the autograd function of autograd.py.
+"""The forward operators where torch.library's own derivatives do not exist: under torch.func's
+transforms, and for tensors with tangents in torch.autograd.forward_ad's levels. torch.func.grad would
+raise, and forward mode lose the tangents without a word. There, and so in torch.compile of functions
+that use them, an operator is the autograd function of autograd.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+from torch.autograd import forward_ad
 
 from ..core.call import Call
 from ..core.spec import Operands, Spec
@@ -19,6 +23,16 @@ _FUNCTORCH = "FuncTorchDynamicLayerFrontMode"  # where torch.func's transforms e
 def _register(end: str) -> None:
     name = f"flash_attn_fwd{end}"
     torchs = torch.library.get_kernel(f"fastattn::{name}", _FUNCTORCH).call_boxed
+    autograd = {
+        key: torch.library.get_kernel(f"fastattn::{name}", key).call_boxed
+        for key in ("AutogradCPU", "AutogradCUDA")
+    }
+
+    def of_duals(keys, *args):
+        if not any(_is_dual(x) for x in args):
+            return autograd["AutogradCUDA" if args[0].is_cuda else "AutogradCPU"](keys, *args)
+        with _level_known():
+            return transformed(keys, *args)
 
     def transformed(keys, *args):
         x = Arguments.of(*args)
@@ -30,6 +44,23 @@ def _register(end: str) -> None:
         return tuple(attend(call, backend, eagerly=True))
 
     LIBRARY.impl(name, transformed, _FUNCTORCH, with_keyset=True)
+    for key in autograd:
+        LIBRARY.impl(name, of_duals, key, with_keyset=True)
+
+
+def _is_dual(x) -> bool:
+    return isinstance(x, torch.Tensor) and torch._VF._unpack_dual(x, level=0)[1] is not None
+
+
+@contextlib.contextmanager
+def _level_known():
+    """In compiled code torch enters forward_ad's level without setting its number in Python."""
+    level = forward_ad._current_level
+    forward_ad._current_level = max(level, 0)
+    try:
+        yield
+    finally:
+        forward_ad._current_level = level
 
 
 for _end in FAMILIES:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from cases import Case, select
-from operator_calls import name_of
+from operator_calls import name_of, numbers
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,7 @@ import fastattn
 from fastattn.core import derivatives
 from fastattn.core.call import Call, Tangents
 from fastattn.core.reference import reference
-from fastattn.core.spec import Operands
+from fastattn.core.spec import OPERANDS, Operands, Spec
 from fastattn.core.transforms import pull_back, push_forward
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.native)]
@@ -436,3 +436,34 @@ def test_wrong_tangents_are_named(tangents, error, sentence):
     call = Call(*qkv(), fastattn.core.spec.Spec(1.0), Operands())
     with pytest.raises(error, match=sentence):
         derivatives.jvp(call, Tangents(**tangents))
+
+
+# ---- levels of forward_ad that attention() does not see ------------------------------------------
+
+
+def _tangent_of_out(attend, q, k, v, t):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(attend(forward_ad.make_dual(q, t), k, v)).tangent
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_level_inside_compiled_code(compiler):
+    """The compiled graph enters the level in C++ and calls the operator with dual tensors."""
+    q, k, v, t = torch.randn(4, 1, 2, 9, 8).unbind()
+
+    def function(*tensors):
+        return _tangent_of_out(fastattn.attention, *tensors)
+
+    compiled = torch.compile(function, backend=compiler, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, t), function(q, k, v, t))
+
+
+def test_the_operator_itself_takes_tangents():
+    q, k, v, t = torch.randn(4, 1, 2, 9, 8).unbind()
+    want = _tangent_of_out(fastattn.attention, q, k, v, t)
+    rest = (*(None,) * len(OPERANDS), *numbers(Spec(8**-0.5)), 0)
+
+    def operator(*tensors):
+        return torch.ops.fastattn.flash_attn_fwd(*tensors, *rest)[0]
+
+    torch.testing.assert_close(_tangent_of_out(operator, q, k, v, t), want)
