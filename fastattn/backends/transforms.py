@@ -1,7 +1,7 @@
 """The forward operators where torch.library's own derivatives do not exist: under torch.func's
-transforms, and for tensors with tangents in torch.autograd.forward_ad's levels. torch.func.grad would
-raise, and forward mode lose the tangents without a word. There, and so in torch.compile of functions
-that use them, an operator is the autograd function of autograd.py.
+transforms, and for tensors with tangents in torch.autograd.forward_ad's levels. torch.func.grad
+would raise, and forward mode lose the tangents without a word. There, and so in torch.compile of
+functions that use them, an operator is the autograd function of autograd.py.
 """
 
 from __future__ import annotations
