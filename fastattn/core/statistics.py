@@ -49,8 +49,9 @@ class Wanted:
     def parse(cls, names) -> Wanted:
         """Of return_stats=names. Raises one sentence for what is not a statistic."""
         if not isinstance(names, (tuple, list)) or not all(isinstance(x, str) for x in names):
+            shown = f"a {type(names).__name__}" if isinstance(names, Tensor) else repr(names)
             raise TypeError(
-                f"return_stats is {names!r}; accepted is a tuple of names, such as "
+                f"return_stats is {shown}; accepted is a tuple of names, such as "
                 "('max_logit', 'entropy'), or None"
             )
         topk, pooled = 0, []

@@ -167,7 +167,7 @@ def test_verify_has_every_option():
 
 PUBLIC = {
     "fastattn": """attention attention_weights varlen_attention decode_attention merge_states
-        explain Explanation Spec
+        capture explain Explanation Spec
         scaled_dot_product_attention override_sdpa enable disable swap unswap SwapReport
         masks nn models flash_attn __version__""",
     "fastattn.masks": "prefix chunked block_causal",
@@ -184,6 +184,9 @@ PUBLIC = {
         flash_attn_with_kvcache""",
     "fastattn.flash_attn.bert_padding": """pad_input unpad_input index_first_axis
         unpad_input_for_concatenated_sequences""",
+    "fastattn.distillation": "attention_transfer_loss relation_loss relation",
+    "fastattn.pruning": "head_importance least_important prune_heads",
+    "fastattn.signals": "AttentionSignals largest_logits qk_clip",
     "fastattn.audit": "Audit Layer audit load_inputs load_model",
     "fastattn.benchmarks.timing": "Comparison Contender Noise Ratio compare noise_floor quantile",
 }
@@ -206,6 +209,7 @@ SIGNATURES = {  # function: parameters, in any order after the positional ones
     "scaled_dot_product_attention": (
         "query key value attn_mask dropout_p is_causal", "scale enable_gqa",
     ),
+    "capture": ("stats", "layers heads grad inputs device model"),
     "masks.prefix": ("prefix_lens q_len", "offset device"),
     "masks.chunked": ("chunk_size q_len", "offset first device"),
     "masks.block_causal": ("block_sizes q_len", "offset device"),
