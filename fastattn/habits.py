@@ -7,8 +7,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any, TypeVar
 
 from .backends.gpu import constant
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _MASK = "mask= is bool, True where a row sees a key, and bias= is added to the scores"
 _PADDING = (
@@ -60,12 +63,12 @@ _OURS = {
 _PUBLIC: list[Callable] = []
 
 
-def public(function: Callable) -> Callable:
+def public(function: F) -> F:
     """Decorates a public function that takes unknown keywords as **unknown and passes them to
     refuse_unknown(). They are removed from its visible signature."""
     signature = inspect.signature(function)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    function.__signature__ = signature.replace(parameters=shown)
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     _PUBLIC.append(function)
     return unscriptable(function)
 
@@ -100,13 +103,13 @@ _NO_SCRIPT = (
 )
 
 
-def unscriptable(x):
+def unscriptable(x: F) -> F:
     """Makes torch.jit.script fail on a function or a module class with one clear sentence, wherever
     it is used, instead of showing the first line that it cannot compile."""
     if isinstance(x, type):
-        x.__prepare_scriptable__ = _refuse_script
+        x.__prepare_scriptable__ = _refuse_script  # type: ignore[attr-defined]
     else:
-        x.__script_unsupported = _NO_SCRIPT
+        x.__script_unsupported = _NO_SCRIPT  # type: ignore[attr-defined]
     return x
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Record(dict):
+class Record(dict[str, Any]):
     """The statistics of one attention call, by the names that capture() was given. They are also
     attributes, where "pooled:32" is pooled.
 
@@ -48,7 +48,7 @@ def _shape(x: Any) -> list[int]:
     return list(x[0].shape if isinstance(x, tuple) else x.shape)
 
 
-class Recording(list):
+class Recording(list[Record]):
     """The records of a capture(), one for each call, in the order of the calls."""
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ torch.ops.fastattn.flash_attn_weights (csrc/cpu/ops_statistics.cpp, or core/prob
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def attention_weights(
     head_origin: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: tuple[int, int] | Tensor | None = None,
-    **unknown,
+    **unknown: Any,
 ) -> Tensor:
     """The attention weights that attention() multiplied with v: exp(score - lse), and with dropout
     what it kept of them.

@@ -453,5 +453,5 @@ def test_operands_order():
     operands = Operands(*tensors)
     assert all(a is b for a, b in zip(operands.tensors(), tensors, strict=True))
     assert operands.varlen and operands.paged
-    assert not Operands().packed and not Operands().paged
+    assert not Operands().varlen and not Operands().paged
     assert hash(Spec(1.0)) == hash(Spec(1.0)) and Spec(1.0) == Spec(1.0)

@@ -170,7 +170,7 @@ def test_explain_takes_what_the_calls_take():
 
 
 def test_dir_lists_the_public_names():
-    later = {"flash_attn", "hf", "models"}
+    later = {"distillation", "flash_attn", "hf", "models", "pruning", "signals"}
     assert set(dir(fastattn)) == {*fastattn.__all__, *later, "__version__"}
     with pytest.raises(AttributeError, match="'fastattn' has no attribute 'atention'"):
         _ = fastattn.atention

@@ -59,6 +59,10 @@ def calls(with_lse: bool) -> tuple[Tensor, Tensor]:
     out, lse, found = fastattn.attention(q, q, q, return_lse=True, return_stats=["col_mass"])
     weights: Tensor = fastattn.attention_weights(q, q, lse, rows=slice(0, 2), average=True)
     out = out + first + entropy[..., None] + weights.sum()
+    with fastattn.capture(stats=("entropy",)) as rec:
+        fastattn.attention(q, q, q)
+    layer: int | None = rec[0].layer
+    print(rec[0].name, layer, len(rec))
 
     ranges: tuple[Tensor, Tensor] = fastattn.masks.chunked(4, 6, offset=0)
     out = out + fastattn.attention(q, q, q, causal=True, key_ranges=ranges)
