@@ -36,8 +36,8 @@ def _on_the_cpu_too(monkeypatch):
 
 ON_GPU = DEVICE == "cuda"  # where nothing is left out
 ONE_BY_ONE = select("alone", "mask", "bias", "layout")
-LIST = [*PAIRWISE, *KINDS, *select("gqa", "everything")]
-MANY = [*select("edge"), *(ONE_BY_ONE if ON_GPU else ())]
+LIST = [*PAIRWISE, *KINDS, *select("gqa")]
+MANY = [*select("edge", "everything"), *(ONE_BY_ONE if ON_GPU else ())]
 
 
 @pytest.mark.parametrize("case", [*LIST, *thinned(MANY, all_of_them=ON_GPU)], ids=name_of)
@@ -151,7 +151,7 @@ def test_nan_of_another_document_or_past_the_lengths_reaches_nothing():
 
 
 def test_the_same_bits_every_time():
-    case = next(c for c in CASES if c.name == "everything/dense")
+    case = next(c for c in PAIRWISE if c.dropout and c.bias and c.has_backward)
     problem = case.make(torch.float32, device=DEVICE)
     first, second = (
         run_triton(problem, cotangents_of(case, case.make(torch.float32), True)) for _ in range(2)
