@@ -69,7 +69,7 @@ test-all: test
 
 # One small case of every option on every backend, the public names and types, lint, line budgets.
 check: lint size build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/attention/test_check.py tests/attention/test_types.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical tests/attention/test_types.py tests/attention/test_check.py $(ARGS)
 
 bench: build
 	$(BIN)/python -m fastattn bench --quick $(ARGS)
