@@ -63,5 +63,28 @@ def _level_known():
         forward_ad._current_level = level
 
 
+def _refuse_tangents(name: str) -> None:
+    """Makes an operator without forward mode raise where torch.library would lose the tangents."""
+
+    def register(key: str) -> None:
+        torchs = torch.library.get_kernel(f"fastattn::{name}", key).call_boxed
+
+        def refusing(keys, *args):
+            if any(_is_dual(x) for x in args):
+                raise NotImplementedError(
+                    f"fastattn::{name} came with a tangent, which this operator would lose; call "
+                    "fastattn.attention() or its neighbours instead, outside torch.compile"
+                )
+            return torchs(keys, *args)
+
+        LIBRARY.impl(name, refusing, key, with_keyset=True)
+
+    register("AutogradCPU")
+    register("AutogradCUDA")
+
+
 for _end in FAMILIES:
     _register(_end)
+    for _name in ("bwd", "jvp", "jvp_bwd", "fwd_stats", "maps"):
+        _refuse_tangents(f"flash_attn_{_name}{_end}")
+_refuse_tangents("flash_attn_weights")

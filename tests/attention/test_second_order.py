@@ -467,3 +467,21 @@ def test_the_operator_itself_takes_tangents():
         return torch.ops.fastattn.flash_attn_fwd(*tensors, *rest)[0]
 
     torch.testing.assert_close(_tangent_of_out(operator, q, k, v, t), want)
+
+
+def test_other_operators_refuse_tangents():
+    """torch.library would lose them without a word."""
+    q, k, v, t = torch.randn(4, 1, 2, 9, 8).unbind()
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    call = (k, v, *(None,) * len(OPERANDS), *numbers(Spec(8**-0.5)))
+    ops, tangents = torch.ops.fastattn, (None,) * 5
+    calls = {
+        "flash_attn_bwd": lambda q: ops.flash_attn_bwd(out, None, out, lse, q, *call, False, False),
+        "flash_attn_jvp": lambda q: ops.flash_attn_jvp(q, *call, *tangents),
+        "flash_attn_fwd_stats": lambda q: ops.flash_attn_fwd_stats(q, *call, 0, True, False),
+        "flash_attn_maps": lambda q: ops.flash_attn_maps(lse, q, *call, True, 0, 0),
+        "flash_attn_weights": lambda q: ops.flash_attn_weights(lse, q, *call, None, False),
+    }
+    for name, operator in calls.items():
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{name} came with"):
+            operator(forward_ad.make_dual(q, t))

@@ -16,7 +16,7 @@ from operator_calls import cotangents_of, numbers, run_reference
 from torch import Tensor
 
 from fastattn.core.reference import reference
-from fastattn.core.tolerance import Tolerance, _size
+from fastattn.core.tolerance import DerivativeTolerance
 
 NAMES = ("q", "k", "v", "bias", "sinks")
 ABSENT = dict.fromkeys(NAMES)
@@ -116,39 +116,6 @@ def _gradients(results, inputs: list[Tensor], cotangents) -> tuple[Tensor, ...]:
     )
 
 
-class DerivativeTolerance:
-    """core/tolerance.py's rule for these results: a term of a sum has the size of the formulas'."""
-
-    def __init__(self, problem: Problem, lse: Tensor, tangents, cotangents) -> None:
-        q, k, v, spec, _ = problem
-        self.rule = Tolerance(q, k, v, spec.scale, lse)
-        self.rule.dtype, self.dtype = q.dtype, q.dtype
-        scale, dim = abs(spec.scale), q.shape[-1] ** 0.5
-        tq, tk, tv, tbias, tsinks = (_size(tangents[name]) for name in NAMES)
-        score = scale * dim * (tq * _size(k) + _size(q) * tk) + tbias + tsinks  # size of T
-        dtout, dtlse = cotangents or (None, None)
-        wide = v.shape[-1] ** 0.5 * _size(dtout)
-        dprob = wide * _size(v) + _size(dtlse)
-        second = dprob * score * (1 + (2 / spec.softcap if spec.softcap else 0)) + wide * tv
-        self.terms = {
-            "out": _size(v),
-            "lse": self.rule.exponent,
-            "tout": tv + score * _size(v),
-            "tlse": score,
-            "dq": scale * (second * _size(k) + dprob * tk),
-            "dk": scale * (second * _size(q) + dprob * tq),
-            "dv": score * _size(dtout),
-            "dbias": second,
-            "dsinks": second,
-        }
-
-    def compare(self, name: str, *results: Tensor):
-        """Compares a result with the truth and with plain torch math in the call's dtype."""
-        alike = {"tout": "out", "tlse": "lse"}.get(name, name)  # which dtype and how it is summed
-        self.rule.terms = dict(self.rule.terms, **{alike: self.terms[name]})
-        return self.rule.compare(alike, *results)
-
-
 def check(case: Case, dtype: torch.dtype, operators: Operators = CPU, names=None) -> None:
     """Checks everything about one case: errors, exact zeros, dtypes and memory order."""
     problem = case.make(dtype)
@@ -161,7 +128,11 @@ def check(case: Case, dtype: torch.dtype, operators: Operators = CPU, names=None
     plain = run_truth(problem.to(compute), tangents, cotangents)
     plain = {name: x if name.endswith("lse") else x.to(dtype) for name, x in plain.items()}
 
-    tolerance = DerivativeTolerance(problem, want["lse"], tangents, cotangents)
+    q, k, v, spec, _ = problem
+    tolerance = DerivativeTolerance(
+        q, k, v, spec.scale, want["lse"], [tangents[name] for name in NAMES], *(cotangents or ()),
+        softcap=spec.softcap,
+    )  # fmt: skip
     assert got.keys() == want.keys()
     for name, result in got.items():
         comparison = tolerance.compare(name, result, want[name], plain[name])
